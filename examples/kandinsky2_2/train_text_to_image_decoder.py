@@ -1,0 +1,160 @@
+"""Fine-tune the decoder of Kandinsky 2.2: the UNet that draws an image from its CLIP embedding.
+
+    python -u train_text_to_image_decoder.py --train_data_dir photos --resolution 512 --output_dir my-decoder
+
+The result is a folder for `KandinskyV22CombinedPipeline.from_pretrained`, with the prior's parts beside the decoder's.
+"""
+
+import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
+
+import paddle
+from PIL import Image
+from ppdiffusers import DDPMScheduler, UNet2DConditionModel, VQModel
+from ppdiffusers.transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+from ppdiffusers_train.arguments import (
+    ArgumentParser,
+    add_data_arguments,
+    add_diffusion_arguments,
+    add_output_arguments,
+    add_reporting_arguments,
+    add_training_arguments,
+    add_validation_arguments,
+)
+from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels
+from ppdiffusers_train.errors import one_line_errors
+from ppdiffusers_train.models.attention import enable_memory_efficient_attention
+from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, check_resolution, draw
+from ppdiffusers_train.models.weights import load_in_place
+from ppdiffusers_train.module import DiffusionTrainingModule, freeze
+from ppdiffusers_train.objectives.losses import mse_loss
+from ppdiffusers_train.objectives.noise_schedule import (
+    add_noise,
+    min_snr_weights,
+    offset_noise,
+    signal_to_noise_ratio,
+    training_target,
+)
+from ppdiffusers_train.training import check_run, launch_training_task
+
+
+def build_parser():
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    group = parser.add_argument_group("models")
+    group.add_argument(
+        "--pretrained_decoder_model_name_or_path",
+        default="kandinsky-community/kandinsky-2-2-decoder",
+        help="folder or hub name of the decoder pipeline: UNet, MoVQ, scheduler",
+    )
+    group.add_argument(
+        "--pretrained_prior_model_name_or_path",
+        default="kandinsky-community/kandinsky-2-2-prior",
+        help="folder or hub name of the prior pipeline: CLIP's towers, the prior",
+    )
+    add_data_arguments(parser)
+    add_training_arguments(parser, weight_decay=0.0, train_batch_size=1)
+    add_diffusion_arguments(parser)
+    add_output_arguments(parser, output_dir="kandi_2_2-model-finetuned")
+    add_validation_arguments(parser)
+    add_reporting_arguments(parser)
+    return parser
+
+
+class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
+    """The UNet learns to denoise MoVQ latents, given the CLIP embedding of the same image."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
+        self.folders = KandinskyFolders(
+            args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path, args.cache_dir
+        )
+        check_resolution(self.folders, args.resolution)
+        decoder, prior = self.folders.decoder, self.folders.prior
+        self.image_processor = prior.load("image_processor", CLIPImageProcessor)
+        self.image_encoder = freeze(prior.load("image_encoder", CLIPVisionModelWithProjection))
+        self.movq = freeze(decoder.load("movq", VQModel))
+        self.unet = decoder.load("unet", UNet2DConditionModel)
+        self.scheduler = decoder.load("scheduler", DDPMScheduler)
+        if args.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        if args.enable_xformers_memory_efficient_attention:
+            notice = enable_memory_efficient_attention(self.unet)
+            if notice:
+                print(notice)
+
+    def preprocess(self, row, draws):
+        """pixel_values [3, R, R] of the centred square; clip_pixel_values of the whole image, as CLIP crops it."""
+        image, resolution = row["image"], self.args.resolution
+        square = center_crop_square(image).resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=1)
+        clip_pixels = self.image_processor(image, return_tensors="np").pixel_values[0]
+        return {"pixel_values": normalize_pixels(square), "clip_pixel_values": clip_pixels}
+
+    @paddle.no_grad()
+    def encode(self, batch):
+        """latents [B, 4, r, r], unquantised and unscaled; image_embeds [B, D]."""
+        return {
+            "latents": self.movq.encode(batch["pixel_values"]).latents,
+            "image_embeds": self.image_encoder(batch["clip_pixel_values"]).image_embeds,
+        }
+
+    def forward(self, encoded, draws):
+        latents, schedule = encoded["latents"], self.scheduler.alphas_cumprod
+        noise = draws.normal("noise", latents.shape[1:])
+        if self.args.noise_offset:
+            offset = draws.normal("noise_offset", [latents.shape[1], 1, 1])
+            noise = offset_noise(noise, offset, self.args.noise_offset)
+        timesteps = draws.integers("timesteps", 0, self.scheduler.config.num_train_timesteps)
+        prediction = self.unet(
+            add_noise(schedule, latents, noise, timesteps),
+            timesteps,
+            encoder_hidden_states=None,
+            added_cond_kwargs={"image_embeds": encoded["image_embeds"]},
+        ).sample
+        # The other half of the channels predicts the variance, which no loss here trains.
+        prediction = prediction[:, : latents.shape[1]]
+        prediction_type = self.scheduler.config.prediction_type
+        target = training_target(prediction_type, schedule, latents, noise, timesteps)
+        if self.args.snr_gamma is None:
+            return mse_loss(prediction, target)
+        snr = signal_to_noise_ratio(schedule, timesteps)
+        return mse_loss(prediction, target, min_snr_weights(snr, self.args.snr_gamma, prediction_type))
+
+    def generate(self, prompts, seeds):
+        """Prior, then decoder, as in inference; what training does not hold is loaded for this and freed again."""
+        pipeline = self.folders.combined_pipeline(
+            unet=self.unet,
+            movq=self.movq,
+            prior_image_encoder=self.image_encoder,
+            prior_image_processor=self.image_processor,
+        )
+        return draw(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+
+    def save_weights(self, directory):
+        self.unet.save_pretrained(f"{directory}/unet")
+
+    def load_weights(self, directory):
+        load_in_place(self.unet, f"{directory}/unet")
+
+    def save_pretrained(self, directory):
+        self.folders.export_combined(directory, own={"unet": self.unet})
+
+    def card_data(self):
+        return {
+            "base_model": self.args.pretrained_decoder_model_name_or_path,
+            "prior": [self.args.pretrained_prior_model_name_or_path],
+            "tags": ["kandinsky", "text-to-image", "ppdiffusers"],
+        }
+
+
+@one_line_errors
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    check_run(args)
+    dataset = build_dataset(args)
+    launch_training_task(KandinskyDecoderTrainingModule(args), dataset, args)
+
+
+if __name__ == "__main__":
+    main()

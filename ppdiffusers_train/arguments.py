@@ -1,0 +1,222 @@
+"""Flags that the training scripts share, in titled groups, and the parser that reads them.
+
+A script builds its parser from the groups it needs and adds its own. The parser also takes `--config file.yaml`, whose
+keys are the flags' names (the command line wins), and answers every mistake with one line and status 2.
+"""
+
+import argparse
+import difflib
+import math
+import os
+import sys
+
+import yaml
+
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+
+# Types: what a flag accepts. argparse turns the message into one line that names the flag.
+
+
+def _number(convert, accepts, expected):
+    def parse(text):
+        try:
+            number = convert(text)
+        except ValueError:
+            number = None
+        if number is None or not accepts(number):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        return number
+
+    return parse
+
+
+positive_int = _number(int, lambda number: number > 0, "a whole number above 0")
+non_negative_int = _number(int, lambda number: number >= 0, "a whole number from 0 on")
+seed = _number(int, lambda number: 0 <= number < 2**63, "a whole number from 0 to 2**63 - 1")
+positive_float = _number(float, lambda number: 0 < number < math.inf, "a number above 0")
+non_negative_float = _number(float, lambda number: 0 <= number < math.inf, "a number from 0 on")
+unit_float = _number(float, lambda number: 0 <= number < 1, "a number from 0 to below 1")
+
+
+class Flag(argparse.Action):
+    """`--name` sets it, `--no_name` takes it back (from a config file, say)."""
+
+    def __init__(self, option_strings, dest, default=False, help=None):
+        negated = [option.replace("--", "--no_", 1) for option in option_strings]
+        super().__init__([*option_strings, *negated], dest, nargs=0, default=default, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser with `--config`, nearest names for typos, and errors of one line."""
+
+    def __init__(self, **options):
+        options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+        self.add_argument("--config", metavar="FILE", help="YAML file with flags by name; the command line wins")
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config")
+        config = finder.parse_known_args(args)[0].config
+        # Config values stand before the command line's, as if typed first: the last one wins, and types are checked.
+        return super().parse_known_args((self._config_arguments(config) if config else []) + args, namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            if name.startswith("-"):
+                self.error(f"{name} is not a flag of this script{self._nearest(name)}")
+            self.error(f"unexpected argument {unknown[0]!r}; flags begin with --")
+        return values
+
+    def error(self, message):
+        self.exit(2, f"{os.path.basename(self.prog)}: error: {' '.join(message.split())}\n")
+
+    def _nearest(self, name):
+        matches = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        return f"; did you mean {matches[0]}?" if matches else "; --help lists them"
+
+    def _config_arguments(self, path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = yaml.safe_load(file) or {}
+        except (OSError, UnicodeDecodeError) as error:
+            self.error(f"--config: cannot read {path!r}: {getattr(error, 'strerror', None) or error}")
+        except yaml.YAMLError as error:
+            self.error(f"--config: {path!r} is not valid YAML: {error}")
+        if not isinstance(values, dict):
+            self.error(f"--config: {path!r} holds a {type(values).__name__}; expected lines of the form 'name: value'")
+        arguments = []
+        for name, value in values.items():
+            action = self._option_string_actions.get(f"--{name}")
+            if action is None or name in ("config", "help"):
+                self.error(f"--config: {path!r} sets {name!r}, which is not a flag{self._nearest(f'--{name}')}")
+            if value is None:
+                continue
+            if isinstance(action, Flag):
+                if not isinstance(value, bool):
+                    self.error(f"--config: {path!r} sets {name!r} to {value!r}; expected true or false")
+                arguments.append(f"--{name}" if value else f"--no_{name}")
+            elif action.nargs is not None and isinstance(value, list):
+                arguments += [f"--{name}", *map(str, value)]
+            elif isinstance(value, (list, dict)):
+                self.error(f"--config: {path!r} sets {name!r} to a {type(value).__name__}; expected one value")
+            else:
+                arguments.append(f"--{name}={value}")
+        return arguments
+
+
+# Groups: what every job has in common.
+
+
+def add_data_arguments(parser):
+    """Where the samples come from, read by `data.image_folder.build_dataset`."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset_name", help="dataset on the hub, or a path that `datasets.load_dataset` understands")
+    group.add_argument("--dataset_config_name", help="configuration of the dataset, where it has several")
+    group.add_argument("--train_data_dir", metavar="DIR", help="folder of images with a metadata.jsonl beside them")
+    group.add_argument("--image_column", default="image", help="column that holds the images")
+    group.add_argument("--caption_column", default="text", help="column that holds the captions")
+    group.add_argument("--max_train_samples", type=positive_int, help="use this many samples, chosen by the seed")
+    group.add_argument("--cache_dir", metavar="DIR", help="where downloaded models and datasets are kept")
+    group.add_argument("--resolution", type=positive_int, default=512, help="height and width of the images, in pixels")
+    group.add_argument("--dataloader_num_workers", type=non_negative_int, default=0, help="processes that load images")
+    return group
+
+
+def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
+    """Length, batch, optimizer and precision of the run, read by the loop."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--seed", type=seed, help="seed of the run; without it one is drawn and printed")
+    group.add_argument("--train_batch_size", type=positive_int, default=train_batch_size, help="samples per card")
+    group.add_argument("--num_train_epochs", type=positive_int, default=100, help="how often each sample is seen")
+    group.add_argument("--max_train_steps", type=positive_int, help="optimizer steps; overrides the number of epochs")
+    group.add_argument(
+        "--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step"
+    )
+    group.add_argument("--gradient_checkpointing", action=Flag, help="recompute activations: less memory, more time")
+    group.add_argument(
+        "--enable_xformers_memory_efficient_attention",
+        action=Flag,
+        help="Paddle's own memory-efficient attention, where the installed Paddle and the device have it",
+    )
+    group.add_argument("--allow_tf32", action=Flag, help="TF32 in matrix products (cards of the Ampere series on)")
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="type of the arithmetic")
+    group.add_argument(
+        "--local_rank", type=int, default=-1, help="accepted for old commands; paddle.distributed.launch sets the rank"
+    )
+
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--learning_rate", type=non_negative_float, default=1e-4, help="learning rate after warm-up")
+    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="`constant` has no warm-up")
+    group.add_argument("--lr_warmup_steps", type=non_negative_int, default=500, help="optimizer steps of warm-up")
+    group.add_argument("--use_8bit_adam", action=Flag, help="8-bit AdamW (Paddle has none: float32 AdamW is used)")
+    group.add_argument("--adam_beta1", type=unit_float, default=0.9, help="decay of AdamW's first moment")
+    group.add_argument("--adam_beta2", type=unit_float, default=0.999, help="decay of AdamW's second moment")
+    group.add_argument("--adam_weight_decay", type=non_negative_float, default=weight_decay, help="decoupled decay")
+    group.add_argument("--adam_epsilon", type=positive_float, default=1e-8, help="added to AdamW's denominator")
+    group.add_argument("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
+    group.add_argument("--use_ema", action=Flag, help="keep a moving average of the weights; it is the final result")
+    return group
+
+
+def add_diffusion_arguments(parser):
+    """How the denoising loss is built, read by the jobs."""
+    group = parser.add_argument_group("diffusion")
+    group.add_argument("--snr_gamma", type=positive_float, help="min-SNR loss weights; 5.0 is the paper's value")
+    group.add_argument("--noise_offset", type=non_negative_float, default=0.0, help="scale of the offset noise")
+    return group
+
+
+def add_output_arguments(parser, output_dir):
+    """What is written where, read by the loop."""
+    group = parser.add_argument_group("output and checkpoints")
+    group.add_argument("--output_dir", default=output_dir, metavar="DIR", help="where everything is written")
+    group.add_argument("--checkpointing_steps", type=positive_int, default=500, help="a checkpoint every N steps")
+    group.add_argument("--checkpoints_total_limit", type=positive_int, help="keep only the newest N checkpoints")
+    group.add_argument(
+        "--resume_from_checkpoint", metavar="DIR", help="a checkpoint's folder, its name in output_dir, or `latest`"
+    )
+    return group
+
+
+def add_validation_arguments(parser, num_validation_images=1, validation_epochs=5):
+    """Pictures drawn during training, read by the loop."""
+    group = parser.add_argument_group("validation")
+    group.add_argument(
+        "--validation_prompts", "--validation_prompt", nargs="+", metavar="TEXT", help="draw these while training"
+    )
+    group.add_argument(
+        "--num_validation_images", type=positive_int, default=num_validation_images, help="pictures per prompt"
+    )
+    group.add_argument(
+        "--validation_epochs", type=positive_int, default=validation_epochs, help="draw every N epochs, and at the end"
+    )
+    group.add_argument("--validation_steps", type=positive_int, help="draw every N steps instead")
+    group.add_argument(
+        "--validation_inference_steps", type=positive_int, default=25, help="denoising steps of a validation picture"
+    )
+    return group
+
+
+def add_reporting_arguments(parser):
+    """Where the run's figures go, read by the loop."""
+    group = parser.add_argument_group("reporting")
+    group.add_argument(
+        "--report_to",
+        choices=("visualdl", "tensorboard", "wandb", "all", "none"),
+        default="visualdl",
+        help="`all` reports to those that are installed",
+    )
+    group.add_argument("--logging_dir", default="logs", metavar="DIR", help="below output_dir")
+    group.add_argument("--tracker_project_name", default="text2image-fine-tune", help="project name in wandb")
+    group.add_argument("--push_to_hub", action=Flag, help="upload the result when the run has ended")
+    group.add_argument("--hub_token", help="token for the upload; better kept in the environment variable HF_TOKEN")
+    group.add_argument("--hub_model_id", help="repository to upload to; by default the name of output_dir")
+    return group

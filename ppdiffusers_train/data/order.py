@@ -1,0 +1,53 @@
+"""Which sample comes when: a pure function of the seed, whatever the number of cards, workers or accumulation steps."""
+
+import math
+
+import numpy as np
+
+from ppdiffusers_train.draws import generator
+
+
+def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order in which epoch `epoch` visits `size` rows: int64 [size]."""
+    return generator(seed, epoch, "order").permutation(size)
+
+
+class SampleOrder:
+    """The run as one long sequence of positions 0, 1, 2, …; each epoch is the next `size` of them.
+
+    Args:
+        seed: the run's seed.
+        size: number of rows in the dataset.
+    """
+
+    def __init__(self, seed: int, size: int):
+        self.seed, self.size = seed, size
+        self._permutation = (None, None)  # of the epoch asked for last
+
+    def row(self, position: int) -> int:
+        """Index of the dataset's row that stands at `position` of the run."""
+        epoch, offset = divmod(position, self.size)
+        if self._permutation[0] != epoch:
+            self._permutation = (epoch, permutation(self.seed, epoch, self.size))
+        return int(self._permutation[1][offset])
+
+    def steps_per_epoch(self, samples_per_step: int) -> int:
+        """Optimizer steps of one epoch; the last one may have fewer samples."""
+        return math.ceil(self.size / samples_per_step)
+
+    def windows(self, position: int, samples_per_step: int):
+        """Yield for each optimizer step from `position` on the range of positions that it learns from, without end.
+
+        A window never reaches over the end of an epoch, so the last one of an epoch may be short.
+        """
+        while True:
+            end_of_epoch = (position // self.size + 1) * self.size
+            window = range(position, min(position + samples_per_step, end_of_epoch))
+            yield window
+            position = window.stop
+
+
+def micro_batches(window: range, rank: int, world_size: int, batch_size: int) -> list:
+    """This rank's share of a step's window, cut into batches. Each position goes to one rank, as evenly as possible."""
+    share = window[rank::world_size]
+    return [share[start : start + batch_size] for start in range(0, len(share), batch_size)]

@@ -1,0 +1,87 @@
+"""Every random number of a run, as a pure function of (run seed, position of the sample in the run, name of the draw).
+
+The numbers come from Philox, a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+3"): the seed and the name are its key, the position its counter. So they do not depend on the number of cards, workers or
+accumulation steps, nor on where a run was stopped, and they are the same on every device because NumPy draws them.
+"""
+
+import hashlib
+
+import numpy as np
+
+
+def generator(seed: int, position: int, name: str) -> np.random.Generator:
+    """NumPy's generator for one draw; `position` is the sample's index in the run (or an epoch's number)."""
+    name_key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    # The counter's low words run while numbers are drawn; the position stands above them, so streams never overlap.
+    bits = np.random.Philox(
+        key=np.array([seed, name_key], dtype=np.uint64), counter=np.array([0, 0, position, 0], dtype=np.uint64)
+    )
+    return np.random.Generator(bits)
+
+
+class RowDraws:
+    """The random numbers of one sample: NumPy scalars, or arrays of the shape asked for.
+
+    Args:
+        seed: the run's seed, 0 <= seed < 2**64.
+        position: index of the sample in the run, counted from 0 over all epochs.
+    """
+
+    def __init__(self, seed: int, position: int):
+        self.seed, self.position = seed, position
+
+    def normal(self, name: str, shape=()) -> np.ndarray:
+        """Standard normal float32 numbers of `shape`."""
+        return np.float32(generator(self.seed, self.position, name).standard_normal(tuple(shape), dtype=np.float32))
+
+    def uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> np.float32:
+        """A float32 number, uniform in [low, high)."""
+        number = generator(self.seed, self.position, name).random(dtype=np.float32)
+        return np.float32(low) + np.float32(high - low) * number
+
+    def integers(self, name: str, low: int, high: int) -> np.int64:
+        """An int64 number, uniform in {low, …, high - 1}."""
+        return generator(self.seed, self.position, name).integers(low, high, dtype=np.int64)
+
+    def categorical(self, name: str, weights) -> np.int64:
+        """An index into `weights` [K], with probability proportional to its weight (none negative, not all zero)."""
+        cumulative = np.cumsum(np.asarray(weights, dtype=np.float64))
+        number = generator(self.seed, self.position, name).random() * cumulative[-1]
+        return np.int64(min(np.searchsorted(cumulative, number, side="right"), len(cumulative) - 1))
+
+
+class Draws:
+    """The random numbers of a batch: row by row those of `RowDraws`, stacked into paddle tensors [B, …].
+
+    Args:
+        seed: the run's seed.
+        positions: for each row of the batch its index in the run.
+    """
+
+    def __init__(self, seed: int, positions):
+        self.rows = [RowDraws(seed, int(position)) for position in positions]
+        self.drawn_integers = {}  # {name: numbers} of the last draws, so that a failed step can name its timesteps
+
+    def normal(self, name: str, shape=()):
+        """`[B, *shape]` standard normal, float32."""
+        return self._stack(row.normal(name, shape) for row in self.rows)
+
+    def uniform(self, name: str, low: float = 0.0, high: float = 1.0):
+        """`[B]` uniform in [low, high), float32."""
+        return self._stack(row.uniform(name, low, high) for row in self.rows)
+
+    def integers(self, name: str, low: int, high: int):
+        """`[B]` uniform in {low, …, high - 1}, int64."""
+        self.drawn_integers[name] = self._stack(row.integers(name, low, high) for row in self.rows)
+        return self.drawn_integers[name]
+
+    def categorical(self, name: str, weights):
+        """`[B]` indices into `weights` [K], with probability proportional to the weights, int64."""
+        return self._stack(row.categorical(name, weights) for row in self.rows)
+
+    @staticmethod
+    def _stack(numbers):
+        import paddle  # here, so that loader workers and tools can draw rows without Paddle
+
+        return paddle.to_tensor(np.stack(list(numbers)))

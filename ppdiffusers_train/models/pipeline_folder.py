@@ -1,0 +1,180 @@
+"""Pipelines on disk, written by ppdiffusers or by diffusers: which layout a folder has is seen from its files.
+
+A pipeline folder has one folder per part (`unet/`, `movq/`, `scheduler/`, …). A part with weights is in Paddle's layout
+or in torch's (linear weights transposed); ppdiffusers 0.29.0 wants to be told which, and fails without saying so.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+from safetensors import safe_open
+
+from ppdiffusers_train.errors import UserError
+
+# Names of weight files, without variants (`.fp16`) and shard numbers.
+PADDLE_WEIGHTS = ("diffusion_paddle_model.safetensors", "model_state.pdparams")
+TORCH_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "pytorch_model.bin")
+SHARED_WEIGHTS = "model.safetensors"  # paddlenlp and transformers use one name; the file's metadata tells them apart
+WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin")
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class PipelineFolder:
+    """A pipeline's folder, on this disk or downloaded from the hub.
+
+    Args:
+        name_or_path: a folder, or a repository on the hub.
+        flag: the flag that named it, for messages.
+        parts: the parts that are needed; an alias finds a part under its second name, too (`{"prior": "prior_prior"}`).
+        cache_dir, revision: of a download.
+    Raises:
+        UserError: it does not exist, is no pipeline, or lacks a part.
+    """
+
+    def __init__(self, name_or_path, flag, parts, aliases=None, cache_dir=None, revision=None):
+        self.flag, self.name_or_path = flag, str(name_or_path)
+        aliases = aliases or {}
+        names = [*parts, *(aliases[part] for part in parts if part in aliases)]
+        self.path = Path(name_or_path)
+        if not self.path.is_dir():
+            self.path = self._download(names, cache_dir, revision)
+        if not (self.path / "model_index.json").is_file():
+            raise self._error("is not a pipeline: it has no model_index.json")
+        self.folders = {}
+        for part in parts:
+            found = [name for name in (part, aliases.get(part)) if name and (self.path / name).is_dir()]
+            if not found:
+                has = sorted(child.name for child in self.path.iterdir() if child.is_dir())
+                raise self._error(f"has no part {part!r}; it has {', '.join(has) or 'no parts'}")
+            self.folders[part] = self.path / found[0]
+
+    def _error(self, found):
+        return UserError(f"{self.flag}: {self.name_or_path!r} {found}")
+
+    def _download(self, parts, cache_dir, revision):
+        if os.path.isabs(self.name_or_path) or self.name_or_path.count("/") != 1:
+            raise self._error("is not a folder; expected a pipeline's folder or a hub name such as owner/model")
+        endpoint = os.environ.get("HF_ENDPOINT", huggingface_hub.constants.ENDPOINT)
+        try:
+            files = huggingface_hub.HfApi(endpoint=endpoint).list_repo_files(self.name_or_path, revision=revision)
+            return Path(
+                huggingface_hub.snapshot_download(
+                    self.name_or_path,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    endpoint=endpoint,
+                    allow_patterns=files_to_download(files, parts),
+                )
+            )
+        except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise self._error(
+                f"is not a folder here and cannot be downloaded from {endpoint} ({reason}); "
+                "expected a pipeline's folder, or set HF_ENDPOINT to a mirror that can be reached"
+            ) from error
+
+    def config(self, part: str) -> dict:
+        """The JSON configuration of a part, without loading its weights."""
+        for name in ("config.json", "scheduler_config.json", "preprocessor_config.json"):
+            file = self.folders[part] / name
+            if file.is_file():
+                return json.loads(file.read_text(encoding="utf-8"))
+        raise self._error(f"has no configuration in {self.folders[part].name}/")
+
+    def class_name(self, part: str) -> str:
+        """Name of the class that the pipeline's model_index.json gives a part."""
+        index = json.loads((self.path / "model_index.json").read_text(encoding="utf-8"))
+        return index[self.folders[part].name][1]
+
+    def weights(self, part: str):
+        """The file with a part's weights (of several shards the first), or None where it has none."""
+        folder = self.folders[part]
+        files = [file for file in sorted(folder.iterdir()) if file.name.endswith(WEIGHT_SUFFIXES)]
+        for name in (*PADDLE_WEIGHTS, SHARED_WEIGHTS, *TORCH_WEIGHTS):
+            stem, suffix = os.path.splitext(name)
+            for file in files:
+                if file.name == name or (file.name.startswith(f"{stem}-") and file.suffix == suffix):
+                    return file
+        return None
+
+    def is_torch(self, part: str) -> bool:
+        """Whether a part's weights are in torch's layout."""
+        file = self.weights(part)
+        if file is None:
+            return False
+        if file.name.startswith(SHARED_WEIGHTS.split(".")[0]) and file.suffix == ".safetensors":
+            with safe_open(file, "np") as tensors:
+                return (tensors.metadata() or {}).get("format", "pt") == "pt"
+        return file.name.startswith(tuple(name.split(".")[0] for name in TORCH_WEIGHTS))
+
+    def load(self, part: str, part_class, dtype="float32"):
+        """The part as an object of `part_class`, its weights as `dtype`.
+
+        A base model that comes only as pickled weights is loaded, too, with one line that names the file: unpickling
+        can run code, so it should come from someone trusted.
+        """
+        folder = str(self.folders[part])
+        if not hasattr(part_class, "parameters"):  # schedulers, tokenizers, image processors
+            return part_class.from_pretrained(folder)
+        file = self.weights(part)
+        if file is None:
+            raise self._error(f"has no weights in {self.folders[part].name}/; expected {', '.join(PADDLE_WEIGHTS)}, …")
+        if file.suffix != ".safetensors":
+            print(f"{file}: pickled weights; load them only from a source you trust")
+        try:
+            model = part_class.from_pretrained(folder, from_diffusers=self.is_torch(part), **_dtype(part_class, dtype))
+        except (AssertionError, OSError, ValueError, RuntimeError) as error:
+            raise self._error(f"has a {self.folders[part].name}/ that cannot be loaded: {error}") from error
+        return model
+
+    def export(self, part: str, part_class, target: Path) -> None:
+        """Make `target` an unchanged copy of a part for ppdiffusers.
+
+        Files are hard links where the disk allows; only weights in torch's layout are converted, in the type they have.
+        """
+        if not self.is_torch(part):
+            return link_tree(self.folders[part], target)
+        file = self.weights(part)
+        dtype = "float32"
+        if file.suffix == ".safetensors":
+            with safe_open(file, "np") as tensors:
+                name = next(iter(tensors.keys()))
+                dtype = DTYPES.get(tensors.get_slice(name).get_dtype(), "float32")
+        self.load(part, part_class, dtype).save_pretrained(str(target))
+
+
+def _dtype(part_class, dtype):
+    # ppdiffusers' models and paddlenlp's name the same option differently.
+    return {"paddle_dtype" if hasattr(part_class, "load_config") else "dtype": dtype}
+
+
+def files_to_download(files, parts):
+    """Of a repository's files those of `parts`, with one kind of weights each: Paddle's, else safetensors, else .bin."""
+    chosen = [name for name in files if name == "model_index.json"]
+    for part in parts:
+        inside = [name for name in files if name.startswith(f"{part}/")]
+        weights = [name for name in inside if name.endswith((*WEIGHT_SUFFIXES, ".msgpack", ".onnx", ".ckpt", ".pb"))]
+        plain = [name for name in weights if "." not in os.path.splitext(os.path.basename(name))[0]]
+        for kind in ("diffusion_paddle_model", "model_state", ".safetensors", ".bin"):
+            kept = [name for name in plain if kind in name]
+            if kept:
+                break
+        else:
+            kept = []
+        chosen += [name for name in inside if name not in weights] + kept
+    return chosen
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Copy a folder with hard links, or with copies where the disk cannot link."""
+
+    def link(file, copy):
+        try:
+            os.link(os.path.realpath(file), copy)
+        except OSError:
+            shutil.copy2(file, copy)
+
+    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)

@@ -1,0 +1,59 @@
+"""The contract between a job and the loop: what one job learns, and how a batch becomes a loss."""
+
+from paddle import nn
+
+
+class DiffusionTrainingModule(nn.Layer):
+    """One training job. A subclass loads its models, freezes what does not learn, and fills in the methods below.
+
+    A row is `{"image": RGB PIL image, "caption": str, …}` whatever the dataset's columns are called; a batch is the
+    arrays of several rows stacked, as paddle tensors. `draws` gives every random number (see `draws.Draws`), so the same
+    `encoded` and `draws` give the same loss on any number of cards.
+    """
+
+    def preprocess(self, row, draws):
+        """One row -> `{name: numpy array}`. Runs in loader workers: no paddle tensors here."""
+        raise NotImplementedError
+
+    def encode(self, batch):
+        """`{name: [B, …]} -> {name: [B, …]}` through the frozen models, without gradient: what a cache can store."""
+        raise NotImplementedError
+
+    def forward(self, encoded, draws):
+        """The loss of a batch, a scalar: the mean over its samples, through the models that learn."""
+        raise NotImplementedError
+
+    def after_step(self):
+        """Called once after each optimizer step."""
+
+    def generate(self, prompts, seeds):
+        """One PIL image per pair of prompt and seed, drawn the way a user would run inference."""
+        raise NotImplementedError
+
+    def save_weights(self, directory):
+        """Write the weights that learn below `directory`: what a checkpoint holds."""
+        raise NotImplementedError
+
+    def load_weights(self, directory):
+        """Read what `save_weights` wrote into the parameters in place: the optimizer keeps its objects."""
+        raise NotImplementedError
+
+    def save_pretrained(self, directory):
+        """Write the final result into `directory`, loadable by a pipeline."""
+        raise NotImplementedError
+
+    def card_data(self):
+        """Metadata of a model card, as the hub reads it (`base_model`, `tags`, …)."""
+        return {}
+
+    def trainable_parameters(self):
+        """The parameters that learn: whatever is not frozen."""
+        return [parameter for parameter in self.parameters() if not parameter.stop_gradient]
+
+
+def freeze(model: nn.Layer) -> nn.Layer:
+    """Take a model out of training: no gradients, evaluation mode. Returns the model."""
+    model.eval()
+    for parameter in model.parameters():
+        parameter.stop_gradient = True
+    return model

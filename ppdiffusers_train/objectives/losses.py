@@ -1,0 +1,15 @@
+"""Losses as pure functions. A loss is a mean over the samples of a batch, so batches of any size can be averaged."""
+
+
+def mse_loss(prediction, target, weights=None):
+    """mean_i( w_i · mean((prediction_i - target_i)²) ), in float32.
+
+    Args:
+        prediction, target: [B, …] of one shape and any floating type.
+        weights: [B] float32, one per sample; `None` weighs all alike.
+    Returns:
+        A scalar.
+    """
+    squared_error = (prediction.astype("float32") - target.astype("float32")).square()
+    per_sample = squared_error.flatten(1).mean(1)
+    return (per_sample if weights is None else per_sample * weights).mean()

@@ -1,0 +1,60 @@
+"""Upload of a result to the hub, with a model card that shows what it draws."""
+
+import os
+import shutil
+
+import huggingface_hub
+
+from ppdiffusers_train.errors import RunError, UserError
+
+# What a run leaves beside its result.
+NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/*", "logs/*", "validation/*", ".*"]
+
+
+def _endpoint():
+    return os.environ.get("HF_ENDPOINT", huggingface_hub.constants.ENDPOINT)
+
+
+def check_hub_login(token) -> None:
+    """Raise a `UserError` when an upload at the end of the run would fail for want of a token."""
+    if not (token or huggingface_hub.get_token()):
+        raise UserError("--push_to_hub: no token; expected the environment variable HF_TOKEN, or `huggingface-cli login`")
+
+
+def model_card(name: str, card_data: dict, prompts, picture) -> str:
+    """The text of a README.md for the hub: metadata, prompts, and the validation grid where there is one."""
+    data = huggingface_hub.ModelCardData(library_name="ppdiffusers", pipeline_tag="text-to-image", **card_data)
+    lines = ["---", data.to_yaml(), "---", "", f"# {name}", "", "Fine-tuned with `ppdiffusers_train` on PaddlePaddle.", ""]
+    if prompts and picture:
+        lines += [f"![validation]({picture})", "", "Prompts, one row each:", ""]
+        lines += [f"* {prompt}" for prompt in prompts]
+    return "\n".join(lines) + "\n"
+
+
+def push_to_hub(directory, repo_id, token, card_data: dict, prompts) -> str:
+    """Write the model card into `directory` and upload it with the result. Returns the repository's address.
+
+    Raises:
+        RunError: the hub refused; the result stays in `directory`.
+    """
+    pictures = sorted((directory / "validation").glob("step-*.png"), key=lambda path: int(path.stem.split("-")[1]))
+    if pictures:
+        shutil.copyfile(pictures[-1], directory / "validation_grid.png")
+    card = model_card(
+        (repo_id or directory.resolve().name).split("/")[-1], card_data, prompts, pictures and "validation_grid.png"
+    )
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    api = huggingface_hub.HfApi(endpoint=_endpoint(), token=token)
+    try:
+        repository = api.create_repo(repo_id or directory.resolve().name, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=directory,
+            ignore_patterns=NOT_UPLOADED,
+            commit_message="Upload the fine-tuned model",
+        )
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"--push_to_hub: {_endpoint()} refused ({str(error).splitlines()[0]}); the result is in {directory}"
+        ) from error
+    return str(repository)

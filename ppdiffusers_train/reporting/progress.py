@@ -1,0 +1,49 @@
+"""What a run says on the screen: one line that moves, and single lines above it."""
+
+import resource
+import sys
+import time
+
+import paddle
+from tqdm import tqdm
+
+
+def memory_gb() -> float:
+    """Peak memory so far: of the card where there is one, else of this process."""
+    if paddle.get_device().startswith("gpu"):
+        return paddle.device.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class Progress:
+    """The run's progress line: steps, time left, loss, learning rate, samples per second, memory.
+
+    Args:
+        step, total_steps: where the run stands and ends.
+        visible: whether this rank speaks.
+    """
+
+    def __init__(self, step: int, total_steps: int, visible: bool):
+        self.bar = tqdm(
+            total=total_steps, initial=step, desc="training", unit="step", disable=not visible, dynamic_ncols=True
+        )
+        self.visible, self.samples, self.started = visible, 0, time.monotonic()
+
+    def advance(self, loss: float, learning_rate: float, samples: int) -> float:
+        """Move on by one step of `samples` samples; returns samples per second so far."""
+        self.samples += samples
+        rate = self.samples / max(time.monotonic() - self.started, 1e-9)
+        self.bar.set_postfix_str(
+            f"loss={loss:.4f} lr={learning_rate:.2e} {rate:.1f} samples/s {memory_gb():.1f} GB", refresh=False
+        )
+        self.bar.update()
+        return rate
+
+    def say(self, message: str) -> None:
+        """Print one line without breaking the progress line."""
+        if self.visible:
+            self.bar.write(message, file=sys.stdout)
+
+    def close(self):
+        self.bar.close()

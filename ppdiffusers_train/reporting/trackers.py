@@ -1,0 +1,97 @@
+"""Where a run's figures and pictures go: VisualDL, TensorBoard, Weights & Biases."""
+
+import importlib.util
+
+import numpy as np
+
+from ppdiffusers_train.errors import UserError
+
+# What each needs, and what installs it.
+PACKAGES = {"visualdl": "visualdl", "tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+class VisualDLTracker:
+    """Writes for `visualdl --logdir`."""
+
+    def __init__(self, directory, project, config):
+        from visualdl import LogWriter
+
+        self.writer = LogWriter(logdir=str(directory / "visualdl"))
+        self.writer.add_hparams(hparams_dict=config, metrics_list=["train/loss"])
+
+    def scalars(self, values, step):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def image(self, name, image, step):
+        self.writer.add_image(name, np.asarray(image), step)
+
+    def close(self):
+        self.writer.close()
+
+
+class TensorBoardTracker:
+    """Writes for `tensorboard --logdir`."""
+
+    def __init__(self, directory, project, config):
+        from tensorboardX import SummaryWriter
+
+        self.writer = SummaryWriter(str(directory / "tensorboard"))
+        self.writer.add_hparams(config, {}, name="hparams")
+
+    def scalars(self, values, step):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def image(self, name, image, step):
+        self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def close(self):
+        self.writer.close()
+
+
+class WandbTracker:
+    """Sends to Weights & Biases, or keeps it in the folder with WANDB_MODE=offline."""
+
+    def __init__(self, directory, project, config):
+        import wandb
+
+        self.wandb = wandb
+        self.run = wandb.init(project=project, dir=str(directory), config=config)
+
+    def scalars(self, values, step):
+        self.run.log(values, step=step)
+
+    def image(self, name, image, step):
+        self.run.log({name: self.wandb.Image(image)}, step=step)
+
+    def close(self):
+        self.run.finish()
+
+
+TRACKERS = {"visualdl": VisualDLTracker, "tensorboard": TensorBoardTracker, "wandb": WandbTracker}
+
+
+def tracker_names(report_to: str) -> list:
+    """The trackers that `--report_to` means.
+
+    Raises:
+        UserError: the one that was asked for is not installed.
+    """
+    installed = [name for name, package in PACKAGES.items() if importlib.util.find_spec(package)]
+    if report_to == "none":
+        return []
+    if report_to == "all":
+        return installed
+    if report_to not in installed:
+        raise UserError(f"--report_to {report_to}: not installed; expected `pip install {PACKAGES[report_to]}` first")
+    return [report_to]
+
+
+def open_trackers(report_to: str, directory, project: str, config: dict) -> list:
+    """The trackers of a run, writing below `directory`. `config` holds plain values and no secrets."""
+    names = tracker_names(report_to)
+    if names:
+        directory.mkdir(parents=True, exist_ok=True)
+    simple = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in config.items()}
+    return [TRACKERS[name](directory, project, simple) for name in names]

@@ -1,0 +1,172 @@
+"""Folders that are either complete or not there.
+
+A checkpoint is written into a temporary folder, synced to disk, and renamed. Its `state.json`, written last, lists every
+file with its size, so a folder that something else cut short is recognised too.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from ppdiffusers_train.errors import UserError
+
+STATE_FILE = "state.json"
+FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@contextlib.contextmanager
+def written_whole(target: Path):
+    """Yield an empty folder to write into; afterwards it stands at `target`, complete, or nothing has changed there."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    share_as_usual(temporary)
+    sync_tree(temporary)
+    replaced = target.with_name(f".{target.name}.old")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        os.rename(target, replaced)
+    os.rename(temporary, target)
+    sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def share_as_usual(folder: Path) -> None:
+    """Give files their usual permissions: safetensors 0.8 writes files that only their owner may read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        # A hard link is somebody else's file, too.
+        if path.is_file() and path.stat().st_nlink == 1:
+            path.chmod(0o666 & ~umask)
+
+
+def replace_children(folder: Path, write) -> None:
+    """`write(path)` fills an empty folder, whose parts then take the place of those of the same name in `folder`.
+
+    Files that stood there are never opened for writing: they may be hard links to a base model.
+    """
+    temporary = folder / ".result"
+    with written_whole(temporary) as inside:
+        write(str(inside))
+    for child in temporary.iterdir():
+        replaced = folder / f".{child.name}.old"
+        if (folder / child.name).exists():
+            os.rename(folder / child.name, replaced)
+        os.rename(child, folder / child.name)
+        if replaced.is_dir():
+            shutil.rmtree(replaced)
+        else:
+            replaced.unlink(missing_ok=True)
+    temporary.rmdir()
+
+
+def require_writable(folder: Path, flag: str) -> None:
+    """Make `folder`, or raise a `UserError` that names `flag` when nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag}: cannot write to {str(folder)!r}: {error.strerror}") from error
+
+
+def sync(path) -> None:
+    """Have the system write a file or folder to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` everything in a folder."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def write_checkpoint(output_dir: Path, step: int, write, state: dict, total_limit=None) -> Path:
+    """Write `output_dir/checkpoint-<step>`, then delete the oldest beyond `total_limit`.
+
+    Args:
+        write: `write(folder)` puts the tensors' files into a folder.
+        state: what else belongs to it, as JSON.
+    """
+    target = output_dir / f"checkpoint-{step}"
+    with written_whole(target) as folder:
+        write(folder)
+        files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        text = json.dumps({"format": FORMAT, "step": step, **state, "files": files}, indent=1, ensure_ascii=False)
+        (folder / STATE_FILE).write_text(text, encoding="utf-8")
+    if total_limit is not None:
+        for old in checkpoints(output_dir)[:-total_limit]:
+            # Renamed first: a kill halfway through leaves no folder that looks like a checkpoint.
+            doomed = old.with_name(f".{old.name}.old")
+            os.rename(old, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+    return target
+
+
+def checkpoints(output_dir: Path) -> list:
+    """The folders `checkpoint-<step>` of `output_dir`, oldest first, complete or not."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name).group(1)))
+
+
+def read_state(checkpoint: Path) -> dict:
+    """A complete checkpoint's `state.json`.
+
+    Raises:
+        UserError: the folder is not a complete checkpoint; the message says what is missing.
+    """
+    try:
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        files = state["files"].items()
+    except FileNotFoundError:
+        raise UserError(f"{checkpoint} is not a complete checkpoint: it has no {STATE_FILE}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{checkpoint} is not a complete checkpoint: its {STATE_FILE} cannot be read") from error
+    for name, size in files:
+        path = checkpoint / name
+        if not path.is_file():
+            raise UserError(f"{checkpoint} is not a complete checkpoint: {name} is missing")
+        if path.stat().st_size != size:
+            raise UserError(
+                f"{checkpoint} is not a complete checkpoint: {name} has {path.stat().st_size} bytes instead of {size}"
+            )
+    if state.get("format") != FORMAT:
+        raise UserError(f"{checkpoint} has format {state.get('format')}; this version reads format {FORMAT}")
+    return state
+
+
+def find_checkpoint(resume: str, output_dir: Path, say=print):
+    """The checkpoint that `--resume_from_checkpoint` means: (folder, state), or (None, None) for `latest` of nothing.
+
+    Raises:
+        UserError: the named folder does not exist or is not complete.
+    """
+    if resume != "latest":
+        folder = next((path for path in (Path(resume), output_dir / resume) if path.is_dir()), None)
+        if folder is None:
+            raise UserError(
+                f"--resume_from_checkpoint: {resume!r} is neither a folder nor a checkpoint in {str(output_dir)!r}"
+            )
+        try:
+            return folder, read_state(folder)
+        except UserError as error:
+            raise UserError(f"--resume_from_checkpoint: {error}") from error
+    for folder in reversed(checkpoints(output_dir)):
+        try:
+            return folder, read_state(folder)
+        except UserError as error:
+            say(f"--resume_from_checkpoint latest: skipped, {error}")
+    say(f"--resume_from_checkpoint latest: no checkpoint in {str(output_dir)!r}, starting at step 0")
+    return None, None

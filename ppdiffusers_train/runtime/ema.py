@@ -1,0 +1,51 @@
+"""An exponential moving average of the weights that learn."""
+
+import contextlib
+
+import paddle
+
+
+def ema_decay(update: int, max_decay: float = 0.9999) -> float:
+    """Decay of the `update`-th update, counted from 1: min(max_decay, (1 + s) / (10 + s)) with s = update - 1.
+
+    The first update has decay 0, so the average starts at weights that were trained, and short runs are not dominated by
+    the initial ones (as in diffusers' `EMAModel`).
+    """
+    past = update - 1
+    return 0.0 if past <= 0 else min(max_decay, (1 + past) / (10 + past))
+
+
+class EMA:
+    """θ_ema ← d · θ_ema + (1 - d) · θ, in float32.
+
+    Args:
+        parameters: `{structured name: parameter}` to follow.
+        max_decay: upper bound of d.
+    """
+
+    def __init__(self, parameters: dict, max_decay: float = 0.9999):
+        self.parameters, self.max_decay, self.updates = parameters, max_decay, 0
+        self.averages = {name: parameter.detach().astype("float32").clone() for name, parameter in parameters.items()}
+
+    @paddle.no_grad()
+    def update(self) -> None:
+        """Follow the parameters by one step."""
+        self.updates += 1
+        decay = ema_decay(self.updates, self.max_decay)
+        for name, average in self.averages.items():
+            average.set_value(decay * average + (1 - decay) * self.parameters[name].astype("float32"))
+
+    @contextlib.contextmanager
+    def applied(self):
+        """Within, the parameters hold the averages; afterwards their own values, bit for bit."""
+        own = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._set(self.averages)
+        try:
+            yield
+        finally:
+            self._set(own)
+
+    @paddle.no_grad()
+    def _set(self, values):
+        for name, parameter in self.parameters.items():
+            parameter.set_value(values[name].astype(parameter.dtype))

@@ -1,0 +1,30 @@
+"""SIGTERM and Ctrl-C ask a run to stop after its step; a second one ends it at once."""
+
+import signal
+
+
+class StopRequest:
+    """A context in which the signals only set `received`; the loop asks for it between steps."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.received = None
+        self._previous = {}
+
+    def __enter__(self):
+        for number in self.SIGNALS:
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_):
+        self._restore()
+
+    def _receive(self, number, frame):
+        self.received = signal.Signals(number)
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

@@ -1,0 +1,147 @@
+"""A tiny Kandinsky 2.2, built offline in seconds: every class and every path of the real one, at a CPU's size.
+
+The MoVQ is trained (see `movq.py`) and reconstructs 64×64 photographs. All else is random: a decoder that has still to
+learn, and CLIP towers whose embeddings mean nothing but tell images apart.
+"""
+
+from pathlib import Path
+
+import paddle
+from ppdiffusers import (
+    DDPMScheduler,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
+    PriorTransformer,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
+)
+from ppdiffusers.transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from ppdiffusers_train.toy.movq import load_movq
+from ppdiffusers_train.toy.tokenizer import build_tokenizer
+
+EMBEDDING = 64
+CLIP_IMAGE_SIZE = 32
+
+
+def build_kandinsky(directory, channels=(32, 64), seed=0) -> tuple:
+    """Write a prior pipeline and a decoder pipeline, as the hub has them.
+
+    Args:
+        directory: gets the folders `prior` and `decoder`.
+        channels: width of the decoder's UNet at each resolution, multiples of 16.
+        seed: of the random weights.
+    Returns:
+        The two folders: (prior, decoder).
+    """
+    prior, decoder = Path(directory) / "prior", Path(directory) / "decoder"
+    paddle.seed(seed)
+    build_prior_pipeline(prior / "tokenizer").save_pretrained(str(prior))
+    KandinskyV22Pipeline(unet=build_unet(channels), scheduler=build_scheduler(), movq=load_movq()).save_pretrained(
+        str(decoder)
+    )
+    return prior, decoder
+
+
+def build_scheduler(prediction_type="epsilon") -> DDPMScheduler:
+    """The decoder's noise schedule, with the published model's values."""
+    return DDPMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="linear",
+        clip_sample=False,
+        variance_type="learned_range",
+        prediction_type=prediction_type,
+    )
+
+
+def build_unet(channels=(32, 64)) -> UNet2DConditionModel:
+    """The decoder's UNet: image embeddings enter as time embedding and, through added keys and values, as tokens."""
+    lower = len(channels) - 1
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=8,
+        down_block_types=("ResnetDownsampleBlock2D",) + ("SimpleCrossAttnDownBlock2D",) * lower,
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D",) * lower + ("ResnetUpsampleBlock2D",),
+        block_out_channels=channels,
+        layers_per_block=1,
+        cross_attention_dim=EMBEDDING,
+        attention_head_dim=16,
+        norm_num_groups=16,
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="image",
+        encoder_hid_dim=EMBEDDING,
+        encoder_hid_dim_type="image_proj",
+    )
+    # No job trains the variance channels; at 0 they mean "half way between the smallest and the largest variance".
+    with paddle.no_grad():
+        unet.conv_out.weight[4:] = 0.0
+        unet.conv_out.bias[4:] = 0.0
+    return unet
+
+
+def build_prior_pipeline(tokenizer_directory) -> KandinskyV22PriorPipeline:
+    """The prior with both CLIP towers, at random weights."""
+    tokenizer = build_tokenizer(tokenizer_directory)
+    text_encoder = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=EMBEDDING,
+            intermediate_size=2 * EMBEDDING,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            projection_dim=EMBEDDING,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    image_encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            image_size=CLIP_IMAGE_SIZE,
+            patch_size=8,
+            hidden_size=EMBEDDING,
+            intermediate_size=2 * EMBEDDING,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            projection_dim=EMBEDDING,
+        )
+    )
+    prior = PriorTransformer(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        num_layers=2,
+        embedding_dim=EMBEDDING,
+        num_embeddings=77,
+        additional_embeddings=4,
+    )
+    with paddle.no_grad():
+        prior.clip_std.set_value(paddle.ones_like(prior.clip_std))  # a fresh one is 0, and the prior divides by it
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": CLIP_IMAGE_SIZE}, crop_size={"height": CLIP_IMAGE_SIZE, "width": CLIP_IMAGE_SIZE}
+    )
+    scheduler = UnCLIPScheduler(
+        variance_type="fixed_small_log",
+        num_train_timesteps=1000,
+        clip_sample=True,
+        clip_sample_range=5.0,
+        prediction_type="sample",
+    )
+    return KandinskyV22PriorPipeline(
+        prior=prior,
+        image_encoder=image_encoder,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        image_processor=image_processor,
+    )

@@ -1,0 +1,44 @@
+"""The toy's MoVQ: its shape, its trained weights, and the training job that makes them."""
+
+from pathlib import Path
+
+import numpy as np
+import paddle
+from ppdiffusers import VQModel
+from safetensors.numpy import load_file
+
+WEIGHTS = Path(__file__).parent / "weights" / "movq.safetensors"
+
+
+def build_movq() -> VQModel:
+    """A MoVQ of the published structure with random weights: 64×64 pixels to 16×16 latents of 4 channels."""
+    movq = VQModel(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(32, 32, 64),  # its spatial norms have 32 groups, fixed
+        layers_per_block=1,
+        latent_channels=4,
+        sample_size=64,
+        num_vq_embeddings=1024,
+        norm_num_groups=8,
+        vq_embed_dim=4,
+        norm_type="spatial",
+    )
+    # Spatial norms start as plain ones. At random, an outlier can reach -88, where the gradient of Paddle's silu on a
+    # CPU is NaN.
+    with paddle.no_grad():
+        for name, parameter in movq.named_parameters():
+            if ".conv_y." in name or ".conv_b." in name:
+                parameter.set_value(paddle.full_like(parameter, float(name.endswith("conv_y.bias"))))
+    return movq
+
+
+def load_movq() -> VQModel:
+    """The trained MoVQ. Its weights are shipped as float16 and computed with as float32."""
+    movq = build_movq()
+    movq.set_state_dict(
+        {name: paddle.to_tensor(array.astype(np.float32)) for name, array in load_file(WEIGHTS).items()}
+    )
+    return movq
