@@ -62,6 +62,7 @@ class ArgumentParser(argparse.ArgumentParser):
         args = list(sys.argv[1:] if args is None else args)
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config")
+        finder.error = self.error
         config = finder.parse_known_args(args)[0].config
         # Config values stand before the command line's, as if typed first: the last one wins, and types are checked.
         return super().parse_known_args((self._config_arguments(config) if config else []) + args, namespace)

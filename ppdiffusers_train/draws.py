@@ -37,8 +37,9 @@ class RowDraws:
 
     def uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> np.float32:
         """A float32 number, uniform in [low, high)."""
-        number = generator(self.seed, self.position, name).random(dtype=np.float32)
-        return np.float32(low) + np.float32(high - low) * number
+        low, high = np.float32(low), np.float32(high)
+        number = np.float32(generator(self.seed, self.position, name).random(dtype=np.float32))
+        return min(low + (high - low) * number, np.nextafter(high, low))  # the sum may round up to `high`
 
     def integers(self, name: str, low: int, high: int) -> np.int64:
         """An int64 number, uniform in {low, …, high - 1}."""

@@ -1,0 +1,114 @@
+import ppdiffusers_train  # noqa: F401
+
+import argparse
+import json
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from ppdiffusers_train.arguments import add_data_arguments
+from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.errors import BadSampleError, UserError
+from tests.conftest import PHOTOS, copy_photos
+
+
+def dataset_of(*flags, seed=None):
+    parser = argparse.ArgumentParser()
+    add_data_arguments(parser)
+    args = parser.parse_args(list(map(str, flags)))
+    args.seed = seed
+    return build_dataset(args)
+
+
+def captions(dataset):
+    return [dataset[index]["caption"] for index in range(len(dataset))]
+
+
+def test_a_folder_gives_every_photograph_with_its_caption():
+    rows = dataset_of("--train_data_dir", PHOTOS)
+    described = {row["file_name"]: row["text"] for row in map(json.loads, (PHOTOS / "metadata.jsonl").open())}
+    assert len(rows) == len(described) == 15
+    for index in range(len(rows)):
+        row, file = rows[index], rows.name(index).split("/")[-1].split(" ")[0]
+        assert row["caption"] == described[file]
+        assert row["image"].mode == "RGB" and row["image"].size == Image.open(PHOTOS / file).size
+
+
+def test_columns_may_have_any_name_and_captions_may_be_lists(tmp_path):
+    image = Image.new("RGBA", (5, 4), "red")
+    table = datasets.Dataset.from_dict({"picture": [image, image], "words": [["a", "b"], ["c"]]})
+    table.cast_column("picture", datasets.Image()).to_parquet(str(tmp_path / "data" / "train.parquet"))
+    rows = dataset_of("--dataset_name", tmp_path / "data", "--image_column", "picture", "--caption_column", "words")
+    assert captions(rows) == [["a", "b"], ["c"]]
+    assert np.array(rows[0]["image"]).tolist() == [[[255, 0, 0]] * 5] * 4
+    assert rows.name(1) == "row 1"
+
+
+def test_dataset_config_name_chooses_among_configurations(tmp_path):
+    for name in ("one", "two"):
+        table = datasets.Dataset.from_dict({"image": [Image.new("RGB", (2, 2))], "text": [name]})
+        table.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "d" / name / "train.parquet"))
+    (tmp_path / "d" / "README.md").write_text(
+        "---\nconfigs:\n" + "".join(f"- config_name: {n}\n  data_files: {n}/*.parquet\n" for n in ("one", "two")) + "---\n"
+    )
+    assert captions(dataset_of("--dataset_name", tmp_path / "d", "--dataset_config_name", "two")) == ["two"]
+
+
+def test_max_train_samples_takes_a_sample_that_the_seed_chooses():
+    def chosen(seed):
+        return captions(dataset_of("--train_data_dir", PHOTOS, "--max_train_samples", 5, seed=seed))
+
+    assert len(set(chosen(1))) == 5 and chosen(1) == chosen(1) != chosen(2)
+    assert chosen(None) == chosen(0)
+    assert len(dataset_of("--train_data_dir", PHOTOS, "--max_train_samples", 99)) == 15
+
+
+def test_cache_dir_holds_the_prepared_table(tmp_path):
+    dataset_of("--train_data_dir", PHOTOS, "--cache_dir", tmp_path / "cache")
+    assert list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter
+    Image.new("RGB", (8, 4)).save(folder / "a.jpg", exif=exif)
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "x"}\n')
+    assert dataset_of("--train_data_dir", folder)[0]["image"].size == (4, 8)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture at all", None])
+def test_a_broken_image_is_named(tmp_path, content):
+    folder = copy_photos(tmp_path / "photos", 2)
+    file = sorted(folder.glob("*.jpg"))[0]
+    file.write_bytes(file.read_bytes()[:3000] if content is None else content)
+    rows = dataset_of("--train_data_dir", folder)
+    with pytest.raises(BadSampleError, match=rf"{file.name} \(row \d\): the image cannot be read"):
+        captions(rows)
+
+
+def test_a_caption_that_is_no_text_is_named(tmp_path):
+    folder = copy_photos(tmp_path / "photos", 1)
+    (folder / "metadata.jsonl").write_text('{"file_name": "astronaut.jpg", "text": null}\n')
+    with pytest.raises(BadSampleError, match=r"astronaut.jpg \(row 0\): column 'text' holds None; expected a text"):
+        captions(dataset_of("--train_data_dir", folder))
+
+
+def test_what_is_missing_is_named(tmp_path):
+    (tmp_path / "bare").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "bare" / "a.png")
+    cases = {
+        (): "no data: expected --train_data_dir DIR or --dataset_name NAME",
+        ("--train_data_dir", tmp_path / "nowhere"): "--train_data_dir: '.*nowhere' is not a folder",
+        ("--train_data_dir", tmp_path / "bare"): "--train_data_dir: '.*bare' has no metadata.jsonl; expected one line per",
+        ("--train_data_dir", PHOTOS, "--image_column", "img"): "--image_column: .* has no column 'img'; it has image, text",
+        ("--train_data_dir", PHOTOS, "--caption_column", "cap"): "--caption_column: .* has no column 'cap'",
+        ("--train_data_dir", PHOTOS, "--image_column", "text"): "--image_column: column 'text' of .* does not hold images",
+        ("--dataset_name", tmp_path / "nowhere"): "--dataset_name: '.*nowhere' cannot be loaded: ",
+    }
+    for flags, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            dataset_of(*flags)

@@ -1,0 +1,446 @@
+"""The decoder's script, run as a user runs it, on a tiny Kandinsky 2.2."""
+
+import ppdiffusers_train  # noqa: F401
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+from ppdiffusers import KandinskyV22CombinedPipeline, UNet2DConditionModel
+
+from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.draws import Draws, RowDraws
+from tests.conftest import DECODER_SCRIPT, copy_photos, scalars, weights
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def distance(one, other):
+    return max(np.abs(one[name] - other[name]).max() for name in one)
+
+
+def optimizer_state(checkpoint):
+    from safetensors.numpy import load_file
+
+    return load_file(checkpoint / "optimizer.safetensors")
+
+
+# The result.
+
+
+def test_the_guides_three_lines_draw_from_the_output_folder(train_decoder):
+    output_dir = train_decoder()
+    pipe = KandinskyV22CombinedPipeline.from_pretrained(str(output_dir))
+    image = pipe(prompt="a cat", num_inference_steps=2, prior_num_inference_steps=2, height=64, width=64).images[0]
+    assert image.size == (64, 64)
+    assert same({n: t.numpy() for n, t in pipe.unet.state_dict().items()}, weights(output_dir))
+
+
+def test_a_checkpoints_unet_can_be_put_into_the_pipeline(train_decoder):
+    output_dir = train_decoder("--checkpointing_steps=1")
+    unet = UNet2DConditionModel.from_pretrained(f"{output_dir}/checkpoint-1/unet")
+    pipe = KandinskyV22CombinedPipeline.from_pretrained(str(output_dir), unet=unet)
+    assert pipe.unet is unet
+    assert same({n: t.numpy() for n, t in unet.state_dict().items()}, weights(output_dir / "checkpoint-1"))
+    assert not same(weights(output_dir / "checkpoint-1"), weights(output_dir))
+
+
+def test_unchanged_parts_are_hard_links_to_the_base_model(train_decoder, kandinsky):
+    output_dir = train_decoder()
+    prior, decoder = kandinsky
+    for part, source in (
+        ("movq", decoder / "movq"),
+        ("prior_prior", prior / "prior"),
+        ("prior_image_encoder", prior / "image_encoder"),
+    ):
+        for file in source.iterdir():
+            assert (output_dir / part / file.name).samefile(file)
+    assert not list(output_dir.glob(".*")), "nothing temporary is left"
+
+
+def test_an_output_folder_is_a_base_model_again(train_decoder):
+    first = train_decoder(out="first")
+    again = train_decoder(
+        f"--pretrained_decoder_model_name_or_path={first}", f"--pretrained_prior_model_name_or_path={first}", out="second"
+    )
+    assert same(weights(again, "movq"), weights(first, "movq")) and not same(weights(again), weights(first))
+    assert KandinskyV22CombinedPipeline.from_pretrained(str(again)).prior_prior.config.embedding_dim == 64
+
+
+def test_only_the_unet_learns_and_the_base_model_stays_untouched(train_decoder, kandinsky, decoder_job, decoder_flags):
+    before = weights(kandinsky[1])
+    trained = weights(train_decoder())
+    assert same(before, weights(kandinsky[1])) and distance(before, trained) > 1e-4
+    module = decoder_job.KandinskyDecoderTrainingModule(decoder_job.build_parser().parse_args(decoder_flags))
+    assert {id(p) for p in module.trainable_parameters()} == {id(p) for p in module.unet.parameters()}
+    assert not module.movq.training and not module.image_encoder.training
+
+
+def test_the_variance_channels_get_no_gradient(decoder_job, decoder_flags):
+    args = decoder_job.build_parser().parse_args(decoder_flags)
+    module = decoder_job.KandinskyDecoderTrainingModule(args)
+    encoded = encode(module, build_dataset(args), [0, 1])
+    module(encoded, Draws(0, [0, 1])).backward()
+    gradient = module.unet.conv_out.weight.grad.numpy()
+    assert np.abs(gradient[:4]).max() > 0 and np.abs(gradient[4:]).max() == 0
+
+
+def encode(module, rows, indices):
+    samples = [module.preprocess(rows[index], RowDraws(0, index)) for index in indices]
+    return module.encode({name: paddle.to_tensor(np.stack([s[name] for s in samples])) for name in samples[0]})
+
+
+def test_training_overfits_four_photographs(decoder_job, decoder_flags, train_decoder, tmp_path):
+    """At fixed draws, over all noise levels, the loss falls to less than half: more than a constant answer can do."""
+    data = f"--train_data_dir={copy_photos(tmp_path / 'four', 4)}"
+    output_dir = train_decoder(data, "--max_train_steps=150", "--train_batch_size=4", "--learning_rate=3e-3")
+    args = decoder_job.build_parser().parse_args([*decoder_flags, data])
+    module = decoder_job.KandinskyDecoderTrainingModule(args)
+    module.eval()
+    encoded = {name: value.tile([16] + [1] * (value.ndim - 1)) for name, value in encode(module, build_dataset(args), range(4)).items()}
+    draws = Draws(99, range(64))
+    with paddle.no_grad():
+        before = float(module(encoded, draws))
+        module.load_weights(str(output_dir))
+        after = float(module(encoded, draws))
+        wrong_embeds = {**encoded, "image_embeds": encoded["image_embeds"].flip(0)}
+        confused = float(module(wrong_embeds, draws))
+    assert after < 0.5 * before, (before, after)
+    assert confused > 1.02 * after, "the image embedding must matter"
+
+
+# The batch, the order, the seed.
+
+
+def test_accumulating_four_batches_of_one_equals_one_batch_of_four(train_decoder):
+    """Seven samples: the second step's window is short, and so is its last batch."""
+    common = ["--max_train_steps=4"]
+    one = train_decoder("--train_batch_size=4", *common, out="a")
+    four = train_decoder("--train_batch_size=1", "--gradient_accumulation_steps=4", *common, out="b")
+    two = train_decoder("--train_batch_size=2", "--gradient_accumulation_steps=2", *common, out="c")
+    assert np.allclose(scalars(one), scalars(four), rtol=1e-5) and np.allclose(scalars(one), scalars(two), rtol=1e-5)
+    for other in (four, two):
+        for name, moment in optimizer_state_of_run(one).items():
+            if "moment1" in name:
+                assert np.allclose(moment, optimizer_state_of_run(other)[name], atol=2e-5)
+
+
+def optimizer_state_of_run(output_dir):
+    return optimizer_state(output_dir / "checkpoint-4")
+
+
+@pytest.fixture(autouse=True)
+def checkpoint_at_the_fourth_step(request, decoder_flags):
+    if request.node.name.startswith("test_accumulating"):
+        decoder_flags.append("--checkpointing_steps=4")
+
+
+def test_seed_zero_is_a_seed_and_repeats_a_run_bit_for_bit(train_decoder):
+    runs = [train_decoder(f"--seed={seed}", out=name) for seed, name in ((0, "a"), (0, "b"), (1, "c"))]
+    assert same(weights(runs[0]), weights(runs[1])) and not same(weights(runs[0]), weights(runs[2]))
+
+
+def test_without_a_seed_one_is_drawn_and_kept(train_decoder, decoder_flags):
+    decoder_flags.remove("--seed=0")
+    seeds = [json.loads((train_decoder(out=name) / "training_args.json").read_text())["seed"] for name in "ab"]
+    assert seeds[0] != seeds[1]
+    assert same(weights(train_decoder(f"--seed={seeds[0]}", out="c")), weights(train_decoder(f"--seed={seeds[0]}", out="a2")))
+
+
+def test_loader_workers_change_nothing(train_decoder):
+    runs = [train_decoder(f"--dataloader_num_workers={count}", out=str(count)) for count in (0, 2)]
+    assert same(weights(runs[0]), weights(runs[1]))
+
+
+def test_epochs_count_steps_when_steps_are_not_given(train_decoder, decoder_flags):
+    decoder_flags.remove("--max_train_steps=2")
+    assert len(scalars(train_decoder("--num_train_epochs=2", "--train_batch_size=4"))) == 2 * 2
+
+
+def test_max_train_samples_shortens_the_epoch(train_decoder, decoder_flags):
+    decoder_flags.remove("--max_train_steps=2")
+    assert len(scalars(train_decoder("--num_train_epochs=1", "--max_train_samples=3"))) == 2
+
+
+# The optimizer.
+
+
+def test_warm_up_starts_at_zero_and_ends_at_the_learning_rate(train_decoder):
+    output_dir = train_decoder("--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=2", "--max_train_steps=4")
+    assert scalars(output_dir, "train/learning_rate") == pytest.approx([0, 5e-4, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("linear", [1e-3, 7.5e-4, 5e-4, 2.5e-4]),
+        ("cosine", [1e-3, 8.536e-4, 5e-4, 1.464e-4]),
+        ("cosine_with_restarts", [1e-3, 8.536e-4, 5e-4, 1.464e-4]),
+        ("polynomial", [1e-3, 7.5e-4, 5e-4, 2.5e-4]),
+        ("constant", [1e-3] * 4),
+    ],
+)
+def test_the_learning_rate_decays_over_optimizer_steps(train_decoder, name, expected):
+    flags = [f"--lr_scheduler={name}", "--lr_warmup_steps=0", "--max_train_steps=4", "--gradient_accumulation_steps=2"]
+    rates = scalars(train_decoder(*flags, "--train_batch_size=1"), "train/learning_rate")
+    assert rates == pytest.approx(expected, rel=2e-3)
+
+
+def test_gradients_are_clipped_to_the_norm(train_decoder):
+    """AdamW's first moment after one step is a tenth of the gradient."""
+    for norm in (1e-2, 1e-3):
+        out = train_decoder(f"--max_grad_norm={norm}", "--max_train_steps=1", "--checkpointing_steps=1", out=str(norm))
+        moments = [m for name, m in optimizer_state(out / "checkpoint-1").items() if "moment1" in name]
+        assert np.sqrt(sum((moment**2).sum() for moment in moments)) == pytest.approx(0.1 * norm, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--adam_beta1=0.5", "--adam_beta2=0.5", "--adam_weight_decay=0.5", "--adam_epsilon=0.1", "--learning_rate=1e-4"]
+)
+def test_each_flag_of_the_optimizer_changes_the_weights(train_decoder, flag):
+    assert not same(weights(train_decoder(out="plain")), weights(train_decoder(flag, out="changed")))
+
+
+def test_weight_decay_is_off_unless_asked_for_as_in_the_guide(decoder_job):
+    args = decoder_job.build_parser().parse_args([])
+    assert (args.adam_weight_decay, args.train_batch_size, args.learning_rate) == (0.0, 1, 1e-4)
+
+
+def test_ema_moves_is_saved_and_is_the_result(train_decoder, kandinsky):
+    output_dir = train_decoder("--use_ema", "--max_train_steps=3", "--checkpointing_steps=3")
+    checkpoint = output_dir / "checkpoint-3"
+    raw, averaged = weights(checkpoint), weights(checkpoint / "ema")
+    assert not same(raw, averaged) and not same(averaged, weights(kandinsky[1]))
+    assert same(averaged, weights(output_dir))
+    assert not (train_decoder("--checkpointing_steps=2", out="plain") / "checkpoint-2" / "ema").exists()
+
+
+# The loss.
+
+
+@pytest.mark.parametrize("flag", ["--snr_gamma=1.0", "--noise_offset=0.5"])
+def test_each_flag_of_the_loss_changes_it(train_decoder, flag):
+    assert scalars(train_decoder(out="plain"))[0] != scalars(train_decoder(flag, out="changed"))[0]
+
+
+def test_gradient_checkpointing_changes_no_bit(train_decoder, decoder_job, decoder_flags):
+    assert same(weights(train_decoder(out="a")), weights(train_decoder("--gradient_checkpointing", out="b")))
+    args = decoder_job.build_parser().parse_args([*decoder_flags, "--gradient_checkpointing"])
+    assert decoder_job.KandinskyDecoderTrainingModule(args).unet.is_gradient_checkpointing
+
+
+def test_resolution_is_the_size_of_the_pixels(decoder_job, decoder_flags, photos):
+    args = decoder_job.build_parser().parse_args([*decoder_flags, "--resolution=128"])
+    module, rows = decoder_job.KandinskyDecoderTrainingModule(args), build_dataset(args)
+    assert module.preprocess(rows[0], None)["pixel_values"].shape == (3, 128, 128)
+    assert module.preprocess(rows[0], None)["clip_pixel_values"].shape == (3, 32, 32)
+
+
+# What does not do what its name says.
+
+
+@pytest.mark.parametrize(
+    "flag, said",
+    [
+        ("--mixed_precision=bf16", "--mixed_precision bf16: no effect on a CPU, training in float32"),
+        ("--use_8bit_adam", "--use_8bit_adam: Paddle has no 8-bit Adam; AdamW keeps its moments in float32"),
+        ("--allow_tf32", "--allow_tf32: no effect, this device has no TF32"),
+        ("--local_rank=0", "--local_rank 0: no effect, paddle.distributed.launch sets the rank"),
+        ("--enable_xformers_memory_efficient_attention", "--enable_xformers_memory_efficient_attention: no effect"),
+    ],
+)
+def test_a_flag_without_effect_says_so_once(train_decoder, capsys, flag, said):
+    train_decoder(flag, "--max_train_steps=1")
+    assert capsys.readouterr().out.count(said) == 1
+
+
+# Checkpoints and resuming.
+
+LONG = ["--use_ema", "--gradient_accumulation_steps=2", "--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=7"]
+
+
+def assert_same_checkpoint(one, other):
+    assert same(weights(one), weights(other)) and same(weights(one / "ema"), weights(other / "ema"))
+    assert same(optimizer_state(one), optimizer_state(other))
+    assert (one / "ema.safetensors").read_bytes() == (other / "ema.safetensors").read_bytes()
+    states = [json.loads((folder / "state.json").read_text()) for folder in (one, other)]
+    for name in ("step", "position", "lr_scheduler", "ema_updates", "seed"):
+        assert states[0][name] == states[1][name]
+
+
+def test_twelve_steps_equal_five_and_seven_more_bit_for_bit(train_decoder):
+    whole = train_decoder(*LONG, "--max_train_steps=12", "--checkpointing_steps=12", out="whole")
+    train_decoder(*LONG, "--max_train_steps=5", "--checkpointing_steps=5", out="parts")
+    parts = train_decoder(
+        *LONG, "--max_train_steps=12", "--checkpointing_steps=12", "--resume_from_checkpoint=latest", out="parts"
+    )
+    assert scalars(whole) == scalars(parts)
+    assert_same_checkpoint(whole / "checkpoint-12", parts / "checkpoint-12")
+    assert same(weights(whole), weights(parts))
+
+
+def test_the_limit_keeps_the_newest_checkpoints(train_decoder):
+    output_dir = train_decoder("--max_train_steps=7", "--checkpointing_steps=2", "--checkpoints_total_limit=2")
+    assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_latest_skips_a_broken_checkpoint(train_decoder, capsys):
+    output_dir = train_decoder("--checkpointing_steps=1", "--max_train_steps=3")
+    (output_dir / "checkpoint-3" / "unet" / "diffusion_paddle_model.safetensors").write_bytes(b"cut short")
+    train_decoder("--checkpointing_steps=1", "--max_train_steps=3", "--resume_from_checkpoint=latest")
+    said = capsys.readouterr().out
+    assert "skipped" in said and "checkpoint-2 at step 2" in said
+
+
+def test_sigterm_writes_a_checkpoint_from_which_the_run_goes_on(train_decoder, decoder_flags, tmp_path):
+    """The signal comes while a step is under way, in a process of its own."""
+    out = tmp_path / "stopped"
+    code = (
+        "import ppdiffusers_train, os, runpy, signal, sys\n"
+        "job = runpy.run_path(sys.argv[1])\n"
+        "module = job['KandinskyDecoderTrainingModule']\n"
+        "forward, calls = module.forward, []\n"
+        "def interrupted(self, encoded, draws):\n"
+        "    calls.append(0)\n"
+        "    if len(calls) == 2: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return forward(self, encoded, draws)\n"
+        "module.forward = interrupted\n"
+        "job['main'](sys.argv[2:])"
+    )
+    flags = [*decoder_flags, "--use_ema", "--max_train_steps=4"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(DECODER_SCRIPT), *flags, f"--output_dir={out}"], capture_output=True, text=True
+    )
+    assert done.returncode == 128 + 15, done.stderr
+    assert "SIGTERM: wrote" in done.stdout and "--resume_from_checkpoint latest" in done.stdout
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = train_decoder("--use_ema", "--max_train_steps=4", "--resume_from_checkpoint=latest", out="stopped")
+    whole = train_decoder("--use_ema", "--max_train_steps=4", out="whole")
+    assert same(weights(resumed), weights(whole))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(train_decoder, kandinsky, tmp_path, capsys):
+    broken = shutil.copytree(kandinsky[1], tmp_path / "broken")
+    unet = UNet2DConditionModel.from_pretrained(str(broken / "unet"))
+    with paddle.no_grad():
+        unet.conv_in.bias[0] = float("nan")
+    unet.save_pretrained(str(broken / "unet"))
+    with pytest.raises(SystemExit) as stopped:
+        train_decoder(f"--pretrained_decoder_model_name_or_path={broken}")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 1
+    assert "step 1, rank 0: the loss is nan on" in message and ".jpg (row" in message and "timesteps [" in message
+
+
+# Validation.
+
+
+def test_validation_draws_a_grid_and_changes_no_number(train_decoder):
+    plain = train_decoder("--max_train_steps=4", "--use_ema", out="plain")
+    drawn = train_decoder(
+        "--max_train_steps=4", "--use_ema", "--validation_prompts", "a cat", "a moon", "--num_validation_images=2",
+        "--validation_steps=2", "--validation_inference_steps=2", out="drawn",
+    )  # fmt: skip
+    assert same(weights(plain), weights(drawn))
+    assert sorted(path.name for path in (drawn / "validation").iterdir()) == ["step-2.png", "step-4.png"]
+    width, height = Image.open(drawn / "validation" / "step-4.png").size
+    assert width > 2 * 64 and height > 2 * 64
+    assert not (plain / "validation").exists()
+
+
+def test_validation_pictures_are_on_fixed_seeds_and_differ_by_prompt_and_seed(decoder_job, decoder_flags):
+    args = decoder_job.build_parser().parse_args([*decoder_flags, "--validation_inference_steps=2"])
+    module = decoder_job.KandinskyDecoderTrainingModule(args)
+    pictures = [np.array(image) for image in module.generate(["a", "a", "b", "a"], [0, 1, 0, 0])]
+    assert np.array_equal(pictures[0], pictures[3])
+    assert not np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
+
+
+def test_validation_comes_after_every_nth_epoch_and_at_the_end(train_decoder):
+    """Seven samples in batches of 4: two steps an epoch."""
+    output_dir = train_decoder(
+        "--train_batch_size=4", "--max_train_steps=5", "--validation_epochs=1", "--validation_prompt=x",
+        "--validation_inference_steps=1",
+    )  # fmt: skip
+    assert {path.stem for path in (output_dir / "validation").iterdir()} == {"step-2", "step-4", "step-5"}
+
+
+# Reports.
+
+
+def test_reports_go_where_they_are_sent(train_decoder):
+    assert not (train_decoder("--report_to=none") / "logs").exists()
+    output_dir = train_decoder("--logging_dir=elsewhere", "--validation_prompt=x", "--validation_inference_steps=1")
+    assert len(scalars(output_dir, logging_dir="elsewhere")) == 2
+    assert not (output_dir / "logs" / "visualdl").exists()
+
+
+def test_arguments_and_versions_are_written_but_no_token(train_decoder):
+    output_dir = train_decoder("--hub_token=hf_secret", "--checkpointing_steps=1")
+    written = json.loads((output_dir / "training_args.json").read_text())
+    assert written["arguments"]["learning_rate"] == 1e-3 and written["versions"]["paddle"] == paddle.__version__
+    assert not [f for f in output_dir.rglob("*") if f.is_file() and b"hf_secret" in f.read_bytes()]
+
+
+# A user's mistakes.
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_mistakes_get_one_line_and_status_two(decoder_job, decoder_flags, kandinsky, tmp_path, photos, capsys):
+    prior, decoder = kandinsky
+    no_movq = shutil.copytree(decoder, tmp_path / "no_movq", ignore=shutil.ignore_patterns("movq"))
+    no_weights = shutil.copytree(decoder, tmp_path / "no_weights")
+    (no_weights / "unet" / "diffusion_paddle_model.safetensors").unlink()
+    (tmp_path / "file").write_text("")
+    bad_photo = copy_photos(tmp_path / "bad", 2)
+    sorted(bad_photo.glob("*.jpg"))[0].write_bytes(b"no picture")
+    cases = {
+        "--train_data_dir=/nowhere": "--train_data_dir: '/nowhere' is not a folder",
+        f"--train_data_dir={bad_photo}": "astronaut.jpg (row 0): the image cannot be read",
+        "--image_column=img": "--image_column: ",
+        "--resolution=100": "--resolution: 100 does not fit this decoder; expected a multiple of 8",
+        f"--pretrained_decoder_model_name_or_path={photos}": "is not a pipeline: it has no model_index.json",
+        f"--pretrained_decoder_model_name_or_path={prior}": "has no part 'unet'; it has image_encoder, image_processor",
+        f"--pretrained_prior_model_name_or_path={decoder}": "has no part 'prior'; it has movq, scheduler, unet",
+        f"--pretrained_decoder_model_name_or_path={no_movq}": "has no part 'movq'",
+        f"--pretrained_decoder_model_name_or_path={no_weights}": "has no weights in unet/",
+        "--pretrained_decoder_model_name_or_path=/nowhere": "is not a folder; expected a pipeline's folder or a hub name",
+        f"--output_dir={tmp_path / 'file' / 'out'}": "--output_dir: cannot write to",
+        "--resume_from_checkpoint=checkpoint-9": "--resume_from_checkpoint: 'checkpoint-9' is neither a folder nor a",
+        "--report_to=wandb": "--report_to wandb: not installed",
+        "--push_to_hub": "--push_to_hub: no token; expected the environment variable HF_TOKEN",
+        "--lr_scheduler=polynomial": "--lr_warmup_steps 500: the run has 2 steps; expected fewer with polynomial",
+        "--learning_rat=1": "--learning_rat is not a flag of this script; did you mean --learning_rate?",
+    }
+    for flag, expected in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            decoder_job.main([*decoder_flags, flag])
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert stopped.value.code == 2 and "error: " in last and expected in last, (flag, last)
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(train_decoder, decoder_flags, tmp_path, capsys):
+    checkpoint = train_decoder("--checkpointing_steps=2") / "checkpoint-2"
+    other_job = shutil.copytree(checkpoint, tmp_path / "other_job")
+    edit_json(other_job / "state.json", job="KandinskyPriorTrainingModule")
+    cases = {
+        (checkpoint, "--seed=1"): "is of another run: its --seed is 0, here it is 1",
+        (checkpoint, "--max_train_samples=3"): "its number of samples is 7, here it is 3",
+        (other_job, "--seed=0"): "its job is KandinskyPriorTrainingModule, here it is KandinskyDecoderTrainingModule",
+        (checkpoint, "--use_ema"): "was written without --use_ema",
+    }
+    for (folder, flag), expected in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            train_decoder(f"--resume_from_checkpoint={folder}", flag, out="resumed")
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert stopped.value.code == 2 and expected in last, last

@@ -1,0 +1,92 @@
+import pytest
+
+from ppdiffusers_train.arguments import (
+    ArgumentParser,
+    add_data_arguments,
+    add_output_arguments,
+    add_training_arguments,
+    add_validation_arguments,
+)
+
+
+@pytest.fixture
+def parser():
+    parser = ArgumentParser(prog="job.py")
+    add_data_arguments(parser)
+    add_training_arguments(parser)
+    add_output_arguments(parser, "out")
+    add_validation_arguments(parser)
+    return parser
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text):
+        (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+        return f"--config={tmp_path / 'c.yaml'}"
+
+    return write
+
+
+def refusal(parser, capsys, *flags):
+    """The one line that the parser prints before it exits with status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(list(flags))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--learning_rat=1"], "--learning_rat is not a flag of this script; did you mean --learning_rate?"),
+        (["--zzz"], "--zzz is not a flag of this script; --help lists them"),
+        (["photos"], "unexpected argument 'photos'; flags begin with --"),
+        (["--train_batch_size=0"], "argument --train_batch_size: '0' is not a whole number above 0"),
+        (["--learning_rate=fast"], "argument --learning_rate: 'fast' is not a number from 0 on"),
+        (["--learning_rate=nan"], "'nan' is not a number from 0 on"),
+        (["--adam_beta1=1"], "'1' is not a number from 0 to below 1"),
+        (["--seed=-1"], "'-1' is not a whole number from 0 to 2**63 - 1"),
+        (["--lr_scheduler=step"], "invalid choice: 'step'"),
+        (["--config"], "--config: expected one argument"),
+        (["--config=/nowhere/c.yaml"], "--config: cannot read '/nowhere/c.yaml': No such file or directory"),
+    ],
+)
+def test_a_mistake_gets_one_line_that_names_flag_and_value(parser, capsys, flags, expected):
+    line = refusal(parser, capsys, *flags)
+    assert line.startswith("job.py: error: ") and expected in line
+
+
+def test_abbreviated_flags_are_refused(parser, capsys):
+    assert "did you mean --max_train_steps?" in refusal(parser, capsys, "--max_train_step=3")
+
+
+def test_both_spellings_of_the_prompts_are_the_same_flag(parser):
+    assert parser.parse_args(["--validation_prompt", "a cat"]).validation_prompts == ["a cat"]
+    assert parser.parse_args(["--validation_prompts", "a", "b"]).validation_prompts == ["a", "b"]
+
+
+def test_config_sets_flags_and_the_command_line_wins(parser, config):
+    flag = config("learning_rate: 1e-5\nuse_ema: true\nseed: 0\nvalidation_prompts: [a cat, 一只猫]\ncache_dir: null\n")
+    args = parser.parse_args([flag, "--learning_rate=2e-5"])
+    assert (args.learning_rate, args.use_ema, args.seed, args.cache_dir) == (2e-5, True, 0, None)
+    assert args.validation_prompts == ["a cat", "一只猫"]
+    assert parser.parse_args(["--learning_rate=2e-5", flag, "--no_use_ema"]).learning_rate == 2e-5
+    assert parser.parse_args([flag, "--no_use_ema"]).use_ema is False
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("learning_rat: 1", "sets 'learning_rat', which is not a flag; did you mean --learning_rate?"),
+        ("train_batch_size: many", "argument --train_batch_size: 'many' is not a whole number above 0"),
+        ("use_ema: 3", "sets 'use_ema' to 3; expected true or false"),
+        ("seed: [1, 2]", "sets 'seed' to a list; expected one value"),
+        ("- seed", "holds a list; expected lines of the form 'name: value'"),
+        ("a: b: c", "is not valid YAML"),
+        ("config: other.yaml", "sets 'config', which is not a flag"),
+    ],
+)
+def test_a_mistake_in_the_config_gets_one_line(parser, capsys, config, text, expected):
+    assert expected in refusal(parser, capsys, config(text))
