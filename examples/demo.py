@@ -2,7 +2,7 @@
 
     make demo
 
-It builds the tiny pipelines, trains the decoder with the same script that trains the real one, and writes a picture: the
+It builds the tiny pipelines, trains the decoder with the script that trains the real one, and writes a picture: the
 photographs, what the untrained decoder draws from their CLIP embeddings, and what the trained one draws.
 """
 
@@ -30,10 +30,10 @@ def main(argv=None):
     """Run the demo; `argv` is `[output folder, training steps]`, both optional."""
     argv = sys.argv[1:] if argv is None else argv
     output = Path(argv[0] if argv else "outputs/demo")
-    steps = argv[1] if len(argv) > 1 else "450"
+    steps = argv[1] if len(argv) > 1 else "500"
     quiet_libraries()
     print("1/3  building a tiny Kandinsky 2.2", flush=True)
-    prior, decoder = build_kandinsky(output / "pretrained", channels=(32, 96))
+    prior, decoder = build_kandinsky(output / "pretrained", channels=(32, 64))
 
     print("2/3  training its decoder on the photographs in examples/data/photos, about 4 minutes", flush=True)
     script = EXAMPLES / "kandinsky2_2" / "train_text_to_image_decoder.py"
@@ -43,7 +43,7 @@ def main(argv=None):
         f"--pretrained_prior_model_name_or_path={prior}",
         f"--train_data_dir={PHOTOS}",
         f"--resolution={RESOLUTION}",
-        "--train_batch_size=15",
+        "--train_batch_size=5",
         f"--max_train_steps={steps}",
         "--learning_rate=2e-3",
         "--lr_scheduler=cosine",
@@ -67,7 +67,9 @@ def main(argv=None):
     ]
     picture = output / "demo.png"
     captioned_grid(
-        [photographs, *drawn], ["photographs", "drawn by the untrained decoder", "drawn by the trained decoder"], scale=2
+        [photographs, *drawn],
+        ["photographs", "drawn by the untrained decoder", "drawn by the trained decoder"],
+        scale=2,
     ).save(picture)
     print(
         f"\n{picture}: photographs, untrained, trained\n{output / 'trained'}: the pipeline, for "

@@ -138,9 +138,7 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
     group.add_argument("--train_batch_size", type=positive_int, default=train_batch_size, help="samples per card")
     group.add_argument("--num_train_epochs", type=positive_int, default=100, help="how often each sample is seen")
     group.add_argument("--max_train_steps", type=positive_int, help="optimizer steps; overrides the number of epochs")
-    group.add_argument(
-        "--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step"
-    )
+    group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
     group.add_argument("--gradient_checkpointing", action=Flag, help="recompute activations: less memory, more time")
     group.add_argument(
         "--enable_xformers_memory_efficient_attention",

@@ -1,8 +1,8 @@
 """Every random number of a run, as a pure function of (run seed, position of the sample in the run, name of the draw).
 
-The numbers come from Philox, a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
-3"): the seed and the name are its key, the position its counter. So they do not depend on the number of cards, workers or
-accumulation steps, nor on where a run was stopped, and they are the same on every device because NumPy draws them.
+The numbers come from Philox, a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as
+1, 2, 3"): the seed and the name are its key, the position its counter. So they do not depend on the number of cards,
+workers or accumulation steps, nor on where a run was stopped; and NumPy draws the same ones on every device.
 """
 
 import hashlib

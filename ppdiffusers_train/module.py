@@ -7,8 +7,8 @@ class DiffusionTrainingModule(nn.Layer):
     """One training job. A subclass loads its models, freezes what does not learn, and fills in the methods below.
 
     A row is `{"image": RGB PIL image, "caption": str, …}` whatever the dataset's columns are called; a batch is the
-    arrays of several rows stacked, as paddle tensors. `draws` gives every random number (see `draws.Draws`), so the same
-    `encoded` and `draws` give the same loss on any number of cards.
+    arrays of several rows stacked, as paddle tensors. `draws` gives every random number (see `draws.Draws`), so the
+    same `encoded` and `draws` give the same loss on any number of cards.
     """
 
     def preprocess(self, row, draws):

@@ -1,5 +1,7 @@
 """The one loop. It trains any `DiffusionTrainingModule` and knows no diffusion."""
 
+from ppdiffusers_train import __version__
+
 import contextlib
 import json
 import math
@@ -13,7 +15,6 @@ import paddle
 from ppdiffusers.optimization import get_scheduler
 from safetensors.numpy import load_file, save_file
 
-from ppdiffusers_train import __version__
 from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches
 from ppdiffusers_train.data.order import SampleOrder, micro_batches
 from ppdiffusers_train.draws import Draws, generator
@@ -92,9 +93,7 @@ def launch_training_task(module, dataset, args) -> None:
     trackers = []
     if ranks.is_main:
         (output_dir / "training_args.json").write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
-        trackers = open_trackers(
-            args.report_to, output_dir / args.logging_dir, args.tracker_project_name, arguments
-        )
+        trackers = open_trackers(args.report_to, output_dir / args.logging_dir, args.tracker_project_name, arguments)
     progress = Progress(state.step, total_steps, visible=ranks.is_main)
 
     def save():
@@ -175,7 +174,9 @@ def launch_training_task(module, dataset, args) -> None:
             tracker.close()
         say(f"wrote the result to {output_dir}")
         if args.push_to_hub:
-            url = push_to_hub(output_dir, args.hub_model_id, args.hub_token, module.card_data(), args.validation_prompts)
+            url = push_to_hub(
+                output_dir, args.hub_model_id, args.hub_token, module.card_data(), args.validation_prompts
+            )
             say(f"uploaded to {url}")
     ranks.wait()
 
@@ -236,7 +237,9 @@ class TrainingState:
         tensors = load_file(folder / OPTIMIZER_FILE)
         names = {name.split("//")[0] for name in tensors}
         if names != set(self.parameters):
-            raise UserError(f"{flag} holds an optimizer of other weights ({len(names)} instead of {len(self.parameters)})")
+            raise UserError(
+                f"{flag} holds an optimizer of other weights ({len(names)} instead of {len(self.parameters)})"
+            )
         self.module.load_weights(str(folder))
         load_optimizer_tensors(self.optimizer, self.parameters, tensors)
         self.lr_scheduler.set_state_dict(saved["lr_scheduler"])

@@ -17,7 +17,9 @@ def test_a_batch_draws_what_its_rows_would_draw_alone(seed, batch):
     draws, rows = Draws(seed, batch), [RowDraws(seed, position) for position in batch]
     assert np.array_equal(draws.normal("noise", [2, 3]).numpy(), [row.normal("noise", [2, 3]) for row in rows])
     assert np.array_equal(draws.uniform("x", 3.0, 15.0).numpy(), [row.uniform("x", 3.0, 15.0) for row in rows])
-    assert np.array_equal(draws.integers("timesteps", 0, 1000).numpy(), [row.integers("timesteps", 0, 1000) for row in rows])
+    assert np.array_equal(
+        draws.integers("timesteps", 0, 1000).numpy(), [row.integers("timesteps", 0, 1000) for row in rows]
+    )
     assert np.array_equal(draws.categorical("c", [1, 2, 3]).numpy(), [row.categorical("c", [1, 2, 3]) for row in rows])
 
 
@@ -33,7 +35,10 @@ def test_seed_position_and_name_each_change_the_numbers(seed, position):
 
 def test_types_and_shapes_are_those_of_the_contract():
     draws, row = Draws(0, [5, 6]), RowDraws(0, 5)
-    assert (draws.normal("noise", [4, 1, 1]).shape, str(draws.normal("noise", []).dtype)) == ([2, 4, 1, 1], "paddle.float32")
+    assert (draws.normal("noise", [4, 1, 1]).shape, str(draws.normal("noise", []).dtype)) == (
+        [2, 4, 1, 1],
+        "paddle.float32",
+    )
     assert str(draws.integers("t", 0, 9).dtype) == str(draws.categorical("c", [1]).dtype) == "paddle.int64"
     assert str(draws.uniform("u", 0, 1).dtype) == "paddle.float32"
     assert isinstance(row.uniform("u"), np.float32) and isinstance(row.integers("i", 0, 3), np.int64)

@@ -1,4 +1,4 @@
-"""Images with captions, from a folder or the hub, through `datasets`, as rows of one form whatever the columns' names."""
+"""Images with captions, from a folder or the hub, through `datasets`, as rows of one form whatever the columns."""
 
 import io
 from pathlib import Path

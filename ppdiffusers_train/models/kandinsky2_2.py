@@ -95,7 +95,7 @@ def check_resolution(folders: KandinskyFolders, resolution: int) -> None:
 
 
 def draw(pipeline, prompts, seeds, resolution: int, inference_steps: int, **options) -> list:
-    """One PIL image per pair of prompt and seed. Paddle's generator is seeded for each, so a picture stands for itself."""
+    """One PIL image per pair of prompt and seed. Paddle's generator is seeded for each: it stands for itself."""
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for prompt, seed in zip(prompts, seeds):

@@ -6,11 +6,13 @@ or in torch's (linear weights transposed); ppdiffusers 0.29.0 wants to be told w
 
 import json
 import os
+import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import huggingface_hub
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ppdiffusers_train.errors import UserError
 
@@ -124,9 +126,14 @@ class PipelineFolder:
             raise self._error(f"has no weights in {self.folders[part].name}/; expected {', '.join(PADDLE_WEIGHTS)}, …")
         if file.suffix != ".safetensors":
             print(f"{file}: pickled weights; load them only from a source you trust")
+        is_torch = self.is_torch(part)
         try:
-            model = part_class.from_pretrained(folder, from_diffusers=self.is_torch(part), **_dtype(part_class, dtype))
-        except (AssertionError, OSError, ValueError, RuntimeError) as error:
+            # paddlenlp leaves a converted copy, pickled, beside torch weights: it gets a folder of links to do so.
+            with tempfile.TemporaryDirectory() as links:
+                for source in Path(folder).iterdir():
+                    os.symlink(source.resolve(), Path(links) / source.name)
+                model = part_class.from_pretrained(links, from_diffusers=is_torch, **_dtype(part_class, dtype))
+        except (AssertionError, OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._error(f"has a {self.folders[part].name}/ that cannot be loaded: {error}") from error
         return model
 
@@ -135,15 +142,20 @@ class PipelineFolder:
 
         Files are hard links where the disk allows; only weights in torch's layout are converted, in the type they have.
         """
-        if not self.is_torch(part):
-            return link_tree(self.folders[part], target)
         file = self.weights(part)
+        if not self.is_torch(part):
+            source = self.folders[part]
+            others = {path.name for path in source.iterdir() if file and path.name.endswith(WEIGHT_SUFFIXES)}
+            kept = {
+                name for name in others if re.sub(r"-\d+-of-\d+", "", name) == re.sub(r"-\d+-of-\d+", "", file.name)
+            }
+            return link_tree(source, target, leave_out=others - kept)
         dtype = "float32"
         if file.suffix == ".safetensors":
             with safe_open(file, "np") as tensors:
                 name = next(iter(tensors.keys()))
                 dtype = DTYPES.get(tensors.get_slice(name).get_dtype(), "float32")
-        self.load(part, part_class, dtype).save_pretrained(str(target))
+        self.load(part, part_class, dtype).save_pretrained(str(target), safe_serialization=True)
 
 
 def _dtype(part_class, dtype):
@@ -152,7 +164,7 @@ def _dtype(part_class, dtype):
 
 
 def files_to_download(files, parts):
-    """Of a repository's files those of `parts`, with one kind of weights each: Paddle's, else safetensors, else .bin."""
+    """Of a repository's files those of `parts`, one kind of weights each: Paddle's, else safetensors, else .bin."""
     chosen = [name for name in files if name == "model_index.json"]
     for part in parts:
         inside = [name for name in files if name.startswith(f"{part}/")]
@@ -168,8 +180,8 @@ def files_to_download(files, parts):
     return chosen
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """Copy a folder with hard links, or with copies where the disk cannot link."""
+def link_tree(source: Path, target: Path, leave_out=()) -> None:
+    """Copy a folder with hard links, or with copies where the disk cannot link, without the names in `leave_out`."""
 
     def link(file, copy):
         try:
@@ -177,4 +189,6 @@ def link_tree(source: Path, target: Path) -> None:
         except OSError:
             shutil.copy2(file, copy)
 
-    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
+    shutil.copytree(
+        source, target, copy_function=link, dirs_exist_ok=True, ignore=lambda folder, names: set(leave_out) & set(names)
+    )

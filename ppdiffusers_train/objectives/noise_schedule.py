@@ -57,9 +57,9 @@ def offset_noise(noise, offset_per_channel, strength: float):
 def min_snr_weights(snr, gamma: float, prediction_type: str):
     """Loss weights that treat timesteps as tasks of equal difficulty. [B] -> [B].
 
-    With m = min(SNR, γ): m / SNR for epsilon, m / (SNR + 1) for v_prediction, m for sample prediction (Hang et al. 2023,
-    arXiv 2303.09556, section 3.4). The first is computed as min(1, γ / SNR), the same number, which at SNR 0 (a
-    schedule with zero terminal SNR) is the limit 1 instead of 0/0.
+    With m = min(SNR, γ): m / SNR for epsilon, m / (SNR + 1) for v_prediction, m for sample prediction (Hang et al.
+    2023, arXiv 2303.09556, section 3.4). The first is computed as min(1, γ / SNR), the same number, which at SNR 0
+    (a schedule with zero terminal SNR) is the limit 1 instead of 0/0.
     """
     if prediction_type == "epsilon":
         return paddle.clip(gamma / snr, max=1.0)

@@ -18,13 +18,24 @@ def _endpoint():
 def check_hub_login(token) -> None:
     """Raise a `UserError` when an upload at the end of the run would fail for want of a token."""
     if not (token or huggingface_hub.get_token()):
-        raise UserError("--push_to_hub: no token; expected the environment variable HF_TOKEN, or `huggingface-cli login`")
+        raise UserError(
+            "--push_to_hub: no token; expected the environment variable HF_TOKEN, or `huggingface-cli login`"
+        )
 
 
 def model_card(name: str, card_data: dict, prompts, picture) -> str:
     """The text of a README.md for the hub: metadata, prompts, and the validation grid where there is one."""
     data = huggingface_hub.ModelCardData(library_name="ppdiffusers", pipeline_tag="text-to-image", **card_data)
-    lines = ["---", data.to_yaml(), "---", "", f"# {name}", "", "Fine-tuned with `ppdiffusers_train` on PaddlePaddle.", ""]
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        "Fine-tuned with `ppdiffusers_train` on PaddlePaddle.",
+        "",
+    ]
     if prompts and picture:
         lines += [f"![validation]({picture})", "", "Prompts, one row each:", ""]
         lines += [f"* {prompt}" for prompt in prompts]

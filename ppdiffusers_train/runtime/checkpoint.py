@@ -1,7 +1,7 @@
 """Folders that are either complete or not there.
 
-A checkpoint is written into a temporary folder, synced to disk, and renamed. Its `state.json`, written last, lists every
-file with its size, so a folder that something else cut short is recognised too.
+A checkpoint is written into a temporary folder, synced to disk, and renamed. Its `state.json`, written last, lists
+every file with its size, so a folder that something else cut short is recognised too.
 """
 
 import contextlib

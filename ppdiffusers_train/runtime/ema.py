@@ -8,8 +8,8 @@ import paddle
 def ema_decay(update: int, max_decay: float = 0.9999) -> float:
     """Decay of the `update`-th update, counted from 1: min(max_decay, (1 + s) / (10 + s)) with s = update - 1.
 
-    The first update has decay 0, so the average starts at weights that were trained, and short runs are not dominated by
-    the initial ones (as in diffusers' `EMAModel`).
+    The first update has decay 0, so the average starts at weights that were trained, and short runs are not dominated
+    by the initial ones (as in diffusers' `EMAModel`).
     """
     past = update - 1
     return 0.0 if past <= 0 else min(max_decay, (1 + past) / (10 + past))

@@ -1,8 +1,8 @@
 """An optimizer's state under structured parameter names.
 
-Paddle names the state after parameters' automatic names (`linear_7.w_0_moment1_0`), which count the layers a process has
-made so far: they differ between a script, a resumed script and another card. Structured names (`unet.conv_in.weight`)
-do not.
+Paddle names the state after parameters' automatic names (`linear_7.w_0_moment1_0`), which count the layers a process
+has made so far: they differ between a script, a resumed script and another card. Structured names
+(`unet.conv_in.weight`) do not.
 """
 
 import paddle

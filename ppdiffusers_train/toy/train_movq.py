@@ -2,8 +2,8 @@
 
     python -m ppdiffusers_train.toy.train_movq --train_data_dir examples/data/photos --seed 0
 
-An autoencoder that is used in two ways: by the Kandinsky decoder unquantised, as latents of about unit scale, and through
-its codebook (van den Oord et al. 2017, arXiv 1711.00937). So half of each batch passes through the codebook.
+An autoencoder that is used in two ways: by the Kandinsky decoder unquantised, as latents of about unit scale, and
+through its codebook (van den Oord et al. 2017, arXiv 1711.00937). So half of each batch passes through the codebook.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -39,7 +39,7 @@ def build_parser():
     add_validation_arguments(parser)
     add_reporting_arguments(parser)
     parser.set_defaults(
-        resolution=64, learning_rate=2e-3, lr_scheduler="cosine", lr_warmup_steps=50, max_train_steps=1000
+        resolution=64, learning_rate=2e-3, lr_scheduler="cosine", lr_warmup_steps=50, max_train_steps=1600
     )
     return parser
 
@@ -70,7 +70,7 @@ class MoVQTrainingModule(DiffusionTrainingModule):
         return batch
 
     def forward(self, encoded, draws):
-        """Squared error of both reconstructions, the codebook's loss, and a pull of the latents to zero mean, unit scale."""
+        """Squared error, the codebook's loss, and a pull of the latents to zero mean and unit scale."""
         pixels = encoded["pixel_values"]
         latents = self.movq.encode(pixels).latents
         quantized, codebook_loss, _ = self.movq.quantize(latents)

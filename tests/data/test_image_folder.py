@@ -51,7 +51,9 @@ def test_dataset_config_name_chooses_among_configurations(tmp_path):
         table = datasets.Dataset.from_dict({"image": [Image.new("RGB", (2, 2))], "text": [name]})
         table.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "d" / name / "train.parquet"))
     (tmp_path / "d" / "README.md").write_text(
-        "---\nconfigs:\n" + "".join(f"- config_name: {n}\n  data_files: {n}/*.parquet\n" for n in ("one", "two")) + "---\n"
+        "---\nconfigs:\n"
+        + "".join(f"- config_name: {n}\n  data_files: {n}/*.parquet\n" for n in ("one", "two"))
+        + "---\n"
     )
     assert captions(dataset_of("--dataset_name", tmp_path / "d", "--dataset_config_name", "two")) == ["two"]
 
@@ -103,10 +105,23 @@ def test_what_is_missing_is_named(tmp_path):
     cases = {
         (): "no data: expected --train_data_dir DIR or --dataset_name NAME",
         ("--train_data_dir", tmp_path / "nowhere"): "--train_data_dir: '.*nowhere' is not a folder",
-        ("--train_data_dir", tmp_path / "bare"): "--train_data_dir: '.*bare' has no metadata.jsonl; expected one line per",
-        ("--train_data_dir", PHOTOS, "--image_column", "img"): "--image_column: .* has no column 'img'; it has image, text",
+        (
+            "--train_data_dir",
+            tmp_path / "bare",
+        ): "--train_data_dir: '.*bare' has no metadata.jsonl; expected one line per",
+        (
+            "--train_data_dir",
+            PHOTOS,
+            "--image_column",
+            "img",
+        ): "--image_column: .* has no column 'img'; it has image, text",
         ("--train_data_dir", PHOTOS, "--caption_column", "cap"): "--caption_column: .* has no column 'cap'",
-        ("--train_data_dir", PHOTOS, "--image_column", "text"): "--image_column: column 'text' of .* does not hold images",
+        (
+            "--train_data_dir",
+            PHOTOS,
+            "--image_column",
+            "text",
+        ): "--image_column: column 'text' of .* does not hold images",
         ("--dataset_name", tmp_path / "nowhere"): "--dataset_name: '.*nowhere' cannot be loaded: ",
     }
     for flags, message in cases.items():

@@ -68,7 +68,9 @@ def test_unchanged_parts_are_hard_links_to_the_base_model(train_decoder, kandins
 def test_an_output_folder_is_a_base_model_again(train_decoder):
     first = train_decoder(out="first")
     again = train_decoder(
-        f"--pretrained_decoder_model_name_or_path={first}", f"--pretrained_prior_model_name_or_path={first}", out="second"
+        f"--pretrained_decoder_model_name_or_path={first}",
+        f"--pretrained_prior_model_name_or_path={first}",
+        out="second",
     )
     assert same(weights(again, "movq"), weights(first, "movq")) and not same(weights(again), weights(first))
     assert KandinskyV22CombinedPipeline.from_pretrained(str(again)).prior_prior.config.embedding_dim == 64
@@ -104,7 +106,10 @@ def test_training_overfits_four_photographs(decoder_job, decoder_flags, train_de
     args = decoder_job.build_parser().parse_args([*decoder_flags, data])
     module = decoder_job.KandinskyDecoderTrainingModule(args)
     module.eval()
-    encoded = {name: value.tile([16] + [1] * (value.ndim - 1)) for name, value in encode(module, build_dataset(args), range(4)).items()}
+    encoded = {
+        name: value.tile([16] + [1] * (value.ndim - 1))
+        for name, value in encode(module, build_dataset(args), range(4)).items()
+    }
     draws = Draws(99, range(64))
     with paddle.no_grad():
         before = float(module(encoded, draws))
@@ -151,7 +156,9 @@ def test_without_a_seed_one_is_drawn_and_kept(train_decoder, decoder_flags):
     decoder_flags.remove("--seed=0")
     seeds = [json.loads((train_decoder(out=name) / "training_args.json").read_text())["seed"] for name in "ab"]
     assert seeds[0] != seeds[1]
-    assert same(weights(train_decoder(f"--seed={seeds[0]}", out="c")), weights(train_decoder(f"--seed={seeds[0]}", out="a2")))
+    assert same(
+        weights(train_decoder(f"--seed={seeds[0]}", out="c")), weights(train_decoder(f"--seed={seeds[0]}", out="a2"))
+    )
 
 
 def test_loader_workers_change_nothing(train_decoder):
@@ -202,7 +209,8 @@ def test_gradients_are_clipped_to_the_norm(train_decoder):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--adam_beta1=0.5", "--adam_beta2=0.5", "--adam_weight_decay=0.5", "--adam_epsilon=0.1", "--learning_rate=1e-4"]
+    "flag",
+    ["--adam_beta1=0.5", "--adam_beta2=0.5", "--adam_weight_decay=0.5", "--adam_epsilon=0.1", "--learning_rate=1e-4"],
 )
 def test_each_flag_of_the_optimizer_changes_the_weights(train_decoder, flag):
     assert not same(weights(train_decoder(out="plain")), weights(train_decoder(flag, out="changed")))
@@ -414,7 +422,7 @@ def test_mistakes_get_one_line_and_status_two(decoder_job, decoder_flags, kandin
         f"--pretrained_prior_model_name_or_path={decoder}": "has no part 'prior'; it has movq, scheduler, unet",
         f"--pretrained_decoder_model_name_or_path={no_movq}": "has no part 'movq'",
         f"--pretrained_decoder_model_name_or_path={no_weights}": "has no weights in unet/",
-        "--pretrained_decoder_model_name_or_path=/nowhere": "is not a folder; expected a pipeline's folder or a hub name",
+        "--pretrained_decoder_model_name_or_path=/nowhere": "is not a folder; expected a pipeline's folder or a hub",
         f"--output_dir={tmp_path / 'file' / 'out'}": "--output_dir: cannot write to",
         "--resume_from_checkpoint=checkpoint-9": "--resume_from_checkpoint: 'checkpoint-9' is neither a folder nor a",
         "--report_to=wandb": "--report_to wandb: not installed",

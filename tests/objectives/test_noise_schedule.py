@@ -65,7 +65,9 @@ def test_min_snr_weights_by_hand_each_sample_with_its_own_snr(prediction_type, e
     assert weights.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("prediction_type, expected", [("epsilon", [1, 0]), ("v_prediction", [0, 0]), ("sample", [0, 5])])
+@pytest.mark.parametrize(
+    "prediction_type, expected", [("epsilon", [1, 0]), ("v_prediction", [0, 0]), ("sample", [0, 5])]
+)
 def test_min_snr_weights_are_numbers_at_snr_zero_and_infinity(prediction_type, expected):
     snr = signal_to_noise_ratio(SCHEDULE, paddle.to_tensor([3, 2]))
     assert snr.tolist() == [0.0, np.inf]

@@ -11,7 +11,9 @@ REPORT = (
 
 
 def import_in_a_new_process(code=REPORT, **environment):
-    clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE")}
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE")
+    }
     done = subprocess.run([sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return json.loads(done.stdout)

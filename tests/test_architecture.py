@@ -1,0 +1,100 @@
+"""The rules of docs/architecture.md that a machine can check."""
+
+import ast
+import re
+
+import pytest
+
+from tests.conftest import ROOT, load_script
+
+PACKAGE = ROOT / "ppdiffusers_train"
+LIBRARY = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = [path for path in sorted((ROOT / "examples").glob("*/train_*.py"))]
+
+# Each part of the package and what of the package it may import. Scripts and toys may import anything.
+MAY_IMPORT = {
+    "objectives": set(),
+    "errors": set(),
+    "arguments": set(),
+    "draws": set(),
+    "module": set(),
+    "runtime": {"errors"},
+    "reporting": {"errors"},
+    "data": {"draws", "errors"},
+    "models": {"errors"},
+    "training": {"data", "runtime", "reporting", "draws", "module", "errors"},
+}
+
+
+def part_of(path):
+    """`ppdiffusers_train/data/order.py` -> "data"; `ppdiffusers_train/training.py` -> "training"."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """The modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("path", [path for path in LIBRARY if part_of(path) in MAY_IMPORT], ids=lambda p: p.name)
+def test_each_part_imports_only_what_it_may(path):
+    part = part_of(path)
+    for name in imports(path):
+        if name.startswith("ppdiffusers_train."):
+            other = name.split(".")[1]
+            assert other == part or other in MAY_IMPORT[part], f"{path.name} imports {name}"
+
+
+def test_every_part_has_a_rule():
+    assert {part_of(path) for path in LIBRARY} - {"__init__", "toy"} == set(MAY_IMPORT)
+
+
+def test_models_and_pipelines_of_ppdiffusers_stay_in_models_and_toy():
+    for path in LIBRARY:
+        if part_of(path) not in ("models", "toy"):
+            found = [name for name in imports(path) if re.match(r"ppdiffusers(\.|$)|paddlenlp", name)]
+            # The learning-rate schedules, the version, and the logger are no models.
+            assert set(found) <= {"ppdiffusers.optimization", "ppdiffusers", "paddlenlp.utils.log"}, path
+            names = re.findall(r"from ppdiffusers import (.*)", path.read_text(encoding="utf-8"))
+            assert not names, f"{path} imports {names}"
+
+
+def test_the_library_never_imports_a_script():
+    assert not [path for path in LIBRARY for name in imports(path) if name.startswith("examples")]
+
+
+def test_flags_are_read_only_in_scripts_dataset_and_loop():
+    allowed = {"training.py", "arguments.py", "image_folder.py", "train_movq.py"}
+    for path in LIBRARY:
+        if path.name not in allowed:
+            assert not re.search(r"\bargs\.", path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_declared_flag_is_read(script):
+    declared = {action.dest for action in load_script(script).build_parser()._actions} - {"help", "config"}
+    read = set()
+    for path in [script, *LIBRARY]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = ast.unparse(node.value)
+                if owner in ("args", "self.args"):
+                    read.add(node.attr)
+    assert declared <= read, f"read nowhere: {sorted(declared - read)}"
+
+
+def test_nothing_is_imported_by_star_and_no_version_is_compared():
+    for path in [*LIBRARY, *SCRIPTS]:
+        text = path.read_text(encoding="utf-8")
+        assert "import *" not in text, path
+        assert not re.search(r"__version__\s*(<|>|==|!=|\.startswith)", text), path
+
+
+def test_files_are_short_enough_to_read():
+    for path in [*LIBRARY, *SCRIPTS]:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 350 and max(map(len, lines), default=0) <= 120, path

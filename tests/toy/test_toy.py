@@ -1,0 +1,71 @@
+import ppdiffusers_train  # noqa: F401
+
+import numpy as np
+import paddle
+import pytest
+
+from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels
+from ppdiffusers_train.toy.movq import WEIGHTS, load_movq
+from ppdiffusers_train.toy.tokenizer import build_tokenizer
+from tests.conftest import PHOTOS, load_script
+
+
+def test_tokens_are_bytes_and_come_back_as_text(tmp_path):
+    tokenizer = build_tokenizer(tmp_path)
+    for text in ("a red circle", "红色的圆"):
+        ids = tokenizer(text, padding="max_length", max_length=77, truncation=True).input_ids
+        assert len(ids) == 77 and ids[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    from PIL import Image
+
+    images = [
+        center_crop_square(Image.open(path).convert("RGB")).resize((64, 64)) for path in sorted(PHOTOS.glob("*.jpg"))
+    ]
+    return paddle.to_tensor(np.stack([normalize_pixels(image) for image in images]))
+
+
+def psnr(one, other):
+    """Peak signal-to-noise ratio of images in [-1, 1], in decibels."""
+    return 10 * np.log10(4 / np.square(one.numpy() - other.numpy()).mean((1, 2, 3)))
+
+
+@paddle.no_grad()
+def test_movq_reconstructs_photographs_with_and_without_its_codebook(photographs):
+    movq = load_movq()
+    movq.eval()
+    latents = movq.encode(photographs).latents
+    assert latents.shape == [15, 4, 16, 16]
+    plain = psnr(movq.decode(latents, force_not_quantize=True).sample.clip(-1, 1), photographs)
+    quantized = psnr(movq(photographs).sample.clip(-1, 1), photographs)
+    average = psnr(paddle.ones_like(photographs) * photographs.mean([2, 3], keepdim=True), photographs)
+    assert plain.mean() > average.mean() + 6 and quantized.mean() > average.mean() + 4
+    assert 0.5 < float(latents.std()) < 2, "latents are of about unit scale, as the noise schedule expects"
+
+
+def test_movq_weights_are_small_enough_to_ship():
+    assert WEIGHTS.stat().st_size <= 2_000_000
+
+
+def test_the_recipe_of_the_movq_runs(tmp_path):
+    from ppdiffusers_train.toy import train_movq
+
+    train_movq.main(
+        [f"--train_data_dir={PHOTOS}", "--max_train_steps=1", "--report_to=none", f"--output_dir={tmp_path}"]
+    )
+    assert (tmp_path / "movq.safetensors").stat().st_size == WEIGHTS.stat().st_size
+
+
+def test_the_demo_writes_its_picture_and_says_what_comes_next(tmp_path, capsys):
+    from PIL import Image
+
+    from tests.conftest import ROOT
+
+    load_script(ROOT / "examples" / "demo.py").main([str(tmp_path), "2"])
+    said = capsys.readouterr().out
+    assert str(tmp_path / "demo.png") in said and "train_text_to_image_decoder.py --train_data_dir" in said
+    width, height = Image.open(tmp_path / "demo.png").size
+    assert width > 15 * 128 and height > 3 * 128
