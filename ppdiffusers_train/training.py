@@ -7,37 +7,26 @@ import json
 import math
 import platform
 import secrets
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import paddle
-from ppdiffusers.optimization import get_scheduler
-from safetensors.numpy import load_file, save_file
 
 from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches
 from ppdiffusers_train.data.order import SampleOrder, micro_batches
 from ppdiffusers_train.draws import Draws, generator
 from ppdiffusers_train.errors import RunError, UserError
 from ppdiffusers_train.reporting.hub import check_hub_login, push_to_hub
-from ppdiffusers_train.reporting.images import captioned_grid
 from ppdiffusers_train.reporting.progress import Progress
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.trackers import open_trackers, tracker_names
-from ppdiffusers_train.runtime.checkpoint import (
-    find_checkpoint,
-    replace_children,
-    require_writable,
-    write_checkpoint,
-)
+from ppdiffusers_train.reporting.validation import draw_validation
+from ppdiffusers_train.runtime.checkpoint import find_checkpoint, replace_children, require_writable, write_checkpoint
 from ppdiffusers_train.runtime.distributed import start_ranks
-from ppdiffusers_train.runtime.ema import EMA
-from ppdiffusers_train.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from ppdiffusers_train.runtime.precision import Precision, set_tf32
 from ppdiffusers_train.runtime.signals import StopRequest
+from ppdiffusers_train.state import TrainingState, build_training_state
 
 SECRETS = ("hub_token",)
-OPTIMIZER_FILE, EMA_FILE = "optimizer.safetensors", "ema.safetensors"
 
 
 def check_run(args) -> None:
@@ -69,7 +58,6 @@ def launch_training_task(module, dataset, args) -> None:
     checkpoint, saved = None, {}
     if args.resume_from_checkpoint:
         checkpoint, saved = find_checkpoint(args.resume_from_checkpoint, output_dir, say)
-        saved = saved or {}
     identity = run_identity(module, dataset, args, saved, ranks)
 
     order = SampleOrder(identity["seed"], len(dataset))
@@ -87,74 +75,51 @@ def launch_training_task(module, dataset, args) -> None:
         f"{type(module).__name__}: {learning / 1e6:.2f} M parameters learn from {len(dataset)} samples; {total_steps} "
         f"steps of {samples_per_step} samples, {steps_per_epoch} per epoch; seed {identity['seed']}"
     )
-
-    arguments = {name: value for name, value in vars(args).items() if name not in SECRETS}
-    info = {**identity, "arguments": arguments, "versions": versions()}
-    trackers = []
+    info = {**identity, "arguments": public_arguments(args), "versions": versions()}
     if ranks.is_main:
         (output_dir / "training_args.json").write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
-        trackers = open_trackers(args.report_to, output_dir / args.logging_dir, args.tracker_project_name, arguments)
-    progress = Progress(state.step, total_steps, visible=ranks.is_main)
-
-    def save():
-        if ranks.is_main:
-            write_checkpoint(output_dir, state.step, state.save, state.record(info), args.checkpoints_total_limit)
-        ranks.wait()
-
-    def validate():
-        if ranks.is_main:
-            with state.ema_weights(), evaluation(module):
-                picture = draw_validation(module, args.validation_prompts, args.num_validation_images, order.seed)
-            file = output_dir / "validation" / f"step-{state.step}.png"
-            file.parent.mkdir(exist_ok=True)
-            picture.save(file)
-            for tracker in trackers:
-                tracker.image("validation", picture, state.step)
-        ranks.wait()
-
-    first_step, first_position = state.step, state.position
-
-    def plan():
-        """For each step to come its window, and this rank's batches of it."""
-        for _, window in zip(range(first_step, total_steps), order.windows(first_position, samples_per_step)):
-            yield window, micro_batches(window, ranks.rank, ranks.world_size, args.train_batch_size)
-
-    set_training_mode(module)
+    steps = [
+        (window, micro_batches(window, ranks.rank, ranks.world_size, args.train_batch_size))
+        for _, window in zip(range(state.step, total_steps), order.windows(state.position, samples_per_step))
+    ]
     batches = iterate_batches(
         PreprocessedSamples(dataset, module.preprocess, order),
-        (positions for _, share in plan() for positions in share),
+        [positions for _, share in steps for positions in share],
         args.dataloader_num_workers,
     )
-    validated = None
-    with StopRequest() as stop, contextlib.closing(progress):
-        for window, share in plan():
+
+    set_training_mode(module)
+    with contextlib.ExitStack() as on_exit:
+        trackers = on_exit.enter_context(
+            open_trackers(
+                args.report_to if ranks.is_main else "none",
+                output_dir / args.logging_dir,
+                args.tracker_project_name,
+                info["arguments"],
+            )
+        )
+        progress = on_exit.enter_context(Progress(state.step, total_steps, visible=ranks.is_main))
+        stop = on_exit.enter_context(StopRequest())
+        for window, share in steps:
             seed_layers(order.seed, state.step, ranks.rank)
-            parts = []
-            for positions in share:
-                batch = next(batches)
-                draws = Draws(order.seed, positions)
-                with state.precision.autocast():
-                    with paddle.no_grad():
-                        encoded = module.encode(batch)
-                    # Of the window's mean: right for a short last batch, and a short last window.
-                    part = module(encoded, draws) * (len(positions) / len(window))
-                state.precision.scaler.scale(part).backward()
-                parts.append((part.detach(), positions, draws))
+            losses = [backward(module, next(batches), positions, window, order, state) for positions in share]
             ranks.sum_gradients(state.parameters.values())
-            loss = float(ranks.sum(sum((part for part, _, _ in parts), paddle.zeros([]))))
+            loss = float(ranks.sum(sum((loss for loss, _ in losses), paddle.zeros([]))))
             if not math.isfinite(loss):
-                raise RunError(f"step {state.step + 1}, rank {ranks.rank}: {describe_failure(parts, order, dataset)}")
+                failed = describe_failure(losses, share, order, dataset)
+                raise RunError(f"step {state.step + 1}, rank {ranks.rank}: {failed}; the last checkpoint is untouched")
             learning_rate = state.optimizer.get_lr()
             state.take_step(window)
 
             rate = progress.advance(loss, learning_rate, len(window))
-            for tracker in trackers:
-                tracker.scalars(
-                    {"train/loss": loss, "train/learning_rate": learning_rate, "train/samples_per_second": rate},
-                    state.step,
-                )
+            figures = {"loss": loss, "learning_rate": learning_rate, "samples_per_second": rate}
+            trackers.scalars({f"train/{name}": value for name, value in figures.items()}, state.step)
             if state.step % args.checkpointing_steps == 0 or stop.received:
-                save()
+                if ranks.is_main:
+                    write_checkpoint(
+                        output_dir, state.step, state.save, {**info, **state.record()}, args.checkpoints_total_limit
+                    )
+                ranks.wait()
             if stop.received:
                 progress.close()
                 say(
@@ -162,16 +127,20 @@ def launch_training_task(module, dataset, args) -> None:
                     f"{total_steps}; go on with --resume_from_checkpoint latest"
                 )
                 raise SystemExit(128 + stop.received)
-            if args.validation_prompts and validation_is_due(args, state.step, window.stop, len(dataset)):
-                validate()
-                validated = state.step
-    if args.validation_prompts and validated != state.step:
-        validate()
+            if args.validation_prompts and validation_is_due(args, state.step, window.stop, len(dataset), total_steps):
+                if ranks.is_main:
+                    with state.ema_weights():
+                        picture = draw_validation(
+                            module, args.validation_prompts, args.num_validation_images, order.seed
+                        )
+                    file = output_dir / "validation" / f"step-{state.step}.png"
+                    file.parent.mkdir(exist_ok=True)
+                    picture.save(file)
+                    trackers.image("validation", picture, state.step)
+                ranks.wait()
     if ranks.is_main:
         with state.ema_weights():
             replace_children(output_dir, module.save_pretrained)
-        for tracker in trackers:
-            tracker.close()
         say(f"wrote the result to {output_dir}")
         if args.push_to_hub:
             url = push_to_hub(
@@ -181,109 +150,30 @@ def launch_training_task(module, dataset, args) -> None:
     ranks.wait()
 
 
-@dataclass
-class TrainingState:
-    """All that changes while a run trains: what a checkpoint holds."""
+def backward(module, batch, positions, window: range, order: SampleOrder, state: TrainingState) -> tuple:
+    """Add the gradients of one batch, the samples at `positions`, to those of its step's `window`.
 
-    module: object
-    parameters: dict  # {structured name: parameter}, those that learn
-    optimizer: object
-    lr_scheduler: object
-    precision: Precision
-    ema: object  # an EMA, or None
-    step: int = 0  # optimizer steps taken
-    position: int = 0  # samples seen
-
-    def take_step(self, window: range) -> None:
-        """Update the weights from the gradients of `window`, and everything that follows them."""
-        self.precision.scaler.step(self.optimizer)
-        self.precision.scaler.update()
-        self.optimizer.clear_grad()
-        self.lr_scheduler.step()
-        self.step, self.position = self.step + 1, window.stop
-        self.module.after_step()
-        if self.ema:
-            self.ema.update()
-
-    def ema_weights(self):
-        """A context in which the module holds the averaged weights, where there are any."""
-        return self.ema.applied() if self.ema else contextlib.nullcontext()
-
-    def save(self, folder: Path) -> None:
-        """Write weights and tensors into a checkpoint's folder."""
-        self.module.save_weights(str(folder))
-        tensors = optimizer_tensors(self.optimizer, self.parameters)
-        save_file({name: tensor.numpy() for name, tensor in tensors.items()}, folder / OPTIMIZER_FILE)
-        if self.ema:
-            save_file({name: tensor.numpy() for name, tensor in self.ema.averages.items()}, folder / EMA_FILE)
-            with self.ema.applied():
-                self.module.save_weights(str(folder / "ema"))
-
-    def record(self, info: dict) -> dict:
-        """What else belongs to a checkpoint, as JSON."""
-        return {
-            **info,
-            "position": self.position,
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "scaler": {name: np.asarray(value).tolist() for name, value in self.precision.scaler.state_dict().items()},
-            "ema_updates": self.ema.updates if self.ema else None,
-        }
-
-    def load(self, folder: Path, saved: dict) -> None:
-        """Take over what `save` and `record` wrote."""
-        flag = f"--resume_from_checkpoint: {folder}"
-        if bool(self.ema) != (saved["ema_updates"] is not None):
-            raise UserError(f"{flag} was written {'without' if self.ema else 'with'} --use_ema; expected the same now")
-        tensors = load_file(folder / OPTIMIZER_FILE)
-        names = {name.split("//")[0] for name in tensors}
-        if names != set(self.parameters):
-            raise UserError(
-                f"{flag} holds an optimizer of other weights ({len(names)} instead of {len(self.parameters)})"
-            )
-        self.module.load_weights(str(folder))
-        load_optimizer_tensors(self.optimizer, self.parameters, tensors)
-        self.lr_scheduler.set_state_dict(saved["lr_scheduler"])
-        if saved["scaler"]:
-            self.precision.scaler.load_state_dict(
-                {name: np.asarray(value, dtype="float32") for name, value in saved["scaler"].items()}
-            )
-        if self.ema:
-            self.ema.updates = saved["ema_updates"]
-            for name, array in load_file(folder / EMA_FILE).items():
-                self.ema.averages[name].set_value(array)
-        self.step, self.position = saved["step"], saved["position"]
+    Returns:
+        The batch's part of the window's mean loss, and its draws.
+    """
+    draws = Draws(order.seed, positions)
+    with state.precision.autocast():
+        with paddle.no_grad():
+            encoded = module.encode(batch)
+        # By its share of the samples: right for a short last batch, and for a short last window.
+        loss = module(encoded, draws) * (len(positions) / len(window))
+    state.precision.scaler.scale(loss).backward()
+    return loss.detach(), draws
 
 
-def build_training_state(module, args, total_steps: int) -> TrainingState:
-    """Optimizer, learning rate, precision and average for what learns in `module`."""
-    learning = {id(parameter) for parameter in module.trainable_parameters()}
-    parameters = {name: parameter for name, parameter in module.named_parameters() if id(parameter) in learning}
-    if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= total_steps:
-        raise UserError(
-            f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {total_steps} steps; expected fewer with polynomial"
-        )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        learning_rate=args.learning_rate,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=total_steps,
-    )
-    optimizer = paddle.optimizer.AdamW(
-        learning_rate=lr_scheduler,
-        parameters=list(parameters.values()),
-        beta1=args.adam_beta1,
-        beta2=args.adam_beta2,
-        epsilon=args.adam_epsilon,
-        weight_decay=args.adam_weight_decay,
-        grad_clip=paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm),
-    )
-    ema = EMA(parameters) if args.use_ema else None
-    return TrainingState(module, parameters, optimizer, lr_scheduler, Precision(args.mixed_precision), ema)
+def public_arguments(args) -> dict:
+    """The flags without their secrets, as they may be written and sent."""
+    return {name: value for name, value in vars(args).items() if name not in SECRETS}
 
 
-def run_identity(module, dataset, args, saved: dict, ranks) -> dict:
+def run_identity(module, dataset, args, saved, ranks) -> dict:
     """What makes this run this run; a checkpoint to resume from must agree, or it would go on with other samples."""
-    seed = args.seed if args.seed is not None else saved.get("seed")
+    seed = args.seed if args.seed is not None else (saved or {}).get("seed")
     if seed is None:
         seed = ranks.share(secrets.randbelow(2**31))
     identity = {"job": type(module).__name__, "seed": seed, "rows": len(dataset)}
@@ -334,38 +224,20 @@ def set_training_mode(module) -> None:
         layer.training = any(not parameter.stop_gradient for parameter in layer.parameters())
 
 
-@contextlib.contextmanager
-def evaluation(module):
-    """Within, all of `module` is in evaluation mode and nothing records gradients."""
-    modes = [(layer, layer.training) for layer in module.sublayers(include_self=True)]
-    module.eval()
-    try:
-        with paddle.no_grad():
-            yield
-    finally:
-        for layer, training in modes:
-            layer.training = training
-
-
-def validation_is_due(args, step: int, position: int, rows: int) -> bool:
+def validation_is_due(args, step: int, position: int, rows: int, total_steps: int) -> bool:
     """Whether to draw after `step`, which ended at `position` of the run."""
+    if step == total_steps:
+        return True
     if args.validation_steps:
         return step % args.validation_steps == 0
     return position % (rows * args.validation_epochs) == 0
 
 
-def draw_validation(module, prompts: list, count: int, seed: int):
-    """A grid with one row of `count` pictures per prompt, on the same seeds every time."""
-    seeds = [seed + index for index in range(count)]
-    images = module.generate([prompt for prompt in prompts for _ in seeds], seeds * len(prompts))
-    return captioned_grid([images[start : start + count] for start in range(0, len(images), count)], prompts)
-
-
-def describe_failure(parts: list, order, dataset) -> str:
-    """Which samples and timesteps made a step's loss something that is not a number."""
-    for part, positions, draws in parts:
-        if not math.isfinite(float(part)):
+def describe_failure(losses: list, share: list, order, dataset) -> str:
+    """Which samples and draws made a step's loss something that is not a number."""
+    for (loss, draws), positions in zip(losses, share):
+        if not math.isfinite(float(loss)):
             samples = ", ".join(dataset.name(order.row(position)) for position in positions)
             drawn = "; ".join(f"{name} {values.tolist()}" for name, values in draws.drawn_integers.items())
-            return f"the loss is {float(part)} on {samples} ({drawn}); the last checkpoint is untouched"
-    return "the loss of another rank is not a number; the last checkpoint is untouched"
+            return f"the loss is {float(loss)} on {samples} ({drawn or 'nothing drawn'})"
+    return "the loss of another rank is not a number"

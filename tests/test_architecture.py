@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "reporting": {"errors"},
     "data": {"draws", "errors"},
     "models": {"errors"},
-    "training": {"data", "runtime", "reporting", "draws", "module", "errors"},
+    "state": {"runtime", "errors"},
+    "training": {"data", "runtime", "reporting", "draws", "module", "errors", "state"},
 }
 
 
@@ -68,7 +69,7 @@ def test_the_library_never_imports_a_script():
 
 
 def test_flags_are_read_only_in_scripts_dataset_and_loop():
-    allowed = {"training.py", "arguments.py", "image_folder.py", "train_movq.py"}
+    allowed = {"training.py", "state.py", "arguments.py", "image_folder.py", "train_movq.py"}
     for path in LIBRARY:
         if path.name not in allowed:
             assert not re.search(r"\bargs\.", path.read_text(encoding="utf-8")), path
@@ -97,4 +98,4 @@ def test_nothing_is_imported_by_star_and_no_version_is_compared():
 def test_files_are_short_enough_to_read():
     for path in [*LIBRARY, *SCRIPTS]:
         lines = path.read_text(encoding="utf-8").splitlines()
-        assert len(lines) <= 350 and max(map(len, lines), default=0) <= 120, path
+        assert len(lines) <= 300 and max(map(len, lines), default=0) <= 120, path

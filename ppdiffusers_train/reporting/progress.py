@@ -28,7 +28,13 @@ class Progress:
         self.bar = tqdm(
             total=total_steps, initial=step, desc="training", unit="step", disable=not visible, dynamic_ncols=True
         )
-        self.visible, self.samples, self.started = visible, 0, time.monotonic()
+        self.samples, self.started = 0, time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def advance(self, loss: float, learning_rate: float, samples: int) -> float:
         """Move on by one step of `samples` samples; returns samples per second so far."""
@@ -39,11 +45,6 @@ class Progress:
         )
         self.bar.update()
         return rate
-
-    def say(self, message: str) -> None:
-        """Print one line without breaking the progress line."""
-        if self.visible:
-            self.bar.write(message, file=sys.stdout)
 
     def close(self):
         self.bar.close()

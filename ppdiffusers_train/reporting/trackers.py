@@ -88,10 +88,34 @@ def tracker_names(report_to: str) -> list:
     return [report_to]
 
 
-def open_trackers(report_to: str, directory, project: str, config: dict) -> list:
+class Trackers:
+    """All trackers of a run as one; a context that closes them."""
+
+    def __init__(self, trackers: list):
+        self.trackers = trackers
+
+    def scalars(self, values: dict, step: int) -> None:
+        """Report `{name: number}` of a step."""
+        for tracker in self.trackers:
+            tracker.scalars(values, step)
+
+    def image(self, name: str, image, step: int) -> None:
+        """Report a PIL image."""
+        for tracker in self.trackers:
+            tracker.image(name, image, step)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def open_trackers(report_to: str, directory, project: str, config: dict) -> Trackers:
     """The trackers of a run, writing below `directory`. `config` holds plain values and no secrets."""
     names = tracker_names(report_to)
     if names:
         directory.mkdir(parents=True, exist_ok=True)
     simple = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in config.items()}
-    return [TRACKERS[name](directory, project, simple) for name in names]
+    return Trackers([TRACKERS[name](directory, project, simple) for name in names])

@@ -1,0 +1,130 @@
+"""What the READMEs tell a reader to type is run here, on the tiny Kandinsky; a command of an unknown kind is an error."""
+
+import ppdiffusers_train  # noqa: F401
+
+import json
+import os
+import re
+import shlex
+import subprocess
+
+import pytest
+from ppdiffusers import KandinskyV22CombinedPipeline
+
+from tests.conftest import DECODER_SCRIPT, ROOT, copy_photos
+
+READMES = ("README.md", "README_zh.md")
+SMALL_PICTURE = {"height": 64, "width": 64, "num_inference_steps": 2, "prior_num_inference_steps": 2}
+CHECKPOINT = "checkpoint-15000"  # the last one of the README's run; here a run has two steps
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def code_blocks(name):
+    """[(language, code)] of the fenced blocks of a README, in order."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", read(name), re.M | re.S)
+
+
+def commands(code):
+    """The commands of a bash block, continued lines joined, as lists of words."""
+    return [shlex.split(line) for line in code.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def test_both_languages_show_the_same_code():
+    english, chinese = map(code_blocks, READMES)
+    assert len(english) > 8 and english == chinese
+
+
+@pytest.mark.parametrize("name", [*READMES, "docs/architecture.md"])
+def test_links_and_named_tests_lead_to_files(name):
+    text, folder = read(name), (ROOT / name).parent
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    missing = [link for link in links if not (folder / link).exists()]
+    missing += [path for path in re.findall(r"`(tests/[^`]+)`", text) if not (ROOT / path).exists()]
+    assert not missing
+
+
+def check_make(words):
+    """`make TARGET`: the Makefile has it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    for target in words[1:]:
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def check_pip(words):
+    """`pip install …`: the files and extras that it names exist."""
+    assert words[1] == "install"
+    arguments = iter(words[2:])
+    for word in arguments:
+        if word in ("-r", "-c"):
+            assert (ROOT / next(arguments)).is_file(), words
+        elif word == "-e":
+            extra = re.fullmatch(r"\.(?:\[(\w+)\])?", next(arguments))[1]
+            assert (ROOT / "setup.py").is_file() and (extra is None or f'"{extra}": ' in read("setup.py")), words
+        else:
+            assert word == "--no-deps", words
+
+
+def check_json_lines(code, photos):
+    """The README's metadata is that of photographs which are there."""
+    known = (photos / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all(json.loads(line) in map(json.loads, known) for line in code.splitlines())
+
+
+def test_a_reader_can_type_all_of_it_in_this_order(decoder_job, kandinsky, tmp_path, monkeypatch, capsys):
+    """The commands start in a copy of the repository's folders, with two steps each, and four where a run goes on."""
+    photos = copy_photos(tmp_path / "examples" / "data" / "photos", 7)
+    (tmp_path / "examples" / "kandinsky2_2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    draw = KandinskyV22CombinedPipeline.__call__
+    monkeypatch.setattr(
+        KandinskyV22CombinedPipeline,
+        "__call__",
+        lambda self, *prompt, **options: draw(self, *prompt, **{**options, **SMALL_PICTURE}),
+    )
+    prior, decoder = kandinsky
+    last = [
+        f"--pretrained_prior_model_name_or_path={prior}",
+        f"--pretrained_decoder_model_name_or_path={decoder}",
+        "--resolution=64",
+        "--checkpointing_steps=2",
+        "--report_to=none",
+    ]
+
+    def train(words):
+        assert words[:3] == ["python", "-u", DECODER_SCRIPT.name], f"not a command that this test knows: {words}"
+        flags = words[3:]
+        resumes = "--resume_from_checkpoint" in flags
+        if "--validation_prompts" in flags:
+            flags = [*flags, "--num_validation_images=1", "--validation_inference_steps=2", "--validation_steps=2"]
+        decoder_job.main([*flags, *last, f"--max_train_steps={4 if resumes else 2}"])
+        said = capsys.readouterr().out
+        assert "wrote the result to kandi2-decoder" in said and resumes == ("resumed from" in said)
+
+    def change_folder(words):
+        assert (ROOT / words[1]).is_dir()
+        os.chdir(words[1])  # `monkeypatch.chdir` above goes back at the end
+
+    kinds = {"make": check_make, "pip": check_pip, "cd": change_folder, "python": train}
+    for language, code in code_blocks("README.md"):
+        if language == "bash":
+            for words in commands(code):
+                assert words[0] in kinds, f"not a command that this test knows: {words}"
+                kinds[words[0]](words)
+        elif language == "python":
+            exec(compile(code.replace(CHECKPOINT, "checkpoint-2"), "README.md", "exec"), {})
+        elif language == "yaml":
+            with open("decoder.yaml", "w", encoding="utf-8") as file:
+                file.write(code)
+        elif language == "json":
+            check_json_lines(code, photos)
+        else:
+            pytest.fail(f"a block in {language or 'no language'} that this test does not know:\n{code}")
+
+    written = {path.name for path in (tmp_path / "examples" / "kandinsky2_2").iterdir()}
+    assert written >= {"kandi2-decoder", "kandi2-decoder-ema", "robot-pokemon.png", "robot-pokemon-15000.png"}
+    ema = tmp_path / "examples" / "kandinsky2_2" / "kandi2-decoder-ema"
+    assert (ema / "validation" / "step-2.png").is_file() and (ema / "checkpoint-2" / "ema" / "unet").is_dir()
