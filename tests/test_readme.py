@@ -1,4 +1,4 @@
-"""What the READMEs tell a reader to type is run here, on the tiny Kandinsky; a command of an unknown kind is an error."""
+"""What the READMEs tell a reader to type is run here, on the tiny Kandinsky; an unknown command is an error."""
 
 import ppdiffusers_train  # noqa: F401
 

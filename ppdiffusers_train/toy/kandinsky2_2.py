@@ -30,22 +30,23 @@ EMBEDDING = 64
 CLIP_IMAGE_SIZE = 32
 
 
-def build_kandinsky(directory, channels=(32, 64), seed=0) -> tuple:
+def build_kandinsky(directory, channels=(32, 64), seed=0, prediction_type="epsilon") -> tuple:
     """Write a prior pipeline and a decoder pipeline, as the hub has them.
 
     Args:
         directory: gets the folders `prior` and `decoder`.
         channels: width of the decoder's UNet at each resolution, multiples of 16.
         seed: of the random weights.
+        prediction_type: of the decoder; the published one predicts epsilon.
     Returns:
         The two folders: (prior, decoder).
     """
     prior, decoder = Path(directory) / "prior", Path(directory) / "decoder"
     paddle.seed(seed)
     build_prior_pipeline(prior / "tokenizer").save_pretrained(str(prior))
-    KandinskyV22Pipeline(unet=build_unet(channels), scheduler=build_scheduler(), movq=load_movq()).save_pretrained(
-        str(decoder)
-    )
+    KandinskyV22Pipeline(
+        unet=build_unet(channels), scheduler=build_scheduler(prediction_type), movq=load_movq()
+    ).save_pretrained(str(decoder))
     return prior, decoder
 
 

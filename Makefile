@@ -1,0 +1,68 @@
+# Needs Python 3.10, 3.11 or 3.12; another one than `python3`: make PYTHON=python3.11 demo
+PYTHON ?= python3
+PYTEST_FLAGS ?=
+UV_COMPILE = ../.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate
+
+# $(call make_venv,FOLDER,LOCK): the locks are complete, so pip resolves nothing
+define make_venv
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+	{ echo "Python 3.10, 3.11 or 3.12 is needed: make PYTHON=python3.11 ..."; exit 1; }
+@echo "Installing $(2) into $(1) (2 GB or more; takes some minutes, the first time only)"
+@$(PYTHON) -m venv $(1)
+@$(1)/bin/python -m pip install -q --no-deps -r $(2)
+@$(1)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+@touch $@
+endef
+
+.PHONY: help demo test lint test-paddle26 parity venvs lock clean
+
+help:
+	@echo "make demo           train a tiny Kandinsky 2.2 decoder on the CPU and draw with it"
+	@echo "make test           the tests (PYTEST_FLAGS='tests/data -x' for some of them)"
+	@echo "make lint           ruff's checks and formatting"
+	@echo "make test-paddle26  the tests on Paddle 2.6"
+	@echo "make parity         the comparisons with the PyTorch reference"
+	@echo "make venvs          the three environments of the above, without running anything"
+	@echo "make lock           write the requirements*.txt again from the .in files"
+	@echo "make clean          remove the environments and caches"
+
+demo: .venv/ready
+	.venv/bin/python examples/demo.py
+
+test: .venv/ready
+	.venv/bin/python -m pytest $(PYTEST_FLAGS)
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+test-paddle26: .venv-paddle26/ready
+	.venv-paddle26/bin/python -m pytest $(PYTEST_FLAGS)
+
+parity: .venv-parity/ready
+	.venv-parity/bin/python -m pytest tests/parity $(PYTEST_FLAGS)
+
+venvs: .venv/ready .venv-paddle26/ready .venv-parity/ready
+
+.venv/ready: requirements/dev.txt setup.py
+	$(call make_venv,.venv,requirements/dev.txt)
+
+.venv-paddle26/ready: requirements/paddle26.txt setup.py
+	$(call make_venv,.venv-paddle26,requirements/paddle26.txt)
+
+.venv-parity/ready: requirements/parity.txt setup.py
+	$(call make_venv,.venv-parity,requirements/parity.txt)
+
+# Keeps the versions that are already locked where the .in files allow it.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install -q uv
+	cd requirements && $(UV_COMPILE) ../requirements.in -o ../requirements.txt
+	cd requirements && $(UV_COMPILE) dev.in -o dev.txt
+	cd requirements && $(UV_COMPILE) paddle26.in -o paddle26.txt
+	cd requirements && $(UV_COMPILE) parity.in -o parity.full
+	grep -Ev '^(nvidia|cuda|triton)' requirements/parity.full > requirements/parity.txt
+	rm requirements/parity.full
+
+clean:
+	rm -rf .venv .venv-paddle26 .venv-parity .venv-lock build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,45 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+INIT = (HERE / "ppdiffusers_train" / "__init__.py").read_text("utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1]
+
+# paddlepaddle and paddlepaddle-gpu install the same package, `paddle`, over each other, so neither is required here:
+# take the extra `cpu` or `gpu`, or install Paddle beforehand. Which safetensors works depends on Paddle's version.
+REQUIRED = [
+    "paddlenlp==2.8.1",
+    "ppdiffusers==0.29.0",
+    "huggingface_hub==0.25.2",
+    "aistudio_sdk==0.2.6",
+    "numpy==1.26.4",
+    "datasets==2.21.0",
+    "pyarrow==17.0.0",
+    "pillow==10.4.0",
+    "safetensors>=0.4.5,<0.9",
+    "visualdl==2.5.3",
+    "PyYAML",
+    "tqdm",
+]
+CPU = ["paddlepaddle==3.3.1", "safetensors==0.8.0"]
+GPU = ["paddlepaddle-gpu==2.6.2", "safetensors<0.5", "scipy<1.14"]
+TESTS = ["pytest", "pytest-xdist", "hypothesis"]
+
+setup(
+    name="ppdiffusers_train",
+    version=VERSION,
+    description="Fine-tuning and distillation of text-to-image diffusion models on PaddlePaddle",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ppdiffusers_train", "ppdiffusers_train.*"]),
+    package_data={"ppdiffusers_train.toy": ["weights/*.safetensors"]},
+    install_requires=REQUIRED,
+    extras_require={
+        "cpu": CPU,
+        "gpu": GPU,
+        "dev": [*CPU, *TESTS, "ruff", "tensorboardX"],
+        "parity": [*CPU, *TESTS, "torch==2.13.0", "diffusers==0.29.2", "transformers==4.44.2"],
+    },
+)
