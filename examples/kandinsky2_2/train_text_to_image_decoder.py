@@ -26,6 +26,7 @@ from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixe
 from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.models.attention import enable_memory_efficient_attention
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, check_resolution, draw
+from ppdiffusers_train.models.recompute import enable_recompute
 from ppdiffusers_train.models.weights import load_in_place
 from ppdiffusers_train.module import DiffusionTrainingModule, freeze
 from ppdiffusers_train.objectives.losses import mse_loss
@@ -78,7 +79,7 @@ class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
         self.unet = decoder.load("unet", UNet2DConditionModel)
         self.scheduler = decoder.load("scheduler", DDPMScheduler)
         if args.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            enable_recompute(self.unet)
         if args.enable_xformers_memory_efficient_attention:
             notice = enable_memory_efficient_attention(self.unet)
             if notice:

@@ -59,22 +59,20 @@ class PipelineFolder:
     def _download(self, parts, cache_dir, revision):
         if os.path.isabs(self.name_or_path) or self.name_or_path.count("/") != 1:
             raise self._error("is not a folder; expected a pipeline's folder or a hub name such as owner/model")
-        endpoint = os.environ.get("HF_ENDPOINT", huggingface_hub.constants.ENDPOINT)
         try:
-            files = huggingface_hub.HfApi(endpoint=endpoint).list_repo_files(self.name_or_path, revision=revision)
+            files = huggingface_hub.HfApi().list_repo_files(self.name_or_path, revision=revision)
             return Path(
                 huggingface_hub.snapshot_download(
                     self.name_or_path,
                     revision=revision,
                     cache_dir=cache_dir,
-                    endpoint=endpoint,
                     allow_patterns=files_to_download(files, parts),
                 )
             )
         except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise self._error(
-                f"is not a folder here and cannot be downloaded from {endpoint} ({reason}); "
+                f"is not a folder here and cannot be downloaded from {huggingface_hub.constants.ENDPOINT} ({reason}); "
                 "expected a pipeline's folder, or set HF_ENDPOINT to a mirror that can be reached"
             ) from error
 

@@ -1,6 +1,5 @@
 """Upload of a result to the hub, with a model card that shows what it draws."""
 
-import os
 import shutil
 
 import huggingface_hub
@@ -9,10 +8,6 @@ from ppdiffusers_train.errors import RunError, UserError
 
 # What a run leaves beside its result.
 NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/*", "logs/*", "validation/*", ".*"]
-
-
-def _endpoint():
-    return os.environ.get("HF_ENDPOINT", huggingface_hub.constants.ENDPOINT)
 
 
 def check_hub_login(token) -> None:
@@ -55,7 +50,7 @@ def push_to_hub(directory, repo_id, token, card_data: dict, prompts) -> str:
         (repo_id or directory.resolve().name).split("/")[-1], card_data, prompts, pictures and "validation_grid.png"
     )
     (directory / "README.md").write_text(card, encoding="utf-8")
-    api = huggingface_hub.HfApi(endpoint=_endpoint(), token=token)
+    api = huggingface_hub.HfApi(token=token)
     try:
         repository = api.create_repo(repo_id or directory.resolve().name, exist_ok=True)
         api.upload_folder(
@@ -66,6 +61,6 @@ def push_to_hub(directory, repo_id, token, card_data: dict, prompts) -> str:
         )
     except (OSError, ValueError) as error:
         raise RunError(
-            f"--push_to_hub: {_endpoint()} refused ({str(error).splitlines()[0]}); the result is in {directory}"
+            f"--push_to_hub: {huggingface_hub.constants.ENDPOINT} refused ({str(error).splitlines()[0]}); the result is in {directory}"
         ) from error
     return str(repository)

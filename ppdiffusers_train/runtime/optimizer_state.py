@@ -34,7 +34,8 @@ def optimizer_tensors(optimizer, parameters: dict) -> dict:
 
 def load_optimizer_tensors(optimizer, parameters: dict, tensors: dict) -> None:
     """Give an optimizer that has not stepped yet the state that `optimizer_tensors` returned."""
-    state, master_weights = {}, {}
+    # Paddle 2.6 insists on its learning-rate scheduler's state, which is restored elsewhere: it gets what it has.
+    state, master_weights = {k: v for k, v in optimizer.state_dict().items() if k == "LR_Scheduler"}, {}
     for key, value in tensors.items():
         structured, accumulator = key.split(SEPARATOR)
         automatic = parameters[structured].name

@@ -15,6 +15,7 @@ from ppdiffusers import KandinskyV22CombinedPipeline, UNet2DConditionModel
 
 from ppdiffusers_train.data.image_folder import build_dataset
 from ppdiffusers_train.draws import Draws, RowDraws
+from ppdiffusers_train.models.recompute import recomputes_without_reentrance
 from tests.conftest import DECODER_SCRIPT, copy_photos, scalars, weights
 
 
@@ -126,25 +127,15 @@ def test_training_overfits_four_photographs(decoder_job, decoder_flags, train_de
 
 def test_accumulating_four_batches_of_one_equals_one_batch_of_four(train_decoder):
     """Seven samples: the second step's window is short, and so is its last batch."""
-    common = ["--max_train_steps=4"]
+    common = ["--max_train_steps=4", "--checkpointing_steps=4"]
     one = train_decoder("--train_batch_size=4", *common, out="a")
-    four = train_decoder("--train_batch_size=1", "--gradient_accumulation_steps=4", *common, out="b")
-    two = train_decoder("--train_batch_size=2", "--gradient_accumulation_steps=2", *common, out="c")
-    assert np.allclose(scalars(one), scalars(four), rtol=1e-5) and np.allclose(scalars(one), scalars(two), rtol=1e-5)
-    for other in (four, two):
-        for name, moment in optimizer_state_of_run(one).items():
-            if "moment1" in name:
-                assert np.allclose(moment, optimizer_state_of_run(other)[name], atol=2e-5)
-
-
-def optimizer_state_of_run(output_dir):
-    return optimizer_state(output_dir / "checkpoint-4")
-
-
-@pytest.fixture(autouse=True)
-def checkpoint_at_the_fourth_step(request, decoder_flags):
-    if request.node.name.startswith("test_accumulating"):
-        decoder_flags.append("--checkpointing_steps=4")
+    moments = optimizer_state(one / "checkpoint-4")
+    for batch_size, accumulation in ((1, 4), (2, 2)):
+        flags = [f"--train_batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}"]
+        other = train_decoder(*flags, *common, out=str(batch_size))
+        assert np.allclose(scalars(one), scalars(other), rtol=1e-5)
+        others_moments = optimizer_state(other / "checkpoint-4")
+        assert all(np.allclose(moments[n], others_moments[n], atol=2e-5) for n in moments if "moment1" in n)
 
 
 def test_seed_zero_is_a_seed_and_repeats_a_run_bit_for_bit(train_decoder):
@@ -238,10 +229,20 @@ def test_each_flag_of_the_loss_changes_it(train_decoder, flag):
     assert scalars(train_decoder(out="plain"))[0] != scalars(train_decoder(flag, out="changed"))[0]
 
 
-def test_gradient_checkpointing_changes_no_bit(train_decoder, decoder_job, decoder_flags):
-    assert same(weights(train_decoder(out="a")), weights(train_decoder("--gradient_checkpointing", out="b")))
+def test_gradient_checkpointing_gives_the_same_gradients(train_decoder, decoder_job, decoder_flags):
+    """To the bit where Paddle recomputes without reentrance, else up to the rounding of another order of sums."""
+    flags = ["--max_train_steps=1", "--checkpointing_steps=1"]
+    plain = optimizer_state(train_decoder(*flags, out="a") / "checkpoint-1")
+    recomputed = optimizer_state(train_decoder(*flags, "--gradient_checkpointing", out="b") / "checkpoint-1")
+    if recomputes_without_reentrance():
+        assert same(plain, recomputed)
+    assert all(np.allclose(plain[name], recomputed[name], rtol=1e-4, atol=1e-7) for name in plain)
     args = decoder_job.build_parser().parse_args([*decoder_flags, "--gradient_checkpointing"])
     assert decoder_job.KandinskyDecoderTrainingModule(args).unet.is_gradient_checkpointing
+
+
+def test_the_recompute_shim_can_go_when_paddle_2_6_is_dropped():
+    assert recomputes_without_reentrance() == (not paddle.__version__.startswith("2.6")), "drop models/recompute.py"
 
 
 def test_resolution_is_the_size_of_the_pixels(decoder_job, decoder_flags, photos):

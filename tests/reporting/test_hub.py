@@ -1,0 +1,105 @@
+import ppdiffusers_train  # noqa: F401
+
+import huggingface_hub
+import pytest
+from PIL import Image
+from safetensors.numpy import load
+
+from ppdiffusers_train.errors import RunError, UserError
+from ppdiffusers_train.models.pipeline_folder import PipelineFolder
+from ppdiffusers_train.reporting.hub import check_hub_login, push_to_hub
+from tests.conftest import weights
+from tests.fake_hub import FakeHub
+
+
+def use_endpoint(monkeypatch, url):
+    """What the environment variable HF_ENDPOINT does, which the library reads when it is imported."""
+    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with FakeHub() as hub:
+        use_endpoint(monkeypatch, hub.url)
+        yield hub
+
+
+def test_a_run_uploads_its_result_and_nothing_else(hub, train_decoder):
+    output_dir = train_decoder(
+        "--push_to_hub", "--hub_token=hf_right", "--hub_model_id=my-decoder", "--checkpointing_steps=1",
+        "--validation_prompt=a robot naruto", "--validation_inference_steps=1",
+    )  # fmt: skip
+    files = hub.files["owner/my-decoder"]
+    assert {name.split("/")[0] for name in files} == {
+        "README.md", "validation_grid.png", "model_index.json", "training_args.json", "unet", "movq", "scheduler",
+        "prior_prior", "prior_image_encoder", "prior_text_encoder", "prior_tokenizer", "prior_scheduler",
+        "prior_image_processor",
+    }  # fmt: skip
+    uploaded = load(files["unet/diffusion_paddle_model.safetensors"])
+    assert all((uploaded[name] == array).all() for name, array in weights(output_dir).items())
+    assert not [name for name, content in files.items() if b"hf_right" in content]
+
+
+def test_the_card_says_what_the_model_is_made_of_and_shows_what_it_draws(hub, train_decoder, kandinsky):
+    output_dir = train_decoder(
+        "--push_to_hub", "--hub_token=hf_right", "--validation_prompt=a robot naruto", "--validation_inference_steps=1"
+    )
+    files = hub.files["owner/out"]
+    card = huggingface_hub.ModelCard(files["README.md"].decode())
+    assert card.data.base_model == str(kandinsky[1]) and card.data.to_dict()["prior"] == [str(kandinsky[0])]
+    assert card.data.library_name == "ppdiffusers" and "kandinsky" in card.data.tags
+    assert "![validation](validation_grid.png)" in card.text and "* a robot naruto" in card.text
+    assert files["validation_grid.png"] == (output_dir / "validation" / "step-2.png").read_bytes()
+
+
+def test_a_wrong_token_leaves_the_result_and_says_so_in_one_line(hub, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(RunError, match="--push_to_hub: http://127.* refused .*; the result is in "):
+        push_to_hub(tmp_path, "x", "hf_wrong", {}, None)
+    assert (tmp_path / "model_index.json").exists() and hub.files == {}
+
+
+def test_an_upload_without_a_token_is_refused_before_training(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(UserError, match="--push_to_hub: no token; expected the environment variable HF_TOKEN"):
+        check_hub_login(None)
+    check_hub_login("hf_given")
+
+
+def test_a_hub_name_downloads_the_parts_that_are_needed(hub, tmp_path):
+    hub.files["owner/tiny"] = {
+        "model_index.json": b"{}",
+        "unet/config.json": b'{"width": 7}',
+        "unet/diffusion_pytorch_model.safetensors": b"s",
+        "unet/diffusion_pytorch_model.bin": b"b",
+        "vae/config.json": b"{}",
+    }
+    folder = PipelineFolder("owner/tiny", "--pretrained_x", ["unet"], cache_dir=tmp_path)
+    assert folder.config("unet") == {"width": 7} and folder.is_torch("unet")
+    assert sorted(path.name for path in folder.path.iterdir()) == ["model_index.json", "unet"]
+    assert sorted(path.name for path in folder.folders["unet"].iterdir()) == [
+        "config.json", "diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_name_that_the_hub_does_not_know_gets_one_line(hub, tmp_path):
+    with pytest.raises(UserError, match="--pretrained_x: 'owner/nothing' is not a folder here and cannot be"):
+        PipelineFolder("owner/nothing", "--pretrained_x", ["unet"], cache_dir=tmp_path)
+
+
+def test_a_hub_that_cannot_be_reached_gets_one_line(monkeypatch, tmp_path):
+    use_endpoint(monkeypatch, "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="set HF_ENDPOINT to a mirror that can be reached"):
+        PipelineFolder("owner/tiny", "--pretrained_x", ["unet"], cache_dir=tmp_path)
+
+
+def test_the_grid_of_the_last_validation_is_the_newest_by_number(hub, tmp_path):
+    (tmp_path / "validation").mkdir()
+    for step, colour in ((9, "red"), (10, "blue")):
+        Image.new("RGB", (2, 2), colour).save(tmp_path / "validation" / f"step-{step}.png")
+    push_to_hub(tmp_path, "x", "hf_right", {}, ["a"])
+    newest = (tmp_path / "validation" / "step-10.png").read_bytes()
+    assert hub.files["owner/x"]["validation_grid.png"] == newest
