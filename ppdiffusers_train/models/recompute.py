@@ -9,8 +9,8 @@ from paddle.distributed.fleet.utils import recompute
 def enable_recompute(model) -> None:
     """Switch a model of ppdiffusers to recompute.
 
-    Paddle 2.6 on a CPU recomputes only in its reentrant way ("Recompute with RNG perserve is not support current device:
-    cpu" otherwise), which ppdiffusers takes when this environment variable says so.
+    Paddle 2.6 on a CPU recomputes only in its reentrant way (else: "Recompute with RNG perserve is not support current
+    device: cpu"), which ppdiffusers takes when this environment variable says so.
     """
     model.enable_gradient_checkpointing()
     if not recomputes_without_reentrance():

@@ -61,6 +61,7 @@ def push_to_hub(directory, repo_id, token, card_data: dict, prompts) -> str:
         )
     except (OSError, ValueError) as error:
         raise RunError(
-            f"--push_to_hub: {huggingface_hub.constants.ENDPOINT} refused ({str(error).splitlines()[0]}); the result is in {directory}"
+            f"--push_to_hub: {huggingface_hub.constants.ENDPOINT} refused ({str(error).splitlines()[0]}); "
+            f"the result is in {directory}"
         ) from error
     return str(repository)
