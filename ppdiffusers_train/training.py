@@ -24,6 +24,7 @@ from ppdiffusers_train.runtime.checkpoint import find_checkpoint, replace_childr
 from ppdiffusers_train.runtime.distributed import start_ranks
 from ppdiffusers_train.runtime.precision import Precision, set_tf32
 from ppdiffusers_train.runtime.signals import StopRequest
+from ppdiffusers_train.runtime.silu import repair_silu
 from ppdiffusers_train.state import TrainingState, build_training_state
 
 SECRETS = ("hub_token",)
@@ -52,6 +53,7 @@ def launch_training_task(module, dataset, args) -> None:
         UserError: a flag, a sample or the checkpoint to resume from is wrong.
         RunError: the loss is not a number any more.
     """
+    repair_silu()
     ranks = start_ranks()
     output_dir = Path(args.output_dir)
     say = print if ranks.is_main else lambda message: None

@@ -26,8 +26,7 @@ def build_movq() -> VQModel:
         vq_embed_dim=4,
         norm_type="spatial",
     )
-    # Spatial norms start as plain ones. At random, an outlier can reach -88, where the gradient of Paddle's silu on a
-    # CPU is NaN.
+    # Spatial norms start as plain ones: at random they multiply outliers, and training begins with a jolt.
     with paddle.no_grad():
         for name, parameter in movq.named_parameters():
             if ".conv_y." in name or ".conv_b." in name:

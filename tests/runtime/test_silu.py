@@ -1,0 +1,45 @@
+import ppdiffusers_train  # noqa: F401
+
+import numpy as np
+import paddle
+import pytest
+from paddle import nn
+from paddle.nn import functional
+from paddle.nn.functional.activation import silu as unrepaired_silu
+
+from ppdiffusers_train.runtime.silu import repair_silu, silu_gradient_is_broken
+
+NUMBERS = np.concatenate([np.linspace(-87, 20, 500), [-1e4, -100.0, -89.0]]).astype("float32")
+
+
+@pytest.fixture(autouse=True)
+def unrepaired(monkeypatch):
+    monkeypatch.setattr(functional, "silu", unrepaired_silu)
+
+
+def value_and_gradient():
+    x = paddle.to_tensor(NUMBERS)
+    x.stop_gradient = False
+    y = nn.Silu()(x)
+    y.sum().backward()
+    return y.numpy(), x.grad.numpy()
+
+
+def test_the_repair_can_go_when_paddle_has_mended_its_gradient():
+    assert silu_gradient_is_broken(), "drop runtime/silu.py"
+
+
+def test_the_repair_changes_nothing_but_the_nan():
+    values, gradients = value_and_gradient()
+    repair_silu()
+    repaired_values, repaired_gradients = value_and_gradient()
+    assert np.array_equal(repaired_values[:500], values[:500])
+    assert np.array_equal(repaired_gradients[:500], gradients[:500])
+    assert np.abs(repaired_values[500:]).max() < 1e-30 and np.abs(repaired_gradients[500:]).max() < 1e-30
+
+
+def test_the_repair_is_made_once():
+    repair_silu()
+    repaired = functional.silu
+    repair_silu()
+    assert functional.silu is repaired and not silu_gradient_is_broken()
