@@ -3,15 +3,18 @@
 import paddle
 from paddle.nn import functional
 
-# exp(88.7) is float32's largest power of e; silu and its gradient are below 1e-35 from here on.
-LOWEST = -88.0
+# Below -84.28, x · exp(-x) is beyond float32 in Paddle's formula. From here on silu and its gradient are below 1e-32.
+LOWEST = -80.0
 
 
 def silu_gradient_is_broken() -> bool:
-    """Whether the gradient of silu, which is 0 at -100, comes out as NaN: on CPUs, in Paddle 2.6.2 and 3.3.1."""
+    """Whether the gradient of silu, which is 0 at -100, comes out as NaN there: on CPUs, in Paddle 2.6.2 and 3.3.1."""
     number = paddle.full([1], -100.0)
     number.stop_gradient = False
-    functional.silu(number).backward()
+    try:
+        functional.silu(number).backward()
+    except RuntimeError:  # FLAGS_check_nan_inf, which a user may have set to find another NaN
+        return True
     return bool(paddle.isnan(number.grad))
 
 
