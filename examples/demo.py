@@ -35,7 +35,7 @@ def main(argv=None):
     print("1/3  building a tiny Kandinsky 2.2", flush=True)
     # Velocity, because what an embedding says is decided at high noise, where epsilon hardly depends on it: a decoder
     # from scratch would need much longer to learn it.
-    prior, decoder = build_kandinsky(output / "pretrained", channels=(32, 64, 128), prediction_type="v_prediction")
+    prior, decoder = build_kandinsky(output / "pretrained", channels=(32, 64), prediction_type="v_prediction")
 
     print("2/3  training its decoder on the photographs in examples/data/photos, about 4 minutes", flush=True)
     script = EXAMPLES / "kandinsky2_2" / "train_text_to_image_decoder.py"
@@ -47,7 +47,7 @@ def main(argv=None):
         f"--resolution={RESOLUTION}",
         "--train_batch_size=5",
         f"--max_train_steps={steps}",
-        "--learning_rate=3e-3",
+        "--learning_rate=2e-3",
         "--lr_scheduler=cosine",
         "--lr_warmup_steps=20",
         "--checkpointing_steps=1000",

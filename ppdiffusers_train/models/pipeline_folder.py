@@ -110,8 +110,8 @@ class PipelineFolder:
                 return (tensors.metadata() or {}).get("format", "pt") == "pt"
         return file.name.startswith(tuple(name.split(".")[0] for name in TORCH_WEIGHTS))
 
-    def load(self, part: str, part_class, dtype="float32"):
-        """The part as an object of `part_class`, its weights as `dtype`.
+    def load(self, part: str, part_class):
+        """The part as an object of `part_class`, its weights as float32.
 
         A base model that comes only as pickled weights is loaded, too, with one line that names the file: unpickling
         can run code, so it should come from someone trusted.
@@ -130,7 +130,7 @@ class PipelineFolder:
             with tempfile.TemporaryDirectory() as links:
                 for source in Path(folder).iterdir():
                     os.symlink(source.resolve(), Path(links) / source.name)
-                model = part_class.from_pretrained(links, from_diffusers=is_torch, **_dtype(part_class, dtype))
+                model = part_class.from_pretrained(links, from_diffusers=is_torch, **_float32(part_class))
         except (AssertionError, OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._error(f"has a {self.folders[part].name}/ that cannot be loaded: {error}") from error
         return model
@@ -153,12 +153,15 @@ class PipelineFolder:
             with safe_open(file, "np") as tensors:
                 name = next(iter(tensors.keys()))
                 dtype = DTYPES.get(tensors.get_slice(name).get_dtype(), "float32")
-        self.load(part, part_class, dtype).save_pretrained(str(target), safe_serialization=True)
+        model = self.load(part, part_class)
+        if dtype != "float32":  # back to where it came from, exactly; Paddle 2.6 cannot load float16 on a CPU
+            model.to(dtype=dtype)
+        model.save_pretrained(str(target), safe_serialization=True)
 
 
-def _dtype(part_class, dtype):
+def _float32(part_class):
     # ppdiffusers' models and paddlenlp's name the same option differently.
-    return {"paddle_dtype" if hasattr(part_class, "load_config") else "dtype": dtype}
+    return {"paddle_dtype" if hasattr(part_class, "load_config") else "dtype": "float32"}
 
 
 def files_to_download(files, parts):

@@ -81,13 +81,14 @@ def test_of_several_kinds_of_weights_the_export_has_the_one_that_was_loaded(kand
 
 
 def test_a_converted_part_keeps_its_type(kandinsky, tmp_path):
-    VQModel.from_pretrained(str(kandinsky[1] / "movq"), paddle_dtype="float16").save_pretrained(
-        str(tmp_path / "half" / "movq"), to_diffusers=True
-    )
+    movq = VQModel.from_pretrained(str(kandinsky[1] / "movq"))
+    movq.to(dtype="float16")
+    movq.save_pretrained(str(tmp_path / "half" / "movq"), to_diffusers=True)
     shutil.copy(kandinsky[1] / "model_index.json", tmp_path / "half")
     folder(tmp_path / "half", "movq").export("movq", VQModel, tmp_path / "out")
     with safe_open(tmp_path / "out" / "diffusion_paddle_model.safetensors", "np") as tensors:
         assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}
+        assert all(np.array_equal(tensors.get_tensor(name), value) for name, value in arrays(movq).items())
 
 
 def test_pickled_weights_load_with_a_line_that_names_the_file(kandinsky, tmp_path, capsys):
