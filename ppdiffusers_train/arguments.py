@@ -126,6 +126,14 @@ def add_data_arguments(parser):
     group.add_argument("--caption_column", default="text", help="column that holds the captions")
     group.add_argument("--max_train_samples", type=positive_int, help="use this many samples, chosen by the seed")
     group.add_argument("--cache_dir", metavar="DIR", help="where downloaded models and datasets are kept")
+    group.add_argument(
+        "--encoded_cache_dir",
+        metavar="DIR",
+        help="run the frozen encoders once per sample, keep the results here, and train from them",
+    )
+    group.add_argument(
+        "--cache_variants", type=positive_int, default=1, help="random crops and flips of a sample that the cache keeps"
+    )
     group.add_argument("--resolution", type=positive_int, default=512, help="height and width of the images, in pixels")
     group.add_argument("--dataloader_num_workers", type=non_negative_int, default=0, help="processes that load images")
     return group

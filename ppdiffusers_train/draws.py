@@ -30,25 +30,30 @@ class RowDraws:
 
     def __init__(self, seed: int, position: int):
         self.seed, self.position = seed, position
+        self.drawn = set()  # names of the draws so far
+
+    def _generator(self, name: str) -> np.random.Generator:
+        self.drawn.add(name)
+        return generator(self.seed, self.position, name)
 
     def normal(self, name: str, shape=()) -> np.ndarray:
         """Standard normal float32 numbers of `shape`."""
-        return np.float32(generator(self.seed, self.position, name).standard_normal(tuple(shape), dtype=np.float32))
+        return np.float32(self._generator(name).standard_normal(tuple(shape), dtype=np.float32))
 
     def uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> np.float32:
         """A float32 number, uniform in [low, high)."""
         low, high = np.float32(low), np.float32(high)
-        number = np.float32(generator(self.seed, self.position, name).random(dtype=np.float32))
+        number = np.float32(self._generator(name).random(dtype=np.float32))
         return min(low + (high - low) * number, np.nextafter(high, low))  # the sum may round up to `high`
 
     def integers(self, name: str, low: int, high: int) -> np.int64:
         """An int64 number, uniform in {low, …, high - 1}."""
-        return generator(self.seed, self.position, name).integers(low, high, dtype=np.int64)
+        return self._generator(name).integers(low, high, dtype=np.int64)
 
     def categorical(self, name: str, weights) -> np.int64:
         """An index into `weights` [K], with probability proportional to its weight (none negative, not all zero)."""
         cumulative = np.cumsum(np.asarray(weights, dtype=np.float64))
-        number = generator(self.seed, self.position, name).random() * cumulative[-1]
+        number = self._generator(name).random() * cumulative[-1]
         return np.int64(min(np.searchsorted(cumulative, number, side="right"), len(cumulative) - 1))
 
 

@@ -1,5 +1,6 @@
 """The contract between a job and the loop: what one job learns, and how a batch becomes a loss."""
 
+import paddle
 from paddle import nn
 
 
@@ -10,6 +11,13 @@ class DiffusionTrainingModule(nn.Layer):
     arrays of several rows stacked, as paddle tensors. `draws` gives every random number (see `draws.Draws`), so the
     same `encoded` and `draws` give the same loss on any number of cards.
     """
+
+    encoders = ()
+    """Names of the attributes that hold the frozen models of `encode`: a cache of encoded samples replaces them."""
+
+    def encoding_settings(self):
+        """What `preprocess` and `encode` depend on besides the sample and the encoders' weights, as JSON."""
+        return {}
 
     def preprocess(self, row, draws):
         """One row -> `{name: numpy array}`. Runs in loader workers: no paddle tensors here."""
@@ -49,6 +57,19 @@ class DiffusionTrainingModule(nn.Layer):
     def trainable_parameters(self):
         """The parameters that learn: whatever is not frozen."""
         return [parameter for parameter in self.parameters() if not parameter.stop_gradient]
+
+
+@paddle.no_grad()
+def encode_each(module, batch: dict) -> dict:
+    """A batch through `module.encode`, one sample at a time: `{name: [B, …]} -> {name: [B, …]}`, floats as float32.
+
+    Alone, because how a product of matrices is rounded depends on their sizes: a sample's encoding must not depend on
+    which others share its batch, or a cache could not hold the same bits.
+    """
+    size = len(next(iter(batch.values())))
+    rows = [module.encode({name: value[i : i + 1] for name, value in batch.items()}) for i in range(size)]
+    stacked = {name: paddle.concat([row[name] for row in rows]) for name in rows[0]}
+    return {name: value.astype("float32") if value.is_floating_point() else value for name, value in stacked.items()}
 
 
 def freeze(model: nn.Layer) -> nn.Layer:

@@ -7,14 +7,17 @@ import json
 import math
 import platform
 import secrets
+from functools import partial
 from pathlib import Path
 
 import paddle
 
+from ppdiffusers_train.data.encoded_cache import encode_dataset
 from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches
 from ppdiffusers_train.data.order import SampleOrder, micro_batches
 from ppdiffusers_train.draws import Draws, generator
 from ppdiffusers_train.errors import RunError, UserError
+from ppdiffusers_train.module import encode_each
 from ppdiffusers_train.reporting.hub import check_hub_login, push_to_hub
 from ppdiffusers_train.reporting.progress import Progress
 from ppdiffusers_train.reporting.quiet import quiet_libraries
@@ -84,10 +87,11 @@ def launch_training_task(module, dataset, args) -> None:
         (window, micro_batches(window, ranks.rank, ranks.world_size, args.train_batch_size))
         for _, window in zip(range(state.step, total_steps), order.windows(state.position, samples_per_step))
     ]
+    samples, encode = PreprocessedSamples(dataset, module.preprocess, order), partial(encode_each, module)
+    if args.encoded_cache_dir:
+        samples, encode = encode_dataset(module, dataset, order, args, ranks, state.precision, say), None
     batches = iterate_batches(
-        PreprocessedSamples(dataset, module.preprocess, order),
-        [positions for _, share in steps for positions in share],
-        args.dataloader_num_workers,
+        samples, [positions for _, share in steps for positions in share], args.dataloader_num_workers
     )
 
     set_training_mode(module)
@@ -104,7 +108,7 @@ def launch_training_task(module, dataset, args) -> None:
         stop = on_exit.enter_context(StopRequest())
         for window, share in steps:
             seed_layers(order.seed, state.step, ranks.rank)
-            losses = [backward(module, next(batches), positions, window, order, state) for positions in share]
+            losses = [backward(module, encode, next(batches), positions, window, order, state) for positions in share]
             ranks.sum_gradients(state.parameters.values())
             loss = float(ranks.sum(sum((loss for loss, _ in losses), paddle.zeros([]))))
             if not math.isfinite(loss):
@@ -152,16 +156,17 @@ def launch_training_task(module, dataset, args) -> None:
     ranks.wait()
 
 
-def backward(module, batch, positions, window: range, order: SampleOrder, state: TrainingState) -> tuple:
+def backward(module, encode, batch, positions, window: range, order: SampleOrder, state: TrainingState) -> tuple:
     """Add the gradients of one batch, the samples at `positions`, to those of its step's `window`.
 
+    Args:
+        encode: turns the batch into encoded samples; None where it holds them already.
     Returns:
         The batch's part of the window's mean loss, and its draws.
     """
     draws = Draws(order.seed, positions)
     with state.precision.autocast():
-        with paddle.no_grad():
-            encoded = module.encode(batch)
+        encoded = encode(batch) if encode else batch
         # By its share of the samples: right for a short last batch, and for a short last window.
         loss = module(encoded, draws) * (len(positions) / len(window))
     state.precision.scaler.scale(loss).backward()
@@ -221,9 +226,12 @@ def seed_layers(seed: int, step: int, rank: int) -> None:
 
 
 def set_training_mode(module) -> None:
-    """Put every part that learns into training mode; the frozen ones stay in evaluation mode."""
-    for layer in module.sublayers(include_self=True):
-        layer.training = any(not parameter.stop_gradient for parameter in layer.parameters())
+    """Put every model in which something learns into training mode; the frozen ones stay in evaluation mode."""
+    for model in module.children():
+        if any(not parameter.stop_gradient for parameter in model.parameters()):
+            model.train()
+        else:
+            model.eval()
 
 
 def validation_is_due(args, step: int, position: int, rows: int, total_steps: int) -> bool:

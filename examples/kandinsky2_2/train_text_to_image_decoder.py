@@ -7,7 +7,6 @@ The result is a folder for `KandinskyV22CombinedPipeline.from_pretrained`, with 
 
 import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
 
-import paddle
 from PIL import Image
 from ppdiffusers import DDPMScheduler, UNet2DConditionModel, VQModel
 from ppdiffusers.transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
@@ -65,6 +64,8 @@ def build_parser():
 class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
     """The UNet learns to denoise MoVQ latents, given the CLIP embedding of the same image."""
 
+    encoders = ("movq", "image_encoder")
+
     def __init__(self, args):
         super().__init__()
         self.args = args
@@ -92,7 +93,9 @@ class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
         clip_pixels = self.image_processor(image, return_tensors="np").pixel_values[0]
         return {"pixel_values": normalize_pixels(square), "clip_pixel_values": clip_pixels}
 
-    @paddle.no_grad()
+    def encoding_settings(self):
+        return {"resolution": self.args.resolution, "image_processor": self.image_processor.to_dict()}
+
     def encode(self, batch):
         """latents [B, 4, r, r], unquantised and unscaled; image_embeds [B, D]."""
         return {

@@ -1,5 +1,6 @@
 """Images with captions, from a folder or the hub, through `datasets`, as rows of one form whatever the columns."""
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class ImageCaptionDataset:
     def __init__(self, table, image_column: str, caption_column: str):
         # Undecoded: the path names a broken file, and decoding happens where its error can be caught.
         self.table = table.cast_column(image_column, datasets.Image(decode=False))
+        self.texts = table.select_columns([caption_column])  # so that reading a caption reads no image
         self.image_column, self.caption_column = image_column, caption_column
 
     def __len__(self):
@@ -33,26 +35,48 @@ class ImageCaptionDataset:
         path = self.table[index][self.image_column]["path"]
         return f"{path} (row {index})" if path else f"row {index}"
 
+    def captions(self, index: int) -> list:
+        """The captions of row `index`: one, or several of which training takes one at random.
+
+        Raises:
+            BadSampleError: there is none, or it is no text.
+        """
+        caption = self.texts[index][self.caption_column]
+        captions = caption if isinstance(caption, list) else [caption]
+        if not captions or not all(isinstance(text, str) for text in captions):
+            raise BadSampleError(
+                f"{self.name(index)}: column {self.caption_column!r} holds {caption!r}; expected a text or several"
+            )
+        return captions
+
+    def image_digest(self, index: int) -> bytes:
+        """A hash of the stored image of row `index`, as it is on disk.
+
+        Raises:
+            BadSampleError: the file cannot be read.
+        """
+        stored = self.table[index][self.image_column]
+        try:
+            content = stored["bytes"] or Path(stored["path"]).read_bytes()
+        except OSError as error:
+            raise BadSampleError(f"{self.name(index)}: the image cannot be read: {error}") from error
+        return hashlib.blake2b(content, digest_size=16).digest()
+
     def __getitem__(self, index: int) -> dict:
         """Row `index`, decoded.
 
         Raises:
             BadSampleError: the image cannot be read, or the caption is no text.
         """
-        row = self.table[index]
-        stored, caption = row[self.image_column], row[self.caption_column]
+        stored = self.table[index][self.image_column]
         try:
             with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as file:
                 image = ImageOps.exif_transpose(file).convert("RGB")
         # Pillow reports a broken file through any of these.
         except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
             raise BadSampleError(f"{self.name(index)}: the image cannot be read: {error}") from error
-        texts = caption if isinstance(caption, list) else [caption]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise BadSampleError(
-                f"{self.name(index)}: column {self.caption_column!r} holds {caption!r}; expected a text or several"
-            )
-        return {"image": image, "caption": caption}
+        captions = self.captions(index)
+        return {"image": image, "caption": captions if len(captions) > 1 else captions[0]}
 
 
 def build_dataset(args) -> ImageCaptionDataset:
@@ -89,6 +113,12 @@ def build_dataset(args) -> ImageCaptionDataset:
             )
     if not isinstance(table.features[args.image_column], datasets.Image):
         raise UserError(f"--image_column: column {args.image_column!r} of {source!r} does not hold images")
+    text = getattr(table.features[args.caption_column], "feature", table.features[args.caption_column])
+    if getattr(text, "dtype", None) not in ("string", "large_string", "null"):
+        raise UserError(
+            f"--caption_column: column {args.caption_column!r} of {source!r} holds {getattr(text, 'dtype', text)}; "
+            "expected texts or lists of texts"
+        )
     if len(table) == 0:
         raise UserError(f"{flag}: {source!r} has no samples")
     if args.max_train_samples is not None and args.max_train_samples < len(table):

@@ -30,10 +30,20 @@ class PreprocessedSamples(Dataset):
         try:
             row = self.rows[self.order.row(position)]
         except BadSampleError as error:
-            return {ERROR_KEY: np.frombuffer(str(error).encode(), dtype=np.uint8)}
+            return as_error(error)
         if isinstance(row["caption"], list):
-            row["caption"] = row["caption"][draws.integers("caption_choice", 0, len(row["caption"]))]
+            row["caption"] = row["caption"][choose_caption(draws, len(row["caption"]))]
         return self.preprocess(row, draws)
+
+
+def as_error(error) -> dict:
+    """The sample that stands for one that cannot be used."""
+    return {ERROR_KEY: np.frombuffer(str(error).encode(), dtype=np.uint8)}
+
+
+def choose_caption(draws: RowDraws, count: int) -> int:
+    """Which of a sample's `count` captions this position of the run takes."""
+    return int(draws.integers("caption_choice", 0, count)) if count > 1 else 0
 
 
 def stack(samples: list) -> dict:
@@ -44,7 +54,7 @@ def stack(samples: list) -> dict:
     return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
-def iterate_batches(samples: PreprocessedSamples, batches, num_workers: int):
+def iterate_batches(samples: Dataset, batches, num_workers: int):
     """Yield for each list of positions in `batches` their samples as `{name: paddle tensor [B, …]}`, in order.
 
     Raises:

@@ -57,9 +57,9 @@ class KandinskyFolders:
                 yield f"{prefix}{part}", folder, part, part_class or getattr(schedulers, folder.class_name(part))
 
     def combined_pipeline(self, **own):
-        """The pipeline that draws from a prompt; parts given by name are used as they are, the others loaded."""
+        """The pipeline that draws from a prompt; parts given by name are used, those that are None are loaded, too."""
         parts = {
-            name: own[name] if name in own else folder.load(part, part_class)
+            name: folder.load(part, part_class) if own.get(name) is None else own[name]
             for name, folder, part, part_class in self._parts()
         }
         return KandinskyV22CombinedPipeline(**parts)

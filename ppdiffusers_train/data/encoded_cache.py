@@ -1,0 +1,159 @@
+"""Encoded samples on disk: the frozen models see each sample once, and training needs them no more.
+
+    <encoded_cache_dir>/<encoders>/<first two digits of the sample>/<sample>.safetensors
+
+`<encoders>` is a hash of the code, the settings and the weights that encode, `<sample>` one of the image's bytes, the
+caption and the variant: an entry never has to be invalidated, because what it was made of is its name. A file is
+written under another name and renamed, so that a cache interrupted anywhere goes on, and several processes can fill
+and read one at the same time. Files are mapped into memory, where all ranks of a machine share them.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import secrets
+from pathlib import Path
+
+import numpy as np
+from paddle.io import Dataset
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from ppdiffusers_train.data.loader import as_error, choose_caption, iterate_batches
+from ppdiffusers_train.draws import RowDraws
+from ppdiffusers_train.errors import BadSampleError
+from ppdiffusers_train.module import encode_each
+from ppdiffusers_train.runtime.checkpoint import require_writable, sync
+
+
+def encode_dataset(module, dataset, order, args, ranks, precision, say):
+    """Fill the cache with what it lacks of `dataset`, free the module's encoders, and return the `EncodedSamples`."""
+    folder = Path(args.encoded_cache_dir)
+    require_writable(folder, "--encoded_cache_dir")
+    folder = folder / encoders_digest(module, precision)
+    variants = args.cache_variants
+    if variants > 1 and not draws_something(module, dataset):
+        say(f"--cache_variants {variants}: no effect, this job prepares a sample in one way only")
+        variants = 1
+    samples = EncodedSamples(folder, dataset, order, variants)
+    missing = [entry for entry in samples.entries() if not entry.file.exists()]
+    say(f"{folder}: {len(missing)} of {samples.count} samples are still to be encoded")
+    share = missing[ranks.rank :: ranks.world_size]
+    # Another process may be filling the same cache: each begins somewhere else, and skips what it meets.
+    start = secrets.randbelow(len(share)) if share else 0
+    share = share[start:] + share[:start]
+    batches = iterate_batches(Entries(share, dataset, module.preprocess), [[i] for i in range(len(share))], args.dataloader_num_workers)
+    for entry in tqdm(share, desc="encoding", unit="sample", disable=not (ranks.is_main and share)):
+        batch = next(batches)
+        if not batch:
+            continue  # another process has encoded it by now
+        with precision.autocast():
+            encoded = encode_each(module, batch)
+        entry.write({name: tensor[0].numpy() for name, tensor in encoded.items()})
+    ranks.wait()
+    for name in module.encoders:
+        setattr(module, name, None)
+    return samples
+
+
+def encoders_digest(module, precision) -> str:
+    """A hash of all that turns a sample into its encoding: code, settings, precision, and the encoders' weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for method in (type(module).preprocess, type(module).encode):
+        digest.update(inspect.getsource(method).encode())  # a script is made to be edited
+    settings = {"precision": precision.mixed_precision if precision.enabled else "no", **module.encoding_settings()}
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    for name in module.encoders:
+        for key, tensor in sorted(getattr(module, name).state_dict().items()):
+            array = tensor.numpy()
+            digest.update(f"{name}.{key} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def draws_something(module, dataset) -> bool:
+    """Whether `preprocess` draws random numbers, asked with the first sample."""
+    draws = RowDraws(0, 0)
+    module.preprocess({**dataset[0], "caption": dataset.captions(0)[0]}, draws)
+    return bool(draws.drawn)
+
+
+class Entry:
+    """One encoded sample: a row with one of its captions, in one variant."""
+
+    def __init__(self, folder: Path, image_digest: bytes, row: int, caption: str, variant: int):
+        self.row, self.caption, self.variant = row, caption, variant
+        name = hashlib.blake2b(image_digest, digest_size=16)
+        name.update(json.dumps([caption, variant]).encode())
+        self.file = folder / name.hexdigest()[:2] / f"{name.hexdigest()}.safetensors"
+
+    def draws(self) -> RowDraws:
+        """The random numbers of this variant's crop and flip: functions of the content, not of the run."""
+        return RowDraws(self.variant, int(self.file.stem[:15], 16))
+
+    def write(self, arrays: dict) -> None:
+        """Put the entry on disk, whole or not at all."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.file.with_name(f".{self.file.stem}.{os.getpid()}")
+        save_file(arrays, temporary)
+        sync(temporary)
+        os.replace(temporary, self.file)
+
+
+class Entries(Dataset):
+    """Entries to encode, preprocessed; one that exists by now is empty."""
+
+    def __init__(self, entries: list, dataset, preprocess):
+        super().__init__()
+        self.entries, self.dataset, self.preprocess = entries, dataset, preprocess
+
+    def __getitem__(self, index):
+        entry = self.entries[index]
+        if entry.file.exists():
+            return {}
+        try:
+            row = self.dataset[entry.row]
+        except BadSampleError as error:
+            return as_error(error)
+        return self.preprocess({**row, "caption": entry.caption}, entry.draws())
+
+
+class EncodedSamples(Dataset):
+    """At index `position`: the run's sample at that position, encoded, as `{name: array}`.
+
+    Args:
+        folder: of these encoders in the cache.
+        dataset: with `captions(row)` and `image_digest(row)`.
+        order: the run's `SampleOrder`.
+        variants: how many crops and flips of a sample are kept; a position draws which one it takes.
+    """
+
+    def __init__(self, folder: Path, dataset, order, variants: int):
+        super().__init__()
+        self.folder, self.dataset, self.order, self.variants = folder, dataset, order, variants
+        self.digests = [dataset.image_digest(row) for row in range(len(dataset))]
+
+    @property
+    def count(self) -> int:
+        """Number of entries."""
+        return sum(len(self.dataset.captions(row)) for row in range(len(self.dataset))) * self.variants
+
+    def entries(self):
+        """All entries that a run may ask for."""
+        for row, digest in enumerate(self.digests):
+            for caption in self.dataset.captions(row):
+                for variant in range(self.variants):
+                    yield Entry(self.folder, digest, row, caption, variant)
+
+    def __getitem__(self, position):
+        draws, row = RowDraws(self.order.seed, position), self.order.row(position)
+        captions = self.dataset.captions(row)
+        caption = captions[choose_caption(draws, len(captions))]
+        variant = int(draws.integers("cache_variant", 0, self.variants))
+        file = Entry(self.folder, self.digests[row], row, caption, variant).file
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            return as_error(f"{file}: cannot be read ({error}); delete it, and it is encoded again")
