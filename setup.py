@@ -22,6 +22,7 @@ REQUIRED = [
     "visualdl==2.5.3",
     "PyYAML",
     "tqdm",
+    "ml_dtypes==0.4.1",
 ]
 CPU = ["paddlepaddle==3.3.1", "safetensors==0.8.0"]
 GPU = ["paddlepaddle-gpu==2.6.2", "safetensors<0.5", "scipy<1.14"]
@@ -36,6 +37,7 @@ setup(
     packages=find_packages(include=["ppdiffusers_train", "ppdiffusers_train.*"]),
     package_data={"ppdiffusers_train.toy": ["weights/*.safetensors"]},
     install_requires=REQUIRED,
+    entry_points={"console_scripts": ["ppdiffusers-train = ppdiffusers_train.cli:main"]},
     extras_require={
         "cpu": CPU,
         "gpu": GPU,

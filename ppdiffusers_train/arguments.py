@@ -173,11 +173,40 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
     return group
 
 
-def add_diffusion_arguments(parser):
-    """How the denoising loss is built, read by the jobs."""
+def add_diffusion_arguments(parser, noise_offset=False):
+    """How the denoising loss is built, read by the jobs; `noise_offset` where there are latents to offset."""
     group = parser.add_argument_group("diffusion")
     group.add_argument("--snr_gamma", type=positive_float, help="min-SNR loss weights; 5.0 is the paper's value")
-    group.add_argument("--noise_offset", type=non_negative_float, default=0.0, help="scale of the offset noise")
+    if noise_offset:
+        group.add_argument("--noise_offset", type=non_negative_float, default=0.0, help="scale of the offset noise")
+    return group
+
+
+def add_kandinsky_arguments(parser):
+    """The two pipelines that Kandinsky 2.2 consists of, read by its jobs."""
+    group = parser.add_argument_group("models")
+    group.add_argument(
+        "--pretrained_decoder_model_name_or_path",
+        default="kandinsky-community/kandinsky-2-2-decoder",
+        help="folder or hub name of the decoder pipeline: UNet, MoVQ, scheduler",
+    )
+    group.add_argument(
+        "--pretrained_prior_model_name_or_path",
+        default="kandinsky-community/kandinsky-2-2-prior",
+        help="folder or hub name of the prior pipeline: CLIP's towers, the prior",
+    )
+    return group
+
+
+def add_lora_arguments(parser, targets, rank=4):
+    """The LoRA layers that learn, read by the LoRA jobs."""
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--lora_rank", "--rank", type=positive_int, default=rank, help="rank of the updates")
+    group.add_argument("--lora_alpha", type=positive_float, help="updates are scaled by alpha / rank; default: the rank")
+    group.add_argument("--lora_dropout", type=unit_float, default=0.0, help="dropout before each update, in training")
+    group.add_argument(
+        "--lora_target_modules", default=targets, metavar="NAMES", help="ends of layer names, separated by commas"
+    )
     return group
 
 
@@ -185,6 +214,12 @@ def add_output_arguments(parser, output_dir):
     """What is written where, read by the loop."""
     group = parser.add_argument_group("output and checkpoints")
     group.add_argument("--output_dir", default=output_dir, metavar="DIR", help="where everything is written")
+    group.add_argument(
+        "--save_format",
+        choices=("ppdiffusers", "diffusers"),
+        default="ppdiffusers",
+        help="library for which the result is written",
+    )
     group.add_argument("--checkpointing_steps", type=positive_int, default=500, help="a checkpoint every N steps")
     group.add_argument("--checkpoints_total_limit", type=positive_int, help="keep only the newest N checkpoints")
     group.add_argument(

@@ -34,15 +34,23 @@ SECRETS = ("hub_token",)
 
 
 def check_run(args) -> None:
-    """Raise a `UserError` for what can be seen to be wrong before data and models are loaded."""
+    """Settle the seed, and raise a `UserError` for what can be seen to be wrong before data and models are loaded."""
     quiet_libraries()
     output_dir = Path(args.output_dir)
     require_writable(output_dir, "--output_dir")
     tracker_names(args.report_to)
     if args.push_to_hub:
         check_hub_login(args.hub_token)
+    saved = None
     if args.resume_from_checkpoint:
-        find_checkpoint(args.resume_from_checkpoint, output_dir, say=lambda message: None)
+        saved = find_checkpoint(args.resume_from_checkpoint, output_dir, say=lambda message: None)[1]
+    settle_seed(args, saved)  # before models and data: LoRA's initial values and the choice of samples depend on it
+
+
+def settle_seed(args, saved) -> None:
+    """Without `--seed`, set it to that of the checkpoint to resume from, or to one drawn for all ranks."""
+    if args.seed is None:
+        args.seed = saved["seed"] if saved else start_ranks().share(secrets.randbelow(2**31))
 
 
 def launch_training_task(module, dataset, args) -> None:
@@ -63,7 +71,8 @@ def launch_training_task(module, dataset, args) -> None:
     checkpoint, saved = None, {}
     if args.resume_from_checkpoint:
         checkpoint, saved = find_checkpoint(args.resume_from_checkpoint, output_dir, say)
-    identity = run_identity(module, dataset, args, saved, ranks)
+    settle_seed(args, saved)
+    identity = run_identity(module, dataset, args, saved)
 
     order = SampleOrder(identity["seed"], len(dataset))
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size
@@ -77,7 +86,7 @@ def launch_training_task(module, dataset, args) -> None:
         say(line)
     learning = sum(parameter.size for parameter in state.parameters.values())
     say(
-        f"{type(module).__name__}: {learning / 1e6:.2f} M parameters learn from {len(dataset)} samples; {total_steps} "
+        f"{type(module).__name__}: {learning:,} parameters learn from {len(dataset)} samples; {total_steps} "
         f"steps of {samples_per_step} samples, {steps_per_epoch} per epoch; seed {identity['seed']}"
     )
     info = {**identity, "arguments": public_arguments(args), "versions": versions()}
@@ -178,12 +187,9 @@ def public_arguments(args) -> dict:
     return {name: value for name, value in vars(args).items() if name not in SECRETS}
 
 
-def run_identity(module, dataset, args, saved, ranks) -> dict:
+def run_identity(module, dataset, args, saved) -> dict:
     """What makes this run this run; a checkpoint to resume from must agree, or it would go on with other samples."""
-    seed = args.seed if args.seed is not None else (saved or {}).get("seed")
-    if seed is None:
-        seed = ranks.share(secrets.randbelow(2**31))
-    identity = {"job": type(module).__name__, "seed": seed, "rows": len(dataset)}
+    identity = {"job": type(module).__name__, "seed": args.seed, "rows": len(dataset)}
     words = {"job": "job", "seed": "--seed", "rows": "number of samples"}
     for name, value in identity.items():
         if saved and saved[name] != value:

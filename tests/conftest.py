@@ -8,11 +8,14 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
+import paddle
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "examples" / "data" / "photos"
-DECODER_SCRIPT = ROOT / "examples" / "kandinsky2_2" / "train_text_to_image_decoder.py"
+KANDINSKY = ROOT / "examples" / "kandinsky2_2"
+DECODER_SCRIPT = KANDINSKY / "train_text_to_image_decoder.py"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,6 +41,13 @@ def load_script(path):
 @pytest.fixture(scope="session")
 def decoder_job():
     return load_script(DECODER_SCRIPT)
+
+
+@pytest.fixture(scope="session")
+def kandinsky_jobs():
+    """The scripts of Kandinsky 2.2 by name: `{"prior_lora": module, …}`."""
+    names = ("decoder", "prior", "decoder_lora", "prior_lora")
+    return {name: load_script(KANDINSKY / f"train_text_to_image_{name}.py") for name in names}
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +78,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture
 def decoder_flags(kandinsky, photos, tmp_path):
-    """Flags of a short decoder run into `tmp_path/out`; later flags win."""
+    """Flags of a short Kandinsky run into `tmp_path/out`; later flags win."""
     prior, decoder = kandinsky
     return [
         f"--pretrained_decoder_model_name_or_path={decoder}",
@@ -94,6 +104,70 @@ def train_decoder(decoder_job, decoder_flags, tmp_path):
     return train
 
 
+@pytest.fixture
+def train(kandinsky_jobs, decoder_flags, tmp_path):
+    """`train("prior_lora", *flags, out="out")` runs that script's `main` and returns its output folder."""
+
+    def run(name, *flags, out="out"):
+        kandinsky_jobs[name].main([*decoder_flags, f"--output_dir={tmp_path / out}", *map(str, flags)])
+        return tmp_path / out
+
+    return run
+
+
+@pytest.fixture
+def build(kandinsky_jobs, decoder_flags):
+    """`build("prior_lora", *flags)` is that script's training module."""
+
+    def module(name, *flags):
+        job = kandinsky_jobs[name]
+        module_class = next(value for key, value in vars(job).items() if key == MODULES[name])
+        return module_class(job.build_parser().parse_args([*decoder_flags, *map(str, flags)]))
+
+    return module
+
+
+MODULES = {
+    "decoder": "KandinskyDecoderTrainingModule",
+    "prior": "KandinskyPriorTrainingModule",
+    "decoder_lora": "KandinskyDecoderLoRATrainingModule",
+    "prior_lora": "KandinskyPriorLoRATrainingModule",
+}
+
+
+def encode(module, rows, indices):
+    """Rows of a dataset through `preprocess` and `encode`."""
+    from ppdiffusers_train.draws import RowDraws
+    from ppdiffusers_train.module import encode_each
+
+    samples = [module.preprocess(rows[index], RowDraws(0, index)) for index in indices]
+    return encode_each(
+        module, {name: paddle.to_tensor(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+    )
+
+
+def same(one, other):
+    """Whether two dictionaries of arrays agree to the bit."""
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def distance(one, other):
+    """The largest difference between two dictionaries of arrays."""
+    return max(np.abs(one[name] - other[name]).max() for name in one)
+
+
+def optimizer_state(checkpoint):
+    """The optimizer's tensors in a checkpoint."""
+    return tensors(checkpoint / "optimizer.safetensors")
+
+
+def tensors(file):
+    """The arrays of a safetensors file."""
+    from safetensors.numpy import load_file
+
+    return load_file(file)
+
+
 def scalars(output_dir, tag="train/loss", logging_dir="logs"):
     """The values of a scalar that a run reported to VisualDL, in order of steps, over all its starts."""
     from visualdl import LogReader
@@ -108,6 +182,4 @@ def scalars(output_dir, tag="train/loss", logging_dir="logs"):
 
 def weights(folder, name="unet"):
     """The weights that a model's `save_pretrained` wrote, as NumPy arrays."""
-    from safetensors.numpy import load_file
-
-    return load_file(folder / name / "diffusion_paddle_model.safetensors")
+    return tensors(folder / name / "diffusion_paddle_model.safetensors")

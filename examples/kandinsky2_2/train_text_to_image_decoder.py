@@ -15,6 +15,7 @@ from ppdiffusers_train.arguments import (
     ArgumentParser,
     add_data_arguments,
     add_diffusion_arguments,
+    add_kandinsky_arguments,
     add_output_arguments,
     add_reporting_arguments,
     add_training_arguments,
@@ -24,7 +25,7 @@ from ppdiffusers_train.data.image_folder import build_dataset
 from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels
 from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.models.attention import enable_memory_efficient_attention
-from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, check_resolution, draw
+from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, draw
 from ppdiffusers_train.models.recompute import enable_recompute
 from ppdiffusers_train.models.weights import load_in_place
 from ppdiffusers_train.module import DiffusionTrainingModule, freeze
@@ -41,20 +42,10 @@ from ppdiffusers_train.training import check_run, launch_training_task
 
 def build_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    group = parser.add_argument_group("models")
-    group.add_argument(
-        "--pretrained_decoder_model_name_or_path",
-        default="kandinsky-community/kandinsky-2-2-decoder",
-        help="folder or hub name of the decoder pipeline: UNet, MoVQ, scheduler",
-    )
-    group.add_argument(
-        "--pretrained_prior_model_name_or_path",
-        default="kandinsky-community/kandinsky-2-2-prior",
-        help="folder or hub name of the prior pipeline: CLIP's towers, the prior",
-    )
+    add_kandinsky_arguments(parser)
     add_data_arguments(parser)
     add_training_arguments(parser, weight_decay=0.0, train_batch_size=1)
-    add_diffusion_arguments(parser)
+    add_diffusion_arguments(parser, noise_offset=True)
     add_output_arguments(parser, output_dir="kandi_2_2-model-finetuned")
     add_validation_arguments(parser)
     add_reporting_arguments(parser)
@@ -72,7 +63,7 @@ class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
         self.folders = KandinskyFolders(
             args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path, args.cache_dir
         )
-        check_resolution(self.folders, args.resolution)
+        self.folders.check_resolution(args.resolution)
         decoder, prior = self.folders.decoder, self.folders.prior
         self.image_processor = prior.load("image_processor", CLIPImageProcessor)
         self.image_encoder = freeze(prior.load("image_encoder", CLIPVisionModelWithProjection))
@@ -142,7 +133,7 @@ class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
         load_in_place(self.unet, f"{directory}/unet")
 
     def save_pretrained(self, directory):
-        self.folders.export_combined(directory, own={"unet": self.unet})
+        self.folders.export_combined(directory, own={"unet": self.unet}, save_format=self.args.save_format)
 
     def card_data(self):
         return {

@@ -9,3 +9,8 @@ def enable_memory_efficient_attention(model):
         reason = str(error).splitlines()[0][:80]
         return f"--enable_xformers_memory_efficient_attention: no effect, plain attention is used ({reason})"
     return None
+
+
+def announce_plain_attention(reason: str) -> None:
+    """Say that `--enable_xformers_memory_efficient_attention` changes nothing, and why."""
+    print(f"--enable_xformers_memory_efficient_attention: no effect, plain attention is used ({reason})")

@@ -1,11 +1,8 @@
 """Kandinsky 2.2's two pipelines on disk, and the combined one that draws."""
 
-import inspect
-import json
-from pathlib import Path
+from functools import cached_property
 
 import paddle
-import ppdiffusers
 from ppdiffusers import KandinskyV22CombinedPipeline, PriorTransformer, UNet2DConditionModel, VQModel, schedulers
 from ppdiffusers.transformers import (
     CLIPImageProcessor,
@@ -15,7 +12,7 @@ from ppdiffusers.transformers import (
 )
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.models.pipeline_folder import PipelineFolder
+from ppdiffusers_train.models.pipeline_folder import PipelineFolder, export_pipeline
 
 DECODER_PARTS = {"unet": UNet2DConditionModel, "movq": VQModel, "scheduler": None}
 PRIOR_PARTS = {
@@ -29,69 +26,78 @@ PRIOR_PARTS = {
 
 
 class KandinskyFolders:
-    """The decoder's and the prior's folder. A folder of the combined pipeline serves as either.
+    """The decoder's and the prior's folder, each opened when it is first asked for.
+
+    A folder of the combined pipeline serves as either.
 
     Args:
         decoder, prior: folders, or names on the hub.
         cache_dir: of downloads.
-    Raises:
-        UserError: one of them is no such pipeline.
     """
 
     def __init__(self, decoder, prior, cache_dir=None):
-        self.decoder = PipelineFolder(
-            decoder, "--pretrained_decoder_model_name_or_path", list(DECODER_PARTS), cache_dir=cache_dir
-        )
-        self.prior = PipelineFolder(
-            prior,
-            "--pretrained_prior_model_name_or_path",
-            list(PRIOR_PARTS),
-            aliases={part: f"prior_{part}" for part in PRIOR_PARTS},
-            cache_dir=cache_dir,
-        )
+        self.names, self.cache_dir = (decoder, prior), cache_dir
 
-    def _parts(self):
-        """(name in the combined pipeline, folder, part, class) of all its parts."""
-        for folder, parts, prefix in ((self.decoder, DECODER_PARTS, ""), (self.prior, PRIOR_PARTS, "prior_")):
-            for part, part_class in parts.items():
-                yield f"{prefix}{part}", folder, part, part_class or getattr(schedulers, folder.class_name(part))
+    @cached_property
+    def decoder(self) -> PipelineFolder:
+        """The decoder's folder. A `UserError` when it is no such pipeline."""
+        flag = "--pretrained_decoder_model_name_or_path"
+        return PipelineFolder(self.names[0], flag, list(DECODER_PARTS), cache_dir=self.cache_dir)
+
+    @cached_property
+    def prior(self) -> PipelineFolder:
+        """The prior's folder. A `UserError` when it is no such pipeline."""
+        flag, aliases = "--pretrained_prior_model_name_or_path", {part: f"prior_{part}" for part in PRIOR_PARTS}
+        return PipelineFolder(self.names[1], flag, list(PRIOR_PARTS), aliases, cache_dir=self.cache_dir)
+
+    def check_resolution(self, resolution: int) -> None:
+        """Raise a `UserError` unless images of `resolution` fit MoVQ and UNet, without loading either."""
+        movq, unet = self.decoder.config("movq"), self.decoder.config("unet")
+        factor = 2 ** (len(movq["block_out_channels"]) + len(unet["block_out_channels"]) - 2)
+        if resolution % factor:
+            raise UserError(f"--resolution: {resolution} does not fit this decoder; expected a multiple of {factor}")
 
     def combined_pipeline(self, **own):
         """The pipeline that draws from a prompt; parts given by name are used, those that are None are loaded, too."""
-        parts = {
-            name: folder.load(part, part_class) if own.get(name) is None else own[name]
-            for name, folder, part, part_class in self._parts()
-        }
-        return KandinskyV22CombinedPipeline(**parts)
+        return KandinskyV22CombinedPipeline(
+            **{
+                name: folder.load(part, part_class) if own.get(name) is None else own[name]
+                for name, (folder, part, part_class) in self._combined_parts().items()
+            }
+        )
 
-    def export_combined(self, directory, own: dict) -> None:
+    def export_combined(self, directory, own: dict, save_format: str) -> None:
         """Write a folder for `KandinskyV22CombinedPipeline.from_pretrained`: `own` parts saved, the others unchanged.
 
         Args:
             own: {name in the combined pipeline: trained model}.
+            save_format: the library to write for, "ppdiffusers" or "diffusers".
         """
-        directory = Path(directory)
-        index = {
-            "_class_name": KandinskyV22CombinedPipeline.__name__,
-            "_ppdiffusers_version": ppdiffusers.__version__,
-        }
-        for name, folder, part, part_class in self._parts():
-            if name in own:
-                own[name].save_pretrained(str(directory / name))
-            else:
-                folder.export(part, part_class, directory / name)
-            library = inspect.getmodule(part_class).__name__
-            is_transformer = library.startswith(("ppdiffusers.transformers", "paddlenlp"))
-            index[name] = ["ppdiffusers.transformers" if is_transformer else "ppdiffusers", part_class.__name__]
-        (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        export_pipeline(directory, "KandinskyV22CombinedPipeline", self._combined_parts(), own, save_format)
+
+    def export_prior(self, directory, own: dict, save_format: str) -> None:
+        """Write a prior pipeline's folder: `own` parts saved, the others unchanged, its scheduler that of inference."""
+        parts = dict(_with_classes(self.prior, PRIOR_PARTS))
+        export_pipeline(directory, "KandinskyV22PriorPipeline", parts, own, save_format)
+
+    def _combined_parts(self) -> dict:
+        prior = {f"prior_{part}": source for part, source in _with_classes(self.prior, PRIOR_PARTS)}
+        return {**dict(_with_classes(self.decoder, DECODER_PARTS)), **prior}
 
 
-def check_resolution(folders: KandinskyFolders, resolution: int) -> None:
-    """Raise a `UserError` unless images of `resolution` fit MoVQ and UNet, without loading either."""
-    movq, unet = folders.decoder.config("movq"), folders.decoder.config("unet")
-    factor = 2 ** (len(movq["block_out_channels"]) + len(unet["block_out_channels"]) - 2)
-    if resolution % factor:
-        raise UserError(f"--resolution: {resolution} does not fit this decoder; expected a multiple of {factor}")
+def _with_classes(folder: PipelineFolder, parts: dict):
+    """(part, (folder, part, its class)) of all `parts`."""
+    for part, part_class in parts.items():
+        yield part, (folder, part, part_class or getattr(schedulers, folder.class_name(part)))
+
+
+def check_clip_std(prior, name) -> None:
+    """Raise a `UserError` when a prior cannot normalise embeddings."""
+    if not bool((prior.clip_std != 0).all()):
+        raise UserError(
+            f"--pretrained_prior_model_name_or_path: the prior of {str(name)!r} has a clip_std of 0, which embeddings "
+            "are divided by; expected their standard deviation"
+        )
 
 
 def draw(pipeline, prompts, seeds, resolution: int, inference_steps: int, **options) -> list:
@@ -101,6 +107,11 @@ def draw(pipeline, prompts, seeds, resolution: int, inference_steps: int, **opti
     for prompt, seed in zip(prompts, seeds):
         paddle.seed(seed)
         images += pipeline(
-            prompt, height=resolution, width=resolution, num_inference_steps=inference_steps, **options
+            prompt,
+            height=resolution,
+            width=resolution,
+            num_inference_steps=inference_steps,
+            prior_num_inference_steps=inference_steps,
+            **options,
         ).images
     return images

@@ -4,6 +4,7 @@ A pipeline folder has one folder per part (`unet/`, `movq/`, `scheduler/`, …).
 or in torch's (linear weights transposed); ppdiffusers 0.29.0 wants to be told which, and fails without saying so.
 """
 
+import inspect
 import json
 import os
 import re
@@ -12,16 +13,20 @@ import tempfile
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
+import ppdiffusers
 from safetensors import SafetensorError, safe_open
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.models.tensor_files import first_dtype, read_tensors, write_tensors
 
 # Names of weight files, without variants (`.fp16`) and shard numbers.
 PADDLE_WEIGHTS = ("diffusion_paddle_model.safetensors", "model_state.pdparams")
 TORCH_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "pytorch_model.bin")
 SHARED_WEIGHTS = "model.safetensors"  # paddlenlp and transformers use one name; the file's metadata tells them apart
 WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin")
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TRANSFORMERS = {"ppdiffusers": "ppdiffusers.transformers", "diffusers": "transformers"}
+LIBRARY_VERSIONS = {"ppdiffusers": ppdiffusers.__version__, "diffusers": "0.29.2"}  # what the files were compared with
 
 
 class PipelineFolder:
@@ -135,28 +140,57 @@ class PipelineFolder:
             raise self._error(f"has a {self.folders[part].name}/ that cannot be loaded: {error}") from error
         return model
 
-    def export(self, part: str, part_class, target: Path) -> None:
-        """Make `target` an unchanged copy of a part for ppdiffusers.
+    def export(self, part: str, part_class, target: Path, save_format: str) -> None:
+        """Make `target` an unchanged copy of a part for the library `save_format`.
 
-        Files are hard links where the disk allows; only weights in torch's layout are converted, in the type they have.
+        Files are hard links where the disk allows; only weights in the other library's layout are converted, in the
+        type they have.
         """
         file = self.weights(part)
-        if not self.is_torch(part):
+        if file is None or self.is_torch(part) == (save_format == "diffusers"):
             source = self.folders[part]
             others = {path.name for path in source.iterdir() if file and path.name.endswith(WEIGHT_SUFFIXES)}
-            kept = {
-                name for name in others if re.sub(r"-\d+-of-\d+", "", name) == re.sub(r"-\d+-of-\d+", "", file.name)
-            }
+            kept = {name for name in others if without_shard(name) == without_shard(file.name)}
             return link_tree(source, target, leave_out=others - kept)
-        dtype = "float32"
-        if file.suffix == ".safetensors":
-            with safe_open(file, "np") as tensors:
-                name = next(iter(tensors.keys()))
-                dtype = DTYPES.get(tensors.get_slice(name).get_dtype(), "float32")
-        model = self.load(part, part_class)
-        if dtype != "float32":  # back to where it came from, exactly; Paddle 2.6 cannot load float16 on a CPU
-            model.to(dtype=dtype)
-        model.save_pretrained(str(target), safe_serialization=True)
+        save_model(self.load(part, part_class), target, save_format)
+        dtype = first_dtype(file) if file.suffix == ".safetensors" else np.dtype("float32")
+        if dtype.itemsize == 2:  # back to where it came from, exactly
+            for written in target.glob("*.safetensors"):
+                arrays, metadata = read_tensors(written)
+                narrow = {n: array.astype(dtype) if array.dtype == np.float32 else array for n, array in arrays.items()}
+                write_tensors(written, narrow, metadata)
+
+
+def without_shard(name: str) -> str:
+    """A weight file's name without the number of its shard."""
+    return re.sub(r"-\d+-of-\d+", "", name)
+
+
+def save_model(model, directory, save_format: str) -> None:
+    """Write a model's folder for the library `save_format`, as safetensors."""
+    model.save_pretrained(str(directory), to_diffusers=save_format == "diffusers", safe_serialization=True)
+
+
+def export_pipeline(directory, pipeline_class: str, parts: dict, own: dict, save_format: str) -> None:
+    """Write a pipeline's folder.
+
+    Args:
+        pipeline_class: its name in both libraries.
+        parts: {name in the pipeline: (PipelineFolder, part in it, class)}.
+        own: {name: model} of the parts that were trained; the others are copied.
+        save_format: the library to write for, "ppdiffusers" or "diffusers".
+    """
+    directory = Path(directory)
+    index = {"_class_name": pipeline_class, f"_{save_format}_version": LIBRARY_VERSIONS[save_format]}
+    for name, (folder, part, part_class) in parts.items():
+        if name in own:
+            save_model(own[name], directory / name, save_format)
+        else:
+            folder.export(part, part_class, directory / name, save_format)
+        is_transformer = inspect.getmodule(part_class).__name__.startswith(("ppdiffusers.transformers", "paddlenlp"))
+        library = TRANSFORMERS[save_format] if is_transformer else save_format
+        index[name] = [library, part_class.__name__]
+    (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _float32(part_class):

@@ -1,6 +1,7 @@
 """Gradient checkpointing as Paddle calls it: activations are computed again in the backward pass."""
 
 import os
+from functools import partial
 
 import paddle
 from paddle.distributed.fleet.utils import recompute
@@ -15,6 +16,23 @@ def enable_recompute(model) -> None:
     model.enable_gradient_checkpointing()
     if not recomputes_without_reentrance():
         os.environ.setdefault("FLAG_RECOMPUTE_USE_REENTRANT", "True")
+
+
+def enable_block_recompute(blocks) -> None:
+    """Recompute each of a transformer's blocks, for models that ppdiffusers gives no gradient checkpointing.
+
+    A block is called as `block(hidden_states, …)`. Where no gradient reaches its input, there is nothing to save.
+    """
+    use_reentrant = not recomputes_without_reentrance()
+
+    def recomputed(forward, hidden_states, **options):
+        if hidden_states.stop_gradient or not paddle.is_grad_enabled():
+            return forward(hidden_states, **options)
+        # Options are bound here: the reentrant way takes positional arguments only.
+        return recompute(lambda states: forward(states, **options), hidden_states, use_reentrant=use_reentrant)
+
+    for block in blocks:
+        block.forward = partial(recomputed, block.forward)
 
 
 def recomputes_without_reentrance() -> bool:

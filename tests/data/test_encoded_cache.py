@@ -16,7 +16,7 @@ from PIL import Image
 from ppdiffusers_train.data.encoded_cache import Entry, encoders_digest
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.runtime.precision import Precision
-from tests.conftest import DECODER_SCRIPT, copy_photos, scalars, weights
+from tests.conftest import DECODER_SCRIPT, copy_photos, same, scalars, weights
 
 
 @pytest.fixture
@@ -32,10 +32,6 @@ def cached(train_decoder, tmp_path):
 
 def files(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_a_cached_run_ends_in_the_same_bits_as_one_that_encodes_online(train_decoder, cached):

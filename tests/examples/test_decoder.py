@@ -14,23 +14,18 @@ from PIL import Image
 from ppdiffusers import KandinskyV22CombinedPipeline, UNet2DConditionModel
 
 from ppdiffusers_train.data.image_folder import build_dataset
-from ppdiffusers_train.draws import Draws, RowDraws
+from ppdiffusers_train.draws import Draws
 from ppdiffusers_train.models.recompute import recomputes_without_reentrance
-from tests.conftest import DECODER_SCRIPT, copy_photos, scalars, weights
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
-
-
-def distance(one, other):
-    return max(np.abs(one[name] - other[name]).max() for name in one)
-
-
-def optimizer_state(checkpoint):
-    from safetensors.numpy import load_file
-
-    return load_file(checkpoint / "optimizer.safetensors")
+from tests.conftest import (
+    DECODER_SCRIPT,
+    copy_photos,
+    distance,
+    encode,
+    optimizer_state,
+    same,
+    scalars,
+    weights,
+)
 
 
 # The result.
@@ -95,15 +90,11 @@ def test_the_variance_channels_get_no_gradient(decoder_job, decoder_flags):
     assert np.abs(gradient[:4]).max() > 0 and np.abs(gradient[4:]).max() == 0
 
 
-def encode(module, rows, indices):
-    samples = [module.preprocess(rows[index], RowDraws(0, index)) for index in indices]
-    return module.encode({name: paddle.to_tensor(np.stack([s[name] for s in samples])) for name in samples[0]})
-
-
 def test_training_overfits_four_photographs(decoder_job, decoder_flags, train_decoder, tmp_path):
     """At fixed draws, over all noise levels, the loss falls to less than half: more than a constant answer can do."""
     data = f"--train_data_dir={copy_photos(tmp_path / 'four', 4)}"
-    output_dir = train_decoder(data, "--max_train_steps=150", "--train_batch_size=4", "--learning_rate=3e-3")
+    flags = ["--max_train_steps=150", "--train_batch_size=4", "--learning_rate=3e-3"]
+    output_dir = train_decoder(data, *flags, f"--encoded_cache_dir={tmp_path / 'cache'}")
     args = decoder_job.build_parser().parse_args([*decoder_flags, data])
     module = decoder_job.KandinskyDecoderTrainingModule(args)
     module.eval()

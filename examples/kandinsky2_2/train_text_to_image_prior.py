@@ -1,0 +1,156 @@
+"""Fine-tune the prior of Kandinsky 2.2: the transformer that makes an image's CLIP embedding from its caption.
+
+    python -u train_text_to_image_prior.py --train_data_dir photos --output_dir my-prior
+
+The result is a prior pipeline; with `DiffusionPipeline.from_pretrained` its components fit any decoder's.
+"""
+
+import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
+
+from ppdiffusers import DDPMScheduler, PriorTransformer
+from ppdiffusers.transformers import (
+    CLIPImageProcessor,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+from ppdiffusers_train.arguments import (
+    ArgumentParser,
+    add_data_arguments,
+    add_diffusion_arguments,
+    add_kandinsky_arguments,
+    add_output_arguments,
+    add_reporting_arguments,
+    add_training_arguments,
+    add_validation_arguments,
+)
+from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.errors import one_line_errors
+from ppdiffusers_train.models.attention import announce_plain_attention
+from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, check_clip_std, draw
+from ppdiffusers_train.models.recompute import enable_block_recompute
+from ppdiffusers_train.models.text import tokenize, warn_of_long_captions
+from ppdiffusers_train.models.weights import load_in_place
+from ppdiffusers_train.module import DiffusionTrainingModule, freeze
+from ppdiffusers_train.objectives.losses import mse_loss
+from ppdiffusers_train.objectives.noise_schedule import add_noise, min_snr_weights, signal_to_noise_ratio
+from ppdiffusers_train.training import check_run, launch_training_task
+
+
+def build_parser():
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add_kandinsky_arguments(parser)
+    add_data_arguments(parser)
+    add_training_arguments(parser, weight_decay=0.0, train_batch_size=1)
+    add_diffusion_arguments(parser)
+    add_output_arguments(parser, output_dir="kandi_2_2-model-finetuned")
+    add_validation_arguments(parser)
+    add_reporting_arguments(parser)
+    return parser
+
+
+class KandinskyPriorTrainingModule(DiffusionTrainingModule):
+    """The prior learns to predict an image's normalised CLIP embedding from a noisy one and the caption."""
+
+    encoders = ("image_encoder", "text_encoder")
+
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
+        self.folders = KandinskyFolders(
+            args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path, args.cache_dir
+        )
+        folder = self.folders.prior
+        if args.validation_prompts:
+            self.folders.check_resolution(args.resolution)  # only pictures need the decoder
+        self.image_processor = folder.load("image_processor", CLIPImageProcessor)
+        self.tokenizer = folder.load("tokenizer", CLIPTokenizer)
+        self.image_encoder = freeze(folder.load("image_encoder", CLIPVisionModelWithProjection))
+        self.text_encoder = freeze(folder.load("text_encoder", CLIPTextModelWithProjection))
+        self.prior = folder.load("prior", PriorTransformer)
+        check_clip_std(self.prior, args.pretrained_prior_model_name_or_path)
+        # Statistics of the embeddings, stored as parameters: they are not learned.
+        self.prior.clip_mean.stop_gradient = self.prior.clip_std.stop_gradient = True
+        # Inference has a scheduler of another class; this is the process it inverts.
+        self.scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
+        if args.gradient_checkpointing:
+            enable_block_recompute(self.prior.transformer_blocks)
+        if args.enable_xformers_memory_efficient_attention:
+            announce_plain_attention("the prior's attention has a mask")
+
+    def encoding_settings(self):
+        return {"image_processor": self.image_processor.to_dict(), "tokenizer": self.tokenizer.get_vocab()}
+
+    def preprocess(self, row, draws):
+        """clip_pixel_values as CLIP crops them; input_ids and text_mask [L] of the caption."""
+        input_ids, text_mask = tokenize(self.tokenizer, row["caption"])
+        clip_pixels = self.image_processor(row["image"], return_tensors="np").pixel_values[0]
+        return {"clip_pixel_values": clip_pixels, "input_ids": input_ids, "text_mask": text_mask}
+
+    def encode(self, batch):
+        """image_embeds, prompt_embeds [B, D]; prompt_hidden_states [B, L, D]; text_mask [B, L]."""
+        text = self.text_encoder(batch["input_ids"])
+        return {
+            "image_embeds": self.image_encoder(batch["clip_pixel_values"]).image_embeds,
+            "prompt_embeds": text.text_embeds,
+            "prompt_hidden_states": text.last_hidden_state,
+            "text_mask": batch["text_mask"],
+        }
+
+    def forward(self, encoded, draws):
+        schedule = self.scheduler.alphas_cumprod
+        target = (encoded["image_embeds"] - self.prior.clip_mean) / self.prior.clip_std
+        noise = draws.normal("noise", target.shape[1:])
+        timesteps = draws.integers("timesteps", 0, self.scheduler.config.num_train_timesteps)
+        prediction = self.prior(
+            add_noise(schedule, target, noise, timesteps),
+            timesteps,
+            proj_embedding=encoded["prompt_embeds"],
+            encoder_hidden_states=encoded["prompt_hidden_states"],
+            attention_mask=encoded["text_mask"],
+        ).predicted_image_embedding
+        if self.args.snr_gamma is None:
+            return mse_loss(prediction, target)
+        snr = signal_to_noise_ratio(schedule, timesteps)
+        return mse_loss(prediction, target, min_snr_weights(snr, self.args.snr_gamma, "sample"))
+
+    def generate(self, prompts, seeds):
+        """Prior, then decoder, as in inference; what training does not hold is loaded for this and freed again."""
+        pipeline = self.folders.combined_pipeline(
+            prior_prior=self.prior,
+            prior_image_encoder=self.image_encoder,
+            prior_text_encoder=self.text_encoder,
+            prior_tokenizer=self.tokenizer,
+            prior_image_processor=self.image_processor,
+        )
+        return draw(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+
+    def save_weights(self, directory):
+        self.prior.save_pretrained(f"{directory}/prior")
+
+    def load_weights(self, directory):
+        load_in_place(self.prior, f"{directory}/prior")
+
+    def save_pretrained(self, directory):
+        self.folders.export_prior(directory, own={"prior": self.prior}, save_format=self.args.save_format)
+
+    def card_data(self):
+        return {
+            "base_model": self.args.pretrained_prior_model_name_or_path,
+            "tags": ["kandinsky", "text-to-image", "ppdiffusers"],
+        }
+
+
+@one_line_errors
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    check_run(args)
+    dataset = build_dataset(args)
+    module = KandinskyPriorTrainingModule(args)
+    warn_of_long_captions(module.tokenizer, dataset)
+    launch_training_task(module, dataset, args)
+
+
+if __name__ == "__main__":
+    main()

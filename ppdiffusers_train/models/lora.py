@@ -1,0 +1,127 @@
+"""LoRA: learnable low-rank updates of a frozen model's layers (Hu et al. 2021, arXiv 2106.09685).
+
+A layer computes W x + (α / r) · B A x; A [r, in] starts at N(0, 1/r²), B [out, r] at zero, so training starts at the
+base model. The layers are ppdiffusers' own, set on the layers that can carry them, so its pipelines use them as they
+are. Its writer is not used: it stores no α, refuses models with LoRA on some layers only, and does not transpose.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle.nn import functional
+from ppdiffusers.models.lora import LoRACompatibleConv, LoRACompatibleLinear, LoRAConv2dLayer, LoRALinearLayer
+
+from ppdiffusers_train.draws import generator
+from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.models.lora_files import FILES, Update, write_lora
+from ppdiffusers_train.models.tensor_files import read_tensors, write_tensors
+from ppdiffusers_train.module import freeze
+
+ATTENTION_TARGETS = "to_q,to_k,to_v,to_out.0"
+ADDED_ATTENTION_TARGETS = f"{ATTENTION_TARGETS},add_k_proj,add_v_proj"  # the added ones are where an image enters
+PARAMETERS_FILE = "lora_parameters.safetensors"
+
+
+def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, seed: int = 0) -> None:
+    """Freeze a model and set LoRA layers on the layers that `targets` names, in float32.
+
+    Args:
+        targets: ends of layer names, separated by commas: `"to_q,to_out.0"`.
+        rank: r. alpha: α, by default r.
+        dropout: probability with which an input of A is dropped in training.
+        seed: of the initial values, which are a function of it and the layer's name.
+    Raises:
+        UserError: a target fits no layer, or `rank` is larger than a layer.
+    """
+    freeze(model)
+    layers = {n: m for n, m in model.named_sublayers() if isinstance(m, (LoRACompatibleLinear, LoRACompatibleConv))}
+    wanted = [target.strip() for target in targets.split(",") if target.strip()]
+    if not wanted:
+        raise UserError(f"--lora_target_modules: {targets!r} names no layer")
+    for target in wanted:
+        if not any(is_target(name, target) for name in layers):
+            known = sorted({".".join(name.split(".")[-2 if name.split(".")[-1].isdigit() else -1 :]) for name in layers})
+            raise UserError(f"--lora_target_modules: no layer is called {target!r}; there are {', '.join(known)}")
+    scale = None if alpha in (None, rank) else float(alpha)
+    for name, layer in layers.items():
+        if not any(is_target(name, target) for target in wanted):
+            continue
+        if isinstance(layer, LoRACompatibleLinear):
+            lora = LoRALinearLayer(layer.in_features, layer.out_features, rank, scale)
+        else:
+            lora = LoRAConv2dLayer(
+                layer._in_channels, layer._out_channels, rank, layer._kernel_size, layer._stride, layer._padding, scale
+            )
+        shape = lora.down.weight.shape
+        initial = generator(seed, 0, f"lora {name}").standard_normal(shape, dtype=np.float32) / rank
+        lora.down.weight.set_value(initial)
+        if dropout:
+            lora.register_forward_pre_hook(
+                lambda lora, inputs: functional.dropout(inputs[0], dropout, training=lora.training)
+            )
+        layer.set_lora_layer(lora)
+
+
+def is_target(name: str, target: str) -> bool:
+    """Whether a layer's name is `target`, or ends in it as whole words."""
+    return name == target or name.endswith(f".{target}")
+
+
+def lora_layers(model) -> dict:
+    """`{name of the layer: its LoRA layer}` of those that have one."""
+    found = {name: getattr(layer, "lora_layer", None) for name, layer in model.named_sublayers()}
+    return {name: lora for name, lora in found.items() if lora is not None}
+
+
+def lora_parameters(model) -> dict:
+    """`{"<layer>.lora.down.weight": parameter, "<layer>.lora.up.weight": parameter}` as Paddle lays them out."""
+    return {
+        f"{name}.lora.{part}.weight": getattr(lora, part).weight
+        for name, lora in lora_layers(model).items()
+        for part in ("down", "up")
+    }
+
+
+def save_lora(model, directory, save_format: str) -> None:
+    """Write the LoRA layers into a file that `load_attn_procs(directory)` of the library `save_format` loads."""
+    updates = {}
+    for name, lora in lora_layers(model).items():
+        down, up = (weight.numpy() for weight in (lora.down.weight, lora.up.weight))
+        updates[f"unet.{name}"] = Update(*((down.T, up.T) if down.ndim == 2 else (down, up)), lora.network_alpha)
+    write_lora(Path(directory) / FILES[save_format], updates, save_format)
+
+
+def save_lora_weights(model, directory) -> None:
+    """What a checkpoint holds: the file to load for inference, and the parameters as they are, to go on from."""
+    save_lora(model, directory, "ppdiffusers")
+    arrays = {name: parameter.numpy() for name, parameter in lora_parameters(model).items()}
+    write_tensors(Path(directory) / PARAMETERS_FILE, arrays, {"format": "pd"})
+
+
+@paddle.no_grad()
+def load_lora_weights(model, directory) -> None:
+    """Set the LoRA parameters to those of a checkpoint, in place.
+
+    Raises:
+        UserError: it holds LoRA layers of another model, rank or choice of layers.
+    """
+    file = Path(directory) / PARAMETERS_FILE
+    saved, own = read_tensors(file)[0], lora_parameters(model)
+    wrong = sorted(
+        name
+        for name in {*saved, *own}
+        if name not in saved or name not in own or list(saved[name].shape) != list(own[name].shape)
+    )
+    if wrong:
+        raise UserError(
+            f"{file} is of another LoRA: {wrong[0]} is {shape_or_missing(saved, wrong[0])}, "
+            f"expected {shape_or_missing(own, wrong[0])} ({len(wrong)} differences)"
+        )
+    for name, parameter in own.items():
+        parameter.set_value(saved[name])
+
+
+def shape_or_missing(tensors: dict, name: str) -> str:
+    """How to call a tensor in a message."""
+    return str(list(tensors[name].shape)) if name in tensors else "missing"

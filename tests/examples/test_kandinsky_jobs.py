@@ -1,0 +1,106 @@
+"""What all jobs of Kandinsky 2.2 have in common, beside what the decoder's tests say of the loop."""
+
+import ppdiffusers_train  # noqa: F401
+
+import json
+
+import pytest
+
+from tests.conftest import optimizer_state, same, scalars, tensors, weights
+
+JOBS = ["prior", "decoder_lora", "prior_lora"]  # the decoder has tests of its own
+LORA_FILE = "paddle_lora_weights.safetensors"
+
+
+def learned(name, folder):
+    """What a job has written of its learning, in a result or a checkpoint."""
+    return tensors(folder / LORA_FILE) if name.endswith("lora") else weights(folder, name)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_twelve_steps_equal_five_and_seven_more_bit_for_bit(train, name):
+    flags = ["--use_ema", "--gradient_accumulation_steps=2", "--lr_scheduler=constant_with_warmup"]
+    flags += ["--lr_warmup_steps=7", *(["--lora_alpha=3"] if name.endswith("lora") else [])]
+    whole = train(name, *flags, "--max_train_steps=12", "--checkpointing_steps=12", out="whole")
+    train(name, *flags, "--max_train_steps=5", "--checkpointing_steps=5", out="parts")
+    resume = ["--max_train_steps=12", "--checkpointing_steps=12", "--resume_from_checkpoint=latest"]
+    parts = train(name, *flags, *resume, out="parts")
+    assert scalars(whole) == scalars(parts) and len(scalars(parts)) == 12
+    checkpoints = [folder / "checkpoint-12" for folder in (whole, parts)]
+    assert same(*(optimizer_state(folder) for folder in checkpoints))
+    assert same(*(learned(name, folder) for folder in checkpoints))
+    assert same(*(tensors(folder / "ema.safetensors") for folder in checkpoints))
+    assert same(learned(name, whole), learned(name, parts))
+    assert not same(learned(name, checkpoints[0]), learned(name, whole)), "the result is the average"
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_validation_and_the_cache_change_no_number(train, name, tmp_path):
+    plain = train(name, "--max_train_steps=4", out="plain")
+    drawn = train(
+        name, "--max_train_steps=4", "--validation_prompt=a cat", "--validation_steps=2",
+        "--validation_inference_steps=2", "--num_validation_images=1", f"--encoded_cache_dir={tmp_path / 'cache'}",
+        out="drawn",
+    )  # fmt: skip
+    assert scalars(plain) == scalars(drawn) and same(learned(name, plain), learned(name, drawn))
+    assert sorted(path.name for path in (drawn / "validation").iterdir()) == ["step-2.png", "step-4.png"]
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 7
+
+
+def test_full_job_and_lora_share_one_cache(train, tmp_path):
+    for name in ("prior", "prior_lora"):
+        train(name, f"--encoded_cache_dir={tmp_path / 'cache'}", out=name)
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 7
+
+
+@pytest.mark.parametrize("name", ["prior", "prior_lora", "decoder_lora"])
+def test_gradient_checkpointing_gives_the_same_gradients(train, name):
+    states = []
+    for flag in ([], ["--gradient_checkpointing"]):
+        flags = ["--max_train_steps=2", "--checkpointing_steps=2", *flag]
+        states.append(optimizer_state(train(name, *flags, out=f"{name}{len(flag)}") / "checkpoint-2"))
+    assert states[0].keys() == states[1].keys()
+    # AdamW's moments; equal up to the rounding of another order of sums.
+    assert all(abs(states[0][key] - states[1][key]).max() <= 1e-6 + 1e-4 * abs(states[0][key]).max() for key in states[0])
+
+
+@pytest.mark.parametrize("name", ["prior", "prior_lora", "decoder_lora"])
+def test_the_guides_command_runs(kandinsky_jobs, name):
+    """Every flag of the guide is one of ours."""
+    words = """--dataset_name=lambdalabs/pokemon-blip-captions --resolution=768 --train_batch_size=1
+        --gradient_accumulation_steps=4 --max_train_steps=15000 --learning_rate=1e-05 --max_grad_norm=1
+        --checkpoints_total_limit=3 --lr_scheduler=constant --lr_warmup_steps=0 --seed=42 --output_dir=x
+        --report_to=wandb --push_to_hub --mixed_precision=fp16 --snr_gamma=5.0""".split()
+    words += ["--lora_rank=4", "--validation_prompt=cute dragon creature"] if name.endswith("lora") else []
+    args = kandinsky_jobs[name].build_parser().parse_args(words)
+    assert (args.max_train_steps, args.adam_weight_decay, args.train_batch_size) == (15000, 0.0, 1)
+
+
+@pytest.mark.parametrize(
+    "name, flag",
+    [("prior", "decoder"), ("decoder_lora", "prior")],
+)
+def test_a_folder_of_the_other_pipeline_is_refused(train, kandinsky, capsys, name, flag):
+    prior, decoder = kandinsky
+    other = {"decoder": prior, "prior": decoder}[flag]
+    with pytest.raises(SystemExit) as stopped:
+        train(name, f"--pretrained_{flag}_model_name_or_path={other}", "--validation_prompt=x")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and f"--pretrained_{flag}_model_name_or_path: {str(other)!r} has no part" in last
+
+
+def test_lora_and_full_checkpoints_are_not_mixed_up(train, capsys):
+    checkpoint = train("prior", "--checkpointing_steps=2", out="full") / "checkpoint-2"
+    with pytest.raises(SystemExit) as stopped:
+        train("prior_lora", f"--resume_from_checkpoint={checkpoint}", out="lora")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "its job is KandinskyPriorTrainingModule, here it is KandinskyPriorLoRATrainingModule" in said
+
+
+def test_a_seed_that_was_drawn_is_the_one_that_a_resumed_run_has(train, decoder_flags):
+    decoder_flags.remove("--seed=0")
+    out = train("decoder_lora", "--max_train_steps=1", "--checkpointing_steps=1")
+    seed = json.loads((out / "training_args.json").read_text())["seed"]
+    train("decoder_lora", "--max_train_steps=2", "--resume_from_checkpoint=latest")
+    assert json.loads((out / "training_args.json").read_text())["seed"] == seed

@@ -1,0 +1,143 @@
+"""Conversion between the formats of LoRA files, through `ppdiffusers-train convert-lora`."""
+
+import ppdiffusers_train  # noqa: F401
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ppdiffusers_train.cli import main
+from ppdiffusers_train.models.lora_files import FILES, WORDS, Update, from_kohya_name, kohya_name, read_lora, write_lora
+from ppdiffusers_train.models.tensor_files import read_tensors, write_tensors
+
+LAYERS = [
+    "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q",
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0",
+    "unet.up_blocks.2.attentions.0.transformer_blocks.0.ff.net.0.proj",
+    "text_encoder.text_model.encoder.layers.3.self_attn.q_proj",
+]
+CONV = "unet.up_blocks.1.resnets.2.conv_shortcut"
+
+
+def lora(alpha=None, dtype=np.float32, rank=2):
+    random = np.random.default_rng(0)
+
+    def normal(*shape):
+        return random.standard_normal(shape).astype(np.float32).astype(dtype)
+
+    updates = {layer: Update(normal(rank, 5), normal(7, rank), alpha) for layer in LAYERS}
+    return {**updates, CONV: Update(normal(rank, 5, 3, 3), normal(7, rank, 1, 1), alpha)}
+
+
+def effect(update):
+    """(α / r) · B A."""
+    up, down = np.float64(update.up.astype(np.float32)), np.float64(update.down.astype(np.float32))
+    return update.scale * np.tensordot(up.reshape(up.shape[0], -1), down, axes=1)
+
+
+def assert_same_effect(one, other, rtol=1e-6):
+    assert one.keys() == other.keys()
+    for layer in one:
+        assert np.allclose(effect(one[layer]), effect(other[layer]), rtol=rtol, atol=rtol), layer
+
+
+@pytest.mark.parametrize("first", FILES)
+@pytest.mark.parametrize("second", FILES)
+def test_every_way_keeps_the_effect_and_alpha(tmp_path, first, second):
+    original = lora(alpha=3.0)
+    write_lora(tmp_path / "a" / FILES[first], original, first)
+    target = tmp_path / "b" / FILES[second]
+    main(["convert-lora", str(tmp_path / "a"), "--to", second, "--output", str(target)])
+    found = read_lora(target)
+    assert_same_effect(found, original)
+    assert {update.alpha for update in found.values()} == {3.0}
+
+
+def test_the_three_layouts_have_these_names_and_shapes(tmp_path):
+    for name in FILES:
+        write_lora(tmp_path / name, lora(alpha=4.0), name)
+    paddle, torch, kohya = (read_tensors(tmp_path / name)[0] for name in FILES)
+    layer = LAYERS[0]
+    assert paddle[f"{layer}.lora.down.weight"].shape == (5, 2) and paddle[f"{layer}.lora.up.weight"].shape == (2, 7)
+    assert torch[f"{layer}.lora.down.weight"].shape == (2, 5)
+    assert np.array_equal(torch[f"{layer}.lora.up.weight"], 2 * lora()[layer].up), "alpha / rank is 2"
+    assert f"{LAYERS[3]}.lora_linear_layer.down.weight" in torch
+    name = "lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn1_to_q"
+    assert np.array_equal(kohya[f"{name}.lora_up.weight"], lora()[layer].up) and kohya[f"{name}.alpha"] == 4
+    assert "lora_te_text_model_encoder_layers_3_self_attn_q_proj.lora_down.weight" in kohya
+    assert kohya["lora_unet_up_blocks_1_resnets_2_conv_shortcut.lora_down.weight"].shape == (2, 5, 3, 3)
+    assert read_tensors(tmp_path / "ppdiffusers")[1]["format"] == "pd"
+    assert read_tensors(tmp_path / "diffusers")[1]["format"] == "pt"
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_half_precision_stays_what_it_is(tmp_path, dtype):
+    write_lora(tmp_path / "a.safetensors", lora(alpha=4.0, dtype=dtype), "kohya")
+    for name in FILES:
+        target = tmp_path / f"{name}.safetensors"
+        main(["convert-lora", str(tmp_path / "a.safetensors"), "--to", name, "--output", str(target)])
+        arrays = read_tensors(target)[0]
+        assert {array.dtype for key, array in arrays.items() if not key.endswith(".alpha")} == {np.dtype(dtype)}
+        assert_same_effect(read_lora(target), lora(alpha=4.0, dtype=dtype))
+
+
+def test_layers_of_two_text_encoders_are_told_apart(tmp_path):
+    updates = {
+        f"{encoder}.text_model.encoder.layers.0.mlp.fc1": Update(np.ones((1, 2), "float32"), np.ones((2, 1), "float32"))
+        for encoder in ("text_encoder", "text_encoder_2")
+    }
+    write_lora(tmp_path / "a.safetensors", updates, "kohya")
+    assert {key.split("_text_model")[0] for key in read_tensors(tmp_path / "a.safetensors")[0]} == {"lora_te1", "lora_te2"}
+    assert read_lora(tmp_path / "a.safetensors").keys() == updates.keys()
+
+
+def test_names_of_the_peft_library_are_read(tmp_path):
+    arrays = {f"{LAYERS[0]}.lora_A.weight": np.ones((2, 5), "float32"), f"{LAYERS[0]}.lora_B.weight": np.ones((7, 2), "float32")}
+    write_tensors(tmp_path / "a.safetensors", arrays, {})
+    assert read_lora(tmp_path / "a.safetensors")[LAYERS[0]].rank == 2
+
+
+@given(st.lists(st.sampled_from([*WORDS, "0", "12"]), min_size=1, max_size=8))
+def test_kohya_names_can_be_read_back(words):
+    """Whatever the words: no two layers get names that read alike."""
+    layer = ".".join(["unet", "down_blocks", "0", *words])
+    try:
+        name = kohya_name(layer, has_second_encoder=False)
+    except Exception as error:
+        assert "Kandinsky" in str(error)
+        return
+    back = from_kohya_name("file", name)
+    assert back.replace(".", "_") == layer.replace(".", "_")
+
+
+def test_mistakes_get_one_line_and_status_two(tmp_path, capsys):
+    write_lora(tmp_path / "ok" / FILES["diffusers"], lora(), "diffusers")
+    kandinsky = {"unet.down_blocks.1.attentions.0.add_k_proj": Update(np.ones((1, 2)), np.ones((2, 1)))}
+    write_lora(tmp_path / "kandinsky.safetensors", kandinsky, "diffusers")
+    prior = {"unet.transformer_blocks.1.attn1.to_q": Update(np.ones((1, 2)), np.ones((2, 1)))}
+    write_lora(tmp_path / "prior.safetensors", prior, "diffusers")
+    write_tensors(tmp_path / "model.safetensors", {"conv_in.weight": np.ones(3)}, {})
+    write_tensors(tmp_path / "half.safetensors", {"to_q.lora.down.weight": np.ones((3, 2))}, {})
+    write_tensors(tmp_path / "sd.safetensors", {f"lora_unet_input_blocks_1.lora_{p}.weight": np.ones((2, 2)) for p in ("down", "up")}, {})
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    (tmp_path / "empty").mkdir()
+    ok = tmp_path / "ok"
+    cases = {
+        (tmp_path / "empty", "kohya", tmp_path): "has none of paddle_lora_weights.safetensors, pytorch_lora",
+        (tmp_path / "missing.safetensors", "kohya", tmp_path): "missing.safetensors: cannot be read as safetensors",
+        (tmp_path / "text.safetensors", "kohya", tmp_path): "text.safetensors: cannot be read as safetensors",
+        (tmp_path / "model.safetensors", "kohya", tmp_path): "conv_in.weight is no part of a LoRA",
+        (tmp_path / "half.safetensors", "kohya", tmp_path): "to_q has no up matrix",
+        (tmp_path / "sd.safetensors", "diffusers", tmp_path): "is not a layer of a UNet as diffusers names them",
+        (tmp_path / "kandinsky.safetensors", "kohya", tmp_path): "no program reads the kohya layout of Kandinsky's UNet",
+        (tmp_path / "prior.safetensors", "kohya", tmp_path): "the kohya layout is for UNets",
+        (ok, "diffusers", ok): "is the file that is read; expected another one",
+        (ok, "onnx", ok): "argument --to: invalid choice: 'onnx'",
+    }
+    for (source, to, output), expected in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            main(["convert-lora", str(source), "--to", to, "--output", str(output)])
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert stopped.value.code == 2 and expected in last, (source, last)
