@@ -111,7 +111,7 @@ def draw(pipeline, prompts, seeds, resolution: int, inference_steps: int, **opti
             height=resolution,
             width=resolution,
             num_inference_steps=inference_steps,
-            prior_num_inference_steps=inference_steps,
+            prior_num_inference_steps=max(inference_steps, 2),  # its scheduler cannot do with one
             **options,
         ).images
     return images

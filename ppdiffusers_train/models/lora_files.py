@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from ppdiffusers_train.errors import UserError
@@ -60,6 +61,8 @@ class Update:
 def write_lora(file, updates: dict, file_format: str) -> None:
     """Write `{layer: Update}` for "ppdiffusers", "diffusers" or "kohya", each matrix in the type that it has.
 
+    Except bfloat16 for ppdiffusers, whose reader (0.29.0) stops at it: that is widened to float32, which loses nothing.
+
     Raises:
         UserError: no program reads the kohya layout of this model.
     """
@@ -73,8 +76,10 @@ def write_lora(file, updates: dict, file_format: str) -> None:
         for layer, update in updates.items():
             middle = "lora" if layer.startswith("unet.") else "lora_linear_layer"
             for part, array in (("down", update.down), ("up", scaled(update.up, update.scale))):
-                is_transposed = file_format == "ppdiffusers" and array.ndim == 2
-                arrays[f"{layer}.{middle}.{part}.weight"] = array.T if is_transposed else array
+                if file_format == "ppdiffusers":
+                    array = array.T if array.ndim == 2 else array
+                    array = array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
+                arrays[f"{layer}.{middle}.{part}.weight"] = array
         alphas = {update.alpha for update in updates.values()}
         if len(alphas) == 1 and alphas != {None}:
             metadata["lora_alpha"] = repr(alphas.pop())

@@ -39,7 +39,7 @@ def build_parser():
     add_validation_arguments(parser)
     add_reporting_arguments(parser)
     parser.set_defaults(
-        resolution=64, learning_rate=2e-3, lr_scheduler="cosine", lr_warmup_steps=50, max_train_steps=800
+        resolution=64, learning_rate=2e-3, lr_scheduler="cosine", lr_warmup_steps=50, max_train_steps=2000
     )
     return parser
 

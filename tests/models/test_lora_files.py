@@ -79,7 +79,9 @@ def test_half_precision_stays_what_it_is(tmp_path, dtype):
         target = tmp_path / f"{name}.safetensors"
         main(["convert-lora", str(tmp_path / "a.safetensors"), "--to", name, "--output", str(target)])
         arrays = read_tensors(target)[0]
-        assert {array.dtype for key, array in arrays.items() if not key.endswith(".alpha")} == {np.dtype(dtype)}
+        is_widened = name == "ppdiffusers" and dtype == ml_dtypes.bfloat16  # its reader stops at bfloat16
+        expected = np.dtype(np.float32 if is_widened else dtype)
+        assert {array.dtype for key, array in arrays.items() if not key.endswith(".alpha")} == {expected}
         assert_same_effect(read_lora(target), lora(alpha=4.0, dtype=dtype))
 
 

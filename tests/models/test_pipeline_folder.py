@@ -76,7 +76,7 @@ def test_of_several_kinds_of_weights_the_export_has_the_one_that_was_loaded(kand
     both = shutil.copytree(kandinsky[1], tmp_path / "both")
     torch_weights = "diffusion_pytorch_model.safetensors"
     shutil.copy(diffusers_folders[1] / "unet" / torch_weights, both / "unet")
-    folder(both, "unet").export("unet", UNet2DConditionModel, tmp_path / "out")
+    folder(both, "unet").export("unet", UNet2DConditionModel, tmp_path / "out", "ppdiffusers")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "diffusion_paddle_model.safetensors"}
 
 
@@ -85,7 +85,7 @@ def test_a_converted_part_keeps_its_type(kandinsky, tmp_path):
     movq.to(dtype="float16")
     movq.save_pretrained(str(tmp_path / "half" / "movq"), to_diffusers=True)
     shutil.copy(kandinsky[1] / "model_index.json", tmp_path / "half")
-    folder(tmp_path / "half", "movq").export("movq", VQModel, tmp_path / "out")
+    folder(tmp_path / "half", "movq").export("movq", VQModel, tmp_path / "out", "ppdiffusers")
     with safe_open(tmp_path / "out" / "diffusion_paddle_model.safetensors", "np") as tensors:
         assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}
         assert all(np.array_equal(tensors.get_tensor(name), value) for name, value in arrays(movq).items())

@@ -14,28 +14,13 @@ from PIL import Image
 from ppdiffusers import KandinskyV22CombinedPipeline
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from ppdiffusers_train.data.image_folder import build_dataset
 from ppdiffusers_train.state import build_training_state
 from tests.conftest import DECODER_SCRIPT, PHOTOS, load_script
+from tests.parity.common import RecordedDraws, assert_close, in_torch_layout, our_batch, torch_part
 from tests.parity.torch_kandinsky import save_decoder, save_prior
 
 BATCH, RESOLUTION, STEPS = 4, 64, 20
 JOB = load_script(DECODER_SCRIPT)
-
-
-class RecordedDraws:
-    """Stands in for `Draws` with numbers that both sides get."""
-
-    def __init__(self, noise, timesteps):
-        self.recorded = {"noise": noise, "timesteps": timesteps}
-
-    def normal(self, name, shape):
-        assert self.recorded[name].shape[1:] == tuple(shape)
-        return paddle.to_tensor(self.recorded[name])
-
-    def integers(self, name, low, high):
-        assert (low, high) == (0, 1000)
-        return paddle.to_tensor(self.recorded[name])
 
 
 def recorded_draws(seed):
@@ -69,10 +54,6 @@ def our_module(folders, *flags):
     return JOB.KandinskyDecoderTrainingModule(args), args
 
 
-def torch_part(part_class, folder, part):
-    return part_class.from_pretrained(folder, subfolder=part).eval()
-
-
 def torch_pixels(folders):
     """The reference's transforms of the first photographs: pixels for MoVQ and for CLIP."""
     images = [Image.open(file).convert("RGB") for file in sorted(PHOTOS.glob("*.jpg"))[:BATCH]]
@@ -86,12 +67,6 @@ def torch_pixels(folders):
     processor = CLIPImageProcessor.from_pretrained(folders[0], subfolder="image_processor")
     clip_pixels = processor(images, return_tensors="pt").pixel_values
     return torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).copy()), clip_pixels
-
-
-def our_batch(module, args):
-    rows = build_dataset(args)
-    samples = [module.preprocess(rows[index], None) for index in range(BATCH)]
-    return {name: paddle.to_tensor(np.stack([sample[name] for sample in samples])) for name in samples[0]}
 
 
 @torch.no_grad()
@@ -118,26 +93,9 @@ def torch_loss(unet, scheduler, encoded, draws, gamma):
     return losses.mean()
 
 
-def in_torch_layout(unet):
-    """{name: (parameter, whether Paddle stores it transposed)} of a Paddle model."""
-    linear = {f"{name}.weight" for name, layer in unet.named_sublayers() if isinstance(layer, paddle.nn.Linear)}
-    return {name: (parameter, name in linear) for name, parameter in unet.named_parameters()}
-
-
-def assert_close(ours, reference, tolerance):
-    """All tensors agree, relative to the largest number among them and, each for itself, in norm."""
-    scale = max(array.abs().max().item() for array in reference.values())
-    worst = 0.0
-    for name, (array, transposed) in ours.items():
-        array = array.numpy().T if transposed else array.numpy()
-        worst = max(worst, np.abs(array - reference[name].numpy()).max() / scale)
-    assert ours.keys() == reference.keys()
-    assert worst < tolerance, worst
-
-
 def test_pixels_and_encodings_agree(folders):
     module, args = our_module(folders)
-    batch, (pixels, clip_pixels) = our_batch(module, args), torch_pixels(folders)
+    batch, (pixels, clip_pixels) = our_batch(module, BATCH), torch_pixels(folders)
     assert np.abs(batch["pixel_values"].numpy() - pixels.numpy()).max() < 1e-6
     assert np.abs(batch["clip_pixel_values"].numpy() - clip_pixels.numpy()).max() < 1e-6
     encoded, (latents, embeds) = module.encode(batch), torch_encoded(folders)
@@ -149,7 +107,7 @@ def test_pixels_and_encodings_agree(folders):
 def test_loss_and_every_gradient_agree(folders, gamma):
     module, args = our_module(folders, *([f"--snr_gamma={gamma}"] if gamma else []))
     draws = recorded_draws(0)
-    loss = module(module.encode(our_batch(module, args)), draws)
+    loss = module(module.encode(our_batch(module, BATCH)), draws)
     loss.backward()
     unet = torch_part(UNet2DConditionModel, folders[1], "unet")
     scheduler = DDPMScheduler.from_pretrained(folders[1], subfolder="scheduler")
@@ -166,7 +124,7 @@ def test_weights_agree_after_twenty_steps_of_adamw(folders):
     flags = ["--learning_rate=1e-3", "--adam_weight_decay=0.01", "--adam_epsilon=1e-5", "--snr_gamma=5"]
     module, args = our_module(folders, *flags)
     state = build_training_state(module, args, STEPS)
-    encoded = module.encode(our_batch(module, args))
+    encoded = module.encode(our_batch(module, BATCH))
     unet = torch_part(UNet2DConditionModel, folders[1], "unet").train()
     scheduler = DDPMScheduler.from_pretrained(folders[1], subfolder="scheduler")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)

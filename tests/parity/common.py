@@ -1,0 +1,52 @@
+"""What the comparisons share: recorded numbers, loading of the torch side, comparing tensors of both layouts."""
+
+import ppdiffusers_train  # noqa: F401
+
+import numpy as np
+import paddle
+
+from ppdiffusers_train.data.image_folder import build_dataset
+
+
+class RecordedDraws:
+    """Stands in for `Draws` with numbers that both sides get."""
+
+    def __init__(self, noise, timesteps):
+        self.recorded = {"noise": noise, "timesteps": timesteps}
+
+    def normal(self, name, shape):
+        assert self.recorded[name].shape[1:] == tuple(shape)
+        return paddle.to_tensor(self.recorded[name])
+
+    def integers(self, name, low, high):
+        assert (low, high) == (0, 1000)
+        return paddle.to_tensor(self.recorded[name])
+
+
+def torch_part(part_class, folder, part):
+    """A model of diffusers or transformers from a pipeline's folder."""
+    return part_class.from_pretrained(folder, subfolder=part).eval()
+
+
+def our_batch(module, size):
+    """The first photographs as a batch."""
+    rows = build_dataset(module.args)
+    samples = [module.preprocess(rows[index], None) for index in range(size)]
+    return {name: paddle.to_tensor(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+
+
+def in_torch_layout(unet):
+    """{name: (parameter, whether Paddle stores it transposed)} of a Paddle model."""
+    linear = {f"{name}.weight" for name, layer in unet.named_sublayers() if isinstance(layer, paddle.nn.Linear)}
+    return {name: (parameter, name in linear) for name, parameter in unet.named_parameters()}
+
+
+def assert_close(ours, reference, tolerance):
+    """All tensors agree, relative to the largest number among them and, each for itself, in norm."""
+    scale = max(array.abs().max().item() for array in reference.values())
+    worst = 0.0
+    for name, (array, transposed) in ours.items():
+        array = array.numpy().T if transposed else array.numpy()
+        worst = max(worst, np.abs(array - reference[name].numpy()).max() / scale)
+    assert ours.keys() == reference.keys()
+    assert worst < tolerance, worst
