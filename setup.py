@@ -42,6 +42,14 @@ setup(
         "cpu": CPU,
         "gpu": GPU,
         "dev": [*CPU, *TESTS, "ruff", "tensorboardX"],
-        "parity": [*CPU, *TESTS, "torch==2.13.0", "diffusers==0.29.2", "transformers==4.44.2", "peft==0.12.0", "accelerate==0.34.2"],
+        "parity": [
+            *CPU,
+            *TESTS,
+            "torch==2.13.0",
+            "diffusers==0.29.2",
+            "transformers==4.44.2",
+            "peft==0.12.0",
+            "accelerate==0.34.2",
+        ],
     },
 )

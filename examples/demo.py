@@ -30,7 +30,7 @@ def main(argv=None):
     """Run the demo; `argv` is `[output folder, training steps]`, both optional."""
     argv = sys.argv[1:] if argv is None else argv
     output = Path(argv[0] if argv else "outputs/demo")
-    steps = argv[1] if len(argv) > 1 else "500"
+    steps = argv[1] if len(argv) > 1 else "800"
     quiet_libraries()
     print("1/3  building a tiny Kandinsky 2.2", flush=True)
     # Velocity, because what an embedding says is decided at high noise, where epsilon hardly depends on it: a decoder
@@ -52,6 +52,7 @@ def main(argv=None):
         "--lr_warmup_steps=20",
         "--checkpointing_steps=1000",
         "--seed=0",
+        f"--encoded_cache_dir={output / 'encoded'}",
         f"--output_dir={output / 'trained'}",
     ]
     job["main"](flags)

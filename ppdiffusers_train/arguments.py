@@ -202,7 +202,9 @@ def add_lora_arguments(parser, targets, rank=4):
     """The LoRA layers that learn, read by the LoRA jobs."""
     group = parser.add_argument_group("LoRA")
     group.add_argument("--lora_rank", "--rank", type=positive_int, default=rank, help="rank of the updates")
-    group.add_argument("--lora_alpha", type=positive_float, help="updates are scaled by alpha / rank; default: the rank")
+    group.add_argument(
+        "--lora_alpha", type=positive_float, help="updates are scaled by alpha / rank; default: the rank"
+    )
     group.add_argument("--lora_dropout", type=unit_float, default=0.0, help="dropout before each update, in training")
     group.add_argument(
         "--lora_target_modules", default=targets, metavar="NAMES", help="ends of layer names, separated by commas"

@@ -1,6 +1,6 @@
 """ppdiffusers-train: what there is to do beside training.
 
-    ppdiffusers-train convert-lora my-lora --to diffusers --output my-lora-for-torch
+ppdiffusers-train convert-lora my-lora --to diffusers --output my-lora-for-torch
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)

@@ -13,7 +13,13 @@ from pathlib import Path
 from ppdiffusers_train.arguments import add_lora_arguments
 from ppdiffusers_train.data.image_folder import build_dataset
 from ppdiffusers_train.errors import one_line_errors
-from ppdiffusers_train.models.lora import ADDED_ATTENTION_TARGETS, add_lora, load_lora_weights, save_lora, save_lora_weights
+from ppdiffusers_train.models.lora import (
+    ADDED_ATTENTION_TARGETS,
+    add_lora,
+    load_lora_weights,
+    save_lora,
+    save_lora_weights,
+)
 from ppdiffusers_train.training import check_run, launch_training_task
 
 sys.path.append(str(Path(__file__).parent))  # where this file is imported, not run

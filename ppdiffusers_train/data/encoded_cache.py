@@ -44,7 +44,9 @@ def encode_dataset(module, dataset, order, args, ranks, precision, say):
     # Another process may be filling the same cache: each begins somewhere else, and skips what it meets.
     start = secrets.randbelow(len(share)) if share else 0
     share = share[start:] + share[:start]
-    batches = iterate_batches(Entries(share, dataset, module.preprocess), [[i] for i in range(len(share))], args.dataloader_num_workers)
+    batches = iterate_batches(
+        Entries(share, dataset, module.preprocess), [[i] for i in range(len(share))], args.dataloader_num_workers
+    )
     for entry in tqdm(share, desc="encoding", unit="sample", disable=not (ranks.is_main and share)):
         batch = next(batches)
         if not batch:

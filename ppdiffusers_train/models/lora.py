@@ -41,7 +41,9 @@ def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, s
         raise UserError(f"--lora_target_modules: {targets!r} names no layer")
     for target in wanted:
         if not any(is_target(name, target) for name in layers):
-            known = sorted({".".join(name.split(".")[-2 if name.split(".")[-1].isdigit() else -1 :]) for name in layers})
+            known = sorted(
+                {".".join(name.split(".")[-2 if name.split(".")[-1].isdigit() else -1 :]) for name in layers}
+            )
             raise UserError(f"--lora_target_modules: no layer is called {target!r}; there are {', '.join(known)}")
     scale = None if alpha in (None, rank) else float(alpha)
     for name, layer in layers.items():

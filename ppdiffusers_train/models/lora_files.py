@@ -19,7 +19,12 @@ FILES = {
     "diffusers": "pytorch_lora_weights.safetensors",
     "kohya": "lora.safetensors",
 }
-KOHYA_PREFIXES = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
+KOHYA_PREFIXES = {
+    "lora_unet": "unet",
+    "lora_te": "text_encoder",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
+}
 # The words of layer names in UNets and CLIP: kohya's names join them by underscores, which some of them contain.
 WORDS = """down_blocks up_blocks mid_block attentions resnets transformer_blocks downsamplers upsamplers attn1 attn2 to_q
 to_k to_v to_out add_k_proj add_v_proj ff net proj proj_in proj_out time_emb_proj conv conv1 conv2 conv_shortcut conv_in
@@ -107,7 +112,9 @@ def read_lora(file) -> dict:
             raise UserError(f"{file}: {layer} has no {'up' if 'down' in found else 'down'} matrix")
         down, up = torch_layout(file, layer, found["down"], found["up"], metadata.get("format"))
         if is_kohya:
-            updates[from_kohya_name(file, layer)] = Update(down, up, float(found["alpha"]) if "alpha" in found else None)
+            updates[from_kohya_name(file, layer)] = Update(
+                down, up, float(found["alpha"]) if "alpha" in found else None
+            )
             continue
         name = layer if layer.startswith(("unet.", "text_encoder")) else f"unet.{layer}"
         alpha = float(found["alpha"]) if "alpha" in found else None
@@ -165,4 +172,3 @@ def from_kohya_name(file, name: str) -> str:
         words.append(match.group(1))
         rest = rest[match.end() :]
     return ".".join([KOHYA_PREFIXES[prefix], *words])
-

@@ -27,4 +27,6 @@ def warn_of_long_captions(tokenizer, dataset) -> None:
     )
     cut = [row for row, caption in suspects if len(tokenizer(caption)["input_ids"]) > longest]
     if cut:
-        print(f"{len(cut)} captions are longer than {longest} tokens and are cut, for example of {dataset.name(cut[0])}")
+        print(
+            f"{len(cut)} captions are longer than {longest} tokens and are cut, for example of {dataset.name(cut[0])}"
+        )

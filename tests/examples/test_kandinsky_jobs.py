@@ -61,7 +61,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(train, name):
         states.append(optimizer_state(train(name, *flags, out=f"{name}{len(flag)}") / "checkpoint-2"))
     assert states[0].keys() == states[1].keys()
     # AdamW's moments; equal up to the rounding of another order of sums.
-    assert all(abs(states[0][key] - states[1][key]).max() <= 1e-6 + 1e-4 * abs(states[0][key]).max() for key in states[0])
+    assert all(
+        abs(states[0][key] - states[1][key]).max() <= 1e-6 + 1e-4 * abs(states[0][key]).max() for key in states[0]
+    )
 
 
 @pytest.mark.parametrize("name", ["prior", "prior_lora", "decoder_lora"])

@@ -90,7 +90,9 @@ def test_every_lora_layer_learns(train, name):
     ups = {key: np.abs(array).max() for key, array in arrays.items() if ".up." in key}
     assert min(ups.values()) > 0, ups
     kinds = {key.split(".lora.")[0].split("attn", 1)[-1].split(".", 1)[-1] for key in ups}
-    expected = {"to_q", "to_k", "to_v", "to_out.0"} | ({"add_k_proj", "add_v_proj"} if name == "decoder_lora" else set())
+    expected = {"to_q", "to_k", "to_v", "to_out.0"} | (
+        {"add_k_proj", "add_v_proj"} if name == "decoder_lora" else set()
+    )
     assert {next(kind for kind in expected if key.endswith(kind)) for key in kinds} == expected
 
 

@@ -91,12 +91,18 @@ def test_layers_of_two_text_encoders_are_told_apart(tmp_path):
         for encoder in ("text_encoder", "text_encoder_2")
     }
     write_lora(tmp_path / "a.safetensors", updates, "kohya")
-    assert {key.split("_text_model")[0] for key in read_tensors(tmp_path / "a.safetensors")[0]} == {"lora_te1", "lora_te2"}
+    assert {key.split("_text_model")[0] for key in read_tensors(tmp_path / "a.safetensors")[0]} == {
+        "lora_te1",
+        "lora_te2",
+    }
     assert read_lora(tmp_path / "a.safetensors").keys() == updates.keys()
 
 
 def test_names_of_the_peft_library_are_read(tmp_path):
-    arrays = {f"{LAYERS[0]}.lora_A.weight": np.ones((2, 5), "float32"), f"{LAYERS[0]}.lora_B.weight": np.ones((7, 2), "float32")}
+    arrays = {
+        f"{LAYERS[0]}.lora_A.weight": np.ones((2, 5), "float32"),
+        f"{LAYERS[0]}.lora_B.weight": np.ones((7, 2), "float32"),
+    }
     write_tensors(tmp_path / "a.safetensors", arrays, {})
     assert read_lora(tmp_path / "a.safetensors")[LAYERS[0]].rank == 2
 
@@ -122,7 +128,11 @@ def test_mistakes_get_one_line_and_status_two(tmp_path, capsys):
     write_lora(tmp_path / "prior.safetensors", prior, "diffusers")
     write_tensors(tmp_path / "model.safetensors", {"conv_in.weight": np.ones(3)}, {})
     write_tensors(tmp_path / "half.safetensors", {"to_q.lora.down.weight": np.ones((3, 2))}, {})
-    write_tensors(tmp_path / "sd.safetensors", {f"lora_unet_input_blocks_1.lora_{p}.weight": np.ones((2, 2)) for p in ("down", "up")}, {})
+    write_tensors(
+        tmp_path / "sd.safetensors",
+        {f"lora_unet_input_blocks_1.lora_{p}.weight": np.ones((2, 2)) for p in ("down", "up")},
+        {},
+    )
     (tmp_path / "text.safetensors").write_text("no tensors")
     (tmp_path / "empty").mkdir()
     ok = tmp_path / "ok"
@@ -133,7 +143,11 @@ def test_mistakes_get_one_line_and_status_two(tmp_path, capsys):
         (tmp_path / "model.safetensors", "kohya", tmp_path): "conv_in.weight is no part of a LoRA",
         (tmp_path / "half.safetensors", "kohya", tmp_path): "to_q has no up matrix",
         (tmp_path / "sd.safetensors", "diffusers", tmp_path): "is not a layer of a UNet as diffusers names them",
-        (tmp_path / "kandinsky.safetensors", "kohya", tmp_path): "no program reads the kohya layout of Kandinsky's UNet",
+        (
+            tmp_path / "kandinsky.safetensors",
+            "kohya",
+            tmp_path,
+        ): "no program reads the kohya layout of Kandinsky's UNet",
         (tmp_path / "prior.safetensors", "kohya", tmp_path): "the kohya layout is for UNets",
         (ok, "diffusers", ok): "is the file that is read; expected another one",
         (ok, "onnx", ok): "argument --to: invalid choice: 'onnx'",

@@ -35,7 +35,13 @@ class Side:
         flags = [
             f"--pretrained_prior_model_name_or_path={folders[0]}",
             f"--pretrained_decoder_model_name_or_path={folders[1]}",
-            *[f"--train_data_dir={PHOTOS}", "--seed=0", "--resolution=64", f"--lora_rank={RANK}", f"--lora_alpha={ALPHA}"],
+            *[
+                f"--train_data_dir={PHOTOS}",
+                "--seed=0",
+                "--resolution=64",
+                f"--lora_rank={RANK}",
+                f"--lora_alpha={ALPHA}",
+            ],
             *["--snr_gamma=5", "--learning_rate=1e-3", "--adam_weight_decay=0.01", "--adam_epsilon=1e-5"],
         ]
         self.name, self.job = name, JOBS[name]
@@ -46,13 +52,21 @@ class Side:
         for lora in lora_layers(self.ours).values():  # B is zero at first, and then A has no gradient
             lora.up.weight.set_value(random.normal(0, 0.03, lora.up.weight.shape).astype(np.float32))
         if name == "decoder":
-            self.theirs, self.encoded = torch_part(UNet2DConditionModel, folders[1], "unet"), test_decoder.torch_encoded(folders)
+            self.theirs, self.encoded = (
+                torch_part(UNet2DConditionModel, folders[1], "unet"),
+                test_decoder.torch_encoded(folders),
+            )
             self.scheduler = DDPMScheduler.from_pretrained(folders[1], subfolder="scheduler")
         else:
-            self.theirs, self.encoded = torch_part(PriorTransformer, folders[0], "prior"), test_prior.torch_encoded(folders[0])
+            self.theirs, self.encoded = (
+                torch_part(PriorTransformer, folders[0], "prior"),
+                test_prior.torch_encoded(folders[0]),
+            )
         self.theirs.requires_grad_(False)
         self.torch_lora = {
-            layer: add_torch_lora(self.theirs.get_submodule(layer), lora.down.weight.numpy().T, lora.up.weight.numpy().T)
+            layer: add_torch_lora(
+                self.theirs.get_submodule(layer), lora.down.weight.numpy().T, lora.up.weight.numpy().T
+            )
             for layer, lora in lora_layers(self.ours).items()
         }
 

@@ -48,7 +48,9 @@ def recorded_draws(seed):
 @torch.no_grad()
 def torch_encoded(folder):
     """The reference's encodings of the first photographs and their captions."""
-    rows = sorted(map(json.loads, (PHOTOS / "metadata.jsonl").read_text().splitlines()), key=lambda row: row["file_name"])
+    rows = sorted(
+        map(json.loads, (PHOTOS / "metadata.jsonl").read_text().splitlines()), key=lambda row: row["file_name"]
+    )
     images = [Image.open(PHOTOS / row["file_name"]).convert("RGB") for row in rows[:BATCH]]
     tokens = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")(
         [row["text"] for row in rows[:BATCH]], max_length=77, padding="max_length", truncation=True, return_tensors="pt"
@@ -108,7 +110,9 @@ def test_loss_and_every_gradient_agree(folder, gamma):
 
 def test_weights_agree_after_twenty_steps_of_adamw(folder):
     # An epsilon above the rounding of gradients that are zero but for it (see the decoder's test).
-    module = our_module(folder, "--learning_rate=1e-3", "--adam_weight_decay=0.01", "--adam_epsilon=1e-5", "--snr_gamma=5")
+    module = our_module(
+        folder, "--learning_rate=1e-3", "--adam_weight_decay=0.01", "--adam_epsilon=1e-5", "--snr_gamma=5"
+    )
     state = build_training_state(module, module.args, STEPS)
     encoded, reference = module.encode(our_batch(module, BATCH)), torch_encoded(folder)
     prior = torch_part(PriorTransformer, folder, "prior").train()

@@ -42,7 +42,7 @@ def test_movq_reconstructs_photographs_with_and_without_its_codebook(photographs
     plain = psnr(movq.decode(latents, force_not_quantize=True).sample.clip(-1, 1), photographs)
     quantized = psnr(movq(photographs).sample.clip(-1, 1), photographs)
     average = psnr(paddle.ones_like(photographs) * photographs.mean([2, 3], keepdim=True), photographs)
-    assert 22 < plain.mean() > average.mean() + 5 and quantized.mean() > average.mean() + 3
+    assert 25 < plain.mean() > average.mean() + 8 and quantized.mean() > 24
     assert 0.5 < float(latents.std()) < 2, "latents are of about unit scale, as the noise schedule expects"
 
 
