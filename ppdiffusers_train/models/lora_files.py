@@ -1,7 +1,7 @@
 """Files of LoRA layers, as ppdiffusers, diffusers and the kohya family (ComfyUI, WebUIs) write them.
 
-Within, a LoRA is `{"unet.down_blocks.0.….to_q": Update}`, whatever the file's names and layout. Two of the three have no
-place for α: there, B is written times α / r, and α stands in the metadata, so that the way back recovers it.
+Within, a LoRA is `{"unet.down_blocks.0.….to_q": Update}`, whatever the file's names and layout. Two of the three have
+no place for α: there, B is written times α / r, and α stands in the metadata, so that the way back recovers it.
 """
 
 import re
@@ -26,10 +26,10 @@ KOHYA_PREFIXES = {
     "lora_te2": "text_encoder_2",
 }
 # The words of layer names in UNets and CLIP: kohya's names join them by underscores, which some of them contain.
-WORDS = """down_blocks up_blocks mid_block attentions resnets transformer_blocks downsamplers upsamplers attn1 attn2 to_q
-to_k to_v to_out add_k_proj add_v_proj ff net proj proj_in proj_out time_emb_proj conv conv1 conv2 conv_shortcut conv_in
-conv_out time_embedding add_embedding linear_1 linear_2 cond_proj text_model encoder layers self_attn q_proj k_proj v_proj
-out_proj mlp fc1 fc2 text_projection""".split()
+WORDS = """down_blocks up_blocks mid_block attentions resnets transformer_blocks downsamplers upsamplers attn1 attn2
+to_q to_k to_v to_out add_k_proj add_v_proj ff net proj proj_in proj_out time_emb_proj conv conv1 conv2 conv_shortcut
+conv_in conv_out time_embedding add_embedding linear_1 linear_2 cond_proj text_model encoder layers self_attn q_proj
+k_proj v_proj out_proj mlp fc1 fc2 text_projection""".split()
 _WORD = re.compile(rf"(\d+|{'|'.join(sorted(WORDS, key=len, reverse=True))})(?:_|$)")
 # (end of a key, which matrix it is), in all the grammars that are read.
 ENDINGS = {

@@ -27,7 +27,6 @@ from tests.conftest import (
     weights,
 )
 
-
 # The result.
 
 

@@ -131,7 +131,7 @@ def test_weights_agree_after_twenty_steps_of_adamw(folder):
 
 
 def test_a_prior_saved_for_diffusers_answers_the_same_there(folder, tmp_path):
-    """From a folder of diffusers, through training, into a folder of diffusers; ppdiffusers' answer is the reference."""
+    """A folder of diffusers, trained on, written for diffusers: the answer is that of the one for ppdiffusers."""
     flags = [f"--pretrained_prior_model_name_or_path={folder}", f"--train_data_dir={PHOTOS}", "--seed=0"]
     for name in ("ppdiffusers", "diffusers"):
         out = f"--output_dir={tmp_path / name}"
