@@ -1,6 +1,7 @@
 """What the READMEs tell a reader to type is run here, on the tiny Kandinsky; an unknown command is an error."""
 
 import ppdiffusers_train  # noqa: F401
+from ppdiffusers_train import cli
 
 import json
 import os
@@ -11,15 +12,20 @@ import subprocess
 import pytest
 from ppdiffusers import KandinskyV22CombinedPipeline
 
-from tests.conftest import DECODER_SCRIPT, ROOT, copy_photos
+from tests.conftest import ROOT, copy_photos
 
 READMES = ("README.md", "README_zh.md")
 SMALL_PICTURE = {"height": 64, "width": 64, "num_inference_steps": 2, "prior_num_inference_steps": 2}
+HUB = "kandinsky-community/kandinsky-2-2-{}"
 CHECKPOINT = "checkpoint-15000"  # the last one of the README's run; here a run has two steps
 
 
 def read(name):
     return (ROOT / name).read_text(encoding="utf-8")
+
+
+def script_name(job):
+    return f"train_text_to_image_{job}.py"
 
 
 def code_blocks(name):
@@ -74,7 +80,7 @@ def check_json_lines(code, photos):
     assert all(json.loads(line) in map(json.loads, known) for line in code.splitlines())
 
 
-def test_a_reader_can_type_all_of_it_in_this_order(decoder_job, kandinsky, tmp_path, monkeypatch, capsys):
+def test_a_reader_can_type_all_of_it_in_this_order(kandinsky_jobs, kandinsky, tmp_path, monkeypatch, capsys):
     """The commands start in a copy of the repository's folders, with two steps each, and four where a run goes on."""
     photos = copy_photos(tmp_path / "examples" / "data" / "photos", 7)
     (tmp_path / "examples" / "kandinsky2_2").mkdir()
@@ -95,27 +101,40 @@ def test_a_reader_can_type_all_of_it_in_this_order(decoder_job, kandinsky, tmp_p
     ]
 
     def train(words):
-        assert words[:3] == ["python", "-u", DECODER_SCRIPT.name], f"not a command that this test knows: {words}"
+        job = {script_name(name): job for name, job in kandinsky_jobs.items()}.get(words[2])
+        assert words[:2] == ["python", "-u"] and job, f"not a command that this test knows: {words}"
         flags = words[3:]
         resumes = "--resume_from_checkpoint" in flags
-        if "--validation_prompts" in flags:
+        if "--validation_prompt" in flags or "--validation_prompts" in flags:
             flags = [*flags, "--num_validation_images=1", "--validation_inference_steps=2", "--validation_steps=2"]
-        decoder_job.main([*flags, *last, f"--max_train_steps={4 if resumes else 2}"])
+        job.main([*flags, *last, f"--max_train_steps={4 if resumes else 2}"])
         said = capsys.readouterr().out
-        assert "wrote the result to kandi2-decoder" in said and resumes == ("resumed from" in said)
+        assert "wrote the result to kandi2-" in said and resumes == ("resumed from" in said)
 
     def change_folder(words):
         assert (ROOT / words[1]).is_dir()
         os.chdir(words[1])  # `monkeypatch.chdir` above goes back at the end
 
-    kinds = {"make": check_make, "pip": check_pip, "cd": change_folder, "python": train}
+    def run_tool(words):
+        cli.main(words[1:])
+
+    kinds = {
+        "make": check_make,
+        "pip": check_pip,
+        "cd": change_folder,
+        "python": train,
+        "ppdiffusers-train": run_tool,
+    }
+    local = {HUB.format("prior"): prior, HUB.format("decoder"): decoder, CHECKPOINT: "checkpoint-2"}
     for language, code in code_blocks("README.md"):
         if language == "bash":
             for words in commands(code):
                 assert words[0] in kinds, f"not a command that this test knows: {words}"
                 kinds[words[0]](words)
         elif language == "python":
-            exec(compile(code.replace(CHECKPOINT, "checkpoint-2"), "README.md", "exec"), {})
+            for name, here in local.items():
+                code = code.replace(name, str(here))
+            exec(compile(code, "README.md", "exec"), {})
         elif language == "yaml":
             with open("decoder.yaml", "w", encoding="utf-8") as file:
                 file.write(code)
@@ -125,6 +144,6 @@ def test_a_reader_can_type_all_of_it_in_this_order(decoder_job, kandinsky, tmp_p
             pytest.fail(f"a block in {language or 'no language'} that this test does not know:\n{code}")
 
     written = {path.name for path in (tmp_path / "examples" / "kandinsky2_2").iterdir()}
-    assert written >= {"kandi2-decoder", "kandi2-decoder-ema", "robot-pokemon.png", "robot-pokemon-15000.png"}
+    assert written >= {"kandi2-decoder", "kandi2-decoder-ema", "kandi2-decoder-lora-torch", "robot-pokemon-lora.png"}
     ema = tmp_path / "examples" / "kandinsky2_2" / "kandi2-decoder-ema"
     assert (ema / "validation" / "step-2.png").is_file() and (ema / "checkpoint-2" / "ema" / "unet").is_dir()
