@@ -14,7 +14,7 @@ define make_venv
 @touch $@
 endef
 
-.PHONY: help demo test lint test-paddle26 parity venvs lock clean
+.PHONY: help demo test lint test-paddle26 parity torture venvs lock clean
 
 help:
 	@echo "make demo           train a tiny Kandinsky 2.2 decoder on the CPU and draw with it"
@@ -22,6 +22,7 @@ help:
 	@echo "make lint           ruff's checks and formatting"
 	@echo "make test-paddle26  the tests on Paddle 2.6"
 	@echo "make parity         the comparisons with the PyTorch reference"
+	@echo "make torture        kill runs 200 times and resume them"
 	@echo "make venvs          the three environments of the above, without running anything"
 	@echo "make lock           write the requirements*.txt again from the .in files"
 	@echo "make clean          remove the environments and caches"
@@ -37,10 +38,13 @@ lint: .venv/ready
 	.venv/bin/ruff format --check .
 
 test-paddle26: .venv-paddle26/ready
-	.venv-paddle26/bin/python -m pytest $(PYTEST_FLAGS)
+	.venv-paddle26/bin/python -m pytest -m "not slow and not torture" $(PYTEST_FLAGS)
 
 parity: .venv-parity/ready
 	.venv-parity/bin/python -m pytest tests/parity $(PYTEST_FLAGS)
+
+torture: .venv/ready
+	.venv/bin/python -m tests.distributed.kill_harness --kills 160 --double_kills 40
 
 venvs: .venv/ready .venv-paddle26/ready .venv-parity/ready
 

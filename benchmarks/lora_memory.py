@@ -37,6 +37,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT))
     import ppdiffusers_train  # noqa: F401
+
     from ppdiffusers_train.reporting.quiet import quiet_libraries
     from ppdiffusers_train.toy.kandinsky2_2 import build_kandinsky
 

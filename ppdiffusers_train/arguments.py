@@ -134,6 +134,9 @@ def add_data_arguments(parser):
     group.add_argument(
         "--cache_variants", type=positive_int, default=1, help="random crops and flips of a sample that the cache keeps"
     )
+    group.add_argument(
+        "--max_bad_samples", type=non_negative_int, default=0, help="samples that cannot be used are skipped up to here"
+    )
     group.add_argument("--resolution", type=positive_int, default=512, help="height and width of the images, in pixels")
     group.add_argument("--dataloader_num_workers", type=non_negative_int, default=0, help="processes that load images")
     return group
@@ -153,10 +156,29 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
         action=Flag,
         help="Paddle's own memory-efficient attention, where the installed Paddle and the device have it",
     )
+    group.add_argument(
+        "--skip_nonfinite", type=non_negative_int, default=0, metavar="N",
+        help="drop up to N steps whose loss or gradient is not a number; at the next one, stop",
+    )  # fmt: skip
+    group.add_argument("--deterministic", action=Flag, help="ask Paddle for deterministic kernels on cards; slower")
     group.add_argument("--allow_tf32", action=Flag, help="TF32 in matrix products (cards of the Ampere series on)")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="type of the arithmetic")
     group.add_argument(
         "--local_rank", type=int, default=-1, help="accepted for old commands; paddle.distributed.launch sets the rank"
+    )
+
+    group = parser.add_argument_group("several cards")
+    group.add_argument(
+        "--sharding_degree",
+        type=positive_int,
+        default=1,
+        help="split the optimizer's state over so many cards (ZeRO 1)",
+    )
+    group.add_argument(
+        "--collective_timeout",
+        type=positive_float,
+        default=1800.0,
+        help="seconds a card waits for the others in a step",
     )
 
     group = parser.add_argument_group("optimizer")
@@ -224,6 +246,12 @@ def add_output_arguments(parser, output_dir):
     )
     group.add_argument("--checkpointing_steps", type=positive_int, default=500, help="a checkpoint every N steps")
     group.add_argument("--checkpoints_total_limit", type=positive_int, help="keep only the newest N checkpoints")
+    group.add_argument(
+        "--on_save_error",
+        choices=("stop", "continue"),
+        default="stop",
+        help="what to do when a checkpoint cannot be written",
+    )
     group.add_argument(
         "--resume_from_checkpoint", metavar="DIR", help="a checkpoint's folder, its name in output_dir, or `latest`"
     )

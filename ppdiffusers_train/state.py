@@ -1,6 +1,7 @@
 """What changes while a run trains, and so what a checkpoint holds."""
 
 import contextlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import paddle
 from ppdiffusers.optimization import get_scheduler
 from safetensors.numpy import load_file, save_file
 
+from ppdiffusers_train.data.bad_samples import BadSamples
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.runtime.ema import EMA
+from ppdiffusers_train.runtime.gradients import clipping_factor, global_norm, scale_gradients
 from ppdiffusers_train.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from ppdiffusers_train.runtime.precision import Precision
 
-OPTIMIZER_FILE, EMA_FILE = "optimizer.safetensors", "ema.safetensors"
+OPTIMIZER_FILES, EMA_FILE = "optimizer*.safetensors", "ema.safetensors"
 
 
 @dataclass
@@ -27,11 +31,32 @@ class TrainingState:
     lr_scheduler: object
     precision: Precision
     ema: object  # an EMA, or None
+    seed: int
+    max_grad_norm: float
+    bad_samples: BadSamples
     step: int = 0  # optimizer steps taken
     position: int = 0  # samples seen
+    skipped_steps: int = 0  # of those steps, the ones that were no numbers
 
-    def take_step(self, window: range) -> None:
-        """Update the weights from the gradients of `window`, and everything that follows them."""
+    def gradients(self) -> list:
+        """The gradients that there are."""
+        return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+
+    def gradient_norm(self):
+        """Norm of all gradients together, as they are without the loss scaler: a scalar on the device."""
+        self.precision.scaler.unscale_(self.optimizer)
+        gradients = self.gradients()
+        return global_norm(gradients) if gradients else paddle.zeros([])
+
+    def take_step(self, window: range, norm: float, factor: float = 1.0) -> None:
+        """Update the weights from the gradients of `window`, and everything that follows them.
+
+        Args:
+            norm: the gradients' norm.
+            factor: multiplies them before they are clipped.
+        """
+        if math.isfinite(norm):  # else a scaler in float16 has seen it, and leaves the weights alone
+            scale_gradients(self.gradients(), factor * clipping_factor(factor * norm, self.max_grad_norm))
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
         self.optimizer.clear_grad()
@@ -41,15 +66,24 @@ class TrainingState:
         if self.ema:
             self.ema.update()
 
+    def skip_step(self, window: range) -> None:
+        """Go on behind `window` with the weights as they are."""
+        self.optimizer.clear_grad()
+        self.lr_scheduler.step()
+        self.step, self.position = self.step + 1, window.stop
+
     def ema_weights(self):
         """A context in which the module holds the averaged weights, where there are any."""
         return self.ema.applied() if self.ema else contextlib.nullcontext()
 
-    def save(self, folder: Path) -> None:
-        """Write weights and tensors into a checkpoint's folder."""
-        self.module.save_weights(str(folder))
+    def save_optimizer(self, file: Path) -> None:
+        """Write the optimizer's tensors, of a sharded one this rank's share."""
         tensors = optimizer_tensors(self.optimizer, self.parameters)
-        save_file({name: tensor.numpy() for name, tensor in tensors.items()}, folder / OPTIMIZER_FILE)
+        save_file({name: tensor.numpy() for name, tensor in tensors.items()}, file)
+
+    def save(self, folder: Path) -> None:
+        """Write weights and averages into a checkpoint's folder."""
+        self.module.save_weights(str(folder))
         if self.ema:
             save_file({name: tensor.numpy() for name, tensor in self.ema.averages.items()}, folder / EMA_FILE)
             with self.ema.applied():
@@ -62,6 +96,8 @@ class TrainingState:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": {name: np.asarray(value).tolist() for name, value in self.precision.scaler.state_dict().items()},
             "ema_updates": self.ema.updates if self.ema else None,
+            "skipped_steps": self.skipped_steps,
+            "bad_rows": sorted(self.bad_samples.rows),
         }
 
     def load(self, folder: Path, saved: dict) -> None:
@@ -69,7 +105,9 @@ class TrainingState:
         flag = f"--resume_from_checkpoint: {folder}"
         if bool(self.ema) != (saved["ema_updates"] is not None):
             raise UserError(f"{flag} was written {'without' if self.ema else 'with'} --use_ema; expected the same now")
-        tensors = load_file(folder / OPTIMIZER_FILE)
+        tensors = {}
+        for file in sorted(folder.glob(OPTIMIZER_FILES)):  # one, or one per rank that held a share
+            tensors.update(load_file(file))
         names = {name.split("//")[0] for name in tensors}
         if names != set(self.parameters):
             raise UserError(
@@ -87,9 +125,10 @@ class TrainingState:
             for name, array in load_file(folder / EMA_FILE).items():
                 self.ema.averages[name].set_value(array)
         self.step, self.position = saved["step"], saved["position"]
+        self.skipped_steps, self.bad_samples.rows = saved["skipped_steps"], set(saved["bad_rows"])
 
 
-def build_training_state(module, args, total_steps: int) -> TrainingState:
+def build_training_state(module, args, total_steps: int, ranks: Ranks) -> TrainingState:
     """Optimizer, learning rate, precision and average for what learns in `module`."""
     learning = {id(parameter) for parameter in module.trainable_parameters()}
     parameters = {name: parameter for name, parameter in module.named_parameters() if id(parameter) in learning}
@@ -110,7 +149,15 @@ def build_training_state(module, args, total_steps: int) -> TrainingState:
         beta2=args.adam_beta2,
         epsilon=args.adam_epsilon,
         weight_decay=args.adam_weight_decay,
-        grad_clip=paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm),
     )
-    ema = EMA(parameters) if args.use_ema else None
-    return TrainingState(module, parameters, optimizer, lr_scheduler, Precision(args.mixed_precision), ema)
+    return TrainingState(
+        module,
+        parameters,
+        ranks.shard(optimizer),
+        lr_scheduler,
+        Precision(args.mixed_precision),
+        EMA(parameters) if args.use_ema else None,
+        args.seed,
+        args.max_grad_norm,
+        BadSamples(args.max_bad_samples),
+    )

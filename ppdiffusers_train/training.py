@@ -1,36 +1,35 @@
 """The one loop. It trains any `DiffusionTrainingModule` and knows no diffusion."""
 
-from ppdiffusers_train import __version__
+import ppdiffusers_train  # noqa: F401  (before paddle)
 
 import contextlib
 import json
 import math
-import platform
-import secrets
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from signal import Signals
 
 import paddle
+from safetensors import SafetensorError
 
 from ppdiffusers_train.data.encoded_cache import encode_dataset
 from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches
 from ppdiffusers_train.data.order import SampleOrder, micro_batches
 from ppdiffusers_train.draws import Draws, generator
-from ppdiffusers_train.errors import RunError, UserError
+from ppdiffusers_train.errors import RunError
 from ppdiffusers_train.module import encode_each
 from ppdiffusers_train.reporting.hub import check_hub_login, push_to_hub
 from ppdiffusers_train.reporting.progress import Progress
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.trackers import open_trackers, tracker_names
 from ppdiffusers_train.reporting.validation import draw_validation
+from ppdiffusers_train.run import notices, public_arguments, public_command, run_identity, settle_seed, versions
 from ppdiffusers_train.runtime.checkpoint import find_checkpoint, replace_children, require_writable, write_checkpoint
-from ppdiffusers_train.runtime.distributed import start_ranks
-from ppdiffusers_train.runtime.precision import Precision, set_tf32
+from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
 from ppdiffusers_train.runtime.signals import StopRequest
 from ppdiffusers_train.runtime.silu import repair_silu
 from ppdiffusers_train.state import TrainingState, build_training_state
-
-SECRETS = ("hub_token",)
 
 
 def check_run(args) -> None:
@@ -47,12 +46,6 @@ def check_run(args) -> None:
     settle_seed(args, saved)  # before models and data: LoRA's initial values and the choice of samples depend on it
 
 
-def settle_seed(args, saved) -> None:
-    """Without `--seed`, set it to that of the checkpoint to resume from, or to one drawn for all ranks."""
-    if args.seed is None:
-        args.seed = saved["seed"] if saved else start_ranks().share(secrets.randbelow(2**31))
-
-
 def launch_training_task(module, dataset, args) -> None:
     """Train `module` on `dataset` as `args` say, and write the result to `args.output_dir`.
 
@@ -62,10 +55,10 @@ def launch_training_task(module, dataset, args) -> None:
         args: the flags of `arguments.add_training_arguments` and its siblings.
     Raises:
         UserError: a flag, a sample or the checkpoint to resume from is wrong.
-        RunError: the loss is not a number any more.
+        RunError: the run cannot go on: a loss is not a number, a file cannot be written.
     """
     repair_silu()
-    ranks = start_ranks()
+    ranks = start_ranks(args.sharding_degree, args.collective_timeout)
     output_dir = Path(args.output_dir)
     say = print if ranks.is_main else lambda message: None
     checkpoint, saved = None, {}
@@ -78,10 +71,11 @@ def launch_training_task(module, dataset, args) -> None:
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size
     steps_per_epoch = order.steps_per_epoch(samples_per_step)
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    state = build_training_state(module, args, total_steps)
+    state = build_training_state(module, args, total_steps, ranks)
     if checkpoint:
         state.load(checkpoint, saved)
         say(f"resumed from {checkpoint} at step {state.step}")
+    ranks.broadcast(state.parameters.values())
     for line in notices(args, state.precision, total_steps):
         say(line)
     learning = sum(parameter.size for parameter in state.parameters.values())
@@ -89,7 +83,7 @@ def launch_training_task(module, dataset, args) -> None:
         f"{type(module).__name__}: {learning:,} parameters learn from {len(dataset)} samples; {total_steps} "
         f"steps of {samples_per_step} samples, {steps_per_epoch} per epoch; seed {identity['seed']}"
     )
-    info = {**identity, "arguments": public_arguments(args), "versions": versions()}
+    info = {**identity, "arguments": public_arguments(args), "command": public_command(args), "versions": versions()}
     if ranks.is_main:
         (output_dir / "training_args.json").write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
     steps = [
@@ -98,7 +92,8 @@ def launch_training_task(module, dataset, args) -> None:
     ]
     samples, encode = PreprocessedSamples(dataset, module.preprocess, order), partial(encode_each, module)
     if args.encoded_cache_dir:
-        samples, encode = encode_dataset(module, dataset, order, args, ranks, state.precision, say), None
+        samples = encode_dataset(module, dataset, order, args, ranks, state.precision, state.bad_samples, say)
+        encode = None
     batches = iterate_batches(
         samples, [positions for _, share in steps for positions in share], args.dataloader_num_workers
     )
@@ -116,114 +111,147 @@ def launch_training_task(module, dataset, args) -> None:
         progress = on_exit.enter_context(Progress(state.step, total_steps, visible=ranks.is_main))
         stop = on_exit.enter_context(StopRequest())
         for window, share in steps:
+            ranks.step = state.step
             seed_layers(order.seed, state.step, ranks.rank)
-            losses = [backward(module, encode, next(batches), positions, window, order, state) for positions in share]
-            ranks.sum_gradients(state.parameters.values())
-            loss = float(ranks.sum(sum((loss for loss, _ in losses), paddle.zeros([]))))
-            if not math.isfinite(loss):
-                failed = describe_failure(losses, share, order, dataset)
-                raise RunError(f"step {state.step + 1}, rank {ranks.rank}: {failed}; the last checkpoint is untouched")
+            parts = [backward(module, encode, next(batches), positions, window, state, ranks) for positions in share]
+            ranks.average_gradients(state.parameters.values())
+            # All that the ranks have to agree on, in one sum; and one look at the device per step.
+            bad, signal = sum(len(part.errors) for part in parts), float(bool(stop.received))
+            loss = sum((part.loss for part in parts), paddle.zeros([]))
+            sums = ranks.sum(paddle.stack([loss, paddle.to_tensor(float(bad)), paddle.to_tensor(signal)]))
+            loss, bad, signal, norm = paddle.concat([sums, state.gradient_norm().reshape([1])]).tolist()
+            if bad:
+                found = ranks.gather({order.row(p): message for part in parts for p, message in part.errors.items()})
+                state.bad_samples.add({row: message for part in found for row, message in part.items()}, say)
+            # The loss was divided by the window's size; fewer samples came.
+            factor = len(window) / max(len(window) - bad, 1)
             learning_rate = state.optimizer.get_lr()
-            state.take_step(window)
+            if not math.isfinite(loss) or not (math.isfinite(norm) or state.precision.scaler.is_enable()):
+                state.skipped_steps += 1
+                failed = next(filter(None, ranks.gather(describe_failure(parts, norm, ranks, order, dataset))), "")
+                if state.skipped_steps > args.skip_nonfinite:
+                    raise RunError(f"step {state.step + 1}, {failed}; the last checkpoint is untouched")
+                say(f"skipped step {state.step + 1}, {state.skipped_steps} of at most {args.skip_nonfinite}: {failed}")
+                state.skip_step(window)
+            elif bad == len(window):
+                state.skip_step(window)
+            else:
+                state.take_step(window, norm, factor)
 
-            rate = progress.advance(loss, learning_rate, len(window))
-            figures = {"loss": loss, "learning_rate": learning_rate, "samples_per_second": rate}
+            rate = progress.advance(factor * loss, learning_rate, len(window))
+            figures = {
+                "loss": factor * loss,
+                "learning_rate": learning_rate,
+                "gradient_norm": factor * norm,
+                "samples_per_second": rate,
+            }
             trackers.scalars({f"train/{name}": value for name, value in figures.items()}, state.step)
-            if state.step % args.checkpointing_steps == 0 or stop.received:
-                if ranks.is_main:
-                    write_checkpoint(
-                        output_dir, state.step, state.save, {**info, **state.record()}, args.checkpoints_total_limit
-                    )
-                ranks.wait()
-            if stop.received:
+            if state.step % args.checkpointing_steps == 0 or signal:
+                save_checkpoint(state, ranks, output_dir, info, args, say)
+            if signal:
                 progress.close()
+                stopped_by = stop.received or Signals.SIGTERM  # another rank may have got it
                 say(
-                    f"{stop.received.name}: wrote {output_dir / f'checkpoint-{state.step}'} after step {state.step} of "
+                    f"{stopped_by.name}: wrote {output_dir / f'checkpoint-{state.step}'} after step {state.step} of "
                     f"{total_steps}; go on with --resume_from_checkpoint latest"
                 )
-                raise SystemExit(128 + stop.received)
+                ranks.gather(None)  # a rank that ends takes the others down: first, all have to be here
+                raise SystemExit(128 + stopped_by)
             if args.validation_prompts and validation_is_due(args, state.step, window.stop, len(dataset), total_steps):
-                if ranks.is_main:
-                    with state.ema_weights():
-                        picture = draw_validation(
-                            module, args.validation_prompts, args.num_validation_images, order.seed
-                        )
-                    file = output_dir / "validation" / f"step-{state.step}.png"
-                    file.parent.mkdir(exist_ok=True)
-                    picture.save(file)
-                    trackers.image("validation", picture, state.step)
-                ranks.wait()
-    if ranks.is_main:
-        with state.ema_weights():
-            replace_children(output_dir, module.save_pretrained)
-        say(f"wrote the result to {output_dir}")
-        if args.push_to_hub:
-            url = push_to_hub(
-                output_dir, args.hub_model_id, args.hub_token, module.card_data(), args.validation_prompts
-            )
-            say(f"uploaded to {url}")
-    ranks.wait()
+                with ranks.main_first() as is_turn:
+                    if is_turn:
+                        with state.ema_weights():
+                            picture = draw_validation(
+                                module, args.validation_prompts, args.num_validation_images, order.seed
+                            )
+                        file = output_dir / "validation" / f"step-{state.step}.png"
+                        file.parent.mkdir(exist_ok=True)
+                        picture.save(file)
+                        trackers.image("validation", picture, state.step)
+    with ranks.main_first() as is_turn:
+        if is_turn:
+            write_result(module, state, output_dir, args, say)
 
 
-def backward(module, encode, batch, positions, window: range, order: SampleOrder, state: TrainingState) -> tuple:
+@dataclass
+class Part:
+    """One batch's contribution to a step."""
+
+    loss: object  # its part of the window's mean loss, on the device
+    draws: Draws
+    positions: list  # of its samples
+    errors: dict  # {position: message} of those that could not be used
+
+
+def backward(module, encode, loaded, positions, window: range, state: TrainingState, ranks: Ranks) -> Part:
     """Add the gradients of one batch, the samples at `positions`, to those of its step's `window`.
 
     Args:
         encode: turns the batch into encoded samples; None where it holds them already.
-    Returns:
-        The batch's part of the window's mean loss, and its draws.
+        loaded: the batch, and the messages of samples that cannot be used.
     """
-    draws = Draws(order.seed, positions)
+    batch, errors = loaded
+    errors = {positions[i]: message for i, message in errors.items()}
+    good = [position for position in positions if position not in errors]
+    draws = Draws(state.seed, good)
+    if not good:
+        return Part(paddle.zeros([]), draws, good, errors)
     with state.precision.autocast():
         encoded = encode(batch) if encode else batch
         # By its share of the samples: right for a short last batch, and for a short last window.
-        loss = module(encoded, draws) * (len(positions) / len(window))
-    state.precision.scaler.scale(loss).backward()
-    return loss.detach(), draws
+        loss = module(encoded, draws) * (len(good) / len(window))
+    # Gradients are averaged over ranks, but each rank has its part of one sum.
+    state.precision.scaler.scale(loss * ranks.world_size if ranks.world_size > 1 else loss).backward()
+    return Part(loss.detach().astype("float32"), draws, good, errors)
 
 
-def public_arguments(args) -> dict:
-    """The flags without their secrets, as they may be written and sent."""
-    return {name: value for name, value in vars(args).items() if name not in SECRETS}
+def save_checkpoint(state: TrainingState, ranks: Ranks, output_dir: Path, info: dict, args, say) -> None:
+    """Write `checkpoint-<step>`: rank 0 all of it, but a sharded optimizer's share each rank that holds one.
+
+    Raises:
+        RunError: it cannot be written, and `--on_save_error` is not `continue`.
+    """
+    shards = [f"optimizer-{i + 1:05d}-of-{ranks.sharding_degree:05d}.safetensors" for i in range(ranks.sharding_degree)]
+    if ranks.sharding_degree == 1:
+        shards = ["optimizer.safetensors"]
+    elif ranks.holds_a_shard:
+        state.save_optimizer(output_dir / f".{shards[ranks.rank]}")
+    ranks.gather(None)  # now all shares are there
+
+    def write(folder):
+        state.save(folder)
+        if ranks.sharding_degree == 1:
+            state.save_optimizer(folder / shards[0])
+        else:
+            for name in shards:
+                (output_dir / f".{name}").rename(folder / name)
+
+    with ranks.main_first() as is_turn:
+        if is_turn:
+            try:
+                record = {**info, **state.record()}
+                write_checkpoint(output_dir, state.step, write, record, args.checkpoints_total_limit)
+            except (OSError, SafetensorError) as error:
+                message = f"checkpoint-{state.step} cannot be written to {str(output_dir)!r}: {error}"
+                if args.on_save_error == "stop":
+                    raise RunError(f"{message}; earlier checkpoints are untouched") from error
+                say(f"{message}; going on")
 
 
-def run_identity(module, dataset, args, saved) -> dict:
-    """What makes this run this run; a checkpoint to resume from must agree, or it would go on with other samples."""
-    identity = {"job": type(module).__name__, "seed": args.seed, "rows": len(dataset)}
-    words = {"job": "job", "seed": "--seed", "rows": "number of samples"}
-    for name, value in identity.items():
-        if saved and saved[name] != value:
-            raise UserError(
-                f"--resume_from_checkpoint: {args.resume_from_checkpoint!r} is of another run: its {words[name]} is "
-                f"{saved[name]}, here it is {value}"
-            )
-    return identity
-
-
-def notices(args, precision: Precision, total_steps: int):
-    """One line for each flag that does not do here what its name says."""
-    if precision.notice:
-        yield precision.notice
-    if args.use_8bit_adam:
-        yield "--use_8bit_adam: Paddle has no 8-bit Adam; AdamW keeps its moments in float32"
-    if args.allow_tf32 and not set_tf32(True):
-        yield "--allow_tf32: no effect, this device has no TF32"
-    if args.local_rank != -1:
-        yield f"--local_rank {args.local_rank}: no effect, paddle.distributed.launch sets the rank"
-    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= total_steps:
-        yield f"--lr_warmup_steps {args.lr_warmup_steps}: all of the run's {total_steps} steps are warm-up"
-
-
-def versions() -> dict:
-    """The versions that a result depends on."""
-    import ppdiffusers
-
-    return {
-        "python": platform.python_version(),
-        "paddle": paddle.__version__,
-        "ppdiffusers": ppdiffusers.__version__,
-        "ppdiffusers_train": __version__,
-    }
+def write_result(module, state: TrainingState, output_dir: Path, args, say) -> None:
+    """Write what the run was for into `output_dir`, and upload it where that is asked for."""
+    try:
+        with state.ema_weights():
+            replace_children(output_dir, module.save_pretrained)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"the result cannot be written to {str(output_dir)!r}: {error}; the same command with "
+            "--resume_from_checkpoint latest goes on from the last checkpoint"
+        ) from error
+    say(f"wrote the result to {output_dir}")
+    if args.push_to_hub:
+        url = push_to_hub(output_dir, args.hub_model_id, args.hub_token, module.card_data(), args.validation_prompts)
+        say(f"uploaded to {url}")
 
 
 def seed_layers(seed: int, step: int, rank: int) -> None:
@@ -249,11 +277,16 @@ def validation_is_due(args, step: int, position: int, rows: int, total_steps: in
     return position % (rows * args.validation_epochs) == 0
 
 
-def describe_failure(losses: list, share: list, order, dataset) -> str:
-    """Which samples and draws made a step's loss something that is not a number."""
-    for (loss, draws), positions in zip(losses, share):
-        if not math.isfinite(float(loss)):
-            samples = ", ".join(dataset.name(order.row(position)) for position in positions)
-            drawn = "; ".join(f"{name} {values.tolist()}" for name, values in draws.drawn_integers.items())
-            return f"the loss is {float(loss)} on {samples} ({drawn or 'nothing drawn'})"
-    return "the loss of another rank is not a number"
+def describe_failure(parts: list, norm: float, ranks: Ranks, order: SampleOrder, dataset) -> str:
+    """Which of this rank's samples and draws made a step something that is not a number; empty where none did."""
+    bad = [part for part in parts if not math.isfinite(float(part.loss))]
+    if not bad and (ranks.rank > 0 or math.isfinite(norm)):
+        return ""
+    what = f"the loss is {float(bad[0].loss)}" if bad else f"the norm of the gradients is {norm}"
+    named = [
+        f"{', '.join(dataset.name(order.row(position)) for position in part.positions)} ("
+        + ("; ".join(f"{name} {values.tolist()}" for name, values in part.draws.drawn_integers.items()) or "no draws")
+        + ")"
+        for part in (bad[:1] or parts)
+    ]
+    return f"rank {ranks.rank}: {what} on {' and '.join(named)}"

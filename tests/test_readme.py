@@ -13,6 +13,7 @@ import pytest
 from ppdiffusers import KandinskyV22CombinedPipeline
 
 from tests.conftest import ROOT, copy_photos
+from tests.distributed.test_ranks import environment, launch_command
 
 READMES = ("README.md", "README_zh.md")
 SMALL_PICTURE = {"height": 64, "width": 64, "num_inference_steps": 2, "prior_num_inference_steps": 2}
@@ -80,6 +81,16 @@ def check_json_lines(code, photos):
     assert all(json.loads(line) in map(json.loads, known) for line in code.splitlines())
 
 
+def launch_two(words, last):
+    """The command for several cards, with two CPU processes that stand in for them."""
+    assert words[:2] == ["--gpus", "0,1,2,3"]
+    script = ROOT / "examples" / "kandinsky2_2" / words[2]
+    command = launch_command(script, *words[3:], *last, "--max_train_steps=2", form=("--gpus", "0,1"))
+    more = {"CUDA_VISIBLE_DEVICES": "0,1", "PADDLE_DISTRI_BACKEND": "gloo"}
+    done = subprocess.run(command, env=environment(**more), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "wrote the result to kandi2-" in done.stdout, done.stdout[-3000:] + done.stderr
+
+
 def test_a_reader_can_type_all_of_it_in_this_order(kandinsky_jobs, kandinsky, tmp_path, monkeypatch, capsys):
     """The commands start in a copy of the repository's folders, with two steps each, and four where a run goes on."""
     photos = copy_photos(tmp_path / "examples" / "data" / "photos", 7)
@@ -101,6 +112,8 @@ def test_a_reader_can_type_all_of_it_in_this_order(kandinsky_jobs, kandinsky, tm
     ]
 
     def train(words):
+        if words[2:4] == ["-m", "paddle.distributed.launch"]:
+            return launch_two(words[4:], last)
         job = {script_name(name): job for name, job in kandinsky_jobs.items()}.get(words[2])
         assert words[:2] == ["python", "-u"] and job, f"not a command that this test knows: {words}"
         flags = words[3:]

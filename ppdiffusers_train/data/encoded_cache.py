@@ -13,10 +13,10 @@ import inspect
 import json
 import os
 import secrets
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from paddle.io import Dataset
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
@@ -28,7 +28,7 @@ from ppdiffusers_train.module import encode_each
 from ppdiffusers_train.runtime.checkpoint import require_writable, sync
 
 
-def encode_dataset(module, dataset, order, args, ranks, precision, say):
+def encode_dataset(module, dataset, order, args, ranks, precision, bad_samples, say):
     """Fill the cache with what it lacks of `dataset`, free the module's encoders, and return the `EncodedSamples`."""
     folder = Path(args.encoded_cache_dir)
     require_writable(folder, "--encoded_cache_dir")
@@ -38,23 +38,24 @@ def encode_dataset(module, dataset, order, args, ranks, precision, say):
         say(f"--cache_variants {variants}: no effect, this job prepares a sample in one way only")
         variants = 1
     samples = EncodedSamples(folder, dataset, order, variants)
-    missing = [entry for entry in samples.entries() if not entry.file.exists()]
-    say(f"{folder}: {len(missing)} of {samples.count} samples are still to be encoded")
-    share = missing[ranks.rank :: ranks.world_size]
+    share = samples.missing(ranks.rank, ranks.world_size)
+    say(f"{folder}: {sum(ranks.gather(len(share)))} of {samples.count} samples are still to be encoded")
     # Another process may be filling the same cache: each begins somewhere else, and skips what it meets.
     start = secrets.randbelow(len(share)) if share else 0
     share = share[start:] + share[:start]
     batches = iterate_batches(
         Entries(share, dataset, module.preprocess), [[i] for i in range(len(share))], args.dataloader_num_workers
     )
+    found = {}
     for entry in tqdm(share, desc="encoding", unit="sample", disable=not (ranks.is_main and share)):
-        batch = next(batches)
-        if not batch:
-            continue  # another process has encoded it by now
-        with precision.autocast():
-            encoded = encode_each(module, batch)
-        entry.write({name: tensor[0].numpy() for name, tensor in encoded.items()})
-    ranks.wait()
+        batch, errors = next(batches)
+        if errors:
+            found[entry.row] = errors[0]
+        elif batch:  # else another process has encoded it by now
+            with precision.autocast():
+                encoded = encode_each(module, batch)
+            entry.write({name: tensor[0].numpy() for name, tensor in encoded.items()})
+    bad_samples.add({row: message for part in ranks.gather(found) for row, message in part.items()}, say)
     for name in module.encoders:
         setattr(module, name, None)
     return samples
@@ -104,11 +105,10 @@ class Entry:
         os.replace(temporary, self.file)
 
 
-class Entries(Dataset):
+class Entries:
     """Entries to encode, preprocessed; one that exists by now is empty."""
 
     def __init__(self, entries: list, dataset, preprocess):
-        super().__init__()
         self.entries, self.dataset, self.preprocess = entries, dataset, preprocess
 
     def __getitem__(self, index):
@@ -122,7 +122,7 @@ class Entries(Dataset):
         return self.preprocess({**row, "caption": entry.caption}, entry.draws())
 
 
-class EncodedSamples(Dataset):
+class EncodedSamples:
     """At index `position`: the run's sample at that position, encoded, as `{name: array}`.
 
     Args:
@@ -133,9 +133,14 @@ class EncodedSamples(Dataset):
     """
 
     def __init__(self, folder: Path, dataset, order, variants: int):
-        super().__init__()
         self.folder, self.dataset, self.order, self.variants = folder, dataset, order, variants
-        self.digests = [dataset.image_digest(row) for row in range(len(dataset))]
+        self.digests = [self._digest(row) for row in range(len(dataset))]
+
+    def _digest(self, row: int) -> bytes:
+        try:
+            return self.dataset.image_digest(row)
+        except BadSampleError:
+            return b""  # encoding it will tell
 
     @property
     def count(self) -> int:
@@ -149,6 +154,10 @@ class EncodedSamples(Dataset):
                 for variant in range(self.variants):
                     yield Entry(self.folder, digest, row, caption, variant)
 
+    def missing(self, rank: int, world_size: int) -> list:
+        """What is still to be encoded of a rank's share, which is the same whatever other processes write meanwhile."""
+        return [entry for entry in islice(self.entries(), rank, None, world_size) if not entry.file.exists()]
+
     def __getitem__(self, position):
         draws, row = RowDraws(self.order.seed, position), self.order.row(position)
         captions = self.dataset.captions(row)
@@ -157,5 +166,7 @@ class EncodedSamples(Dataset):
         file = Entry(self.folder, self.digests[row], row, caption, variant).file
         try:
             return load_file(file)
+        except FileNotFoundError:
+            return as_error(f"{self.dataset.name(row)}: could not be encoded")
         except (OSError, SafetensorError) as error:
             return as_error(f"{file}: cannot be read ({error}); delete it, and it is encoded again")

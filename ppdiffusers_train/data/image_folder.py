@@ -75,8 +75,8 @@ class ImageCaptionDataset:
         # Pillow reports a broken file through any of these.
         except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
             raise BadSampleError(f"{self.name(index)}: the image cannot be read: {error}") from error
-        captions = self.captions(index)
-        return {"image": image, "caption": captions if len(captions) > 1 else captions[0]}
+        self.captions(index)  # raises where there is none
+        return {"image": image, "caption": self.texts[index][self.caption_column]}
 
 
 def build_dataset(args) -> ImageCaptionDataset:

@@ -1,19 +1,26 @@
-"""From positions in the run to batches of arrays: decoding and preprocessing in worker processes."""
+"""From positions in the run to batches of tensors: decoding and preprocessing in threads.
+
+Threads, because Pillow and NumPy leave Python's lock while they work, and because processes forked from one that
+computes in threads of its own hang now and then: Paddle's `DataLoader` did.
+"""
+
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from paddle.io import DataLoader, Dataset
+import paddle
 
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.errors import BadSampleError
 
 ERROR_KEY = "error"
+BATCHES_AHEAD = 4
 
 
-class PreprocessedSamples(Dataset):
+class PreprocessedSamples:
     """At index `position`: the run's sample at that position, preprocessed to `{name: array}`.
 
-    A sample that cannot be used becomes `{"error": its message as bytes}`: an exception would reach the main process
-    wrapped in the worker's traceback.
+    A sample that cannot be used becomes `{"error": its message}`: it is the run that decides what that means.
 
     Args:
         rows: maps a row's index to `{"image": …, "caption": …}`.
@@ -22,7 +29,6 @@ class PreprocessedSamples(Dataset):
     """
 
     def __init__(self, rows, preprocess, order):
-        super().__init__()
         self.rows, self.preprocess, self.order = rows, preprocess, order
 
     def __getitem__(self, position):
@@ -38,7 +44,7 @@ class PreprocessedSamples(Dataset):
 
 def as_error(error) -> dict:
     """The sample that stands for one that cannot be used."""
-    return {ERROR_KEY: np.frombuffer(str(error).encode(), dtype=np.uint8)}
+    return {ERROR_KEY: str(error)}
 
 
 def choose_caption(draws: RowDraws, count: int) -> int:
@@ -46,22 +52,34 @@ def choose_caption(draws: RowDraws, count: int) -> int:
     return int(draws.integers("caption_choice", 0, count)) if count > 1 else 0
 
 
-def stack(samples: list) -> dict:
-    """`[{name: array}] -> {name: [B, …]}`; the first sample in error stands for the batch."""
-    for sample in samples:
-        if ERROR_KEY in sample:
-            return sample
-    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+def stack(samples: list) -> tuple:
+    """`[{name: array}] -> {name: tensor [B, …]}` of the samples that can be used, and of the others
+    `{index in the list: message}`."""
+    errors = {i: sample[ERROR_KEY] for i, sample in enumerate(samples) if ERROR_KEY in sample}
+    good = [sample for i, sample in enumerate(samples) if i not in errors]
+    batch = {name: np.stack([sample[name] for sample in good]) for name in (good[0] if good else ())}
+    return {name: paddle.to_tensor(array) for name, array in batch.items()}, errors
 
 
-def iterate_batches(samples: Dataset, batches, num_workers: int):
-    """Yield for each list of positions in `batches` their samples as `{name: paddle tensor [B, …]}`, in order.
+def iterate_batches(samples, batches, num_workers: int):
+    """Yield for each list of indices in `batches` what `stack` makes of these samples, in order.
 
-    Raises:
-        BadSampleError: a sample cannot be used.
+    Args:
+        samples: `samples[index]` -> {name: array}; asked from several threads.
+        num_workers: threads that load ahead; with 0 each batch is loaded when it is asked for.
     """
-    loader = DataLoader(samples, batch_sampler=batches, collate_fn=stack, num_workers=num_workers)
-    for batch in loader:
-        if ERROR_KEY in batch:
-            raise BadSampleError(bytes(batch[ERROR_KEY].numpy()).decode())
-        yield batch
+    if num_workers == 0:
+        for indices in batches:
+            yield stack([samples[index] for index in indices])
+        return
+    pending = deque()
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="loader")
+    try:
+        for indices in batches:
+            pending.append([pool.submit(samples.__getitem__, index) for index in indices])
+            if len(pending) >= BATCHES_AHEAD:
+                yield stack([future.result() for future in pending.popleft()])
+        while pending:
+            yield stack([future.result() for future in pending.popleft()])
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -27,9 +27,11 @@ class SampleOrder:
     def row(self, position: int) -> int:
         """Index of the dataset's row that stands at `position` of the run."""
         epoch, offset = divmod(position, self.size)
-        if self._permutation[0] != epoch:
-            self._permutation = (epoch, permutation(self.seed, epoch, self.size))
-        return int(self._permutation[1][offset])
+        known_epoch, rows = self._permutation
+        if known_epoch != epoch:
+            rows = permutation(self.seed, epoch, self.size)
+            self._permutation = (epoch, rows)  # in one assignment: loader threads ask at the same time
+        return int(rows[offset])
 
     def steps_per_epoch(self, samples_per_step: int) -> int:
         """Optimizer steps of one epoch; the last one may have fewer samples."""

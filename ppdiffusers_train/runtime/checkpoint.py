@@ -24,10 +24,14 @@ def written_whole(target: Path):
     """Yield an empty folder to write into; afterwards it stands at `target`, complete, or nothing has changed there."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    share_as_usual(temporary)
-    sync_tree(temporary)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        share_as_usual(temporary)
+        sync_tree(temporary)
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the space
+        raise
     replaced = target.with_name(f".{target.name}.old")
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():

@@ -39,3 +39,12 @@ def set_tf32(allowed: bool) -> bool:
     core.set_cublas_switch(allowed)
     core.set_cudnn_switch(allowed)
     return True
+
+
+def set_deterministic() -> bool:
+    """Ask Paddle for kernels that add in the same order every time; returns whether the device has others. Not run on
+    a card."""
+    if not paddle.get_device().startswith("gpu"):
+        return False
+    paddle.set_flags({"FLAGS_cudnn_deterministic": True, "FLAGS_embedding_deterministic": 1})
+    return True

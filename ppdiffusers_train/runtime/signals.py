@@ -2,18 +2,18 @@
 
 import signal
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class StopRequest:
     """A context in which the signals only set `received`; the loop asks for it between steps."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self):
         self.received = None
         self._previous = {}
 
     def __enter__(self):
-        for number in self.SIGNALS:
+        for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
         return self
 

@@ -13,7 +13,7 @@ import paddle
 import pytest
 from PIL import Image
 
-from ppdiffusers_train.data.encoded_cache import Entry, encoders_digest
+from ppdiffusers_train.data.encoded_cache import EncodedSamples, Entry, encoders_digest
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.runtime.precision import Precision
 from tests.conftest import DECODER_SCRIPT, copy_photos, same, scalars, weights
@@ -115,6 +115,20 @@ def test_two_processes_fill_one_cache_together(decoder_flags, tmp_path, train_de
     assert [process.returncode for process in done] == [0, 0], "\n".join(process.stderr[-2000:] for process in done)
     assert len(files(tmp_path / "cache")) == 7
     assert same(weights(tmp_path / "a"), weights(online)) and same(weights(tmp_path / "b"), weights(online))
+
+
+def test_ranks_share_out_the_entries_alike_while_others_are_written(tmp_path):
+    class Pictures:
+        name, captions, image_digest = str, staticmethod(lambda row: ["a"]), staticmethod(lambda row: bytes([row]))
+
+        def __len__(self):
+            return 7
+
+    samples = EncodedSamples(tmp_path, Pictures(), None, 1)
+    first = samples.missing(0, 2)
+    first[0].write({"x": np.zeros(1)})
+    assert sorted(entry.row for entry in first + samples.missing(1, 2)) == list(range(7))
+    assert len(samples.missing(0, 2)) == len(first) - 1
 
 
 def test_validation_loads_the_freed_encoders_and_draws_the_same(train_decoder, cached):

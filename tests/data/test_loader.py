@@ -1,5 +1,8 @@
 import ppdiffusers_train  # noqa: F401
 
+import threading
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -29,7 +32,7 @@ def load(num_workers, broken=None):
     order = SampleOrder(3, 6)
     batches = [range(0, 2), range(2, 5), range(5, 6), range(6, 9)]
     samples = PreprocessedSamples(Rows(broken), preprocess, order)
-    return order, list(iterate_batches(samples, batches, num_workers))
+    return order, [batch for batch, errors in iterate_batches(samples, batches, num_workers)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -51,6 +54,24 @@ def test_one_of_several_captions_is_drawn_for_each_position():
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_bad_sample_reaches_the_main_process_with_its_own_message(num_workers):
-    with pytest.raises(BadSampleError, match="^row 4: broken$"):
-        load(num_workers, broken=4)
+def test_a_bad_sample_is_left_out_and_told_with_its_own_message(num_workers):
+    order = SampleOrder(3, 6)
+    samples = PreprocessedSamples(Rows(broken=4), preprocess, order)
+    loaded = list(iterate_batches(samples, [[position] for position in range(6)] + [range(6, 12)], num_workers))
+    assert [batch for batch, errors in loaded if errors][0] == {}
+    for positions, (batch, errors) in zip([[p] for p in range(6)] + [range(6, 12)], loaded):
+        bad = {i: "row 4: broken" for i, position in enumerate(positions) if order.row(position) == 4}
+        assert errors == bad
+        good = [order.row(position) + 1 for position in positions if order.row(position) != 4]
+        assert batch["width"].tolist() == good if good else batch == {}
+
+
+def test_an_abandoned_loader_ends_its_threads():
+    before = threading.active_count()
+    batches = iterate_batches(PreprocessedSamples(Rows(), preprocess, SampleOrder(3, 6)), [[0]] * 100, 2)
+    next(batches)
+    batches.close()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before

@@ -14,6 +14,7 @@ from PIL import Image
 from ppdiffusers import KandinskyV22CombinedPipeline
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+from ppdiffusers_train.runtime.distributed import start_ranks
 from ppdiffusers_train.state import build_training_state
 from tests.conftest import DECODER_SCRIPT, PHOTOS, load_script
 from tests.parity.common import RecordedDraws, assert_close, in_torch_layout, our_batch, torch_part
@@ -123,7 +124,7 @@ def test_weights_agree_after_twenty_steps_of_adamw(folders):
     # rounding errors; an epsilon above them keeps those weights still, and lets all others move as far as usual.
     flags = ["--learning_rate=1e-3", "--adam_weight_decay=0.01", "--adam_epsilon=1e-5", "--snr_gamma=5"]
     module, args = our_module(folders, *flags)
-    state = build_training_state(module, args, STEPS)
+    state = build_training_state(module, args, STEPS, start_ranks())
     encoded = module.encode(our_batch(module, BATCH))
     unet = torch_part(UNet2DConditionModel, folders[1], "unet").train()
     scheduler = DDPMScheduler.from_pretrained(folders[1], subfolder="scheduler")
@@ -133,7 +134,7 @@ def test_weights_agree_after_twenty_steps_of_adamw(folders):
     initial = module.unet.conv_in.weight.numpy()
     for step in range(STEPS):
         module(encoded, recorded_draws(step)).backward()
-        state.take_step(range(step, step + 1))
+        state.take_step(range(step, step + 1), float(state.gradient_norm()))
         torch_loss(unet, scheduler, reference, recorded_draws(step), 5.0).backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()

@@ -12,6 +12,7 @@ from ppdiffusers import UNet2DConditionModel as PaddleUNet
 
 from ppdiffusers_train.cli import main as convert
 from ppdiffusers_train.models.lora import add_lora, lora_layers, save_lora
+from ppdiffusers_train.runtime.distributed import start_ranks
 from ppdiffusers_train.state import build_training_state
 from tests.conftest import KANDINSKY, PHOTOS, load_script
 from tests.parity import test_decoder, test_prior
@@ -113,13 +114,13 @@ def test_loss_and_every_gradient_agree(side):
 
 
 def test_weights_agree_after_twenty_steps_of_adamw(side):
-    state = build_training_state(side.module, side.module.args, STEPS)
+    state = build_training_state(side.module, side.module.args, STEPS, start_ranks())
     encoded = side.module.encode(our_batch(side.module, BATCH))
     matrices = [matrix for pair in side.torch_lora.values() for matrix in pair]
     optimizer = torch.optim.AdamW(matrices, lr=1e-3, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)
     for step in range(STEPS):
         side.module(encoded, side.draws(step)).backward()
-        state.take_step(range(step, step + 1))
+        state.take_step(range(step, step + 1), float(state.gradient_norm()))
         side.torch_loss(side.draws(step)).backward()
         torch.nn.utils.clip_grad_norm_(matrices, 1.0)
         optimizer.step()

@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, PriorTransformer
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from ppdiffusers_train.runtime.distributed import start_ranks
 from ppdiffusers_train.state import build_training_state
 from tests.conftest import KANDINSKY, PHOTOS, load_script
 from tests.parity.common import RecordedDraws, assert_close, in_torch_layout, our_batch, torch_part
@@ -113,7 +114,7 @@ def test_weights_agree_after_twenty_steps_of_adamw(folder):
     module = our_module(
         folder, "--learning_rate=1e-3", "--adam_weight_decay=0.01", "--adam_epsilon=1e-5", "--snr_gamma=5"
     )
-    state = build_training_state(module, module.args, STEPS)
+    state = build_training_state(module, module.args, STEPS, start_ranks())
     encoded, reference = module.encode(our_batch(module, BATCH)), torch_encoded(folder)
     prior = torch_part(PriorTransformer, folder, "prior").train()
     optimizer = torch.optim.AdamW(learning(prior).values(), lr=1e-3, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)
@@ -121,7 +122,7 @@ def test_weights_agree_after_twenty_steps_of_adamw(folder):
     initial = module.prior.proj_in.weight.numpy()
     for step in range(STEPS):
         module(encoded, recorded_draws(step)).backward()
-        state.take_step(range(step, step + 1))
+        state.take_step(range(step, step + 1), float(state.gradient_norm()))
         torch_loss(prior, reference, recorded_draws(step), 5.0).backward()
         torch.nn.utils.clip_grad_norm_(learning(prior).values(), 1.0)
         optimizer.step()

@@ -40,7 +40,8 @@ def test_amd_processors_get_the_fast_path_of_mkl(monkeypatch):
     from ppdiffusers_train.runtime import cpu
 
     for vendor, expected in (("AuthenticAMD", "5"), ("GenuineIntel", None)):
-        monkeypatch.delenv("MKL_DEBUG_CPU_TYPE", raising=False)
+        monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "")  # so that it is put back as it was, even where it was not set
+        monkeypatch.delenv("MKL_DEBUG_CPU_TYPE")
         monkeypatch.setattr(cpu, "cpu_vendor", lambda vendor=vendor: vendor)
         monkeypatch.delitem(sys.modules, "paddle", raising=False)
         cpu.prepare_cpu()

@@ -1,0 +1,78 @@
+"""What a run is: its seed, its arguments, the versions it depends on. Written into its folder and its checkpoints."""
+
+from ppdiffusers_train import __version__
+
+import platform
+import secrets
+import shlex
+import sys
+
+import paddle
+
+from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.runtime.distributed import start_ranks
+from ppdiffusers_train.runtime.precision import Precision, set_deterministic, set_tf32
+
+SECRETS = ("hub_token",)
+
+
+def settle_seed(args, saved) -> None:
+    """Without `--seed`, set it to that of the checkpoint to resume from, or to one drawn for all ranks."""
+    if args.seed is None:
+        ranks = start_ranks(args.sharding_degree, args.collective_timeout)
+        args.seed = saved["seed"] if saved else ranks.share(secrets.randbelow(2**31))
+
+
+def public_arguments(args) -> dict:
+    """The flags without their secrets, as they may be written and sent."""
+    return {name: value for name, value in vars(args).items() if name not in SECRETS}
+
+
+def public_command(args) -> str:
+    """The command line, without the secrets in it."""
+    command = shlex.join(sys.argv)
+    for name in SECRETS:
+        if getattr(args, name):
+            command = command.replace(getattr(args, name), "***")
+    return command
+
+
+def run_identity(module, dataset, args, saved) -> dict:
+    """What makes this run this run; a checkpoint to resume from must agree, or it would go on with other samples."""
+    identity = {"job": type(module).__name__, "seed": args.seed, "rows": len(dataset)}
+    words = {"job": "job", "seed": "--seed", "rows": "number of samples"}
+    for name, value in identity.items():
+        if saved and saved[name] != value:
+            raise UserError(
+                f"--resume_from_checkpoint: {args.resume_from_checkpoint!r} is of another run: its {words[name]} is "
+                f"{saved[name]}, here it is {value}"
+            )
+    return identity
+
+
+def notices(args, precision: Precision, total_steps: int):
+    """One line for each flag that does not do here what its name says."""
+    if precision.notice:
+        yield precision.notice
+    if args.use_8bit_adam:
+        yield "--use_8bit_adam: Paddle has no 8-bit Adam; AdamW keeps its moments in float32"
+    if args.allow_tf32 and not set_tf32(True):
+        yield "--allow_tf32: no effect, this device has no TF32"
+    if args.deterministic and not set_deterministic():
+        yield "--deterministic: no effect, this device computes the same way every time"
+    if args.local_rank != -1:
+        yield f"--local_rank {args.local_rank}: no effect, paddle.distributed.launch sets the rank"
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= total_steps:
+        yield f"--lr_warmup_steps {args.lr_warmup_steps}: all of the run's {total_steps} steps are warm-up"
+
+
+def versions() -> dict:
+    """The versions that a result depends on."""
+    import ppdiffusers
+
+    return {
+        "python": platform.python_version(),
+        "paddle": paddle.__version__,
+        "ppdiffusers": ppdiffusers.__version__,
+        "ppdiffusers_train": __version__,
+    }

@@ -1,0 +1,160 @@
+"""Kill a run again and again, resume it each time, and look at what is left.
+
+    python -m tests.distributed.kill_harness --kills 160 --double_kills 40
+
+Every run is a process forked from one that has imported everything and computed nothing, so that it starts in no time.
+It is killed (SIGKILL) after a random time, while it starts, computes, saves, or writes its result. After each kill,
+every checkpoint that was complete before must still be; in the end, the result must be that of a run nobody has killed.
+"""
+
+import ppdiffusers_train  # noqa: F401
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.runtime.checkpoint import checkpoints, read_state
+from tests.conftest import KANDINSKY, copy_photos, load_script, same, weights
+
+STEPS_PER_KILL = 3
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(job, flags: list, ranks: int, log: Path) -> list:
+    """Fork `ranks` processes that run a job together; returns their numbers."""
+    endpoints = [f"127.0.0.1:{free_port()}" for _ in range(ranks)]
+    master = f"127.0.0.1:{free_port()}"
+    processes = []
+    for rank in range(ranks):
+        process = os.fork()
+        if process:
+            processes.append(process)
+            continue
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if ranks > 1:
+            os.environ.update(
+                PADDLE_TRAINER_ID=str(rank),
+                PADDLE_TRAINERS_NUM=str(ranks),
+                PADDLE_TRAINER_ENDPOINTS=",".join(endpoints),
+                PADDLE_CURRENT_ENDPOINT=endpoints[rank],
+                PADDLE_MASTER=master,
+                PADDLE_DISTRI_BACKEND="gloo",
+            )
+        status = 1
+        try:
+            job.main(flags)
+            status = 0
+        except SystemExit as stopped:
+            status = stopped.code
+        finally:
+            os._exit(status)
+    return processes
+
+
+def end(processes: list, seconds: float) -> bool:
+    """Wait so long for the processes, then kill them; returns whether they had ended by themselves, and well."""
+    deadline, left, good = time.monotonic() + seconds, set(processes), True
+    while left and time.monotonic() < deadline:
+        for process in list(left):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                left.remove(process)
+                good = good and status == 0
+        time.sleep(0.005)
+    # One dies first, as a card or a machine does; whoever started them ends the others.
+    for process in random.sample(sorted(left), len(left)):
+        os.kill(process, signal.SIGKILL)
+    for process in left:
+        os.waitpid(process, 0)
+    return good and not left
+
+
+def complete(output_dir: Path) -> dict:
+    """`{checkpoint: its files with the time of their last change}` of those that are complete."""
+    found = {}
+    for folder in checkpoints(output_dir):
+        with contextlib.suppress(UserError):
+            read_state(folder)
+            found[folder.name] = {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    return found
+
+
+def torture(job, flags: list, folder: Path, kills: int, ranks: int, seed: int = 0) -> int:
+    """Kill a run `kills` times and let it end; returns how many of the kills found a run that had begun to train."""
+    chance, done, useful = random.Random(seed), 0, 0
+    flags = [*flags, f"--output_dir={folder}", "--resume_from_checkpoint=latest", "--checkpointing_steps=1"]
+    longest = 4.0 if ranks > 1 else 2.5
+    before = complete(folder)
+    while done < kills:
+        ended = end(start(job, flags, ranks, folder.parent / "log"), chance.uniform(0.2, longest))
+        now = complete(folder)
+        assert before.items() <= now.items(), f"kill {done}: a good checkpoint is gone or has changed"
+        assert not ended, "the run came to its end before it was killed often enough; give it more steps"
+        done, useful, before = done + 1, useful + (len(now) > len(before)), now
+    assert end(start(job, flags, ranks, folder.parent / "log"), 600), (folder.parent / "log").read_text()[-2000:]
+    return useful
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=160, help="of runs of one process")
+    parser.add_argument("--double_kills", type=int, default=40, help="of runs of two")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as root:
+        for kills, ranks in ((args.kills, 1), (args.double_kills, 2)):
+            if kills:
+                useful = survive(Path(root) / str(ranks), kills, ranks, args.seed)
+                print(
+                    f"{kills} kills of {ranks} process(es), {useful} after a new checkpoint: the same bits", flush=True
+                )
+
+
+def survive(root: Path, kills: int, ranks: int, seed: int) -> int:
+    """Torture the prior's job in `root` and compare it with a run that nobody kills."""
+    flags = [*make_flags(root), f"--max_train_steps={STEPS_PER_KILL * kills + 20}"]
+    job = load_script(KANDINSKY / "train_text_to_image_prior.py")
+    assert end(
+        start(job, [*flags, f"--output_dir={root / 'whole'}", "--checkpointing_steps=100000"], ranks, root / "log"), 600
+    )
+    useful = torture(job, flags, root / "killed", kills, ranks, seed)
+    assert same(weights(root / "whole", "prior"), weights(root / "killed", "prior"))
+    return useful
+
+
+def make_flags(root: Path) -> list:
+    """Flags of a run whose models, data and encoded samples are below `root`, made in a process of its own."""
+    if os.fork() == 0:
+        from ppdiffusers_train.toy.kandinsky2_2 import build_kandinsky
+
+        build_kandinsky(root / "base", channels=(16, 32))
+        os._exit(0)
+    assert os.wait()[1] == 0
+    copy_photos(root / "photos", 7)
+    return [
+        f"--pretrained_prior_model_name_or_path={root / 'base' / 'prior'}",
+        f"--pretrained_decoder_model_name_or_path={root / 'base' / 'decoder'}",
+        f"--train_data_dir={root / 'photos'}",
+        f"--encoded_cache_dir={root / 'encoded'}",
+        f"--cache_dir={root / 'cache'}",
+        *["--train_batch_size=1", "--gradient_accumulation_steps=2", "--use_ema", "--seed=0", "--report_to=none"],
+        "--checkpoints_total_limit=1000",
+    ]
+
+
+if __name__ == "__main__":
+    main()

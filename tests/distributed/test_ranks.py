@@ -1,0 +1,231 @@
+"""Runs of two processes on this CPU, started by Paddle's launcher: the same numbers as one process."""
+
+import ppdiffusers_train  # noqa: F401
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import KANDINSKY, ROOT, optimizer_state, same, scalars, tensors, weights
+
+WORKER = Path(__file__).with_name("worker.py")
+STEPS = 20
+# Some gradients are zero but for rounding, of which AdamW makes full steps; an epsilon above it keeps those still.
+COMMON = ["--learning_rate=1e-3", "--adam_epsilon=1e-4", f"--max_train_steps={STEPS}", "--checkpointing_steps=10"]
+ONE = ["--train_batch_size=2", "--gradient_accumulation_steps=2"]
+TWO = ["--train_batch_size=1", "--gradient_accumulation_steps=2"]
+
+
+def launch_command(*arguments, form=("--nproc_per_node", "2"), log_dir="log"):
+    return [sys.executable, "-m", "paddle.distributed.launch", *form, "--log_dir", str(log_dir), *map(str, arguments)]
+
+
+def environment(**more):
+    names = ("PADDLE_", "FLAGS_", "MKL_NUM")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+    return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **more}
+
+
+def launch(folder, jobs, form=("--nproc_per_node", "2"), **more):
+    """Run [(name of a job, flags)] one after another on two ranks; returns what rank 0 and the launcher said."""
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = [[str(KANDINSKY / f"train_text_to_image_{name}.py"), list(map(str, flags))] for name, flags in jobs]
+    (folder / "jobs.json").write_text(json.dumps(spec))
+    done = subprocess.run(
+        launch_command(WORKER, folder / "jobs.json", form=form, log_dir=folder / "log"),
+        env=environment(**more), capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    everything = done.stdout + done.stderr + "".join(path.read_text() for path in folder.glob("log/workerlog.*"))
+    assert done.returncode == 0 and "ended with status" not in everything, everything
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def base_flags(kandinsky, photos):
+    prior, decoder = kandinsky
+    return [
+        f"--pretrained_decoder_model_name_or_path={decoder}",
+        f"--pretrained_prior_model_name_or_path={prior}",
+        f"--train_data_dir={photos}",
+        *["--resolution=64", "--seed=0", *COMMON],
+    ]
+
+
+JOBS = ("decoder", "prior", "decoder_lora")
+
+
+@pytest.fixture(scope="module")
+def runs(base_flags, kandinsky_jobs, tmp_path_factory):
+    """A folder with runs of one process (`one-…`) and of two (`two-…`), and some that changed in between."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def flags(out, *more):
+        return [*base_flags, f"--output_dir={root / out}", f"--encoded_cache_dir={root / 'cache'}", *more]
+
+    for name in JOBS:
+        kandinsky_jobs[name].main(flags(f"one-{name}", *ONE))
+    kandinsky_jobs["prior"].main(flags("changed", *ONE, "--max_train_steps=10"))
+    latest = "--resume_from_checkpoint=latest"
+    root.joinpath("said").write_text(
+        launch(
+            root / "two",
+            [
+                *((name, flags(f"two-{name}", *TWO)) for name in JOBS),
+                ("prior", flags("changed", *TWO, "--max_train_steps=15", "--checkpointing_steps=15", latest)),
+                ("prior", flags("parts", *TWO, "--max_train_steps=10")),
+                ("prior", flags("parts", *TWO, latest)),
+            ],
+        )
+    )
+    kandinsky_jobs["prior"].main(flags("changed", *ONE, latest))
+    return root
+
+
+def learned(name, folder):
+    if name.endswith("lora"):
+        return tensors(folder / "paddle_lora_weights.safetensors")
+    return weights(folder, {"decoder": "unet"}.get(name, name))
+
+
+def assert_close(one, other, tolerance=1e-6):
+    assert one.keys() == other.keys()
+    worst = max(np.abs(one[name] - other[name]).max() for name in one)
+    assert worst < tolerance, worst
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_accumulating_two_batches_of_one_equal_one_with_four(runs, name):
+    """Seven samples: every other window is short, and the ranks' shares of it differ."""
+    assert_close(learned(name, runs / f"one-{name}"), learned(name, runs / f"two-{name}"))
+    assert scalars(runs / f"one-{name}") == pytest.approx(scalars(runs / f"two-{name}"), rel=1e-4)
+    assert len(scalars(runs / f"two-{name}")) == STEPS
+
+
+def test_a_run_on_one_then_two_then_one_process_equals_an_uninterrupted_one(runs):
+    assert_close(learned("prior", runs / "one-prior"), learned("prior", runs / "changed"))
+
+
+def test_a_resumed_run_of_two_processes_ends_in_the_same_bits(runs):
+    assert same(learned("prior", runs / "two-prior"), learned("prior", runs / "parts"))
+    checkpoints = [runs / folder / "checkpoint-20" for folder in ("two-prior", "parts")]
+    assert same(*map(optimizer_state, checkpoints))
+
+
+def test_only_rank_zero_speaks_and_writes(runs):
+    said = (runs / "said").read_text()
+    assert said.count("KandinskyDecoderTrainingModule: ") == 1 and said.count("wrote the result to ") == len(JOBS) + 3
+    assert "wrote" not in (runs / "two" / "log" / "workerlog.1").read_text()
+
+
+def test_sharding_the_optimizer_changes_nothing_and_its_checkpoints_load_at_any_degree(
+    runs, base_flags, kandinsky_jobs, tmp_path
+):
+    def flags(out, *more):
+        return [*base_flags, f"--output_dir={tmp_path / out}", *more]
+
+    shard = "--sharding_degree=2"
+    resumed = f"--resume_from_checkpoint={runs / 'two-prior' / 'checkpoint-10'}"
+    launch(tmp_path, [("prior", flags("whole", *TWO, shard)), ("prior", flags("resumed", *TWO, shard, resumed))])
+    checkpoint = tmp_path / "whole" / "checkpoint-10"
+    shards = sorted(path.name for path in checkpoint.glob("optimizer*"))
+    assert shards == ["optimizer-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors"]
+    parts = [tensors(checkpoint / name) for name in shards]
+    assert not set(parts[0]) & set(parts[1]), "each rank holds its own share"
+    whole = optimizer_state(runs / "two-prior" / "checkpoint-10")
+    assert_close({**parts[0], **parts[1]}, whole)
+    for out in ("whole", "resumed"):
+        assert_close(learned("prior", runs / "one-prior"), learned("prior", tmp_path / out))
+    kandinsky_jobs["prior"].main(flags("again", *ONE, f"--resume_from_checkpoint={checkpoint}"))
+    assert_close(learned("prior", runs / "one-prior"), learned("prior", tmp_path / "again"))
+
+
+def test_the_guides_form_of_the_command_and_a_bad_sample_and_the_cache(base_flags, tmp_path, photos, kandinsky_jobs):
+    """`--gpus 0,1`, with the environment that makes CPUs stand in for cards. The bad sample is skipped on both ranks
+    alike, and the two fill one cache."""
+    import shutil
+
+    data = shutil.copytree(photos, tmp_path / "data")
+    sorted(data.glob("*.jpg"))[2].write_bytes(b"no picture")
+    flags = [*base_flags, f"--train_data_dir={data}", "--max_train_steps=6", "--max_bad_samples=1"]
+    cache = f"--encoded_cache_dir={tmp_path / 'cache'}"
+    said = launch(
+        tmp_path,
+        [
+            ("prior", [*flags, *TWO, f"--output_dir={tmp_path / 'two'}"]),
+            ("prior", [*flags, *TWO, f"--output_dir={tmp_path / 'cached'}", cache]),
+        ],
+        form=("--gpus", "0,1"), CUDA_VISIBLE_DEVICES="0,1", PADDLE_DISTRI_BACKEND="gloo",
+    )  # fmt: skip
+    kandinsky_jobs["prior"].main([*flags, *ONE, f"--output_dir={tmp_path / 'one'}"])
+    assert said.count("skipped, 1 of at most 1 bad samples: ") == 2
+    assert_close(learned("prior", tmp_path / "one"), learned("prior", tmp_path / "two"))
+    assert same(learned("prior", tmp_path / "two"), learned("prior", tmp_path / "cached"))
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 6
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(base_flags, tmp_path):
+    flags = [*base_flags, *TWO, f"--output_dir={tmp_path / 'out'}", "--max_train_steps=100000"]
+    script = KANDINSKY / "train_text_to_image_prior.py"
+    command = launch_command(script, *flags, log_dir=tmp_path / "log")
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(command, env=environment(), stdout=said, stderr=said)
+    try:
+        wait_for(lambda: (tmp_path / "out" / "checkpoint-10").is_dir())
+        rank = ranks_of(process.pid)[1]
+        os.kill(rank, signal.SIGTERM)
+        process.wait(60)
+    finally:
+        process.kill()
+    newest = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    said = [(tmp_path / "log" / f"workerlog.{rank}").read_text() for rank in (0, 1)]
+    assert f"SIGTERM: wrote {newest}" in said[0], "".join(said)
+    assert json.loads((newest / "state.json").read_text())["step"] == int(newest.name.split("-")[1])
+    assert process.returncode != 0
+
+
+def test_a_rank_that_hangs_is_told_by_the_one_that_waits(base_flags, tmp_path):
+    flags = [*base_flags, *TWO, f"--output_dir={tmp_path / 'out'}", "--max_train_steps=100000"]
+    script = KANDINSKY / "train_text_to_image_prior.py"
+    command = launch_command(script, *flags, "--collective_timeout=3", log_dir=tmp_path / "log")
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(command, env=environment(), stdout=said, stderr=said)
+    try:
+        wait_for(lambda: (tmp_path / "out" / "checkpoint-10").is_dir())
+        rank = ranks_of(process.pid)[1]
+        os.kill(rank, signal.SIGSTOP)
+        start = time.monotonic()
+        process.wait(60)
+        assert time.monotonic() - start < 40
+    finally:
+        process.kill()
+        with contextlib.suppress(ProcessLookupError):  # the launcher has ended it
+            os.kill(rank, signal.SIGKILL)
+    said = (tmp_path / "log" / "workerlog.0").read_text()
+    assert "rank 0 of 2, step " in said and ": waited 3 s for " in said and "another rank hangs or has ended" in said
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def ranks_of(launcher):
+    """Process numbers of a launcher's ranks, in order."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    ranks = {}
+    for child in map(int, children):
+        variables = Path(f"/proc/{child}/environ").read_bytes().decode(errors="replace").split("\0")
+        rank = next((v.split("=")[1] for v in variables if v.startswith("PADDLE_TRAINER_ID=")), None)
+        if rank is not None:
+            ranks[int(rank)] = child
+    return [ranks[rank] for rank in sorted(ranks)]

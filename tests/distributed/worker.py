@@ -1,0 +1,31 @@
+"""Run several jobs one after another, as one rank of a launch: `worker.py jobs.json`, a list of [script, flags]."""
+
+import ppdiffusers_train  # noqa: F401
+
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.conftest import load_script  # noqa: E402
+
+caches = Path(sys.argv[1]).parent / "caches"
+
+
+def main():
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = caches / os.environ.get("PADDLE_TRAINER_ID", "0")
+    datasets.disable_progress_bars()
+    for script, flags in json.loads(Path(sys.argv[1]).read_text()):
+        try:
+            load_script(Path(script)).main(flags)
+        except SystemExit as stopped:
+            print(f"{Path(script).stem} ended with status {stopped.code}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

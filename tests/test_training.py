@@ -1,0 +1,193 @@
+"""What the loop does when something goes wrong: no number, no sample, no space."""
+
+import ppdiffusers_train  # noqa: F401
+
+import contextlib
+import json
+import resource
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from ppdiffusers_train.runtime.checkpoint import read_state
+from tests.conftest import optimizer_state, same, scalars, weights
+
+
+@pytest.fixture
+def breaking(train, kandinsky_jobs, monkeypatch):
+    """`breaking(steps, how, *flags)`: a prior run whose loss or gradient is no number at the calls in `steps`."""
+
+    def run(steps, how, *flags, out="out"):
+        job = kandinsky_jobs["prior"]
+        forward, calls = job.KandinskyPriorTrainingModule.forward, []
+
+        def broken(self, encoded, draws):
+            calls.append(None)
+            loss = forward(self, encoded, draws)
+            if len(calls) not in steps:
+                return loss
+            if how == "loss":
+                return loss * float("nan")
+            return loss + (0 * self.prior.proj_in.bias).sqrt().sum()  # 0, and its gradient is not a number
+
+        with monkeypatch.context() as patch:
+            patch.setattr(job.KandinskyPriorTrainingModule, "forward", broken)
+            return train("prior", "--max_train_steps=5", *flags, out=out)
+
+    return run
+
+
+def last_error(capsys):
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("how, what", [("loss", "the loss is nan"), ("gradient", "the norm of the gradients is nan")])
+def test_what_is_no_number_stops_the_run_and_is_named(breaking, capsys, tmp_path, how, what):
+    with pytest.raises(SystemExit) as stopped:
+        breaking({3}, how, "--checkpointing_steps=1")
+    message = last_error(capsys)
+    assert stopped.value.code == 1
+    assert f"step 3, rank 0: {what} on " in message and ".jpg (row" in message and "(timesteps [" in message
+    assert read_state(tmp_path / "out" / "checkpoint-2")["step"] == 2
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_counted_few_are_dropped_and_the_count_survives_a_resume(breaking, train, capsys, tmp_path, how):
+    out = breaking({2}, how, "--skip_nonfinite=1", "--checkpointing_steps=1")
+    assert "skipped step 2, 1 of at most 1: rank 0: " in capsys.readouterr().out
+    assert all(np.isfinite(array).all() for array in weights(out, "prior").values())
+    states = [optimizer_state(out / f"checkpoint-{step}") for step in (1, 2, 3)]
+    assert same(states[0], states[1]) and not same(states[1], states[2]), "the dropped step left no trace"
+    shutil.rmtree(out / "checkpoint-5")
+    with pytest.raises(SystemExit):
+        breaking({1}, how, "--skip_nonfinite=1", "--resume_from_checkpoint=latest")
+    assert "step 5, rank 0" in last_error(capsys)
+
+
+@pytest.fixture
+def data(photos, tmp_path):
+    """Photographs of which two are broken."""
+    folder = shutil.copytree(photos, tmp_path / "data")
+    for file in sorted(folder.glob("*.jpg"))[1:3]:
+        file.write_bytes(b"no picture")
+    return folder
+
+
+def test_bad_samples_are_named_once_counted_and_skipped_alike_with_any_number_of_workers(train, data, capsys):
+    flags = [f"--train_data_dir={data}", "--max_train_steps=8", "--max_bad_samples=2", "--checkpointing_steps=8"]
+    runs = [train("prior", *flags, f"--dataloader_num_workers={count}", out=str(count)) for count in (0, 3)]
+    said = capsys.readouterr().out
+    assert said.count("skipped, 1 of at most 2 bad samples: ") == said.count("skipped, 2 of at most 2") == 2
+    assert "the image cannot be read" in said
+    assert same(*(weights(run, "prior") for run in runs))
+    assert read_state(runs[0] / "checkpoint-8")["bad_rows"] == [1, 2]
+
+
+def test_the_loss_is_the_mean_over_the_samples_that_came_and_the_order_of_the_others_stays(train, data):
+    """Without learning, one epoch sample by sample tells every sample's loss; 0 where it is skipped."""
+    flags = [f"--train_data_dir={data}", "--max_bad_samples=2", "--learning_rate=0"]
+    alone = scalars(train("prior", *flags, "--train_batch_size=1", "--max_train_steps=7", out="alone"))
+    assert alone.count(0) == 2
+    windows = [[loss for loss in alone[start : start + 3] if loss] for start in (0, 3, 6)]
+    for batch, accumulation in ((3, 1), (1, 3)):
+        flags = [*flags, f"--train_batch_size={batch}", f"--gradient_accumulation_steps={accumulation}"]
+        losses = scalars(train("prior", *flags, "--max_train_steps=3", out=str(batch)))
+        assert losses == pytest.approx([np.mean(window) if window else 0 for window in windows], rel=1e-5)
+
+
+def test_gradients_are_those_of_the_mean_too(train, data):
+    flags = [f"--train_data_dir={data}", "--max_train_steps=4", "--max_bad_samples=2", "--checkpointing_steps=4"]
+    both = train("prior", *flags, "--train_batch_size=2", out="both")
+    single = train("prior", *flags, "--train_batch_size=1", "--gradient_accumulation_steps=2", out="single")
+    moments = [optimizer_state(run / "checkpoint-4") for run in (both, single)]
+    assert all(np.allclose(moments[0][n], moments[1][n], atol=1e-5) for n in moments[0] if "moment1" in n)
+
+
+def test_one_bad_sample_too_many_ends_the_run_with_its_name(train, data, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train("prior", f"--train_data_dir={data}", "--max_train_steps=8", "--max_bad_samples=1")
+    message = last_error(capsys)
+    assert stopped.value.code == 2
+    assert ".jpg (row" in message and "(2 bad samples, --max_bad_samples is 1)" in message
+
+
+def test_bad_samples_are_found_while_encoding_too(train, data, tmp_path, capsys):
+    flags = [f"--train_data_dir={data}", "--max_train_steps=8", "--max_bad_samples=2"]
+    online = train("prior", *flags, out="online")
+    cached = train("prior", *flags, f"--encoded_cache_dir={tmp_path / 'cache'}", out="cached")
+    assert same(weights(online, "prior"), weights(cached, "prior"))
+    with pytest.raises(SystemExit) as stopped:
+        train("prior", *flags[:2], f"--encoded_cache_dir={tmp_path / 'cache'}", out="strict")
+    assert stopped.value.code == 2 and "the image cannot be read" in last_error(capsys)
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+    """What a full disk does to a write: the system refuses to let a file grow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# The prior's weights take 0.5 MB, its optimizer's state 1 MB.
+BETWEEN = 800_000
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_no_other(train, capsys):
+    train("prior", "--max_train_steps=1", "--checkpointing_steps=1")
+    flags = ["--max_train_steps=3", "--checkpointing_steps=1", "--resume_from_checkpoint=latest", "--report_to=none"]
+    with no_file_above(BETWEEN), pytest.raises(SystemExit) as stopped:
+        out = train("prior", *flags)
+    message = last_error(capsys)
+    assert stopped.value.code == 1 and "checkpoint-2 cannot be written to" in message
+    assert "earlier checkpoints are untouched" in message
+    out = train("prior", *flags)
+    assert same(weights(out, "prior"), weights(train("prior", "--max_train_steps=3", out="whole"), "prior"))
+
+
+def test_on_save_error_continue_goes_on_to_the_result(train, capsys):
+    with no_file_above(BETWEEN):
+        out = train("prior", "--checkpointing_steps=1", "--on_save_error=continue", "--report_to=none")
+    assert capsys.readouterr().out.count("; going on") == 2
+    assert not list(out.glob("checkpoint-*")) and not list(out.glob(".*")), "no half-written folder is left"
+    assert weights(out, "prior")
+
+
+def test_a_result_that_cannot_be_written_is_told_and_the_checkpoint_is_there_to_go_on_from(train, capsys, tmp_path):
+    flags = ["--max_train_steps=1", "--checkpointing_steps=1", "--report_to=none"]
+    with no_file_above(400_000), pytest.raises(SystemExit) as stopped:
+        train("prior", *flags, "--on_save_error=continue")
+    message = last_error(capsys)
+    assert stopped.value.code == 1 and "the result cannot be written to" in message
+
+
+def test_an_output_folder_that_vanishes_is_made_again(train, kandinsky_jobs, monkeypatch, tmp_path):
+    job = kandinsky_jobs["prior"]
+    monkeypatch.setattr(
+        job.KandinskyPriorTrainingModule, "after_step", lambda self: shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    )
+    out = train("prior", "--checkpointing_steps=1", "--report_to=none")
+    assert weights(out, "prior")
+
+
+def test_the_command_is_kept_and_no_token(train, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--hub_token", "hf_secret", "--seed", "0"])
+    out = train("prior", "--hub_token=hf_secret", "--max_train_steps=1", "--checkpointing_steps=1")
+    for file in (out / "training_args.json", out / "checkpoint-1" / "state.json"):
+        assert json.loads(file.read_text())["command"] == "script.py --hub_token *** --seed 0"
+    assert not [f for f in out.rglob("*") if f.is_file() and b"hf_secret" in f.read_bytes()]
+
+
+def test_the_norm_of_the_gradients_is_reported_before_it_is_clipped(train):
+    norms = [
+        scalars(
+            train("prior", f"--max_grad_norm={limit}", "--max_train_steps=1", out=str(limit)), "train/gradient_norm"
+        )
+        for limit in (1.0, 1e-3)
+    ]
+    assert norms[0] == norms[1] and norms[0][0] > 0.01
