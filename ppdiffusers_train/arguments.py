@@ -138,7 +138,7 @@ def add_data_arguments(parser):
         "--max_bad_samples", type=non_negative_int, default=0, help="samples that cannot be used are skipped up to here"
     )
     group.add_argument("--resolution", type=positive_int, default=512, help="height and width of the images, in pixels")
-    group.add_argument("--dataloader_num_workers", type=non_negative_int, default=0, help="processes that load images")
+    group.add_argument("--dataloader_num_workers", type=non_negative_int, default=0, help="threads that load images")
     return group
 
 
@@ -163,6 +163,9 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
     group.add_argument("--deterministic", action=Flag, help="ask Paddle for deterministic kernels on cards; slower")
     group.add_argument("--allow_tf32", action=Flag, help="TF32 in matrix products (cards of the Ampere series on)")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="type of the arithmetic")
+    group.add_argument(
+        "--amp_level", choices=("O1", "O2"), default="O1", help="O2: low-precision weights with float32 masters"
+    )
     group.add_argument(
         "--local_rank", type=int, default=-1, help="accepted for old commands; paddle.distributed.launch sets the rank"
     )

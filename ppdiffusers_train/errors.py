@@ -4,6 +4,8 @@ import functools
 import os
 import sys
 
+from ppdiffusers_train.last_word import say_after_launcher
+
 
 class UserError(Exception):
     """Something the user gave is wrong. The message names the flag or file, what was found and what is expected."""
@@ -22,15 +24,23 @@ class RunError(Exception):
 
 
 def one_line_errors(main):
-    """Wrap `main(argv)`: the errors above are printed as one line to standard error and end the process."""
+    """Wrap `main(argv)`: the errors above are printed as one line to standard error and end the process.
+
+    Any other keeps its traceback. On several ranks, the first that fails has the last word on the screen.
+    """
 
     @functools.wraps(main)
     def run(argv=None):
         try:
             return main(argv)
         except (UserError, RunError) as error:
-            message = " ".join(str(error).split())
-            print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+            message = f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}"
+            print(message, file=sys.stderr)
+            say_after_launcher(message)
             raise SystemExit(error.exit_status) from error
+        except Exception as error:
+            rank = os.environ.get("PADDLE_TRAINER_ID", "0")
+            say_after_launcher(f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())}")
+            raise
 
     return run

@@ -15,6 +15,9 @@ class DiffusionTrainingModule(nn.Layer):
     encoders = ()
     """Names of the attributes that hold the frozen models of `encode`: a cache of encoded samples replaces them."""
 
+    overflow_float16 = ()
+    """Names of the attributes that hold frozen models whose activations outgrow float16: they stay in float32."""
+
     def encoding_settings(self):
         """What `preprocess` and `encode` depend on besides the sample and the encoders' weights, as JSON."""
         return {}

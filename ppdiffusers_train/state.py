@@ -64,7 +64,7 @@ class TrainingState:
         self.step, self.position = self.step + 1, window.stop
         self.module.after_step()
         if self.ema:
-            self.ema.update()
+            self.ema.update(self.optimizer._master_weights)
 
     def skip_step(self, window: range) -> None:
         """Go on behind `window` with the weights as they are."""
@@ -155,7 +155,7 @@ def build_training_state(module, args, total_steps: int, ranks: Ranks) -> Traini
         parameters,
         ranks.shard(optimizer),
         lr_scheduler,
-        Precision(args.mixed_precision),
+        Precision(args.mixed_precision, args.amp_level),
         EMA(parameters) if args.use_ema else None,
         args.seed,
         args.max_grad_norm,

@@ -76,6 +76,7 @@ def launch_training_task(module, dataset, args) -> None:
         state.load(checkpoint, saved)
         say(f"resumed from {checkpoint} at step {state.step}")
     ranks.broadcast(state.parameters.values())
+    state.precision.lower(module, state.optimizer)
     for line in notices(args, state.precision, total_steps):
         say(line)
     learning = sum(parameter.size for parameter in state.parameters.values())
@@ -160,7 +161,7 @@ def launch_training_task(module, dataset, args) -> None:
             if args.validation_prompts and validation_is_due(args, state.step, window.stop, len(dataset), total_steps):
                 with ranks.main_first() as is_turn:
                     if is_turn:
-                        with state.ema_weights():
+                        with state.ema_weights(), state.precision.autocast():
                             picture = draw_validation(
                                 module, args.validation_prompts, args.num_validation_images, order.seed
                             )

@@ -136,6 +136,11 @@ class Ranks:
         self._waiting = (what, time.monotonic())
         try:
             yield
+        except RuntimeError as error:
+            raise RunError(
+                f"rank {self.rank} of {self.world_size}, step {self.step + 1}: another rank has ended while this one "
+                f"waited for {what} ({str(error).splitlines()[-1].strip()})"
+            ) from error
         finally:
             self._waiting = None
 
@@ -164,6 +169,12 @@ def start_ranks(sharding_degree: int = 1, timeout: float = 1800) -> Ranks:
     if world_size % sharding_degree:
         raise UserError(
             f"--sharding_degree: {sharding_degree} does not divide the number of processes, which is {world_size}"
+        )
+    on_cpu = paddle.get_device().startswith("cpu")
+    if world_size > 1 and on_cpu and os.environ.get("PADDLE_DISTRI_BACKEND") != "gloo":
+        raise UserError(
+            f"{world_size} processes were started for cards, and there is none (or this Paddle was built without "
+            "them); on CPUs, start with --nproc_per_node instead of --gpus, and unset CUDA_VISIBLE_DEVICES"
         )
     if world_size > 1 and not dist.is_initialized():
         # The store's newer server (Paddle 3) aborts rank 0, often after its last word, when another rank's connection

@@ -28,12 +28,18 @@ class EMA:
         self.averages = {name: parameter.detach().astype("float32").clone() for name, parameter in parameters.items()}
 
     @paddle.no_grad()
-    def update(self) -> None:
-        """Follow the parameters by one step."""
+    def update(self, masters: dict) -> None:
+        """Follow the parameters by one step.
+
+        Args:
+            masters: `{parameter.name: float32 tensor}` of parameters of which an optimizer keeps a better copy.
+        """
         self.updates += 1
         decay = ema_decay(self.updates, self.max_decay)
         for name, average in self.averages.items():
-            average.set_value(decay * average + (1 - decay) * self.parameters[name].astype("float32"))
+            parameter = self.parameters[name]
+            value = masters.get(parameter.name, parameter).astype("float32")
+            average.set_value(decay * average + (1 - decay) * value)
 
     @contextlib.contextmanager
     def applied(self):

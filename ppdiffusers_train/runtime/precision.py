@@ -1,4 +1,5 @@
-"""Mixed precision through `paddle.amp`: float32 parameters, low-precision arithmetic (level O1)."""
+"""Mixed precision through `paddle.amp`: O1 keeps float32 parameters, O2 has low ones with float32 masters. Not run on a
+card; on CPUs Paddle computes in float32 whatever it is asked for."""
 
 import paddle
 
@@ -10,11 +11,12 @@ class Precision:
 
     Args:
         mixed_precision: "no", "fp16" or "bf16".
+        level: "O1" or "O2", of the models that learn.
     """
 
-    def __init__(self, mixed_precision: str):
-        self.mixed_precision = mixed_precision
-        self.enabled = mixed_precision != "no" and not paddle.get_device().startswith("cpu")
+    def __init__(self, mixed_precision: str, level: str = "O1"):
+        self.mixed_precision, self.level = mixed_precision, level
+        self.enabled = mixed_precision != "no" and computes_in_low_precision()
         # float16 alone needs its loss scaled: bfloat16 has float32's range.
         self.scaler = paddle.amp.GradScaler(enable=self.enabled and mixed_precision == "fp16")
 
@@ -23,11 +25,49 @@ class Precision:
         """What has to be said about the choice, or None."""
         if self.mixed_precision != "no" and not self.enabled:
             return f"--mixed_precision {self.mixed_precision}: no effect on a CPU, training in float32"
+        if self.mixed_precision == "no" and self.level == "O2":
+            return "--amp_level O2: no effect without --mixed_precision fp16 or bf16"
         return None
 
     def autocast(self):
-        """The context in which the loss is computed."""
-        return paddle.amp.auto_cast(enable=self.enabled, level="O1", dtype=DTYPES.get(self.mixed_precision, "float16"))
+        """The context in which the loss is computed, and pictures are drawn."""
+        level, dtype = self.level, DTYPES.get(self.mixed_precision, "float16")
+        return paddle.amp.auto_cast(enable=self.enabled, level=level, dtype=dtype)
+
+    def lower(self, module, optimizer) -> None:
+        """Give parameters the low type: those of frozen models, and under O2 of those that learn as a whole.
+
+        The optimizer then keeps float32 masters of them, and files hold float32. What stays in float32: adapters in a
+        frozen model (LoRA), and models that `module.overflow_float16` names.
+        """
+        if not self.enabled:
+            return
+        dtype = DTYPES[self.mixed_precision]
+        for name, model in module.named_children():
+            if learns_as_a_whole(model):
+                if self.level == "O2":
+                    paddle.amp.decorate(
+                        model, optimizer, level="O2", dtype=dtype, master_weight=True, save_dtype="float32"
+                    )
+            elif dtype == "bfloat16" or name not in module.overflow_float16:
+                learning = [layer for layer in model.sublayers(include_self=True) if learns_itself(layer)]
+                paddle.amp.decorate(model, level="O2", dtype=dtype, excluded_layers=learning or None)
+
+
+def computes_in_low_precision() -> bool:
+    """Whether `paddle.amp` does anything on this device."""
+    return not paddle.get_device().startswith("cpu")
+
+
+def learns_itself(layer) -> bool:
+    """Whether a layer has parameters of its own, not of its sublayers, that learn."""
+    return any(not parameter.stop_gradient for parameter in layer.parameters(include_sublayers=False))
+
+
+def learns_as_a_whole(model) -> bool:
+    """Whether most of a model's numbers learn; of an adapted model only a few do."""
+    sizes = [(parameter.size, not parameter.stop_gradient) for parameter in model.parameters()]
+    return 2 * sum(size for size, learns in sizes if learns) > sum(size for size, _ in sizes)
 
 
 def set_tf32(allowed: bool) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import KANDINSKY, ROOT, optimizer_state, same, scalars, tensors, weights
+from tests.distributed.kill_harness import free_port
 
 WORKER = Path(__file__).with_name("worker.py")
 STEPS = 20
@@ -119,6 +120,24 @@ def test_a_resumed_run_of_two_processes_ends_in_the_same_bits(runs):
     assert same(*map(optimizer_state, checkpoints))
 
 
+def test_two_machines_train_to_the_bits_of_one_with_two_processes(runs, base_flags, tmp_path):
+    """Two launchers that meet on this one, as `--master` and `--nnodes` have it."""
+    flags = [*base_flags, *TWO, f"--output_dir={tmp_path / 'out'}", f"--encoded_cache_dir={runs / 'cache'}"]
+    script, launchers = KANDINSKY / "train_text_to_image_prior.py", []
+    master = f"127.0.0.1:{free_port()}"
+    for rank in ("0", "1"):
+        form = ("--master", master, "--nnodes", "2", "--rank", rank, "--nproc_per_node", "1")
+        command = launch_command(script, *flags, form=form, log_dir=tmp_path / f"log{rank}")
+        said = open(tmp_path / f"said{rank}", "w")
+        launchers.append(subprocess.Popen(command, env=environment(), stdout=said, stderr=said))
+    try:
+        assert [process.wait(200) for process in launchers] == [0, 0], (tmp_path / "said0").read_text()[-3000:]
+    finally:
+        for process in launchers:
+            process.kill()
+    assert same(learned("prior", runs / "two-prior"), learned("prior", tmp_path / "out"))
+
+
 def test_only_rank_zero_speaks_and_writes(runs):
     said = (runs / "said").read_text()
     assert said.count("KandinskyDecoderTrainingModule: ") == 1 and said.count("wrote the result to ") == len(JOBS) + 3
@@ -210,6 +229,42 @@ def test_a_rank_that_hangs_is_told_by_the_one_that_waits(base_flags, tmp_path):
             os.kill(rank, signal.SIGKILL)
     said = (tmp_path / "log" / "workerlog.0").read_text()
     assert "rank 0 of 2, step " in said and ": waited 3 s for " in said and "another rank hangs or has ended" in said
+
+
+def test_the_rank_that_fails_ends_the_others_and_has_the_last_word(base_flags, tmp_path):
+    flags = [*base_flags, *TWO, f"--output_dir={tmp_path / 'out'}", "--max_train_steps=100000"]
+    start = time.monotonic()
+    done = subprocess.run(
+        launch_command(Path(__file__).with_name("fails_on_rank_one.py"), *flags, log_dir=tmp_path / "log"),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode != 0 and time.monotonic() - start < 60
+    assert done.stdout.splitlines()[-1] == "rank 1: OSError: the card has fallen off the bus"
+    said = [(tmp_path / "log" / f"workerlog.{rank}").read_text() for rank in (0, 1)]
+    assert "Traceback" in said[1] and said[1].endswith("OSError: the card has fallen off the bus\n")
+    ended = "rank 0 of 2, step 3: another rank has ended while this one waited for "
+    assert "Traceback" not in said[0] and (ended in said[0] or "error" not in said[0]), said[0]
+
+
+def test_a_mistake_is_said_once_and_last(base_flags, tmp_path):
+    flags = [*base_flags, f"--output_dir={tmp_path / 'out'}", "--train_data_dir=nowhere"]
+    script = KANDINSKY / "train_text_to_image_prior.py"
+    done = subprocess.run(
+        launch_command(script, *flags, log_dir=tmp_path / "log"),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith("train_text_to_image_prior.py: error: --train_data_dir: ") and "nowhere" in lines[-1]
+    assert "Exit code" in lines[-2] and done.returncode != 0
+
+
+def test_processes_started_for_cards_that_are_not_there_are_told_how_to_start(base_flags, tmp_path):
+    script = KANDINSKY / "train_text_to_image_prior.py"
+    done = subprocess.run(
+        [sys.executable, script, *base_flags, f"--output_dir={tmp_path / 'out'}"],
+        env=environment(PADDLE_TRAINERS_NUM="2", PADDLE_TRAINER_ID="0"), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2 and "2 processes were started for cards" in done.stderr.splitlines()[-1]
 
 
 def wait_for(condition, seconds=120):

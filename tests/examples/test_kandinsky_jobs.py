@@ -5,8 +5,12 @@ import ppdiffusers_train  # noqa: F401
 import json
 
 import pytest
+from datasets import load_dataset
+from paddle.base import core
 
-from tests.conftest import optimizer_state, same, scalars, tensors, weights
+from ppdiffusers_train.draws import Draws
+from ppdiffusers_train.training import set_training_mode
+from tests.conftest import encode, optimizer_state, same, scalars, tensors, weights
 
 JOBS = ["prior", "decoder_lora", "prior_lora"]  # the decoder has tests of its own
 LORA_FILE = "paddle_lora_weights.safetensors"
@@ -64,6 +68,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(train, name):
     assert all(
         abs(states[0][key] - states[1][key]).max() <= 1e-6 + 1e-4 * abs(states[0][key]).max() for key in states[0]
     )
+
+
+@pytest.mark.parametrize("name", ["decoder", *JOBS])
+def test_gradient_checkpointing_keeps_less_from_the_forward_for_the_backward(build, photos, name):
+    kept = []
+    for flag in ([], ["--gradient_checkpointing"]):
+        module = build(name, *flag)
+        set_training_mode(module)
+        encoded = encode(module, load_dataset("imagefolder", data_dir=str(photos), split="train"), [0, 1])
+        before = core.host_memory_stat_current_value("Allocated", 0)
+        loss = module(encoded, Draws(0, [0, 1]))
+        kept.append(core.host_memory_stat_current_value("Allocated", 0) - before)
+        loss.backward()
+    assert kept[1] < 0.7 * kept[0], kept
 
 
 @pytest.mark.parametrize("name", ["prior", "prior_lora", "decoder_lora"])

@@ -1,0 +1,46 @@
+"""The last line on the screen after a failure under `paddle.distributed.launch`.
+
+The launcher ends a run in which a rank failed with lines of its own: the command, the end of the rank's log, a number.
+What the rank had to say is somewhere among them. A small process that outlives the launcher says it once more.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# Waits until a process has ended (also where nobody has asked for its status yet), then says something.
+WAIT_AND_SAY = """
+import os, select, sys
+launcher, marker, message = sys.argv[1:]
+try:
+    select.select([os.pidfd_open(int(launcher))], [], [])
+except ProcessLookupError:
+    pass
+os.unlink(marker)
+print(message, flush=True)
+"""
+
+
+def say_after_launcher(message: str) -> None:
+    """Print `message` where the launcher prints, after its last line; only the first rank that fails is heard.
+
+    Does nothing where Paddle's launcher is not this process's parent.
+    """
+    launcher = os.getppid()
+    # Linux tells all that is needed; where it does not, the message is in the rank's log alone.
+    with contextlib.suppress(OSError):
+        if b"paddle.distributed.launch" not in Path(f"/proc/{launcher}/cmdline").read_bytes():
+            return
+        marker = Path(tempfile.gettempdir()) / f"ppdiffusers_train-{launcher}"
+        marker.touch(exist_ok=False)
+        with open(f"/proc/{launcher}/fd/2", "a") as screen:
+            subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", WAIT_AND_SAY, str(launcher), str(marker), message],
+                stdin=subprocess.DEVNULL,
+                stdout=screen,
+                stderr=screen,
+                start_new_session=True,
+            )
