@@ -16,7 +16,7 @@ from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.runtime.ema import EMA
 from ppdiffusers_train.runtime.gradients import clipping_factor, global_norm, scale_gradients
 from ppdiffusers_train.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
-from ppdiffusers_train.runtime.precision import Precision
+from ppdiffusers_train.runtime.precision import Precision, in_float32
 
 OPTIMIZER_FILES, EMA_FILE = "optimizer*.safetensors", "ema.safetensors"
 
@@ -72,9 +72,15 @@ class TrainingState:
         self.lr_scheduler.step()
         self.step, self.position = self.step + 1, window.stop
 
+    def float32_weights(self):
+        """A context in which the parameters that learn hold float32, as files do."""
+        return in_float32(self.parameters.values(), self.optimizer._master_weights)
+
+    @contextlib.contextmanager
     def ema_weights(self):
         """A context in which the module holds the averaged weights, where there are any."""
-        return self.ema.applied() if self.ema else contextlib.nullcontext()
+        with self.float32_weights(), self.ema.applied() if self.ema else contextlib.nullcontext():
+            yield
 
     def save_optimizer(self, file: Path) -> None:
         """Write the optimizer's tensors, of a sharded one this rank's share."""
@@ -83,10 +89,11 @@ class TrainingState:
 
     def save(self, folder: Path) -> None:
         """Write weights and averages into a checkpoint's folder."""
-        self.module.save_weights(str(folder))
+        with self.float32_weights():
+            self.module.save_weights(str(folder))
         if self.ema:
             save_file({name: tensor.numpy() for name, tensor in self.ema.averages.items()}, folder / EMA_FILE)
-            with self.ema.applied():
+            with self.ema_weights():
                 self.module.save_weights(str(folder / "ema"))
 
     def record(self) -> dict:

@@ -1,6 +1,8 @@
 """Mixed precision through `paddle.amp`: O1 keeps float32 parameters, O2 has low ones with float32 masters. Not run on a
 card; on CPUs Paddle computes in float32 whatever it is asked for."""
 
+import contextlib
+
 import paddle
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
@@ -37,8 +39,8 @@ class Precision:
     def lower(self, module, optimizer) -> None:
         """Give parameters the low type: those of frozen models, and under O2 of those that learn as a whole.
 
-        The optimizer then keeps float32 masters of them, and files hold float32. What stays in float32: adapters in a
-        frozen model (LoRA), and models that `module.overflow_float16` names.
+        The optimizer then keeps float32 masters of them. What stays in float32: adapters in a frozen model (LoRA), and
+        models that `module.overflow_float16` names.
         """
         if not self.enabled:
             return
@@ -46,12 +48,39 @@ class Precision:
         for name, model in module.named_children():
             if learns_as_a_whole(model):
                 if self.level == "O2":
-                    paddle.amp.decorate(
-                        model, optimizer, level="O2", dtype=dtype, master_weight=True, save_dtype="float32"
-                    )
+                    paddle.amp.decorate(model, optimizer, level="O2", dtype=dtype, master_weight=True)
             elif dtype == "bfloat16" or name not in module.overflow_float16:
                 learning = [layer for layer in model.sublayers(include_self=True) if learns_itself(layer)]
                 paddle.amp.decorate(model, level="O2", dtype=dtype, excluded_layers=learning or None)
+
+
+@contextlib.contextmanager
+def in_float32(parameters, masters: dict):
+    """Within, parameters of a lower type are float32: the optimizer's masters themselves, or their own values.
+
+    For files and averages. Paddle's way (`save_dtype`) hangs hooks on layers that models share, such as ppdiffusers'
+    activations, and so changes every model of the process.
+
+    Args:
+        masters: `{parameter.name: float32 tensor}`.
+    """
+    held = []
+    for parameter in parameters:
+        if parameter.dtype != paddle.float32:
+            low = paddle.empty([0])
+            share_storage(low, parameter)
+            held.append((parameter, low))
+            share_storage(parameter, masters.get(parameter.name, parameter).astype("float32"))
+    try:
+        yield
+    finally:
+        for parameter, low in held:
+            share_storage(parameter, low)
+
+
+def share_storage(tensor, other) -> None:
+    """Make a tensor hold another one's storage, shape and type; it stays the same object."""
+    tensor.value().get_tensor()._share_data_with(other.value().get_tensor())
 
 
 def computes_in_low_precision() -> bool:

@@ -65,10 +65,11 @@ def start(job, flags: list, ranks: int, log: Path) -> list:
     return processes
 
 
-def end(processes: list, seconds: float) -> bool:
-    """Wait so long for the processes, then kill them; returns whether they had ended by themselves, and well."""
+def end(processes: list, seconds: float, enough=lambda: False) -> bool:
+    """Wait so long for the processes, or until `enough()`, then kill them; returns whether they had ended by
+    themselves, and well."""
     deadline, left, good = time.monotonic() + seconds, set(processes), True
-    while left and time.monotonic() < deadline:
+    while left and time.monotonic() < deadline and not enough():
         for process in list(left):
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
@@ -100,7 +101,13 @@ def torture(job, flags: list, folder: Path, kills: int, ranks: int, seed: int = 
     longest = 4.0 if ranks > 1 else 2.5
     before = complete(folder)
     while done < kills:
-        ended = end(start(job, flags, ranks, folder.parent / "log"), chance.uniform(0.2, longest))
+        # However fast the machine: the run's steps last for all kills.
+        share, more = folder / f"checkpoint-{STEPS_PER_KILL * (done + 1)}", chance.uniform(0, 0.1)
+        ended = end(
+            start(job, flags, ranks, folder.parent / "log"),
+            chance.uniform(0.2, longest),
+            lambda share=share, more=more: share.exists() and not time.sleep(more),
+        )
         now = complete(folder)
         assert before.items() <= now.items(), f"kill {done}: a good checkpoint is gone or has changed"
         assert not ended, "the run came to its end before it was killed often enough; give it more steps"
