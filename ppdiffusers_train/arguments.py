@@ -4,116 +4,23 @@ A script builds its parser from the groups it needs and adds its own. The parser
 keys are the flags' names (the command line wins), and answers every mistake with one line and status 2.
 """
 
-import argparse
-import difflib
-import math
-import os
-import sys
+from ppdiffusers_train.argument_parser import (
+    ArgumentParser,
+    Flag,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    seed,
+    unit_float,
+)
 
-import yaml
+__all__ = ["ArgumentParser", "Flag", "unit_float"]  # for scripts, beside the groups below
 
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+TIMESTEP_BIAS_STRATEGIES = ("none", "earlier", "later", "range")
+INTERPOLATION_MODES = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-
-
-# Types: what a flag accepts. argparse turns the message into one line that names the flag.
-
-
-def _number(convert, accepts, expected):
-    def parse(text):
-        try:
-            number = convert(text)
-        except ValueError:
-            number = None
-        if number is None or not accepts(number):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-        return number
-
-    return parse
-
-
-positive_int = _number(int, lambda number: number > 0, "a whole number above 0")
-non_negative_int = _number(int, lambda number: number >= 0, "a whole number from 0 on")
-seed = _number(int, lambda number: 0 <= number < 2**63, "a whole number from 0 to 2**63 - 1")
-positive_float = _number(float, lambda number: 0 < number < math.inf, "a number above 0")
-non_negative_float = _number(float, lambda number: 0 <= number < math.inf, "a number from 0 on")
-unit_float = _number(float, lambda number: 0 <= number < 1, "a number from 0 to below 1")
-
-
-class Flag(argparse.Action):
-    """`--name` sets it, `--no_name` takes it back (from a config file, say)."""
-
-    def __init__(self, option_strings, dest, default=False, help=None):
-        negated = [option.replace("--", "--no_", 1) for option in option_strings]
-        super().__init__([*option_strings, *negated], dest, nargs=0, default=default, help=help)
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, not option_string.startswith("--no_"))
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser with `--config`, nearest names for typos, and errors of one line."""
-
-    def __init__(self, **options):
-        options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(allow_abbrev=False, **options)
-        self.add_argument("--config", metavar="FILE", help="YAML file with flags by name; the command line wins")
-
-    def parse_known_args(self, args=None, namespace=None):
-        args = list(sys.argv[1:] if args is None else args)
-        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        finder.add_argument("--config")
-        finder.error = self.error
-        config = finder.parse_known_args(args)[0].config
-        # Config values stand before the command line's, as if typed first: the last one wins, and types are checked.
-        return super().parse_known_args((self._config_arguments(config) if config else []) + args, namespace)
-
-    def parse_args(self, args=None, namespace=None):
-        values, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            name = unknown[0].split("=")[0]
-            if name.startswith("-"):
-                self.error(f"{name} is not a flag of this script{self._nearest(name)}")
-            self.error(f"unexpected argument {unknown[0]!r}; flags begin with --")
-        return values
-
-    def error(self, message):
-        self.exit(2, f"{os.path.basename(self.prog)}: error: {' '.join(message.split())}\n")
-
-    def _nearest(self, name):
-        matches = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        return f"; did you mean {matches[0]}?" if matches else "; --help lists them"
-
-    def _config_arguments(self, path):
-        try:
-            with open(path, encoding="utf-8") as file:
-                values = yaml.safe_load(file) or {}
-        except (OSError, UnicodeDecodeError) as error:
-            self.error(f"--config: cannot read {path!r}: {getattr(error, 'strerror', None) or error}")
-        except yaml.YAMLError as error:
-            self.error(f"--config: {path!r} is not valid YAML: {error}")
-        if not isinstance(values, dict):
-            self.error(f"--config: {path!r} holds a {type(values).__name__}; expected lines of the form 'name: value'")
-        arguments = []
-        for name, value in values.items():
-            action = self._option_string_actions.get(f"--{name}")
-            if action is None or name in ("config", "help"):
-                self.error(f"--config: {path!r} sets {name!r}, which is not a flag{self._nearest(f'--{name}')}")
-            if value is None:
-                continue
-            if isinstance(action, Flag):
-                if not isinstance(value, bool):
-                    self.error(f"--config: {path!r} sets {name!r} to {value!r}; expected true or false")
-                arguments.append(f"--{name}" if value else f"--no_{name}")
-            elif action.nargs is not None and isinstance(value, list):
-                arguments += [f"--{name}", *map(str, value)]
-            elif isinstance(value, (list, dict)):
-                self.error(f"--config: {path!r} sets {name!r} to a {type(value).__name__}; expected one value")
-            else:
-                arguments.append(f"--{name}={value}")
-        return arguments
-
-
-# Groups: what every job has in common.
 
 
 def add_data_arguments(parser):
@@ -186,6 +93,9 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
 
     group = parser.add_argument_group("optimizer")
     group.add_argument("--learning_rate", type=non_negative_float, default=1e-4, help="learning rate after warm-up")
+    group.add_argument(
+        "--scale_lr", action=Flag, help="multiply the learning rate by the number of samples per optimizer step"
+    )
     group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="`constant` has no warm-up")
     group.add_argument("--lr_warmup_steps", type=non_negative_int, default=500, help="optimizer steps of warm-up")
     group.add_argument("--use_8bit_adam", action=Flag, help="8-bit AdamW (Paddle has none: float32 AdamW is used)")
@@ -219,6 +129,52 @@ def add_kandinsky_arguments(parser):
         "--pretrained_prior_model_name_or_path",
         default="kandinsky-community/kandinsky-2-2-prior",
         help="folder or hub name of the prior pipeline: CLIP's towers, the prior",
+    )
+    return group
+
+
+def add_sdxl_arguments(parser):
+    """The pipeline that Stable Diffusion XL is, and how its samples are prepared, read by its jobs."""
+    group = parser.add_argument_group("models")
+    group.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="folder or hub name of the SDXL pipeline to start from"
+    )
+    group.add_argument(
+        "--pretrained_vae_model_name_or_path", help="folder or hub name of another VAE; SDXL's own overflows in fp16"
+    )
+    group.add_argument("--revision", help="revision of the pipeline on the hub")
+    group.add_argument("--variant", help="variant of the weights' files, such as fp16")
+    group.add_argument("--prediction_type", choices=PREDICTION_TYPES, help="what the UNet predicts; default: as before")
+
+    group = parser.add_argument_group("images")
+    group.add_argument("--center_crop", action=Flag, help="crop the centre; default: anywhere, drawn for each sample")
+    group.add_argument("--random_flip", action=Flag, help="mirror every second image, drawn for each sample")
+    group.add_argument(
+        "--image_interpolation_mode", choices=sorted(INTERPOLATION_MODES), default="lanczos", help="of resizing"
+    )
+    group.add_argument(
+        "--min_image_size", type=positive_int, metavar="PIXELS", help="refuse images with a shorter side than this"
+    )
+    group.add_argument(
+        "--encoded_cache",
+        action=Flag,
+        default=True,
+        help="keep encoded samples on disk, in output_dir/encoded unless --encoded_cache_dir says where",
+    )
+    return group
+
+
+def add_timestep_arguments(parser):
+    """Which timesteps training prefers, read by the jobs."""
+    group = parser.add_argument_group("timesteps")
+    group.add_argument(
+        "--timestep_bias_strategy", choices=TIMESTEP_BIAS_STRATEGIES, default="none", help="which are drawn more often"
+    )
+    group.add_argument("--timestep_bias_multiplier", type=float, default=1.0, help="how much more often")
+    group.add_argument("--timestep_bias_begin", type=int, default=0, help="first timestep of the strategy `range`")
+    group.add_argument("--timestep_bias_end", type=int, default=1000, help="first timestep behind the range")
+    group.add_argument(
+        "--timestep_bias_portion", type=float, default=0.25, help="share of all that is `earlier` or `later`"
     )
     return group
 

@@ -15,7 +15,7 @@ from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.runtime.ema import EMA
 from ppdiffusers_train.runtime.gradients import clipping_factor, global_norm, scale_gradients
-from ppdiffusers_train.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from ppdiffusers_train.runtime.optimizer_state import SEPARATOR, load_optimizer_tensors, optimizer_tensors
 from ppdiffusers_train.runtime.precision import Precision, in_float32
 
 OPTIMIZER_FILES, EMA_FILE = "optimizer*.safetensors", "ema.safetensors"
@@ -115,10 +115,11 @@ class TrainingState:
         tensors = {}
         for file in sorted(folder.glob(OPTIMIZER_FILES)):  # one, or one per rank that held a share
             tensors.update(load_file(file))
-        names = {name.split("//")[0] for name in tensors}
-        if names != set(self.parameters):
+        # Fewer are right, too: what no step has used has no state.
+        unknown = {name.split(SEPARATOR)[0] for name in tensors} - set(self.parameters)
+        if unknown:
             raise UserError(
-                f"{flag} holds an optimizer of other weights ({len(names)} instead of {len(self.parameters)})"
+                f"{flag} holds an optimizer of other weights, such as {min(unknown)}, which do not learn here"
             )
         self.module.load_weights(str(folder))
         load_optimizer_tensors(self.optimizer, self.parameters, tensors)
@@ -135,7 +136,7 @@ class TrainingState:
         self.skipped_steps, self.bad_samples.rows = saved["skipped_steps"], set(saved["bad_rows"])
 
 
-def build_training_state(module, args, total_steps: int, ranks: Ranks) -> TrainingState:
+def build_training_state(module, args, total_steps: int, samples_per_step: int, ranks: Ranks) -> TrainingState:
     """Optimizer, learning rate, precision and average for what learns in `module`."""
     learning = {id(parameter) for parameter in module.trainable_parameters()}
     parameters = {name: parameter for name, parameter in module.named_parameters() if id(parameter) in learning}
@@ -145,7 +146,7 @@ def build_training_state(module, args, total_steps: int, ranks: Ranks) -> Traini
         )
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
-        learning_rate=args.learning_rate,
+        learning_rate=args.learning_rate * (samples_per_step if args.scale_lr else 1),
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=total_steps,
     )

@@ -71,7 +71,7 @@ def launch_training_task(module, dataset, args) -> None:
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size
     steps_per_epoch = order.steps_per_epoch(samples_per_step)
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    state = build_training_state(module, args, total_steps, ranks)
+    state = build_training_state(module, args, total_steps, samples_per_step, ranks)
     if checkpoint:
         state.load(checkpoint, saved)
         say(f"resumed from {checkpoint} at step {state.step}")

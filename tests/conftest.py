@@ -51,6 +51,52 @@ def kandinsky_jobs():
 
 
 @pytest.fixture(scope="session")
+def sdxl_jobs():
+    """The scripts of SDXL by name: `{"sdxl": module, "lora_sdxl": module}`."""
+    names = ("sdxl", "lora_sdxl")
+    return {name: load_script(ROOT / "examples" / "sdxl" / f"train_text_to_image_{name}.py") for name in names}
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory):
+    """The folder of the tiny SDXL."""
+    from ppdiffusers_train.reporting.quiet import quiet_libraries
+    from ppdiffusers_train.toy.sdxl import build_sdxl
+
+    quiet_libraries()
+    return build_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture
+def sdxl_flags(sdxl, photos, tmp_path):
+    """Flags of a short SDXL run; later flags win."""
+    return [f"--pretrained_model_name_or_path={sdxl}", *short_run(photos)]
+
+
+@pytest.fixture
+def train_sdxl(sdxl_jobs, sdxl_flags, tmp_path):
+    """`train_sdxl("lora_sdxl", *flags, out="out")` runs that script's `main` and returns its output folder."""
+
+    def run(name, *flags, out="out"):
+        sdxl_jobs[name].main([*sdxl_flags, f"--output_dir={tmp_path / out}", *map(str, flags)])
+        return tmp_path / out
+
+    return run
+
+
+@pytest.fixture
+def build_sdxl_module(sdxl_jobs, sdxl_flags):
+    """`build_sdxl_module("sdxl", *flags)` is that script's training module."""
+
+    def module(name, *flags):
+        job = sdxl_jobs[name]
+        module_class = {"sdxl": "SDXLTrainingModule", "lora_sdxl": "SDXLLoRATrainingModule"}[name]
+        return getattr(job, module_class)(job.build_parser().parse_args([*sdxl_flags, *map(str, flags)]))
+
+    return module
+
+
+@pytest.fixture(scope="session")
 def kandinsky(tmp_path_factory):
     """(prior folder, decoder folder) of the tiny Kandinsky 2.2."""
     from ppdiffusers_train.reporting.quiet import quiet_libraries
@@ -83,8 +129,15 @@ def decoder_flags(kandinsky, photos, tmp_path):
     return [
         f"--pretrained_decoder_model_name_or_path={decoder}",
         f"--pretrained_prior_model_name_or_path={prior}",
-        f"--train_data_dir={photos}",
         f"--output_dir={tmp_path / 'out'}",
+        *short_run(photos),
+    ]
+
+
+def short_run(photos):
+    """Flags of two small steps."""
+    return [
+        f"--train_data_dir={photos}",
         "--resolution=64",
         "--train_batch_size=2",
         "--max_train_steps=2",

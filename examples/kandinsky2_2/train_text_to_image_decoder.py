@@ -25,18 +25,12 @@ from ppdiffusers_train.data.image_folder import build_dataset
 from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels
 from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.models.attention import enable_memory_efficient_attention
-from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, draw
+from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, draw_combined
 from ppdiffusers_train.models.recompute import enable_recompute
 from ppdiffusers_train.models.weights import load_in_place
 from ppdiffusers_train.module import DiffusionTrainingModule, freeze
-from ppdiffusers_train.objectives.losses import mse_loss
-from ppdiffusers_train.objectives.noise_schedule import (
-    add_noise,
-    min_snr_weights,
-    offset_noise,
-    signal_to_noise_ratio,
-    training_target,
-)
+from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
+from ppdiffusers_train.objectives.noise_schedule import add_noise
 from ppdiffusers_train.training import check_run, launch_training_task
 
 
@@ -96,10 +90,7 @@ class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
 
     def forward(self, encoded, draws):
         latents, schedule = encoded["latents"], self.scheduler.alphas_cumprod
-        noise = draws.normal("noise", latents.shape[1:])
-        if self.args.noise_offset:
-            offset = draws.normal("noise_offset", [latents.shape[1], 1, 1])
-            noise = offset_noise(noise, offset, self.args.noise_offset)
+        noise = draw_noise(draws, latents.shape[1:], self.args.noise_offset)
         timesteps = draws.integers("timesteps", 0, self.scheduler.config.num_train_timesteps)
         prediction = self.unet(
             add_noise(schedule, latents, noise, timesteps),
@@ -110,11 +101,7 @@ class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
         # The other half of the channels predicts the variance, which no loss here trains.
         prediction = prediction[:, : latents.shape[1]]
         prediction_type = self.scheduler.config.prediction_type
-        target = training_target(prediction_type, schedule, latents, noise, timesteps)
-        if self.args.snr_gamma is None:
-            return mse_loss(prediction, target)
-        snr = signal_to_noise_ratio(schedule, timesteps)
-        return mse_loss(prediction, target, min_snr_weights(snr, self.args.snr_gamma, prediction_type))
+        return denoising_loss(prediction, prediction_type, schedule, latents, noise, timesteps, self.args.snr_gamma)
 
     def generate(self, prompts, seeds):
         """Prior, then decoder, as in inference; what training does not hold is loaded for this and freed again."""
@@ -124,7 +111,7 @@ class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
             prior_image_encoder=self.image_encoder,
             prior_image_processor=self.image_processor,
         )
-        return draw(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        return draw_combined(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_weights(self, directory):
         self.unet.save_pretrained(f"{directory}/unet")

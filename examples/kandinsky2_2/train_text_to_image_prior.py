@@ -28,13 +28,13 @@ from ppdiffusers_train.arguments import (
 from ppdiffusers_train.data.image_folder import build_dataset
 from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.models.attention import announce_plain_attention
-from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, check_clip_std, draw
+from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, check_clip_std, draw_combined
 from ppdiffusers_train.models.recompute import enable_block_recompute
 from ppdiffusers_train.models.text import tokenize, warn_of_long_captions
 from ppdiffusers_train.models.weights import load_in_place
 from ppdiffusers_train.module import DiffusionTrainingModule, freeze
-from ppdiffusers_train.objectives.losses import mse_loss
-from ppdiffusers_train.objectives.noise_schedule import add_noise, min_snr_weights, signal_to_noise_ratio
+from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
+from ppdiffusers_train.objectives.noise_schedule import add_noise
 from ppdiffusers_train.training import check_run, launch_training_task
 
 
@@ -101,7 +101,7 @@ class KandinskyPriorTrainingModule(DiffusionTrainingModule):
     def forward(self, encoded, draws):
         schedule = self.scheduler.alphas_cumprod
         target = (encoded["image_embeds"] - self.prior.clip_mean) / self.prior.clip_std
-        noise = draws.normal("noise", target.shape[1:])
+        noise = draw_noise(draws, target.shape[1:])
         timesteps = draws.integers("timesteps", 0, self.scheduler.config.num_train_timesteps)
         prediction = self.prior(
             add_noise(schedule, target, noise, timesteps),
@@ -110,10 +110,7 @@ class KandinskyPriorTrainingModule(DiffusionTrainingModule):
             encoder_hidden_states=encoded["prompt_hidden_states"],
             attention_mask=encoded["text_mask"],
         ).predicted_image_embedding
-        if self.args.snr_gamma is None:
-            return mse_loss(prediction, target)
-        snr = signal_to_noise_ratio(schedule, timesteps)
-        return mse_loss(prediction, target, min_snr_weights(snr, self.args.snr_gamma, "sample"))
+        return denoising_loss(prediction, "sample", schedule, target, noise, timesteps, self.args.snr_gamma)
 
     def generate(self, prompts, seeds):
         """Prior, then decoder, as in inference; what training does not hold is loaded for this and freed again."""
@@ -124,7 +121,7 @@ class KandinskyPriorTrainingModule(DiffusionTrainingModule):
             prior_tokenizer=self.tokenizer,
             prior_image_processor=self.image_processor,
         )
-        return draw(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        return draw_combined(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_weights(self, directory):
         self.prior.save_pretrained(f"{directory}/prior")

@@ -33,10 +33,12 @@ def encode_dataset(module, dataset, order, args, ranks, precision, bad_samples, 
     folder = Path(args.encoded_cache_dir)
     require_writable(folder, "--encoded_cache_dir")
     folder = folder / encoders_digest(module, precision)
-    variants = args.cache_variants
-    if variants > 1 and not draws_something(module, dataset):
+    variants, is_random = args.cache_variants, draws_something(module, dataset)
+    if variants > 1 and not is_random:
         say(f"--cache_variants {variants}: no effect, this job prepares a sample in one way only")
         variants = 1
+    elif variants == 1 and is_random:
+        say("--cache_variants 1: each sample keeps one crop, flip and caption for the whole run")
     samples = EncodedSamples(folder, dataset, order, variants)
     share = samples.missing(ranks.rank, ranks.world_size)
     say(f"{folder}: {sum(ranks.gather(len(share)))} of {samples.count} samples are still to be encoded")
@@ -77,10 +79,15 @@ def encoders_digest(module, precision) -> str:
 
 
 def draws_something(module, dataset) -> bool:
-    """Whether `preprocess` draws random numbers, asked with the first sample."""
-    draws = RowDraws(0, 0)
-    module.preprocess({**dataset[0], "caption": dataset.captions(0)[0]}, draws)
-    return bool(draws.drawn)
+    """Whether `preprocess` draws random numbers, asked with the first sample that can be used."""
+    for row in range(len(dataset)):
+        draws = RowDraws(0, 0)
+        try:
+            module.preprocess({**dataset[row], "caption": dataset.captions(row)[0]}, draws)
+        except BadSampleError:
+            continue
+        return bool(draws.drawn)
+    return False
 
 
 class Entry:
@@ -116,10 +123,9 @@ class Entries:
         if entry.file.exists():
             return {}
         try:
-            row = self.dataset[entry.row]
+            return self.preprocess({**self.dataset[entry.row], "caption": entry.caption}, entry.draws())
         except BadSampleError as error:
             return as_error(error)
-        return self.preprocess({**row, "caption": entry.caption}, entry.draws())
 
 
 class EncodedSamples:

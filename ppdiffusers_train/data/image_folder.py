@@ -1,16 +1,19 @@
 """Images with captions, from a folder or the hub, through `datasets`, as rows of one form whatever the columns."""
 
+import contextlib
 import hashlib
 import io
 from pathlib import Path
 
 import datasets
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from ppdiffusers_train.data.order import permutation
 from ppdiffusers_train.errors import BadSampleError, UserError
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+ORIENTATION_TAG = 0x0112  # of EXIF; from 5 on, height and width change places
 
 
 class ImageCaptionDataset:
@@ -62,21 +65,36 @@ class ImageCaptionDataset:
             raise BadSampleError(f"{self.name(index)}: the image cannot be read: {error}") from error
         return hashlib.blake2b(content, digest_size=16).digest()
 
+    def image_size(self, index: int) -> tuple:
+        """Width and height of row `index` as training sees it, from the file's header.
+
+        Raises:
+            BadSampleError: the image cannot be read.
+        """
+        with self._open(index) as file:
+            turned = file.getexif().get(ORIENTATION_TAG, 1) >= 5
+            return (file.height, file.width) if turned else file.size
+
+    @contextlib.contextmanager
+    def _open(self, index: int):
+        stored = self.table[index][self.image_column]
+        try:
+            with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as file:
+                yield file
+        # Pillow reports a broken file through any of these.
+        except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+            raise BadSampleError(f"{self.name(index)}: the image cannot be read: {error}") from error
+
     def __getitem__(self, index: int) -> dict:
         """Row `index`, decoded.
 
         Raises:
             BadSampleError: the image cannot be read, or the caption is no text.
         """
-        stored = self.table[index][self.image_column]
-        try:
-            with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-        # Pillow reports a broken file through any of these.
-        except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-            raise BadSampleError(f"{self.name(index)}: the image cannot be read: {error}") from error
+        with self._open(index) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
         self.captions(index)  # raises where there is none
-        return {"image": image, "caption": self.texts[index][self.caption_column]}
+        return {"image": image, "caption": self.texts[index][self.caption_column], "name": self.name(index)}
 
 
 def build_dataset(args) -> ImageCaptionDataset:
@@ -134,4 +152,18 @@ def check_image_folder(folder: Path) -> None:
         raise UserError(
             f"--train_data_dir: {str(folder)!r} has no metadata.jsonl; expected one line per image, such as "
             '{"file_name": "cat.jpg", "text": "a cat on a chair"}'
+        )
+
+
+def warn_of_small_images(dataset: ImageCaptionDataset, size: int) -> None:
+    """Say how many images have a side shorter than `size` pixels, and name one: enlarging makes them no sharper."""
+    small = []
+    for row in tqdm(range(len(dataset)), desc="reading sizes", unit="image", delay=5):
+        with contextlib.suppress(BadSampleError):  # training says so when it meets it
+            if min(dataset.image_size(row)) < size:
+                small.append(row)
+    if small:
+        print(
+            f"{len(small)} of {len(dataset)} images are smaller than {size} pixels and are enlarged, for example "
+            f"{dataset.name(small[0])}"
         )

@@ -35,11 +35,11 @@ class PreprocessedSamples:
         draws = RowDraws(self.order.seed, position)
         try:
             row = self.rows[self.order.row(position)]
+            if isinstance(row["caption"], list):
+                row["caption"] = row["caption"][choose_caption(draws, len(row["caption"]))]
+            return self.preprocess(row, draws)
         except BadSampleError as error:
             return as_error(error)
-        if isinstance(row["caption"], list):
-            row["caption"] = row["caption"][choose_caption(draws, len(row["caption"]))]
-        return self.preprocess(row, draws)
 
 
 def as_error(error) -> dict:

@@ -2,7 +2,6 @@
 
 from functools import cached_property
 
-import paddle
 from ppdiffusers import KandinskyV22CombinedPipeline, PriorTransformer, UNet2DConditionModel, VQModel, schedulers
 from ppdiffusers.transformers import (
     CLIPImageProcessor,
@@ -12,6 +11,7 @@ from ppdiffusers.transformers import (
 )
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.models.drawing import draw
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder, export_pipeline
 
 DECODER_PARTS = {"unet": UNet2DConditionModel, "movq": VQModel, "scheduler": None}
@@ -100,18 +100,7 @@ def check_clip_std(prior, name) -> None:
         )
 
 
-def draw(pipeline, prompts, seeds, resolution: int, inference_steps: int, **options) -> list:
-    """One PIL image per pair of prompt and seed. Paddle's generator is seeded for each: it stands for itself."""
-    pipeline.set_progress_bar_config(disable=True)
-    images = []
-    for prompt, seed in zip(prompts, seeds):
-        paddle.seed(seed)
-        images += pipeline(
-            prompt,
-            height=resolution,
-            width=resolution,
-            num_inference_steps=inference_steps,
-            prior_num_inference_steps=max(inference_steps, 2),  # its scheduler cannot do with one
-            **options,
-        ).images
-    return images
+def draw_combined(pipeline, prompts, seeds, resolution: int, inference_steps: int) -> list:
+    """One PIL image per pair of prompt and seed, prior and decoder with as many steps."""
+    prior_steps = max(inference_steps, 2)  # its scheduler cannot do with one
+    return draw(pipeline, prompts, seeds, resolution, inference_steps, prior_num_inference_steps=prior_steps)

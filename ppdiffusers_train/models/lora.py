@@ -5,6 +5,7 @@ base model. The layers are ppdiffusers' own, set on the layers that can carry th
 are. Its writer is not used: it stores no α, refuses models with LoRA on some layers only, and does not transpose.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,8 @@ def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, s
     """
     freeze(model)
     layers = {n: m for n, m in model.named_sublayers() if isinstance(m, (LoRACompatibleLinear, LoRACompatibleConv))}
+    if not layers:  # a model of another library: its layers are added to from outside
+        layers = {name: layer for name, layer in model.named_sublayers() if isinstance(layer, paddle.nn.Linear)}
     wanted = [target.strip() for target in targets.split(",") if target.strip()]
     if not wanted:
         raise UserError(f"--lora_target_modules: {targets!r} names no layer")
@@ -49,8 +52,8 @@ def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, s
     for name, layer in layers.items():
         if not any(is_target(name, target) for target in wanted):
             continue
-        if isinstance(layer, LoRACompatibleLinear):
-            lora = LoRALinearLayer(layer.in_features, layer.out_features, rank, scale)
+        if isinstance(layer, paddle.nn.Linear):
+            lora = LoRALinearLayer(*layer.weight.shape, rank, scale)
         else:
             lora = LoRAConv2dLayer(
                 layer._in_channels, layer._out_channels, rank, layer._kernel_size, layer._stride, layer._padding, scale
@@ -62,7 +65,11 @@ def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, s
             lora.register_forward_pre_hook(
                 lambda lora, inputs: functional.dropout(inputs[0], dropout, training=lora.training)
             )
-        layer.set_lora_layer(lora)
+        if hasattr(layer, "set_lora_layer"):
+            layer.set_lora_layer(lora)
+        else:
+            layer.lora_layer = lora
+            layer.register_forward_post_hook(lambda layer, inputs, output: output + layer.lora_layer(inputs[0]))
 
 
 def is_target(name: str, target: str) -> bool:
@@ -76,40 +83,45 @@ def lora_layers(model) -> dict:
     return {name: lora for name, lora in found.items() if lora is not None}
 
 
-def lora_parameters(model) -> dict:
-    """`{"<layer>.lora.down.weight": parameter, "<layer>.lora.up.weight": parameter}` as Paddle lays them out."""
+def lora_parameters(unet, **text_encoders) -> dict:
+    """`{"<layer>.lora.down.weight": parameter, "<layer>.lora.up.weight": parameter}` as Paddle lays them out; layers of
+    text encoders begin with the encoder's name."""
     return {
         f"{name}.lora.{part}.weight": getattr(lora, part).weight
-        for name, lora in lora_layers(model).items()
+        for prefix, model in {"": unet, **{f"{name}.": encoder for name, encoder in text_encoders.items()}}.items()
+        for name, lora in ((f"{prefix}{layer}", lora) for layer, lora in lora_layers(model).items())
         for part in ("down", "up")
     }
 
 
-def save_lora(model, directory, save_format: str) -> None:
-    """Write the LoRA layers into a file that `load_attn_procs(directory)` of the library `save_format` loads."""
+def save_lora(unet, directory, save_format: str, **text_encoders) -> None:
+    """Write LoRA layers into a file that the library `save_format` loads: `unet.load_attn_procs(directory)`, or with
+    layers of text encoders, given by name, too, `pipeline.load_lora_weights(directory)`."""
     updates = {}
-    for name, lora in lora_layers(model).items():
-        down, up = (weight.numpy() for weight in (lora.down.weight, lora.up.weight))
-        updates[f"unet.{name}"] = Update(*((down.T, up.T) if down.ndim == 2 else (down, up)), lora.network_alpha)
+    for model_name, model in {"unet": unet, **text_encoders}.items():
+        for name, lora in lora_layers(model).items():
+            down, up = (weight.numpy() for weight in (lora.down.weight, lora.up.weight))
+            matrices = (down.T, up.T) if down.ndim == 2 else (down, up)
+            updates[f"{model_name}.{name}"] = Update(*matrices, lora.network_alpha)
     write_lora(Path(directory) / FILES[save_format], updates, save_format)
 
 
-def save_lora_weights(model, directory) -> None:
+def save_lora_weights(unet, directory, **text_encoders) -> None:
     """What a checkpoint holds: the file to load for inference, and the parameters as they are, to go on from."""
-    save_lora(model, directory, "ppdiffusers")
-    arrays = {name: parameter.numpy() for name, parameter in lora_parameters(model).items()}
+    save_lora(unet, directory, "ppdiffusers", **text_encoders)
+    arrays = {name: parameter.numpy() for name, parameter in lora_parameters(unet, **text_encoders).items()}
     write_tensors(Path(directory) / PARAMETERS_FILE, arrays, {"format": "pd"})
 
 
 @paddle.no_grad()
-def load_lora_weights(model, directory) -> None:
+def load_lora_weights(unet, directory, **text_encoders) -> None:
     """Set the LoRA parameters to those of a checkpoint, in place.
 
     Raises:
         UserError: it holds LoRA layers of another model, rank or choice of layers.
     """
     file = Path(directory) / PARAMETERS_FILE
-    saved, own = read_tensors(file)[0], lora_parameters(model)
+    saved, own = read_tensors(file)[0], lora_parameters(unet, **text_encoders)
     wrong = sorted(
         name
         for name in {*saved, *own}
@@ -127,3 +139,18 @@ def load_lora_weights(model, directory) -> None:
 def shape_or_missing(tensors: dict, name: str) -> str:
     """How to call a tensor in a message."""
     return str(list(tensors[name].shape)) if name in tensors else "missing"
+
+
+def allow_text_encoder_lora() -> None:
+    """Let `pipeline.load_lora_weights` of ppdiffusers 0.29.0 load LoRA layers of text encoders.
+
+    The code for it is there and works, but asks `deprecate` first, which raises since version 0.25.
+    """
+    loaders = sys.modules["ppdiffusers.loaders.lora"]
+    deprecate = loaders.deprecate
+
+    def only_other_functions(*args, **options):
+        if args[0] not in ("_modify_text_encoder", "_remove_text_encoder_monkey_patch_classmethod"):
+            deprecate(*args, **options)
+
+    loaders.deprecate = only_other_functions

@@ -37,12 +37,13 @@ class PipelineFolder:
         flag: the flag that named it, for messages.
         parts: the parts that are needed; an alias finds a part under its second name, too (`{"prior": "prior_prior"}`).
         cache_dir, revision: of a download.
+        variant: of the weights' files, such as `fp16`; parts that have none of it are taken as they are.
     Raises:
         UserError: it does not exist, is no pipeline, or lacks a part.
     """
 
-    def __init__(self, name_or_path, flag, parts, aliases=None, cache_dir=None, revision=None):
-        self.flag, self.name_or_path = flag, str(name_or_path)
+    def __init__(self, name_or_path, flag, parts, aliases=None, cache_dir=None, revision=None, variant=None):
+        self.flag, self.name_or_path, self.variant = flag, str(name_or_path), variant
         aliases = aliases or {}
         names = [*parts, *(aliases[part] for part in parts if part in aliases)]
         self.path = Path(name_or_path)
@@ -71,7 +72,7 @@ class PipelineFolder:
                     self.name_or_path,
                     revision=revision,
                     cache_dir=cache_dir,
-                    allow_patterns=files_to_download(files, parts),
+                    allow_patterns=files_to_download(files, parts, self.variant),
                 )
             )
         except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
@@ -89,20 +90,22 @@ class PipelineFolder:
                 return json.loads(file.read_text(encoding="utf-8"))
         raise self._error(f"has no configuration in {self.folders[part].name}/")
 
+    def index(self) -> dict:
+        """The pipeline's model_index.json."""
+        return json.loads((self.path / "model_index.json").read_text(encoding="utf-8"))
+
     def class_name(self, part: str) -> str:
         """Name of the class that the pipeline's model_index.json gives a part."""
-        index = json.loads((self.path / "model_index.json").read_text(encoding="utf-8"))
-        return index[self.folders[part].name][1]
+        return self.index()[self.folders[part].name][1]
 
     def weights(self, part: str):
         """The file with a part's weights (of several shards the first), or None where it has none."""
-        folder = self.folders[part]
-        files = [file for file in sorted(folder.iterdir()) if file.name.endswith(WEIGHT_SUFFIXES)]
-        for name in (*PADDLE_WEIGHTS, SHARED_WEIGHTS, *TORCH_WEIGHTS):
-            stem, suffix = os.path.splitext(name)
-            for file in files:
-                if file.name == name or (file.name.startswith(f"{stem}-") and file.suffix == suffix):
-                    return file
+        files = [file for file in sorted(self.folders[part].iterdir()) if file.name.endswith(WEIGHT_SUFFIXES)]
+        for variant in (self.variant, None):
+            for name in (*PADDLE_WEIGHTS, SHARED_WEIGHTS, *TORCH_WEIGHTS):
+                for file in files:
+                    if without_shard(file.name) == with_variant(name, variant):
+                        return file
         return None
 
     def is_torch(self, part: str) -> bool:
@@ -134,7 +137,8 @@ class PipelineFolder:
             # paddlenlp leaves a converted copy, pickled, beside torch weights: it gets a folder of links to do so.
             with tempfile.TemporaryDirectory() as links:
                 for source in Path(folder).iterdir():
-                    os.symlink(source.resolve(), Path(links) / source.name)
+                    if not source.name.endswith(WEIGHT_SUFFIXES) or is_same_kind(source.name, file.name):
+                        os.symlink(source.resolve(), Path(links) / without_variant(source.name, self.variant))
                 model = part_class.from_pretrained(links, from_diffusers=is_torch, **_float32(part_class))
         except (AssertionError, OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._error(f"has a {self.folders[part].name}/ that cannot be loaded: {error}") from error
@@ -149,9 +153,8 @@ class PipelineFolder:
         file = self.weights(part)
         if file is None or self.is_torch(part) == (save_format == "diffusers"):
             source = self.folders[part]
-            others = {path.name for path in source.iterdir() if file and path.name.endswith(WEIGHT_SUFFIXES)}
-            kept = {name for name in others if without_shard(name) == without_shard(file.name)}
-            return link_tree(source, target, leave_out=others - kept)
+            weights = {path.name for path in source.iterdir() if file and path.name.endswith(WEIGHT_SUFFIXES)}
+            return link_tree(source, target, leave_out={n for n in weights if not is_same_kind(n, file.name)})
         save_model(self.load(part, part_class), target, save_format)
         dtype = first_dtype(file) if file.suffix == ".safetensors" else np.dtype("float32")
         if dtype.itemsize == 2:  # back to where it came from, exactly
@@ -161,9 +164,45 @@ class PipelineFolder:
                 write_tensors(written, narrow, metadata)
 
 
+class ModelFolder(PipelineFolder):
+    """The folder of a single model, weights and config.json at its top; a pipeline's folder serves, too.
+
+    Args:
+        part: what to call the model, and its folder in a pipeline.
+        class_name: what its configuration has to name.
+    """
+
+    def __init__(self, name_or_path, flag, part, class_name, cache_dir=None, revision=None, variant=None):
+        self.flag, self.name_or_path, self.variant = flag, str(name_or_path), variant
+        self.path = Path(name_or_path)
+        if not self.path.is_dir():
+            self.path = self._download(["", part], cache_dir, revision)
+        inside = self.path / part
+        self.folders = {part: inside if inside.is_dir() else self.path}
+        found = self.config(part).get("_class_name")
+        if found != class_name:
+            raise self._error(f"is a {found}; expected {class_name}")
+
+
 def without_shard(name: str) -> str:
     """A weight file's name without the number of its shard."""
     return re.sub(r"-\d+-of-\d+", "", name)
+
+
+def with_variant(name: str, variant) -> str:
+    """A weight file's name as a variant has it: `model.safetensors` -> `model.fp16.safetensors`."""
+    stem, suffix = os.path.splitext(name)
+    return f"{stem}.{variant}{suffix}" if variant else name
+
+
+def without_variant(name: str, variant) -> str:
+    """The reverse of `with_variant`, of a shard's name, too."""
+    return name.replace(f".{variant}", "") if variant else name
+
+
+def is_same_kind(name: str, other: str) -> bool:
+    """Whether two weight files are shards of one."""
+    return without_shard(name) == without_shard(other)
 
 
 def save_model(model, directory, save_format: str) -> None:
@@ -171,7 +210,7 @@ def save_model(model, directory, save_format: str) -> None:
     model.save_pretrained(str(directory), to_diffusers=save_format == "diffusers", safe_serialization=True)
 
 
-def export_pipeline(directory, pipeline_class: str, parts: dict, own: dict, save_format: str) -> None:
+def export_pipeline(directory, pipeline_class: str, parts: dict, own: dict, save_format: str, settings=()) -> None:
     """Write a pipeline's folder.
 
     Args:
@@ -179,12 +218,16 @@ def export_pipeline(directory, pipeline_class: str, parts: dict, own: dict, save
         parts: {name in the pipeline: (PipelineFolder, part in it, class)}.
         own: {name: model} of the parts that were trained; the others are copied.
         save_format: the library to write for, "ppdiffusers" or "diffusers".
+        settings: what else its model_index.json says.
     """
     directory = Path(directory)
-    index = {"_class_name": pipeline_class, f"_{save_format}_version": LIBRARY_VERSIONS[save_format]}
+    version = {f"_{save_format}_version": LIBRARY_VERSIONS[save_format]}
+    index = {"_class_name": pipeline_class, **version, **dict(settings)}
     for name, (folder, part, part_class) in parts.items():
-        if name in own:
+        if name in own and hasattr(own[name], "parameters"):
             save_model(own[name], directory / name, save_format)
+        elif name in own:
+            own[name].save_pretrained(str(directory / name))
         else:
             folder.export(part, part_class, directory / name, save_format)
         is_transformer = inspect.getmodule(part_class).__name__.startswith(("ppdiffusers.transformers", "paddlenlp"))
@@ -198,19 +241,29 @@ def _float32(part_class):
     return {"paddle_dtype" if hasattr(part_class, "load_config") else "dtype": "float32"}
 
 
-def files_to_download(files, parts):
-    """Of a repository's files those of `parts`, one kind of weights each: Paddle's, else safetensors, else .bin."""
+def files_to_download(files, parts, variant=None):
+    """Of a repository's files those of `parts`, one kind of weights each: Paddle's, else safetensors, else .bin.
+
+    Args:
+        files: names in the repository.
+        parts: folders in it; "" is its top.
+        variant: of weights to prefer, such as `fp16`.
+    """
     chosen = [name for name in files if name == "model_index.json"]
     for part in parts:
-        inside = [name for name in files if name.startswith(f"{part}/")]
+        inside = [name for name in files if os.path.dirname(name) == part and name not in chosen]
         weights = [name for name in inside if name.endswith((*WEIGHT_SUFFIXES, ".msgpack", ".onnx", ".ckpt", ".pb"))]
         plain = [name for name in weights if "." not in os.path.splitext(os.path.basename(name))[0]]
-        for kind in ("diffusion_paddle_model", "model_state", ".safetensors", ".bin"):
-            kept = [name for name in plain if kind in name]
-            if kept:
-                break
-        else:
-            kept = []
+        varied = [name for name in weights if variant and f".{variant}." in without_shard(name)]
+        kept = next(
+            (
+                found
+                for pool in (varied, plain)
+                for kind in ("diffusion_paddle_model", "model_state", ".safetensors", ".bin")
+                if (found := [name for name in pool if kind in name])
+            ),
+            [],
+        )
         chosen += [name for name in inside if name not in weights] + kept
     return chosen
 

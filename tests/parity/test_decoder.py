@@ -124,7 +124,7 @@ def test_weights_agree_after_twenty_steps_of_adamw(folders):
     # rounding errors; an epsilon above them keeps those weights still, and lets all others move as far as usual.
     flags = ["--learning_rate=1e-3", "--adam_weight_decay=0.01", "--adam_epsilon=1e-5", "--snr_gamma=5"]
     module, args = our_module(folders, *flags)
-    state = build_training_state(module, args, STEPS, start_ranks())
+    state = build_training_state(module, args, STEPS, BATCH, start_ranks())
     encoded = module.encode(our_batch(module, BATCH))
     unet = torch_part(UNet2DConditionModel, folders[1], "unet").train()
     scheduler = DDPMScheduler.from_pretrained(folders[1], subfolder="scheduler")

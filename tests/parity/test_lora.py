@@ -114,7 +114,7 @@ def test_loss_and_every_gradient_agree(side):
 
 
 def test_weights_agree_after_twenty_steps_of_adamw(side):
-    state = build_training_state(side.module, side.module.args, STEPS, start_ranks())
+    state = build_training_state(side.module, side.module.args, STEPS, BATCH, start_ranks())
     encoded = side.module.encode(our_batch(side.module, BATCH))
     matrices = [matrix for pair in side.torch_lora.values() for matrix in pair]
     optimizer = torch.optim.AdamW(matrices, lr=1e-3, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)

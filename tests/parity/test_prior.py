@@ -114,7 +114,7 @@ def test_weights_agree_after_twenty_steps_of_adamw(folder):
     module = our_module(
         folder, "--learning_rate=1e-3", "--adam_weight_decay=0.01", "--adam_epsilon=1e-5", "--snr_gamma=5"
     )
-    state = build_training_state(module, module.args, STEPS, start_ranks())
+    state = build_training_state(module, module.args, STEPS, BATCH, start_ranks())
     encoded, reference = module.encode(our_batch(module, BATCH)), torch_encoded(folder)
     prior = torch_part(PriorTransformer, folder, "prior").train()
     optimizer = torch.optim.AdamW(learning(prior).values(), lr=1e-3, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)

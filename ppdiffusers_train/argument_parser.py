@@ -1,0 +1,106 @@
+"""A parser that answers every mistake with one line and status 2, and reads YAML files with the flags' names."""
+
+import argparse
+import difflib
+import math
+import os
+import sys
+
+import yaml
+
+# Types: what a flag accepts. argparse turns the message into one line that names the flag.
+
+
+def _number(convert, accepts, expected):
+    def parse(text):
+        try:
+            number = convert(text)
+        except ValueError:
+            number = None
+        if number is None or not accepts(number):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        return number
+
+    return parse
+
+
+positive_int = _number(int, lambda number: number > 0, "a whole number above 0")
+non_negative_int = _number(int, lambda number: number >= 0, "a whole number from 0 on")
+seed = _number(int, lambda number: 0 <= number < 2**63, "a whole number from 0 to 2**63 - 1")
+positive_float = _number(float, lambda number: 0 < number < math.inf, "a number above 0")
+non_negative_float = _number(float, lambda number: 0 <= number < math.inf, "a number from 0 on")
+unit_float = _number(float, lambda number: 0 <= number < 1, "a number from 0 to below 1")
+
+
+class Flag(argparse.Action):
+    """`--name` sets it, `--no_name` takes it back (from a config file, say)."""
+
+    def __init__(self, option_strings, dest, default=False, help=None):
+        negated = [option.replace("--", "--no_", 1) for option in option_strings]
+        super().__init__([*option_strings, *negated], dest, nargs=0, default=default, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser with `--config`, nearest names for typos, and errors of one line."""
+
+    def __init__(self, **options):
+        options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+        self.add_argument("--config", metavar="FILE", help="YAML file with flags by name; the command line wins")
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config")
+        finder.error = self.error
+        config = finder.parse_known_args(args)[0].config
+        # Config values stand before the command line's, as if typed first: the last one wins, and types are checked.
+        return super().parse_known_args((self._config_arguments(config) if config else []) + args, namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            if name.startswith("-"):
+                self.error(f"{name} is not a flag of this script{self._nearest(name)}")
+            self.error(f"unexpected argument {unknown[0]!r}; flags begin with --")
+        return values
+
+    def error(self, message):
+        self.exit(2, f"{os.path.basename(self.prog)}: error: {' '.join(message.split())}\n")
+
+    def _nearest(self, name):
+        matches = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        return f"; did you mean {matches[0]}?" if matches else "; --help lists them"
+
+    def _config_arguments(self, path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = yaml.safe_load(file) or {}
+        except (OSError, UnicodeDecodeError) as error:
+            self.error(f"--config: cannot read {path!r}: {getattr(error, 'strerror', None) or error}")
+        except yaml.YAMLError as error:
+            self.error(f"--config: {path!r} is not valid YAML: {error}")
+        if not isinstance(values, dict):
+            self.error(f"--config: {path!r} holds a {type(values).__name__}; expected lines of the form 'name: value'")
+        arguments = []
+        for name, value in values.items():
+            action = self._option_string_actions.get(f"--{name}")
+            if action is None or name in ("config", "help"):
+                self.error(f"--config: {path!r} sets {name!r}, which is not a flag{self._nearest(f'--{name}')}")
+            if value is None:
+                continue
+            if isinstance(action, Flag):
+                if not isinstance(value, bool):
+                    self.error(f"--config: {path!r} sets {name!r} to {value!r}; expected true or false")
+                arguments.append(f"--{name}" if value else f"--no_{name}")
+            elif action.nargs is not None and isinstance(value, list):
+                arguments += [f"--{name}", *map(str, value)]
+            elif isinstance(value, (list, dict)):
+                self.error(f"--config: {path!r} sets {name!r} to a {type(value).__name__}; expected one value")
+            else:
+                arguments.append(f"--{name}={value}")
+        return arguments

@@ -1,0 +1,36 @@
+"""Which timesteps training draws, as a distribution over all of them."""
+
+import numpy as np
+
+
+def timestep_weights(strategy: str, count: int, multiplier: float, portion: float, begin: int, end: int) -> np.ndarray:
+    """The probability of each timestep, [count] float64, some of them `multiplier` times as likely as the others.
+
+    Args:
+        strategy: which: the first ("earlier") or last ("later") `portion` of all, those in [begin, end) ("range"),
+            or "none" of them.
+        count: number of timesteps.
+    Raises:
+        ValueError: names the parameter that makes no sense, what it is and what is expected.
+    """
+    weights = np.ones(count)
+    if strategy == "none":
+        return weights / count
+    if multiplier <= 0:
+        raise ValueError(f"timestep_bias_multiplier: {multiplier:g} is not above 0; to leave steps out, use a range")
+    if strategy == "range":
+        if not 0 <= begin < end <= count:
+            raise ValueError(
+                f"timestep_bias_begin, timestep_bias_end: {begin} and {end} are no range; expected 0 <= begin < end "
+                f"<= {count}, the model's number of timesteps"
+            )
+        weights[begin:end] *= multiplier
+    else:
+        biased = int(portion * count)
+        if not 0 < biased <= count:
+            raise ValueError(
+                f"timestep_bias_portion: {portion:g} of {count} timesteps are {biased}; expected a number above 0, up "
+                "to 1"
+            )
+        weights[slice(0, biased) if strategy == "earlier" else slice(count - biased, count)] *= multiplier
+    return weights / weights.sum()
