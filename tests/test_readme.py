@@ -1,4 +1,4 @@
-"""What the READMEs tell a reader to type is run here, on the tiny Kandinsky; an unknown command is an error."""
+"""What the READMEs tell a reader to type is run here, on tiny models; an unknown command is an error."""
 
 import ppdiffusers_train  # noqa: F401
 from ppdiffusers_train import cli
@@ -8,16 +8,22 @@ import os
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
-from ppdiffusers import KandinskyV22CombinedPipeline
+from ppdiffusers import KandinskyV22CombinedPipeline, StableDiffusionXLPipeline
 
 from tests.conftest import ROOT, copy_photos
 from tests.distributed.test_ranks import environment, launch_command
 
 READMES = ("README.md", "README_zh.md")
-SMALL_PICTURE = {"height": 64, "width": 64, "num_inference_steps": 2, "prior_num_inference_steps": 2}
+SMALL_PICTURE = {"height": 64, "width": 64, "num_inference_steps": 2}
+SMALL_PICTURES = {
+    KandinskyV22CombinedPipeline: {**SMALL_PICTURE, "prior_num_inference_steps": 2},
+    StableDiffusionXLPipeline: SMALL_PICTURE,
+}
 HUB = "kandinsky-community/kandinsky-2-2-{}"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 CHECKPOINT = "checkpoint-15000"  # the last one of the README's run; here a run has two steps
 
 
@@ -91,41 +97,48 @@ def launch_two(words, last):
     assert done.returncode == 0 and "wrote the result to kandi2-" in done.stdout, done.stdout[-3000:] + done.stderr
 
 
-def test_a_reader_can_type_all_of_it_in_this_order(kandinsky_jobs, kandinsky, tmp_path, monkeypatch, capsys):
+def draw_small(monkeypatch):
+    """Make the pipelines draw small pictures in few steps, whatever they are asked for."""
+    for pipeline, small in SMALL_PICTURES.items():
+        draw = pipeline.__call__
+        monkeypatch.setattr(
+            pipeline,
+            "__call__",
+            lambda self, *prompt, draw=draw, small=small, **options: draw(self, *prompt, **{**options, **small}),
+        )
+
+
+def test_a_reader_can_type_all_of_it_in_this_order(
+    kandinsky_jobs, kandinsky, sdxl_jobs, sdxl, tmp_path, monkeypatch, capsys
+):
     """The commands start in a copy of the repository's folders, with two steps each, and four where a run goes on."""
     photos = copy_photos(tmp_path / "examples" / "data" / "photos", 7)
-    (tmp_path / "examples" / "kandinsky2_2").mkdir()
+    for folder in ("kandinsky2_2", "sdxl"):
+        (tmp_path / "examples" / folder).mkdir()
     monkeypatch.chdir(tmp_path)
-    draw = KandinskyV22CombinedPipeline.__call__
-    monkeypatch.setattr(
-        KandinskyV22CombinedPipeline,
-        "__call__",
-        lambda self, *prompt, **options: draw(self, *prompt, **{**options, **SMALL_PICTURE}),
-    )
+    draw_small(monkeypatch)
     prior, decoder = kandinsky
-    last = [
-        f"--pretrained_prior_model_name_or_path={prior}",
-        f"--pretrained_decoder_model_name_or_path={decoder}",
-        "--resolution=64",
-        "--checkpointing_steps=2",
-        "--report_to=none",
-    ]
+    small = ["--resolution=64", "--checkpointing_steps=2", "--report_to=none"]
+    models = [f"--pretrained_prior_model_name_or_path={prior}", f"--pretrained_decoder_model_name_or_path={decoder}"]
+    jobs = {script_name(name): (job, [*models, *small]) for name, job in kandinsky_jobs.items()}
+    models = [f"--pretrained_model_name_or_path={sdxl}", f"--pretrained_vae_model_name_or_path={sdxl}"]
+    jobs.update({script_name(name): (job, [*models, *small]) for name, job in sdxl_jobs.items()})
 
     def train(words):
         if words[2:4] == ["-m", "paddle.distributed.launch"]:
-            return launch_two(words[4:], last)
-        job = {script_name(name): job for name, job in kandinsky_jobs.items()}.get(words[2])
-        assert words[:2] == ["python", "-u"] and job, f"not a command that this test knows: {words}"
-        flags = words[3:]
+            return launch_two(words[4:], jobs[words[6]][1])
+        assert words[:2] == ["python", "-u"] and words[2] in jobs, f"not a command that this test knows: {words}"
+        (job, last), flags = jobs[words[2]], words[3:]
         resumes = "--resume_from_checkpoint" in flags
         if "--validation_prompt" in flags or "--validation_prompts" in flags:
             flags = [*flags, "--num_validation_images=1", "--validation_inference_steps=2", "--validation_steps=2"]
         job.main([*flags, *last, f"--max_train_steps={4 if resumes else 2}"])
         said = capsys.readouterr().out
-        assert "wrote the result to kandi2-" in said and resumes == ("resumed from" in said)
+        assert "wrote the result to " in said and resumes == ("resumed from" in said)
 
     def change_folder(words):
-        assert (ROOT / words[1]).is_dir()
+        here = (Path.cwd() / words[1]).resolve().relative_to(tmp_path)
+        assert (ROOT / here).is_dir()
         os.chdir(words[1])  # `monkeypatch.chdir` above goes back at the end
 
     def run_tool(words):
@@ -138,7 +151,7 @@ def test_a_reader_can_type_all_of_it_in_this_order(kandinsky_jobs, kandinsky, tm
         "python": train,
         "ppdiffusers-train": run_tool,
     }
-    local = {HUB.format("prior"): prior, HUB.format("decoder"): decoder, CHECKPOINT: "checkpoint-2"}
+    local = {HUB.format("prior"): prior, HUB.format("decoder"): decoder, SDXL: sdxl, CHECKPOINT: "checkpoint-2"}
     for language, code in code_blocks("README.md"):
         if language == "bash":
             for words in commands(code):

@@ -28,13 +28,13 @@ class EMA:
         self.averages = {name: parameter.detach().astype("float32").clone() for name, parameter in parameters.items()}
 
     @paddle.no_grad()
-    def update(self, masters: dict) -> None:
+    def update(self, masters=()) -> None:
         """Follow the parameters by one step.
 
         Args:
             masters: `{parameter.name: float32 tensor}` of parameters of which an optimizer keeps a better copy.
         """
-        self.updates += 1
+        self.updates, masters = self.updates + 1, dict(masters)
         decay = ema_decay(self.updates, self.max_decay)
         for name, average in self.averages.items():
             parameter = self.parameters[name]

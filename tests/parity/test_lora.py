@@ -239,7 +239,9 @@ def test_kohya_files_answer_the_same_in_diffusers_alpha_included(folders, tmp_pa
     save_lora(ours, tmp_path / "ours", "ppdiffusers")
     file = tmp_path / "kohya.safetensors"
     convert(["convert-lora", str(tmp_path / "ours"), "--to", "kohya", "--output", str(file)])
-    state, alphas = StableDiffusionPipeline.lora_state_dict(str(file), unet_config=theirs.config)
+    state, alphas = StableDiffusionPipeline.lora_state_dict(
+        str(tmp_path), weight_name=file.name, unet_config=theirs.config
+    )
     assert set(alphas.values()) == {ALPHA}
     StableDiffusionPipeline.load_lora_into_unet(state, alphas, theirs)
     assert close(torch_answer(theirs, inputs), paddle_answer(ours, inputs))

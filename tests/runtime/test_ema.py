@@ -18,7 +18,7 @@ def follow(values):
     ema = EMA(dict(layer.named_parameters()))
     for value in values:
         layer.weight.set_value(paddle.full([1, 1], value))
-        ema.update({})
+        ema.update()
     return layer, ema
 
 
