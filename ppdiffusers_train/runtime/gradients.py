@@ -5,8 +5,11 @@ import paddle
 
 @paddle.no_grad()
 def global_norm(gradients: list):
-    """√(Σ g²) over all numbers of all gradients: a float32 scalar, not yet fetched from the device."""
-    return paddle.stack([gradient.astype("float32").norm() for gradient in gradients]).norm()
+    """√(Σ g²) over all numbers of all gradients: a float32 scalar, not yet fetched from the device.
+
+    By sums of squares: `Tensor.norm` takes over ten times as long on Paddle 3's CPUs.
+    """
+    return paddle.stack([gradient.astype("float32").square().sum() for gradient in gradients]).sum().sqrt()
 
 
 @paddle.no_grad()
