@@ -98,7 +98,7 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
     )
     group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="`constant` has no warm-up")
     group.add_argument("--lr_warmup_steps", type=non_negative_int, default=500, help="optimizer steps of warm-up")
-    group.add_argument("--use_8bit_adam", action=Flag, help="8-bit AdamW (Paddle has none: float32 AdamW is used)")
+    group.add_argument("--use_8bit_adam", action=Flag, help="keep AdamW's moments in 8 bits: a quarter of their memory")
     group.add_argument("--adam_beta1", type=unit_float, default=0.9, help="decay of AdamW's first moment")
     group.add_argument("--adam_beta2", type=unit_float, default=0.999, help="decay of AdamW's second moment")
     group.add_argument("--adam_weight_decay", type=non_negative_float, default=weight_decay, help="decoupled decay")

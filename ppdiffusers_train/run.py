@@ -54,8 +54,6 @@ def notices(args, precision: Precision, total_steps: int):
     """One line for each flag that does not do here what its name says."""
     if precision.notice:
         yield precision.notice
-    if args.use_8bit_adam:
-        yield "--use_8bit_adam: Paddle has no 8-bit Adam; AdamW keeps its moments in float32"
     if args.allow_tf32 and not set_tf32(True):
         yield "--allow_tf32: no effect, this device has no TF32"
     if args.deterministic and not set_deterministic():

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from ppdiffusers_train.data.bad_samples import BadSamples
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.runtime.adamw_8bit import AdamW8bit
 from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.runtime.ema import EMA
 from ppdiffusers_train.runtime.gradients import clipping_factor, global_norm, scale_gradients
@@ -150,7 +151,13 @@ def build_training_state(module, args, total_steps: int, samples_per_step: int, 
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=total_steps,
     )
-    optimizer = paddle.optimizer.AdamW(
+    if args.use_8bit_adam and (args.sharding_degree > 1 or args.amp_level == "O2"):
+        raise UserError(
+            "--use_8bit_adam: its state is neither split over cards nor kept for low-precision weights; "
+            "expected it without --sharding_degree and --amp_level O2"
+        )
+    optimizer_class = AdamW8bit if args.use_8bit_adam else paddle.optimizer.AdamW
+    optimizer = optimizer_class(
         learning_rate=lr_scheduler,
         parameters=list(parameters.values()),
         beta1=args.adam_beta1,

@@ -249,7 +249,6 @@ def test_resolution_is_the_size_of_the_pixels(decoder_job, decoder_flags, photos
     "flag, said",
     [
         ("--mixed_precision=bf16", "--mixed_precision bf16: no effect on a CPU, training in float32"),
-        ("--use_8bit_adam", "--use_8bit_adam: Paddle has no 8-bit Adam; AdamW keeps its moments in float32"),
         ("--allow_tf32", "--allow_tf32: no effect, this device has no TF32"),
         ("--deterministic", "--deterministic: no effect, this device computes the same way every time"),
         ("--amp_level=O2", "--amp_level O2: no effect without --mixed_precision fp16 or bf16"),

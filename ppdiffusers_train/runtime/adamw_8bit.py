@@ -1,0 +1,110 @@
+"""AdamW with block-wise 8-bit moments (Dettmers et al. 2021, arXiv 2110.02861), in Paddle's tensor operations.
+
+A moment is kept as one byte per number and one float32 scale per block. Each step turns it into float32, updates it as
+AdamW does, and rounds it again. One outlier spoils the resolution of its block alone.
+"""
+
+import numpy as np
+import paddle
+
+BLOCK = 256  # numbers that share a scale; the paper has 2048, smaller blocks are closer to float32 and cost 1.5 %
+SMALLEST = 4096  # tensors of fewer numbers keep float32 moments (section 3)
+
+
+def dynamic_tree_map(signed: bool) -> np.ndarray:
+    """The 256 numbers in [-1, 1] or [0, 1] that a byte can mean, ascending (section 1.3 and figure 2).
+
+    Leading zeros of the byte are a power of ten, the rest divides [0.1, 1] evenly: small numbers keep relative
+    precision over seven orders of magnitude. 0 and 1 are exact.
+    """
+    positive = []
+    for exponent in range(7):
+        count = 2 ** (6 - exponent) if signed else 2 ** (7 - exponent)
+        edges = np.linspace(0.1, 1, count + 1)
+        positive.extend((edges[:-1] + edges[1:]) / 2 * 10.0**-exponent)
+    negative = [-value for value in positive] if signed else []
+    return np.sort(np.float32([*positive, *negative, 0.0, 1.0]))
+
+
+class Moments:
+    """How a tensor is kept in 8 bits: `pack` and `unpack` with the map of signed or of non-negative numbers."""
+
+    def __init__(self, signed: bool):
+        values = dynamic_tree_map(signed)
+        self.values = paddle.to_tensor(values)
+        self.borders = paddle.to_tensor((values[1:] + values[:-1]) / 2)
+
+    def pack(self, tensor) -> tuple:
+        """[n] float32 -> bytes [blocks · BLOCK] uint8, scales [blocks, 1] float32: each number's nearest in the map."""
+        padding = -tensor.shape[0] % BLOCK
+        blocks = (paddle.concat([tensor, paddle.zeros([padding])]) if padding else tensor).reshape([-1, BLOCK])
+        scales = blocks.abs().max(axis=1, keepdim=True)
+        codes = paddle.searchsorted(self.borders, (blocks / paddle.clip(scales, min=1e-38)).flatten())
+        return codes.astype("uint8"), scales
+
+    def unpack(self, codes, scales, size: int):
+        """The reverse of `pack`, [size] float32."""
+        numbers = paddle.gather(self.values, codes.astype("int64"))
+        return (numbers.reshape([-1, BLOCK]) * scales).flatten()[:size]
+
+
+class AdamW8bit(paddle.optimizer.AdamW):
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) whose moments take a quarter of the memory.
+
+    Arguments are those of `paddle.optimizer.AdamW` that are used here; parameters are float32.
+    """
+
+    def __init__(self, learning_rate, parameters, beta1, beta2, epsilon, weight_decay):
+        super().__init__(learning_rate, parameters=parameters, weight_decay=weight_decay)
+        self.betas, self.epsilon, self.decay = (beta1, beta2), epsilon, weight_decay
+        self.first, self.second = Moments(signed=True), Moments(signed=False)
+        self.states = {}  # {parameter's name: {name: tensor}}
+
+    @paddle.no_grad()
+    def step(self):
+        """Update every parameter that has a gradient."""
+        for parameter in self._parameter_list:
+            if not parameter.stop_gradient and parameter.grad is not None:
+                self._update(parameter)
+
+    def _update(self, parameter):
+        (beta1, beta2), size = self.betas, parameter.size
+        state = self.states.setdefault(parameter.name, {})
+        count = int(state["step"]) + 1 if state else 1
+        gradient = parameter.grad.astype("float32").flatten()
+        moment1, moment2 = self._moments(state, size)
+        moment1 = beta1 * moment1 + (1 - beta1) * gradient
+        moment2 = beta2 * moment2 + (1 - beta2) * gradient.square()
+        rate = self.get_lr()
+        change = (moment1 / (1 - beta1**count)) / ((moment2 / (1 - beta2**count)).sqrt() + self.epsilon)
+        value = parameter.flatten() * (1 - rate * self.decay) - rate * change
+        parameter.set_value(value.reshape(parameter.shape))
+        state["step"] = paddle.to_tensor([count], dtype="int64")
+        if size < SMALLEST:
+            state["moment1"], state["moment2"] = moment1, moment2
+        else:
+            state["moment1_codes"], state["moment1_scales"] = self.first.pack(moment1)
+            state["moment2_codes"], state["moment2_scales"] = self.second.pack(moment2)
+
+    def _moments(self, state: dict, size: int) -> tuple:
+        if not state:
+            return paddle.zeros([size]), paddle.zeros([size])
+        if size < SMALLEST:
+            return state["moment1"], state["moment2"]
+        return (
+            self.first.unpack(state["moment1_codes"], state["moment1_scales"], size),
+            self.second.unpack(state["moment2_codes"], state["moment2_scales"], size),
+        )
+
+    def state_dict(self) -> dict:
+        """`{"<parameter's name>_<name>": tensor}`."""
+        return {f"{name}_{key}": tensor for name, state in self.states.items() for key, tensor in state.items()}
+
+    def set_state_dict(self, state_dict: dict) -> None:
+        """Take over what `state_dict` returned."""
+        self.states = {}
+        names = ("step", "moment1", "moment2", "moment1_codes", "moment1_scales", "moment2_codes", "moment2_scales")
+        for parameter in self._parameter_list:
+            own = {key: state_dict.get(f"{parameter.name}_{key}") for key in names}
+            if own["step"] is not None:
+                self.states[parameter.name] = {key: tensor for key, tensor in own.items() if tensor is not None}
