@@ -172,6 +172,7 @@ def launch_training_task(module, dataset, args) -> None:
     with ranks.main_first() as is_turn:
         if is_turn:
             write_result(module, state, output_dir, args, say)
+    ranks.gather(None)  # rank 0 answers the others' questions whether it is done: it must not end before they know
 
 
 @dataclass

@@ -13,11 +13,14 @@ import argparse
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import tempfile
 import time
 from pathlib import Path
+
+from paddle.distributed import parallel
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.runtime.checkpoint import checkpoints, read_state
@@ -54,6 +57,7 @@ def start(job, flags: list, ranks: int, log: Path) -> list:
                 PADDLE_MASTER=master,
                 PADDLE_DISTRI_BACKEND="gloo",
             )
+            parallel._global_parallel_env = None  # an import has read the variables of a process alone
         status = 1
         try:
             job.main(flags)
@@ -98,7 +102,7 @@ def torture(job, flags: list, folder: Path, kills: int, ranks: int, seed: int = 
     """Kill a run `kills` times and let it end; returns how many of the kills found a run that had begun to train."""
     chance, done, useful = random.Random(seed), 0, 0
     flags = [*flags, f"--output_dir={folder}", "--resume_from_checkpoint=latest", "--checkpointing_steps=1"]
-    longest = 4.0 if ranks > 1 else 2.5
+    longest = 8.0 if ranks > 1 else 2.5  # two ranks need three seconds to meet
     before = complete(folder)
     while done < kills:
         # However fast the machine: the run's steps last for all kills.
@@ -140,6 +144,8 @@ def survive(root: Path, kills: int, ranks: int, seed: int) -> int:
     )
     useful = torture(job, flags, root / "killed", kills, ranks, seed)
     assert same(weights(root / "whole", "prior"), weights(root / "killed", "prior"))
+    # 1 x 2 samples of each rank: that they have trained together, not each for itself.
+    assert set(re.findall(r"steps of (\d+) samples", (root / "log").read_text())) == {str(2 * ranks)}
     return useful
 
 
