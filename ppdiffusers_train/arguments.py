@@ -19,7 +19,7 @@ __all__ = ["ArgumentParser", "Flag", "unit_float"]  # for scripts, beside the gr
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_BIAS_STRATEGIES = ("none", "earlier", "later", "range")
-INTERPOLATION_MODES = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+INTERPOLATION_MODES = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest-exact")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -34,10 +34,12 @@ def add_data_arguments(parser):
     group.add_argument("--max_train_samples", type=positive_int, help="use this many samples, chosen by the seed")
     group.add_argument("--cache_dir", metavar="DIR", help="where downloaded models and datasets are kept")
     group.add_argument(
-        "--encoded_cache_dir",
-        metavar="DIR",
-        help="run the frozen encoders once per sample, keep the results here, and train from them",
+        "--encoded_cache",
+        action=Flag,
+        default=None,
+        help="run the frozen encoders once per sample, keep the results in output_dir/encoded, and train from them",
     )
+    group.add_argument("--encoded_cache_dir", metavar="DIR", help="keep them here instead, for other runs, too")
     group.add_argument(
         "--cache_variants", type=positive_int, default=1, help="random crops and flips of a sample that the cache keeps"
     )
@@ -149,17 +151,9 @@ def add_sdxl_arguments(parser):
     group = parser.add_argument_group("images")
     group.add_argument("--center_crop", action=Flag, help="crop the centre; default: anywhere, drawn for each sample")
     group.add_argument("--random_flip", action=Flag, help="mirror every second image, drawn for each sample")
-    group.add_argument(
-        "--image_interpolation_mode", choices=sorted(INTERPOLATION_MODES), default="lanczos", help="of resizing"
-    )
+    group.add_argument("--image_interpolation_mode", choices=INTERPOLATION_MODES, default="lanczos", help="of resizing")
     group.add_argument(
         "--min_image_size", type=positive_int, metavar="PIXELS", help="refuse images with a shorter side than this"
-    )
-    group.add_argument(
-        "--encoded_cache",
-        action=Flag,
-        default=True,
-        help="keep encoded samples on disk, in output_dir/encoded unless --encoded_cache_dir says where",
     )
     return group
 

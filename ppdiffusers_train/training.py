@@ -5,7 +5,6 @@ import ppdiffusers_train  # noqa: F401  (before paddle)
 import contextlib
 import json
 import math
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from signal import Signals
@@ -16,7 +15,6 @@ from safetensors import SafetensorError
 from ppdiffusers_train.data.encoded_cache import encode_dataset
 from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches
 from ppdiffusers_train.data.order import SampleOrder, micro_batches
-from ppdiffusers_train.draws import Draws, generator
 from ppdiffusers_train.errors import RunError
 from ppdiffusers_train.module import encode_each
 from ppdiffusers_train.reporting.hub import check_hub_login, push_to_hub
@@ -30,20 +28,29 @@ from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
 from ppdiffusers_train.runtime.signals import StopRequest
 from ppdiffusers_train.runtime.silu import repair_silu
 from ppdiffusers_train.state import TrainingState, build_training_state
+from ppdiffusers_train.step import backward, describe_failure, seed_layers, set_training_mode
 
 
 def check_run(args) -> None:
-    """Settle the seed, and raise a `UserError` for what can be seen to be wrong before data and models are loaded."""
+    """Settle what comes before data and models: the cache's folder, and the seed, on which LoRA's first values depend.
+
+    Raises:
+        UserError: for all that can be seen to be wrong by then.
+    """
     quiet_libraries()
     output_dir = Path(args.output_dir)
     require_writable(output_dir, "--output_dir")
     tracker_names(args.report_to)
     if args.push_to_hub:
         check_hub_login(args.hub_token)
+    if args.encoded_cache is False:
+        args.encoded_cache_dir = None
+    elif args.encoded_cache and not args.encoded_cache_dir:
+        args.encoded_cache_dir = str(output_dir / "encoded")
     saved = None
     if args.resume_from_checkpoint:
         saved = find_checkpoint(args.resume_from_checkpoint, output_dir, say=lambda message: None)[1]
-    settle_seed(args, saved)  # before models and data: LoRA's initial values and the choice of samples depend on it
+    settle_seed(args, saved)
 
 
 def launch_training_task(module, dataset, args) -> None:
@@ -175,38 +182,6 @@ def launch_training_task(module, dataset, args) -> None:
     ranks.gather(None)  # rank 0 answers the others' questions whether it is done: it must not end before they know
 
 
-@dataclass
-class Part:
-    """One batch's contribution to a step."""
-
-    loss: object  # its part of the window's mean loss, on the device
-    draws: Draws
-    positions: list  # of its samples
-    errors: dict  # {position: message} of those that could not be used
-
-
-def backward(module, encode, loaded, positions, window: range, state: TrainingState, ranks: Ranks) -> Part:
-    """Add the gradients of one batch, the samples at `positions`, to those of its step's `window`.
-
-    Args:
-        encode: turns the batch into encoded samples; None where it holds them already.
-        loaded: the batch, and the messages of samples that cannot be used.
-    """
-    batch, errors = loaded
-    errors = {positions[i]: message for i, message in errors.items()}
-    good = [position for position in positions if position not in errors]
-    draws = Draws(state.seed, good)
-    if not good:
-        return Part(paddle.zeros([]), draws, good, errors)
-    with state.precision.autocast():
-        encoded = encode(batch) if encode else batch
-        # By its share of the samples: right for a short last batch, and for a short last window.
-        loss = module(encoded, draws) * (len(good) / len(window))
-    # Gradients are averaged over ranks, but each rank has its part of one sum.
-    state.precision.scaler.scale(loss * ranks.world_size if ranks.world_size > 1 else loss).backward()
-    return Part(loss.detach().astype("float32"), draws, good, errors)
-
-
 def save_checkpoint(state: TrainingState, ranks: Ranks, output_dir: Path, info: dict, args, say) -> None:
     """Write `checkpoint-<step>`: rank 0 all of it, but a sharded optimizer's share each rank that holds one.
 
@@ -256,20 +231,6 @@ def write_result(module, state: TrainingState, output_dir: Path, args, say) -> N
         say(f"uploaded to {url}")
 
 
-def seed_layers(seed: int, step: int, rank: int) -> None:
-    """Seed Paddle's own generator, from which dropout draws, as a function of (seed, step, rank) alone."""
-    paddle.seed(int(generator(seed, step, f"layers of rank {rank}").integers(2**31)))
-
-
-def set_training_mode(module) -> None:
-    """Put every model in which something learns into training mode; the frozen ones stay in evaluation mode."""
-    for model in module.children():
-        if any(not parameter.stop_gradient for parameter in model.parameters()):
-            model.train()
-        else:
-            model.eval()
-
-
 def validation_is_due(args, step: int, position: int, rows: int, total_steps: int) -> bool:
     """Whether to draw after `step`, which ended at `position` of the run."""
     if step == total_steps:
@@ -277,18 +238,3 @@ def validation_is_due(args, step: int, position: int, rows: int, total_steps: in
     if args.validation_steps:
         return step % args.validation_steps == 0
     return position % (rows * args.validation_epochs) == 0
-
-
-def describe_failure(parts: list, norm: float, ranks: Ranks, order: SampleOrder, dataset) -> str:
-    """Which of this rank's samples and draws made a step something that is not a number; empty where none did."""
-    bad = [part for part in parts if not math.isfinite(float(part.loss))]
-    if not bad and (ranks.rank > 0 or math.isfinite(norm)):
-        return ""
-    what = f"the loss is {float(bad[0].loss)}" if bad else f"the norm of the gradients is {norm}"
-    named = [
-        f"{', '.join(dataset.name(order.row(position)) for position in part.positions)} ("
-        + ("; ".join(f"{name} {values.tolist()}" for name, values in part.draws.drawn_integers.items()) or "no draws")
-        + ")"
-        for part in (bad[:1] or parts)
-    ]
-    return f"rank {ranks.rank}: {what} on {' and '.join(named)}"

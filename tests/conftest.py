@@ -6,11 +6,13 @@ import importlib.util
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
+from paddle.base import core
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "examples" / "data" / "photos"
@@ -76,24 +78,35 @@ def sdxl_flags(sdxl, photos, tmp_path):
 @pytest.fixture
 def train_sdxl(sdxl_jobs, sdxl_flags, tmp_path):
     """`train_sdxl("lora_sdxl", *flags, out="out")` runs that script's `main` and returns its output folder."""
-
-    def run(name, *flags, out="out"):
-        sdxl_jobs[name].main([*sdxl_flags, f"--output_dir={tmp_path / out}", *map(str, flags)])
-        return tmp_path / out
-
-    return run
+    return runner(sdxl_jobs, sdxl_flags, tmp_path)
 
 
 @pytest.fixture
 def build_sdxl_module(sdxl_jobs, sdxl_flags):
     """`build_sdxl_module("sdxl", *flags)` is that script's training module."""
+    return builder(sdxl_jobs, sdxl_flags)
 
-    def module(name, *flags):
-        job = sdxl_jobs[name]
-        module_class = {"sdxl": "SDXLTrainingModule", "lora_sdxl": "SDXLLoRATrainingModule"}[name]
-        return getattr(job, module_class)(job.build_parser().parse_args([*sdxl_flags, *map(str, flags)]))
 
-    return module
+def runner(jobs, flags, tmp_path):
+    """`run(name, *more, out="out")` runs the script of that name with `flags` and returns its output folder."""
+
+    def run(name, *more, out="out"):
+        jobs[name].main([*flags, f"--output_dir={tmp_path / out}", *map(str, more)])
+        return tmp_path / out
+
+    return run
+
+
+def builder(jobs, flags):
+    """`build(name, *more)` is the training module of the script of that name, with `flags`."""
+
+    def build(name, *more):
+        job = jobs[name]
+        modules = (value for key, value in vars(job).items() if key.endswith("TrainingModule"))
+        module_class = next(value for value in modules if value.__module__ == job.__name__)
+        return module_class(job.build_parser().parse_args([*flags, *map(str, more)]))
+
+    return build
 
 
 @pytest.fixture(scope="session")
@@ -147,45 +160,21 @@ def short_run(photos):
 
 
 @pytest.fixture
-def train_decoder(decoder_job, decoder_flags, tmp_path):
-    """`train_decoder(*flags, out="out")` runs the script's `main` and returns its output folder."""
-
-    def train(*flags, out="out"):
-        decoder_job.main([*decoder_flags, f"--output_dir={tmp_path / out}", *map(str, flags)])
-        return tmp_path / out
-
-    return train
+def train(kandinsky_jobs, decoder_flags, tmp_path):
+    """`train("prior_lora", *flags, out="out")` runs that script's `main` and returns its output folder."""
+    return runner(kandinsky_jobs, decoder_flags, tmp_path)
 
 
 @pytest.fixture
-def train(kandinsky_jobs, decoder_flags, tmp_path):
-    """`train("prior_lora", *flags, out="out")` runs that script's `main` and returns its output folder."""
-
-    def run(name, *flags, out="out"):
-        kandinsky_jobs[name].main([*decoder_flags, f"--output_dir={tmp_path / out}", *map(str, flags)])
-        return tmp_path / out
-
-    return run
+def train_decoder(train):
+    """`train_decoder(*flags, out="out")` does so for the decoder."""
+    return partial(train, "decoder")
 
 
 @pytest.fixture
 def build(kandinsky_jobs, decoder_flags):
     """`build("prior_lora", *flags)` is that script's training module."""
-
-    def module(name, *flags):
-        job = kandinsky_jobs[name]
-        module_class = next(value for key, value in vars(job).items() if key == MODULES[name])
-        return module_class(job.build_parser().parse_args([*decoder_flags, *map(str, flags)]))
-
-    return module
-
-
-MODULES = {
-    "decoder": "KandinskyDecoderTrainingModule",
-    "prior": "KandinskyPriorTrainingModule",
-    "decoder_lora": "KandinskyDecoderLoRATrainingModule",
-    "prior_lora": "KandinskyPriorLoRATrainingModule",
-}
+    return builder(kandinsky_jobs, decoder_flags)
 
 
 def encode(module, rows, indices):
@@ -197,6 +186,21 @@ def encode(module, rows, indices):
     return encode_each(
         module, {name: paddle.to_tensor(np.stack([sample[name] for sample in samples])) for name in samples[0]}
     )
+
+
+def kept_for_backward(module):
+    """Bytes that the forward pass of two samples keeps for the backward pass, and the gradients that come of it."""
+    from ppdiffusers_train.data.image_folder import build_dataset
+    from ppdiffusers_train.draws import Draws
+    from ppdiffusers_train.step import set_training_mode
+
+    set_training_mode(module)
+    encoded = encode(module, build_dataset(module.args), [0, 1])
+    before = core.host_memory_stat_current_value("Allocated", 0)
+    loss = module(encoded, Draws(0, [0, 1]))
+    kept = core.host_memory_stat_current_value("Allocated", 0) - before
+    loss.backward()
+    return kept, [parameter.grad.numpy() for parameter in module.trainable_parameters()]
 
 
 def same(one, other):

@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "cli": {"argument_parser", "arguments", "data", "errors", "models"},
     "state": {"data", "runtime", "errors"},
     "run": {"runtime", "errors"},
-    "training": {"run", "data", "runtime", "reporting", "draws", "module", "errors", "state"},
+    "step": {"data", "draws", "runtime", "state"},
+    "training": {"run", "data", "runtime", "reporting", "draws", "module", "errors", "state", "step"},
 }
 
 

@@ -67,9 +67,7 @@ class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
         if args.gradient_checkpointing:
             enable_recompute(self.unet)
         if args.enable_xformers_memory_efficient_attention:
-            notice = enable_memory_efficient_attention(self.unet)
-            if notice:
-                print(notice)
+            enable_memory_efficient_attention(self.unet)
 
     def preprocess(self, row, draws):
         """pixel_values [3, R, R] of the centred square; clip_pixel_values of the whole image, as CLIP crops it."""

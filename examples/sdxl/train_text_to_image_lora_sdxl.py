@@ -25,7 +25,7 @@ from ppdiffusers_train.models.sdxl import encode_images, encode_prompts
 from ppdiffusers_train.training import check_run, launch_training_task
 
 sys.path.append(str(Path(__file__).parent))  # where this file is imported, not run
-from train_text_to_image_sdxl import SDXLTrainingModule, settle_cache  # noqa: E402
+from train_text_to_image_sdxl import SDXLTrainingModule  # noqa: E402
 from train_text_to_image_sdxl import build_parser as build_full_parser  # noqa: E402
 
 TEXT_ENCODER_TARGETS = "q_proj,k_proj,v_proj,out_proj"
@@ -86,7 +86,6 @@ class SDXLLoRATrainingModule(SDXLTrainingModule):
 @one_line_errors
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    settle_cache(args)
     check_run(args)
     dataset = build_dataset(args)
     warn_of_small_images(dataset, args.resolution)

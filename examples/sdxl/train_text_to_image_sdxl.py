@@ -51,7 +51,7 @@ def build_parser():
     add_output_arguments(parser, output_dir="sdxl-model-finetuned")
     add_validation_arguments(parser, num_validation_images=4, validation_epochs=1)
     add_reporting_arguments(parser)
-    parser.set_defaults(resolution=1024)
+    parser.set_defaults(resolution=1024, encoded_cache=True)
     return parser
 
 
@@ -81,9 +81,7 @@ class SDXLTrainingModule(DiffusionTrainingModule):
         if args.gradient_checkpointing:
             enable_recompute(self.unet)
         if args.enable_xformers_memory_efficient_attention:
-            notice = enable_memory_efficient_attention(self.unet)
-            if notice:
-                print(notice)
+            enable_memory_efficient_attention(self.unet)
 
     def build_timestep_weights(self):
         """The probability of each timestep, or None where all are alike."""
@@ -184,18 +182,9 @@ class SDXLTrainingModule(DiffusionTrainingModule):
         }
 
 
-def settle_cache(args):
-    """Keep encoded samples beside the run, unless the flags say otherwise."""
-    if not args.encoded_cache:
-        args.encoded_cache_dir = None
-    elif not args.encoded_cache_dir:
-        args.encoded_cache_dir = f"{args.output_dir}/encoded"
-
-
 @one_line_errors
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    settle_cache(args)
     check_run(args)
     dataset = build_dataset(args)
     warn_of_small_images(dataset, args.resolution)

@@ -12,22 +12,13 @@ def center_crop_square(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-INTERPOLATIONS = {
-    "nearest": Image.Resampling.NEAREST,
-    "nearest-exact": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-
-
 def resize_short_side(image: Image.Image, size: int, interpolation: str) -> Image.Image:
     """Scale an image so that its shorter side has `size` pixels; the longer side is rounded down."""
     width, height = image.size
     short = min(width, height)
-    return image.resize((size * width // short, size * height // short), INTERPOLATIONS[interpolation])
+    # torchvision's name for Pillow's `nearest`, which has always been exact
+    filter = Image.Resampling[interpolation.removesuffix("-exact").upper()]
+    return image.resize((size * width // short, size * height // short), filter)
 
 
 def crop_square(image: Image.Image, size: int, draws, center: bool) -> tuple:

@@ -1,14 +1,12 @@
 """Attention kernels."""
 
 
-def enable_memory_efficient_attention(model):
-    """Switch a model to Paddle's memory-efficient attention; where there is none, the line that says so, else None."""
+def enable_memory_efficient_attention(model) -> None:
+    """Switch a model to Paddle's memory-efficient attention, or say that there is none here."""
     try:
         model.enable_xformers_memory_efficient_attention()
     except (NotImplementedError, ModuleNotFoundError, ValueError) as error:
-        reason = str(error).splitlines()[0][:80]
-        return f"--enable_xformers_memory_efficient_attention: no effect, plain attention is used ({reason})"
-    return None
+        announce_plain_attention(str(error).splitlines()[0][:80])
 
 
 def announce_plain_attention(reason: str) -> None:

@@ -43,12 +43,8 @@ class PipelineFolder:
     """
 
     def __init__(self, name_or_path, flag, parts, aliases=None, cache_dir=None, revision=None, variant=None):
-        self.flag, self.name_or_path, self.variant = flag, str(name_or_path), variant
         aliases = aliases or {}
-        names = [*parts, *(aliases[part] for part in parts if part in aliases)]
-        self.path = Path(name_or_path)
-        if not self.path.is_dir():
-            self.path = self._download(names, cache_dir, revision)
+        self._find(name_or_path, flag, [*parts, *aliases.values()], cache_dir, revision, variant)
         if not (self.path / "model_index.json").is_file():
             raise self._error("is not a pipeline: it has no model_index.json")
         self.folders = {}
@@ -58,6 +54,12 @@ class PipelineFolder:
                 has = sorted(child.name for child in self.path.iterdir() if child.is_dir())
                 raise self._error(f"has no part {part!r}; it has {', '.join(has) or 'no parts'}")
             self.folders[part] = self.path / found[0]
+
+    def _find(self, name_or_path, flag, parts, cache_dir, revision, variant):
+        self.flag, self.name_or_path, self.variant = flag, str(name_or_path), variant
+        self.path = Path(name_or_path)
+        if not self.path.is_dir():
+            self.path = self._download(parts, cache_dir, revision)
 
     def _error(self, found):
         return UserError(f"{self.flag}: {self.name_or_path!r} {found}")
@@ -173,10 +175,7 @@ class ModelFolder(PipelineFolder):
     """
 
     def __init__(self, name_or_path, flag, part, class_name, cache_dir=None, revision=None, variant=None):
-        self.flag, self.name_or_path, self.variant = flag, str(name_or_path), variant
-        self.path = Path(name_or_path)
-        if not self.path.is_dir():
-            self.path = self._download(["", part], cache_dir, revision)
+        self._find(name_or_path, flag, ["", part], cache_dir, revision, variant)
         inside = self.path / part
         self.folders = {part: inside if inside.is_dir() else self.path}
         found = self.config(part).get("_class_name")

@@ -59,6 +59,7 @@ class AdamW8bit(paddle.optimizer.AdamW):
         self.betas, self.epsilon, self.decay = (beta1, beta2), epsilon, weight_decay
         self.first, self.second = Moments(signed=True), Moments(signed=False)
         self.states = {}  # {parameter's name: {name: tensor}}
+        self.counts = {}  # {parameter's name: its updates so far}
 
     @paddle.no_grad()
     def step(self):
@@ -70,7 +71,7 @@ class AdamW8bit(paddle.optimizer.AdamW):
     def _update(self, parameter):
         (beta1, beta2), size = self.betas, parameter.size
         state = self.states.setdefault(parameter.name, {})
-        count = int(state["step"]) + 1 if state else 1
+        count = self.counts[parameter.name] = self.counts.get(parameter.name, 0) + 1
         gradient = parameter.grad.astype("float32").flatten()
         moment1, moment2 = self._moments(state, size)
         moment1 = beta1 * moment1 + (1 - beta1) * gradient
@@ -79,7 +80,6 @@ class AdamW8bit(paddle.optimizer.AdamW):
         change = (moment1 / (1 - beta1**count)) / ((moment2 / (1 - beta2**count)).sqrt() + self.epsilon)
         value = parameter.flatten() * (1 - rate * self.decay) - rate * change
         parameter.set_value(value.reshape(parameter.shape))
-        state["step"] = paddle.to_tensor([count], dtype="int64")
         if size < SMALLEST:
             state["moment1"], state["moment2"] = moment1, moment2
         else:
@@ -98,13 +98,16 @@ class AdamW8bit(paddle.optimizer.AdamW):
 
     def state_dict(self) -> dict:
         """`{"<parameter's name>_<name>": tensor}`."""
-        return {f"{name}_{key}": tensor for name, state in self.states.items() for key, tensor in state.items()}
+        tensors = {f"{name}_{key}": tensor for name, state in self.states.items() for key, tensor in state.items()}
+        counts = {f"{name}_step": paddle.to_tensor([count], dtype="int64") for name, count in self.counts.items()}
+        return {**tensors, **counts}
 
     def set_state_dict(self, state_dict: dict) -> None:
         """Take over what `state_dict` returned."""
-        self.states = {}
-        names = ("step", "moment1", "moment2", "moment1_codes", "moment1_scales", "moment2_codes", "moment2_scales")
-        for parameter in self._parameter_list:
-            own = {key: state_dict.get(f"{parameter.name}_{key}") for key in names}
-            if own["step"] is not None:
-                self.states[parameter.name] = {key: tensor for key, tensor in own.items() if tensor is not None}
+        self.states, self.counts = {}, {}
+        names = ("moment1", "moment2", "moment1_codes", "moment1_scales", "moment2_codes", "moment2_scales")
+        for name in (parameter.name for parameter in self._parameter_list):
+            if f"{name}_step" in state_dict:
+                own = {key: state_dict.get(f"{name}_{key}") for key in names}
+                self.states[name] = {key: tensor for key, tensor in own.items() if tensor is not None}
+                self.counts[name] = int(state_dict[f"{name}_step"])

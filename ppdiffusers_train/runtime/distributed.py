@@ -36,9 +36,9 @@ class Ranks:
         self.timeout, self.step, self.turns = timeout, 0, 0
         self.name = ""  # the run's, among those of a process
         self._waiting = None  # (for what, since when), while in a collective
-        # Paddle's store takes a call that a signal interrupts for a broken connection: no signal reaches this thread.
-        self._undisturbed = ThreadPoolExecutor(1, "store", signal.pthread_sigmask, (signal.SIG_BLOCK, STOP_SIGNALS))
         if world_size > 1:
+            # Paddle's store takes a call that a signal interrupts for a broken connection: none reaches this thread.
+            self._undisturbed = ThreadPoolExecutor(1, "store", signal.pthread_sigmask, (signal.SIG_BLOCK, STOP_SIGNALS))
             threading.Thread(target=self._watch, daemon=True).start()
 
     @property

@@ -17,12 +17,12 @@ from ppdiffusers import (
 )
 from ppdiffusers.transformers import (
     CLIPImageProcessor,
-    CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
 
+from ppdiffusers_train.toy.clip import text_config
 from ppdiffusers_train.toy.movq import load_movq
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
 
@@ -93,20 +93,7 @@ def build_unet(channels=(32, 64)) -> UNet2DConditionModel:
 def build_prior_pipeline(tokenizer_directory) -> KandinskyV22PriorPipeline:
     """The prior with both CLIP towers, at random weights."""
     tokenizer = build_tokenizer(tokenizer_directory)
-    text_encoder = CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=EMBEDDING,
-            intermediate_size=2 * EMBEDDING,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=77,
-            projection_dim=EMBEDDING,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    text_encoder = CLIPTextModelWithProjection(text_config(tokenizer, EMBEDDING, layers=2, heads=4))
     image_encoder = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             image_size=CLIP_IMAGE_SIZE,

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import paddle
 from ppdiffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from ppdiffusers.transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from ppdiffusers.transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from ppdiffusers_train.toy.clip import text_config
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
 
 EMBEDDING, TIME_ID_CHANNELS = 32, 8
@@ -20,12 +21,13 @@ def build_sdxl(directory, channels=(16, 32), seed=0) -> Path:
     """
     directory = Path(directory)
     paddle.seed(seed)
+    tokenizers = [build_tokenizer(directory / name) for name in ("tokenizer", "tokenizer_2")]
     StableDiffusionXLPipeline(
         vae=build_vae(),
-        text_encoder=CLIPTextModel(text_config(hidden_act="quick_gelu")),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(hidden_act="gelu")),
-        tokenizer=build_tokenizer(directory / "tokenizer"),
-        tokenizer_2=build_tokenizer(directory / "tokenizer_2"),
+        text_encoder=CLIPTextModel(text_config(tokenizers[0], EMBEDDING, layers=3, heads=2)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizers[1], EMBEDDING, 3, 2, hidden_act="gelu")),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
         unet=build_unet(channels),
         scheduler=build_scheduler(),
         add_watermarker=False,
@@ -50,22 +52,6 @@ def build_vae() -> AutoencoderKL:
         norm_num_groups=8,
         sample_size=64,
         scaling_factor=0.13025,
-    )
-
-
-def text_config(**options) -> CLIPTextConfig:
-    """A text encoder's configuration; the tokenizer has 514 tokens."""
-    return CLIPTextConfig(
-        vocab_size=514,
-        hidden_size=EMBEDDING,
-        intermediate_size=2 * EMBEDDING,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-        projection_dim=EMBEDDING,
-        eos_token_id=512,
-        bos_token_id=513,
-        **options,
     )
 
 

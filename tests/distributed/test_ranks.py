@@ -190,43 +190,43 @@ def test_the_guides_form_of_the_command_and_a_bad_sample_and_the_cache(base_flag
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 6
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(base_flags, tmp_path):
-    flags = [*base_flags, *TWO, f"--output_dir={tmp_path / 'out'}", "--max_train_steps=100000"]
+@contextlib.contextmanager
+def endless_run(base_flags, tmp_path, *flags):
+    """A run of two processes that has begun to write checkpoints: (its launcher, its two ranks' numbers)."""
+    flags = [*base_flags, *TWO, f"--output_dir={tmp_path / 'out'}", "--max_train_steps=100000", *flags]
     script = KANDINSKY / "train_text_to_image_prior.py"
-    command = launch_command(script, *flags, log_dir=tmp_path / "log")
     with open(tmp_path / "said", "w") as said:
-        process = subprocess.Popen(command, env=environment(), stdout=said, stderr=said)
+        command = launch_command(script, *flags, log_dir=tmp_path / "log")
+        launcher = subprocess.Popen(command, env=environment(), stdout=said, stderr=said)
+    ranks = []
     try:
         wait_for(lambda: (tmp_path / "out" / "checkpoint-10").is_dir())
-        rank = ranks_of(process.pid)[1]
-        os.kill(rank, signal.SIGTERM)
-        process.wait(60)
+        ranks = ranks_of(launcher.pid)
+        yield launcher, ranks
     finally:
-        process.kill()
+        launcher.kill()
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):  # the launcher has ended it
+                os.kill(rank, signal.SIGKILL)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(base_flags, tmp_path):
+    with endless_run(base_flags, tmp_path) as (launcher, ranks):
+        os.kill(ranks[1], signal.SIGTERM)
+        launcher.wait(60)
     newest = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     said = [(tmp_path / "log" / f"workerlog.{rank}").read_text() for rank in (0, 1)]
     assert f"SIGTERM: wrote {newest}" in said[0], "".join(said)
     assert json.loads((newest / "state.json").read_text())["step"] == int(newest.name.split("-")[1])
-    assert process.returncode != 0
+    assert launcher.returncode != 0
 
 
 def test_a_rank_that_hangs_is_told_by_the_one_that_waits(base_flags, tmp_path):
-    flags = [*base_flags, *TWO, f"--output_dir={tmp_path / 'out'}", "--max_train_steps=100000"]
-    script = KANDINSKY / "train_text_to_image_prior.py"
-    command = launch_command(script, *flags, "--collective_timeout=3", log_dir=tmp_path / "log")
-    with open(tmp_path / "said", "w") as said:
-        process = subprocess.Popen(command, env=environment(), stdout=said, stderr=said)
-    try:
-        wait_for(lambda: (tmp_path / "out" / "checkpoint-10").is_dir())
-        rank = ranks_of(process.pid)[1]
-        os.kill(rank, signal.SIGSTOP)
+    with endless_run(base_flags, tmp_path, "--collective_timeout=3") as (launcher, ranks):
+        os.kill(ranks[1], signal.SIGSTOP)
         start = time.monotonic()
-        process.wait(60)
+        launcher.wait(60)
         assert time.monotonic() - start < 40
-    finally:
-        process.kill()
-        with contextlib.suppress(ProcessLookupError):  # the launcher has ended it
-            os.kill(rank, signal.SIGKILL)
     said = (tmp_path / "log" / "workerlog.0").read_text()
     assert "rank 0 of 2, step " in said and ": waited 3 s for " in said and "another rank hangs or has ended" in said
 

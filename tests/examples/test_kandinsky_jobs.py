@@ -5,12 +5,8 @@ import ppdiffusers_train  # noqa: F401
 import json
 
 import pytest
-from paddle.base import core
 
-from ppdiffusers_train.data.image_folder import build_dataset
-from ppdiffusers_train.draws import Draws
-from ppdiffusers_train.training import set_training_mode
-from tests.conftest import encode, optimizer_state, same, scalars, tensors, weights
+from tests.conftest import kept_for_backward, optimizer_state, same, scalars, tensors, weights
 
 JOBS = ["prior", "decoder_lora", "prior_lora"]  # the decoder has tests of its own
 LORA_FILE = "paddle_lora_weights.safetensors"
@@ -72,16 +68,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(train, name):
 
 @pytest.mark.parametrize("name", ["decoder", *JOBS])
 def test_gradient_checkpointing_keeps_less_from_the_forward_for_the_backward(build, name):
-    kept = []
-    for flag in ([], ["--gradient_checkpointing"]):
-        module = build(name, *flag)
-        set_training_mode(module)
-        encoded = encode(module, build_dataset(module.args), [0, 1])
-        before = core.host_memory_stat_current_value("Allocated", 0)
-        loss = module(encoded, Draws(0, [0, 1]))
-        kept.append(core.host_memory_stat_current_value("Allocated", 0) - before)
-        loss.backward()
-    assert kept[1] < 0.8 * kept[0], kept
+    plain, less = (kept_for_backward(build(name, *flag))[0] for flag in ([], ["--gradient_checkpointing"]))
+    assert less < 0.8 * plain
 
 
 @pytest.mark.parametrize("name", ["prior", "prior_lora", "decoder_lora"])

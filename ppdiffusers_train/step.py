@@ -1,0 +1,72 @@
+"""The parts of one optimizer step: each batch's gradients, and what to say of those that are no numbers."""
+
+import math
+from dataclasses import dataclass
+
+import paddle
+
+from ppdiffusers_train.data.order import SampleOrder
+from ppdiffusers_train.draws import Draws, generator
+from ppdiffusers_train.runtime.distributed import Ranks
+from ppdiffusers_train.state import TrainingState
+
+
+@dataclass
+class Part:
+    """One batch's contribution to a step."""
+
+    loss: object  # its part of the window's mean loss, on the device
+    draws: Draws
+    positions: list  # of its samples
+    errors: dict  # {position: message} of those that could not be used
+
+
+def backward(module, encode, loaded, positions, window: range, state: TrainingState, ranks: Ranks) -> Part:
+    """Add the gradients of one batch, the samples at `positions`, to those of its step's `window`.
+
+    Args:
+        encode: turns the batch into encoded samples; None where it holds them already.
+        loaded: the batch, and the messages of samples that cannot be used.
+    """
+    batch, errors = loaded
+    errors = {positions[i]: message for i, message in errors.items()}
+    good = [position for position in positions if position not in errors]
+    draws = Draws(state.seed, good)
+    if not good:
+        return Part(paddle.zeros([]), draws, good, errors)
+    with state.precision.autocast():
+        encoded = encode(batch) if encode else batch
+        # By its share of the samples: right for a short last batch, and for a short last window.
+        loss = module(encoded, draws) * (len(good) / len(window))
+    # Gradients are averaged over ranks, but each rank has its part of one sum.
+    state.precision.scaler.scale(loss * ranks.world_size if ranks.world_size > 1 else loss).backward()
+    return Part(loss.detach().astype("float32"), draws, good, errors)
+
+
+def seed_layers(seed: int, step: int, rank: int) -> None:
+    """Seed Paddle's own generator, from which dropout draws, as a function of (seed, step, rank) alone."""
+    paddle.seed(int(generator(seed, step, f"layers of rank {rank}").integers(2**31)))
+
+
+def set_training_mode(module) -> None:
+    """Put every model in which something learns into training mode; the frozen ones stay in evaluation mode."""
+    for model in module.children():
+        if any(not parameter.stop_gradient for parameter in model.parameters()):
+            model.train()
+        else:
+            model.eval()
+
+
+def describe_failure(parts: list, norm: float, ranks: Ranks, order: SampleOrder, dataset) -> str:
+    """Which of this rank's samples and draws made a step something that is not a number; empty where none did."""
+    bad = [part for part in parts if not math.isfinite(float(part.loss))]
+    if not bad and (ranks.rank > 0 or math.isfinite(norm)):
+        return ""
+    what = f"the loss is {float(bad[0].loss)}" if bad else f"the norm of the gradients is {norm}"
+    named = [
+        f"{', '.join(dataset.name(order.row(position)) for position in part.positions)} ("
+        + ("; ".join(f"{name} {values.tolist()}" for name, values in part.draws.drawn_integers.items()) or "no draws")
+        + ")"
+        for part in (bad[:1] or parts)
+    ]
+    return f"rank {ranks.rank}: {what} on {' and '.join(named)}"
