@@ -54,6 +54,9 @@ def add_data_arguments(parser):
 def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
     """Length, batch, optimizer and precision of the run, read by the loop."""
     group = parser.add_argument_group("training")
+    group.add_argument(
+        "--dry_run", action=Flag, help="print what would happen, with the memory it takes, and end: nothing is loaded"
+    )
     group.add_argument("--seed", type=seed, help="seed of the run; without it one is drawn and printed")
     group.add_argument("--train_batch_size", type=positive_int, default=train_batch_size, help="samples per card")
     group.add_argument("--num_train_epochs", type=positive_int, default=100, help="how often each sample is seen")

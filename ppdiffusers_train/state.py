@@ -137,25 +137,29 @@ class TrainingState:
         self.skipped_steps, self.bad_samples.rows = saved["skipped_steps"], set(saved["bad_rows"])
 
 
-def build_training_state(module, args, total_steps: int, samples_per_step: int, ranks: Ranks) -> TrainingState:
-    """Optimizer, learning rate, precision and average for what learns in `module`."""
-    learning = {id(parameter) for parameter in module.trainable_parameters()}
-    parameters = {name: parameter for name, parameter in module.named_parameters() if id(parameter) in learning}
+def check_schedule(args, total_steps: int) -> None:
+    """Raise a `UserError` for an optimizer or a learning rate that the run cannot have."""
     if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= total_steps:
         raise UserError(
             f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {total_steps} steps; expected fewer with polynomial"
         )
+    if args.use_8bit_adam and (args.sharding_degree > 1 or args.amp_level == "O2"):
+        raise UserError(
+            "--use_8bit_adam: its state is neither split over cards nor kept for low-precision weights; "
+            "expected it without --sharding_degree and --amp_level O2"
+        )
+
+
+def build_training_state(module, args, total_steps: int, samples_per_step: int, ranks: Ranks) -> TrainingState:
+    """Optimizer, learning rate, precision and average for what learns in `module`."""
+    learning = {id(parameter) for parameter in module.trainable_parameters()}
+    parameters = {name: parameter for name, parameter in module.named_parameters() if id(parameter) in learning}
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         learning_rate=args.learning_rate * (samples_per_step if args.scale_lr else 1),
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=total_steps,
     )
-    if args.use_8bit_adam and (args.sharding_degree > 1 or args.amp_level == "O2"):
-        raise UserError(
-            "--use_8bit_adam: its state is neither split over cards nor kept for low-precision weights; "
-            "expected it without --sharding_degree and --amp_level O2"
-        )
     optimizer_class = AdamW8bit if args.use_8bit_adam else paddle.optimizer.AdamW
     optimizer = optimizer_class(
         learning_rate=lr_scheduler,

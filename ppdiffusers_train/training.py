@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from ppdiffusers_train.data.encoded_cache import encode_dataset
 from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches
 from ppdiffusers_train.data.order import SampleOrder, micro_batches
+from ppdiffusers_train.dry_run import describe_run
 from ppdiffusers_train.errors import RunError
 from ppdiffusers_train.module import encode_each
 from ppdiffusers_train.reporting.hub import check_hub_login, push_to_hub
@@ -27,7 +28,7 @@ from ppdiffusers_train.runtime.checkpoint import find_checkpoint, replace_childr
 from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
 from ppdiffusers_train.runtime.signals import StopRequest
 from ppdiffusers_train.runtime.silu import repair_silu
-from ppdiffusers_train.state import TrainingState, build_training_state
+from ppdiffusers_train.state import TrainingState, build_training_state, check_schedule
 from ppdiffusers_train.step import backward, describe_failure, seed_layers, set_training_mode
 
 
@@ -78,6 +79,9 @@ def launch_training_task(module, dataset, args) -> None:
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size
     steps_per_epoch = order.steps_per_epoch(samples_per_step)
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    check_schedule(args, total_steps)
+    if args.dry_run:
+        return describe_run(module, dataset, args, total_steps, samples_per_step, steps_per_epoch)
     state = build_training_state(module, args, total_steps, samples_per_step, ranks)
     if checkpoint:
         state.load(checkpoint, saved)

@@ -97,14 +97,18 @@ def runner(jobs, flags, tmp_path):
     return run
 
 
+def module_class(job):
+    """The training module that a script defines."""
+    modules = (value for name, value in vars(job).items() if name.endswith("TrainingModule"))
+    return next(value for value in modules if value.__module__ == job.__name__)
+
+
 def builder(jobs, flags):
     """`build(name, *more)` is the training module of the script of that name, with `flags`."""
 
     def build(name, *more):
         job = jobs[name]
-        modules = (value for key, value in vars(job).items() if key.endswith("TrainingModule"))
-        module_class = next(value for value in modules if value.__module__ == job.__name__)
-        return module_class(job.build_parser().parse_args([*flags, *map(str, more)]))
+        return module_class(job)(job.build_parser().parse_args([*flags, *map(str, more)]))
 
     return build
 

@@ -28,7 +28,7 @@ from ppdiffusers_train.arguments import (
 from ppdiffusers_train.data.image_folder import build_dataset
 from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.models.attention import announce_plain_attention
-from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, check_clip_std, draw_combined
+from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, draw_combined
 from ppdiffusers_train.models.recompute import enable_block_recompute
 from ppdiffusers_train.models.text import tokenize, warn_of_long_captions
 from ppdiffusers_train.models.weights import load_in_place
@@ -59,8 +59,9 @@ class KandinskyPriorTrainingModule(DiffusionTrainingModule):
         super().__init__()
         self.args = args
         self.folders = KandinskyFolders(
-            args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path, args.cache_dir
-        )
+            args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path, args.cache_dir,
+            weights=not args.dry_run,
+        )  # fmt: skip
         folder = self.folders.prior
         if args.validation_prompts:
             self.folders.check_resolution(args.resolution)  # only pictures need the decoder
@@ -69,7 +70,7 @@ class KandinskyPriorTrainingModule(DiffusionTrainingModule):
         self.image_encoder = freeze(folder.load("image_encoder", CLIPVisionModelWithProjection))
         self.text_encoder = freeze(folder.load("text_encoder", CLIPTextModelWithProjection))
         self.prior = folder.load("prior", PriorTransformer)
-        check_clip_std(self.prior, args.pretrained_prior_model_name_or_path)
+        self.folders.check_clip_std(self.prior)
         # Statistics of the embeddings, stored as parameters: they are not learned.
         self.prior.clip_mean.stop_gradient = self.prior.clip_std.stop_gradient = True
         # Inference has a scheduler of another class; this is the process it inverts.

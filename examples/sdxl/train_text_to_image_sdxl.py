@@ -65,7 +65,7 @@ class SDXLTrainingModule(DiffusionTrainingModule):
         self.args = args
         self.folder = SDXLFolder(
             args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path,
-            "--pretrained_model_name_or_path", args.cache_dir, args.revision, args.variant,
+            "--pretrained_model_name_or_path", args.cache_dir, args.revision, args.variant, weights=not args.dry_run,
         )  # fmt: skip
         self.folder.check_resolution(args.resolution)
         self.scheduler = self.folder.load("scheduler", DDPMScheduler)

@@ -33,22 +33,23 @@ class KandinskyFolders:
     Args:
         decoder, prior: folders, or names on the hub.
         cache_dir: of downloads.
+        weights: whether models have their weights (see `PipelineFolder`).
     """
 
-    def __init__(self, decoder, prior, cache_dir=None):
-        self.names, self.cache_dir = (decoder, prior), cache_dir
+    def __init__(self, decoder, prior, cache_dir=None, weights=True):
+        self.names, self.options = (decoder, prior), {"cache_dir": cache_dir, "weights": weights}
 
     @cached_property
     def decoder(self) -> PipelineFolder:
         """The decoder's folder. A `UserError` when it is no such pipeline."""
         flag = "--pretrained_decoder_model_name_or_path"
-        return PipelineFolder(self.names[0], flag, list(DECODER_PARTS), cache_dir=self.cache_dir)
+        return PipelineFolder(self.names[0], flag, list(DECODER_PARTS), **self.options)
 
     @cached_property
     def prior(self) -> PipelineFolder:
         """The prior's folder. A `UserError` when it is no such pipeline."""
         flag, aliases = "--pretrained_prior_model_name_or_path", {part: f"prior_{part}" for part in PRIOR_PARTS}
-        return PipelineFolder(self.names[1], flag, list(PRIOR_PARTS), aliases, cache_dir=self.cache_dir)
+        return PipelineFolder(self.names[1], flag, list(PRIOR_PARTS), aliases, **self.options)
 
     def check_resolution(self, resolution: int) -> None:
         """Raise a `UserError` unless images of `resolution` fit MoVQ and UNet, without loading either."""
@@ -56,6 +57,14 @@ class KandinskyFolders:
         factor = 2 ** (len(movq["block_out_channels"]) + len(unet["block_out_channels"]) - 2)
         if resolution % factor:
             raise UserError(f"--resolution: {resolution} does not fit this decoder; expected a multiple of {factor}")
+
+    def check_clip_std(self, prior) -> None:
+        """Raise a `UserError` when a prior cannot normalise embeddings."""
+        if self.options["weights"] and not bool((prior.clip_std != 0).all()):
+            raise UserError(
+                f"--pretrained_prior_model_name_or_path: the prior of {str(self.names[1])!r} has a clip_std of 0, "
+                "which embeddings are divided by; expected their standard deviation"
+            )
 
     def combined_pipeline(self, **own):
         """The pipeline that draws from a prompt; parts given by name are used, those that are None are loaded, too."""
@@ -89,15 +98,6 @@ def _with_classes(folder: PipelineFolder, parts: dict):
     """(part, (folder, part, its class)) of all `parts`."""
     for part, part_class in parts.items():
         yield part, (folder, part, part_class or getattr(schedulers, folder.class_name(part)))
-
-
-def check_clip_std(prior, name) -> None:
-    """Raise a `UserError` when a prior cannot normalise embeddings."""
-    if not bool((prior.clip_std != 0).all()):
-        raise UserError(
-            f"--pretrained_prior_model_name_or_path: the prior of {str(name)!r} has a clip_std of 0, which embeddings "
-            "are divided by; expected their standard deviation"
-        )
 
 
 def draw_combined(pipeline, prompts, seeds, resolution: int, inference_steps: int) -> list:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.tensor_files import first_dtype, read_tensors, write_tensors
+from ppdiffusers_train.models.unloaded import build_unloaded
 
 # Names of weight files, without variants (`.fp16`) and shard numbers.
 PADDLE_WEIGHTS = ("diffusion_paddle_model.safetensors", "model_state.pdparams")
@@ -38,13 +39,14 @@ class PipelineFolder:
         parts: the parts that are needed; an alias finds a part under its second name, too (`{"prior": "prior_prior"}`).
         cache_dir, revision: of a download.
         variant: of the weights' files, such as `fp16`; parts that have none of it are taken as they are.
+        weights: whether they are wanted; without, models have their size and no values, and nobody downloads them.
     Raises:
         UserError: it does not exist, is no pipeline, or lacks a part.
     """
 
-    def __init__(self, name_or_path, flag, parts, aliases=None, cache_dir=None, revision=None, variant=None):
+    def __init__(self, name_or_path, flag, parts, aliases=None, **options):
         aliases = aliases or {}
-        self._find(name_or_path, flag, [*parts, *aliases.values()], cache_dir, revision, variant)
+        self._find(name_or_path, flag, [*parts, *aliases.values()], **options)
         if not (self.path / "model_index.json").is_file():
             raise self._error("is not a pipeline: it has no model_index.json")
         self.folders = {}
@@ -55,8 +57,8 @@ class PipelineFolder:
                 raise self._error(f"has no part {part!r}; it has {', '.join(has) or 'no parts'}")
             self.folders[part] = self.path / found[0]
 
-    def _find(self, name_or_path, flag, parts, cache_dir, revision, variant):
-        self.flag, self.name_or_path, self.variant = flag, str(name_or_path), variant
+    def _find(self, name_or_path, flag, parts, cache_dir=None, revision=None, variant=None, weights=True):
+        self.flag, self.name_or_path, self.variant, self.wants_weights = flag, str(name_or_path), variant, weights
         self.path = Path(name_or_path)
         if not self.path.is_dir():
             self.path = self._download(parts, cache_dir, revision)
@@ -69,12 +71,15 @@ class PipelineFolder:
             raise self._error("is not a folder; expected a pipeline's folder or a hub name such as owner/model")
         try:
             files = huggingface_hub.HfApi().list_repo_files(self.name_or_path, revision=revision)
+            wanted = files_to_download(files, parts, self.variant)
+            if not self.wants_weights:
+                wanted = [file for file in wanted if not file.endswith(WEIGHT_SUFFIXES)]
             return Path(
                 huggingface_hub.snapshot_download(
                     self.name_or_path,
                     revision=revision,
                     cache_dir=cache_dir,
-                    allow_patterns=files_to_download(files, parts, self.variant),
+                    allow_patterns=wanted,
                 )
             )
         except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
@@ -129,6 +134,8 @@ class PipelineFolder:
         folder = str(self.folders[part])
         if not hasattr(part_class, "parameters"):  # schedulers, tokenizers, image processors
             return part_class.from_pretrained(folder)
+        if not self.wants_weights:
+            return build_unloaded(part_class, folder)
         file = self.weights(part)
         if file is None:
             raise self._error(f"has no weights in {self.folders[part].name}/; expected {', '.join(PADDLE_WEIGHTS)}, …")
@@ -174,8 +181,8 @@ class ModelFolder(PipelineFolder):
         class_name: what its configuration has to name.
     """
 
-    def __init__(self, name_or_path, flag, part, class_name, cache_dir=None, revision=None, variant=None):
-        self._find(name_or_path, flag, ["", part], cache_dir, revision, variant)
+    def __init__(self, name_or_path, flag, part, class_name, **options):
+        self._find(name_or_path, flag, ["", part], **options)
         inside = self.path / part
         self.folders = {part: inside if inside.is_dir() else self.path}
         found = self.config(part).get("_class_name")

@@ -24,15 +24,14 @@ class SDXLFolder:
     Args:
         name_or_path, vae: folders, or names on the hub; `vae` may be None.
         flag: that named the pipeline, for messages.
-        cache_dir, revision, variant: of downloads and weights.
+        cache_dir, revision, variant, weights: see `PipelineFolder`.
     """
 
-    def __init__(self, name_or_path, vae, flag, cache_dir=None, revision=None, variant=None):
-        self.base = PipelineFolder(
-            name_or_path, flag, list(PARTS), cache_dir=cache_dir, revision=revision, variant=variant
-        )
+    def __init__(self, name_or_path, vae, flag, cache_dir=None, revision=None, variant=None, weights=True):
+        options = {"cache_dir": cache_dir, "weights": weights}
+        self.base = PipelineFolder(name_or_path, flag, list(PARTS), revision=revision, variant=variant, **options)
         vae_flag = "--pretrained_vae_model_name_or_path"
-        self.vae = ModelFolder(vae, vae_flag, "vae", "AutoencoderKL", cache_dir) if vae else self.base
+        self.vae = ModelFolder(vae, vae_flag, "vae", "AutoencoderKL", **options) if vae else self.base
 
     def folder(self, part: str) -> PipelineFolder:
         """The folder that holds a part."""

@@ -96,6 +96,12 @@ class AdamW8bit(paddle.optimizer.AdamW):
             self.second.unpack(state["moment2_codes"], state["moment2_scales"], size),
         )
 
+    @staticmethod
+    def state_bytes(size: int) -> int:
+        """Bytes of the state for a parameter of `size` numbers."""
+        blocks = -(-size // BLOCK)
+        return 8 * size if size < SMALLEST else 2 * blocks * (BLOCK + 4)
+
     def state_dict(self) -> dict:
         """`{"<parameter's name>_<name>": tensor}`."""
         tensors = {f"{name}_{key}": tensor for name, state in self.states.items() for key, tensor in state.items()}

@@ -1,0 +1,115 @@
+"""Which job of the published models fits which card: writes docs/memory.md.
+
+    python benchmarks/memory.py
+
+Models are built from the configurations beside this file: their size, without their weights. Takes some minutes.
+"""
+
+import ppdiffusers_train  # noqa: F401  (before paddle)
+
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.dry_run import CARDS, first_row, inventory_of, options_of
+from ppdiffusers_train.reporting.quiet import quiet_libraries
+from ppdiffusers_train.toy.tokenizer import build_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from tests.conftest import load_script, module_class  # noqa: E402
+
+DECODER, PRIOR = "pretrained_decoder_model_name_or_path", "pretrained_prior_model_name_or_path"
+KANDINSKY = {DECODER: "kandinsky2_2_decoder", PRIOR: "kandinsky2_2_prior"}
+SDXL = {"pretrained_model_name_or_path": "sdxl"}
+JOBS = [
+    ("kandinsky2_2/train_text_to_image_decoder", KANDINSKY, (512, 768)),
+    ("kandinsky2_2/train_text_to_image_decoder_lora", KANDINSKY, (512, 768)),
+    ("kandinsky2_2/train_text_to_image_prior", KANDINSKY, (512,)),
+    ("kandinsky2_2/train_text_to_image_prior_lora", KANDINSKY, (512,)),
+    ("sdxl/train_text_to_image_sdxl", SDXL, (512, 1024)),
+    ("sdxl/train_text_to_image_lora_sdxl", SDXL, (512, 1024)),
+]
+# Tried one after another until a job fits: what costs least comes first.
+STEPS = [
+    ("nothing", {"cached": False}),
+    ("cache", {}),
+    ("cache, checkpointing", {"gradient_checkpointing": True}),
+    ("cache, checkpointing, bf16", {"gradient_checkpointing": True, "mixed_precision": "bf16"}),
+    ("cache, checkpointing, 8-bit Adam", {"gradient_checkpointing": True, "use_8bit_adam": True}),
+    (
+        "cache, checkpointing, bf16 O2",
+        {"gradient_checkpointing": True, "mixed_precision": "bf16", "amp_level": "O2"},
+    ),
+]
+
+
+def write_folder(name: str, folder: Path) -> Path:
+    """A pipeline's folder of configurations, without weights; the tokenizer is the toys', which has as many tokens per
+    caption."""
+    parts = json.loads((Path(__file__).parent / "configurations" / f"{name}.json").read_text(encoding="utf-8"))
+    for part, config in parts.items():
+        names = {"model_index": "model_index.json", "scheduler": "scheduler_config.json"}
+        names["image_processor"] = "preprocessor_config.json"
+        file = folder / ("" if part == "model_index" else part) / names.get(part, "config.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(config), encoding="utf-8")
+    for part in parts["model_index"]:
+        if part.startswith("tokenizer"):
+            build_tokenizer(folder / part)
+    return folder
+
+
+def main():
+    quiet_libraries()
+    rows, cards = [], []
+    with tempfile.TemporaryDirectory() as root:
+        for script, models, resolutions in JOBS:
+            job = load_script(ROOT / "examples" / f"{script}.py")
+            flags = [f"--{flag}={write_folder(name, Path(root) / name)}" for flag, name in models.items()]
+            for resolution in resolutions:
+                args = job.build_parser().parse_args(
+                    [*flags, "--dry_run", "--train_batch_size=1", f"--resolution={resolution}", "--encoded_cache_dir=x",
+                     f"--train_data_dir={ROOT / 'examples' / 'data' / 'photos'}"]
+                )  # fmt: skip
+                module = module_class(job)(args)
+                inventory = inventory_of(module, first_row(build_dataset(args)), args)
+                name = f"{Path(script).name.removeprefix('train_text_to_image_')} {resolution}"
+                plain = inventory.memory(options_of(args))
+                fixed = sum(size for kind, size in plain.items() if kind != "activations")
+                encoders = inventory.memory(replace(options_of(args), cached=False))["encoders"]
+                figures = [fixed, encoders, *inventory.activations.values()]
+                rows.append(
+                    [name, f"{sum(inventory.learning) / 1e6:,.1f} M", *(f"{size / 1e9:.1f}" for size in figures)]
+                )
+                cards.append([name, *(flags_for(inventory, options_of(args), card) for card in CARDS)])
+                print(" | ".join(rows[-1]), " | ".join(cards[-1]), sep="\n", flush=True)
+    (ROOT / "docs" / "memory.md").write_text(page(rows, cards), encoding="utf-8")
+
+
+def flags_for(inventory, options, card: int) -> str:
+    """The first of `STEPS` with which a job fits a card of so many GB."""
+    for name, change in STEPS:
+        if sum(inventory.memory(replace(options, **change)).values()) <= card * 1e9:
+            return name
+    return "–"
+
+
+def page(rows, cards) -> str:
+    head = Path(__file__).with_name("memory_page.md").read_text(encoding="utf-8")
+    kinds = ["learns", "weights, gradients, AdamW", "encoders", "activations", "with checkpointing"]
+    first = table(["job, pixels", *kinds], rows)
+    second = table(["job, pixels", *(f"{card} GB" for card in CARDS)], cards)
+    return head.format(sizes=first, cards=second)
+
+
+def table(header, rows) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

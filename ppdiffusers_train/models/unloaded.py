@@ -1,0 +1,33 @@
+"""Models of their real size and without their weights, so that what they take can be counted before they are loaded."""
+
+import contextlib
+
+import paddle
+from paddle.nn.initializer import Initializer
+from paddlenlp.transformers.model_utils import no_init_weights
+
+
+def build_unloaded(part_class, folder: str):
+    """The model that `folder` has a configuration of. Its parameters have memory that nothing is written to, which a
+    system does not hand out before somebody writes there: however large the model, it takes next to none."""
+    with nothing_initialised(), no_init_weights():
+        if hasattr(part_class, "load_config"):
+            return part_class.from_config(part_class.load_config(folder))
+        return part_class(part_class.config_class.from_pretrained(folder))
+
+
+@contextlib.contextmanager
+def nothing_initialised():
+    """Within, new parameters have storage and whatever values stand there. (Paddle's own `LazyGuard` gives them no
+    storage, and ppdiffusers' models set some of theirs when they are built.)"""
+
+    def allocate(self, parameter, block=None):
+        empty = paddle.empty(parameter.shape, parameter.dtype)
+        parameter.value().get_tensor()._share_data_with(empty.value().get_tensor())
+        return parameter
+
+    initialise, Initializer.__call__ = Initializer.__call__, allocate
+    try:
+        yield
+    finally:
+        Initializer.__call__ = initialise

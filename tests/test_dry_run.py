@@ -1,0 +1,121 @@
+"""`--dry_run`: what it says of a run, against the run itself."""
+
+import ppdiffusers_train  # noqa: F401
+from ppdiffusers_train import dry_run
+
+import gc
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ppdiffusers_train.dry_run import inventory_of, options_of
+from ppdiffusers_train.runtime.memory import Peaks, extrapolate
+from ppdiffusers_train.toy.sdxl import build_sdxl
+from tests.conftest import builder, optimizer_state, runner, tensors
+
+KANDINSKY_JOBS = ("decoder", "prior", "decoder_lora", "prior_lora")
+SDXL_JOBS = ("sdxl", "lora_sdxl")
+
+
+def without_weights(source, target):
+    """A copy of a pipeline's folder with nothing but configurations and tokenizers."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.pdparams"))
+    return target
+
+
+@pytest.fixture
+def jobs(kandinsky_jobs, sdxl_jobs, kandinsky, sdxl, photos, tmp_path):
+    """{name: (its script, flags with folders that have no weights)}."""
+    prior, decoder = (without_weights(folder, tmp_path / folder.name) for folder in kandinsky)
+    models = [f"--pretrained_prior_model_name_or_path={prior}", f"--pretrained_decoder_model_name_or_path={decoder}"]
+    common = [f"--train_data_dir={photos}", "--resolution=64", "--train_batch_size=2", f"--output_dir={tmp_path / 'o'}"]
+    jobs = {name: (kandinsky_jobs[name], [*models, *common]) for name in KANDINSKY_JOBS}
+    models = [f"--pretrained_model_name_or_path={without_weights(sdxl, tmp_path / 'sdxl')}"]
+    return {**jobs, **{name: (sdxl_jobs[name], [*models, *common]) for name in SDXL_JOBS}}
+
+
+@pytest.mark.parametrize("name", [*KANDINSKY_JOBS, *SDXL_JOBS])
+def test_every_script_says_what_it_would_do_without_any_weights(jobs, name, tmp_path, capsys, build, build_sdxl_module):
+    job, flags = jobs[name]
+    job.main([*flags, "--dry_run", "--num_train_epochs=5"])
+    said = capsys.readouterr().out
+    real = (build if name in KANDINSKY_JOBS else build_sdxl_module)(name)
+    learning = {id(parameter) for parameter in real.trainable_parameters()}
+    for child, model in real.named_children():
+        size, learns = (
+            sum(parameter.size for parameter in model.parameters() if chosen(parameter))
+            for chosen in (lambda _: True, lambda parameter: id(parameter) in learning)
+        )
+        role = f"{learns:,} learn" if learns else "frozen, encodes samples"
+        assert re.search(rf"  {child} +{size:,} parameters of {type(model).__name__}, {role}", said)
+    assert "7 samples with 7 captions\n  20 steps of 2 samples: 5.0 epochs of 4 steps" in said
+    for part in ("gradients", "optimizer", "activations", "all together", "what would lower it"):
+        assert part in said
+    assert not list((tmp_path / "o").iterdir()), "nothing is written"
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_8bit_adam"], ["--use_ema"]])
+def test_weights_gradients_and_states_are_exact_to_the_byte(train_sdxl, build_sdxl_module, flags):
+    out = train_sdxl("sdxl", *flags, "--max_train_steps=1", "--checkpointing_steps=1")
+    module = build_sdxl_module("sdxl", *flags)
+    memory = inventory_of(module, ROW, module.args).memory(options_of(module.args))
+    weights = sum(parameter.numpy().nbytes for parameter in module.unet.parameters())
+    assert memory["weights that learn"] == memory["gradients"] == weights and memory["frozen weights"] == 0
+    encoders = [parameter for name in module.encoders for parameter in getattr(module, name).parameters()]
+    assert memory["encoders"] == sum(parameter.numpy().nbytes for parameter in encoders)
+    state = optimizer_state(out / "checkpoint-1").items()
+    counts = sum(array.nbytes for name, array in state if name.endswith("step"))  # an integer in memory
+    assert memory["optimizer"] == sum(array.nbytes for _, array in state) - counts
+    averages = tensors(out / "checkpoint-1" / "ema.safetensors").values() if "--use_ema" in flags else []
+    assert memory["EMA"] == sum(array.nbytes for array in averages)
+
+
+@pytest.mark.parametrize(
+    "channels, flags",
+    [
+        ((16, 32), ["--no_encoded_cache"]),
+        ((32, 64), ["--train_batch_size=2"]),
+        ((64, 96), ["--gradient_checkpointing"]),
+    ],
+)
+def test_the_estimate_is_within_fifteen_percent_of_what_a_run_takes(
+    channels, flags, sdxl_jobs, sdxl_flags, tmp_path, monkeypatch
+):
+    """At 192 pixels, carried on from smaller ones; all of a run on encoded samples, from loading to its end."""
+    monkeypatch.setattr(dry_run, "MEASURED", (64, 96, 128))  # tiny models have tiny gradients of weights
+    model = build_sdxl(tmp_path / "model", channels=channels)
+    more = [
+        f"--pretrained_model_name_or_path={model}",
+        "--resolution=192",
+        "--train_batch_size=1",
+        "--max_train_steps=2",
+    ]
+    more += ["--gradient_accumulation_steps=2", "--center_crop", f"--encoded_cache_dir={tmp_path / 'cache'}", *flags]
+    run, module = runner(sdxl_jobs, [*sdxl_flags, *more], tmp_path), builder(sdxl_jobs, [*sdxl_flags, *more])("sdxl")
+    options = replace(options_of(module.args), cached="--no_encoded_cache" not in flags)
+    estimate = sum(inventory_of(module, ROW, module.args).memory(options).values())
+    run("sdxl", "--max_train_steps=1", out="encodes")
+    gc.collect()  # what that run has left behind
+    with Peaks() as peaks:
+        run("sdxl")
+        peaks.mark()
+    assert estimate == pytest.approx(max(peaks.peaks), rel=0.15)
+
+
+def test_polynomials_are_carried_on_exactly_and_the_largest_counts():
+    pixels = np.float64([8, 16, 24, 100]) ** 2
+    one, other = 7 + 3 * pixels + 0.5 * pixels**2, 5000 + pixels
+    assert extrapolate([8, 16, 24], np.stack([one, other], axis=1)[:3], 100) == one[3]
+    assert extrapolate([8], [[3, 9, 4]], 8) == 9
+
+
+def photograph():
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, [90, 120, 3], dtype=np.uint8))
+
+
+ROW = {"image": photograph(), "caption": "a cat", "name": "noise"}
