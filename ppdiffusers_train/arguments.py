@@ -152,6 +152,11 @@ def add_sdxl_arguments(parser):
     group.add_argument("--prediction_type", choices=PREDICTION_TYPES, help="what the UNet predicts; default: as before")
 
     group = parser.add_argument_group("images")
+    group.add_argument(
+        "--aspect_ratio_buckets",
+        action=Flag,
+        help="crop each image to the nearest of sizes with as many pixels as resolution x resolution, not to a square",
+    )
     group.add_argument("--center_crop", action=Flag, help="crop the centre; default: anywhere, drawn for each sample")
     group.add_argument("--random_flip", action=Flag, help="mirror every second image, drawn for each sample")
     group.add_argument("--image_interpolation_mode", choices=INTERPOLATION_MODES, default="lanczos", help="of resizing")

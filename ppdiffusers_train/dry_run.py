@@ -105,7 +105,9 @@ def inventory_of(module, row: dict, args) -> Inventory:
     sizes = [args.resolution] if args.resolution <= MEASURED[-1] else list(MEASURED)
     samples, encoded, encoding, activations = [], [], [], {}
     for recompute in (False, True):
-        small = argparse.Namespace(**{**vars(args), "gradient_checkpointing": recompute})
+        # Buckets have as many pixels as the square.
+        changed = {"gradient_checkpointing": recompute, "aspect_ratio_buckets": False}
+        small = argparse.Namespace(**{**vars(args), **changed})
         job = type(module)(small)
         set_training_mode(job)
         meter, peaks = StepMeter(job.trainable_parameters()), []

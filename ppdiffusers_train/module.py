@@ -18,6 +18,9 @@ class DiffusionTrainingModule(nn.Layer):
     overflow_float16 = ()
     """Names of the attributes that hold frozen models whose activations outgrow float16: they stay in float32."""
 
+    buckets = ()
+    """[(height, width)] of the sizes that samples are brought to; empty where all samples fit into one batch."""
+
     def encoding_settings(self):
         """What `preprocess` and `encode` depend on besides the sample and the encoders' weights, as JSON."""
         return {}

@@ -37,15 +37,17 @@ def public_command(args) -> str:
     return command
 
 
-def run_identity(module, dataset, args, saved) -> dict:
+def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
     """What makes this run this run; a checkpoint to resume from must agree, or it would go on with other samples."""
     identity = {"job": type(module).__name__, "seed": args.seed, "rows": len(dataset)}
-    words = {"job": "job", "seed": "--seed", "rows": "number of samples"}
+    if module.buckets:  # then the order depends on it
+        identity["samples_per_step"] = samples_per_step
+    words = {"seed": "--seed", "rows": "number of samples", "samples_per_step": "number of samples per step"}
     for name, value in identity.items():
-        if saved and saved[name] != value:
+        if saved and saved.get(name) != value:
             raise UserError(
-                f"--resume_from_checkpoint: {args.resume_from_checkpoint!r} is of another run: its {words[name]} is "
-                f"{saved[name]}, here it is {value}"
+                f"--resume_from_checkpoint: {args.resume_from_checkpoint!r} is of another run: its "
+                f"{words.get(name, name)} is {saved.get(name)}, here it is {value}"
             )
     return identity
 

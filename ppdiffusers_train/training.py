@@ -12,6 +12,7 @@ from signal import Signals
 import paddle
 from safetensors import SafetensorError
 
+from ppdiffusers_train.data.buckets import assign_buckets, describe_buckets
 from ppdiffusers_train.data.encoded_cache import encode_dataset
 from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches
 from ppdiffusers_train.data.order import SampleOrder, micro_batches
@@ -73,10 +74,13 @@ def launch_training_task(module, dataset, args) -> None:
     if args.resume_from_checkpoint:
         checkpoint, saved = find_checkpoint(args.resume_from_checkpoint, output_dir, say)
     settle_seed(args, saved)
-    identity = run_identity(module, dataset, args, saved)
-
-    order = SampleOrder(identity["seed"], len(dataset))
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size
+    identity = run_identity(module, dataset, args, saved, samples_per_step)
+    buckets = None
+    if module.buckets:
+        buckets = assign_buckets(module.buckets, dataset)
+        say(describe_buckets(module.buckets, buckets))
+    order = SampleOrder(identity["seed"], len(dataset), buckets, samples_per_step)
     steps_per_epoch = order.steps_per_epoch(samples_per_step)
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     check_schedule(args, total_steps)
@@ -99,7 +103,7 @@ def launch_training_task(module, dataset, args) -> None:
     if ranks.is_main:
         (output_dir / "training_args.json").write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
     steps = [
-        (window, micro_batches(window, ranks.rank, ranks.world_size, args.train_batch_size))
+        (window, micro_batches(window, ranks.rank, ranks.world_size, args.train_batch_size, order.bucket))
         for _, window in zip(range(state.step, total_steps), order.windows(state.position, samples_per_step))
     ]
     samples, encode = PreprocessedSamples(dataset, module.preprocess, order), partial(encode_each, module)

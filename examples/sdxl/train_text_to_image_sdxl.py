@@ -23,8 +23,9 @@ from ppdiffusers_train.arguments import (
     add_validation_arguments,
     unit_float,
 )
+from ppdiffusers_train.data.buckets import bucket_sizes, nearest_bucket
 from ppdiffusers_train.data.image_folder import build_dataset, warn_of_small_images
-from ppdiffusers_train.data.transforms import crop_square, normalize_pixels, resize_short_side
+from ppdiffusers_train.data.transforms import crop_to, normalize_pixels, resize_to_cover
 from ppdiffusers_train.errors import BadSampleError, UserError, one_line_errors
 from ppdiffusers_train.models.attention import enable_memory_efficient_attention
 from ppdiffusers_train.models.drawing import draw
@@ -96,22 +97,32 @@ class SDXLTrainingModule(DiffusionTrainingModule):
         except ValueError as error:
             raise UserError(f"--{error}") from error
 
+    @property
+    def buckets(self):
+        return bucket_sizes(self.args.resolution) if self.args.aspect_ratio_buckets else ()
+
+    def size_for(self, width, height):
+        """Height and width that an image of this size is brought to."""
+        sizes = self.buckets or [(self.args.resolution, self.args.resolution)]
+        return sizes[nearest_bucket(sizes, width, height)]
+
     def preprocess(self, row, draws):
-        """pixel_values [3, R, R]; input_ids, input_ids_2 [L]; time_ids [6]: height and width of the file, top and left
+        """pixel_values [3, H, W]; input_ids, input_ids_2 [L]; time_ids [6]: height and width of the file, top and left
         of the crop, height and width of what is drawn."""
         args, image, caption = self.args, row["image"], row["caption"]
         width, height = image.size
         if args.min_image_size and min(width, height) < args.min_image_size:
             raise BadSampleError(f"{row['name']}: {width} x {height} pixels, --min_image_size is {args.min_image_size}")
-        image = resize_short_side(image, args.resolution, args.image_interpolation_mode)
+        rows, columns = self.size_for(width, height)
+        image = resize_to_cover(image, rows, columns, args.image_interpolation_mode)
         if args.random_flip and draws.uniform("flip") < 0.5:
             image = ImageOps.mirror(image)
-        image, top, left = crop_square(image, args.resolution, draws, args.center_crop)
+        image, top, left = crop_to(image, rows, columns, draws, args.center_crop)
         if args.proportion_empty_prompts and draws.uniform("drop_caption") < args.proportion_empty_prompts:
             caption = ""
         return {
             "pixel_values": normalize_pixels(image),
-            "time_ids": np.float32([height, width, top, left, args.resolution, args.resolution]),
+            "time_ids": np.float32([height, width, top, left, rows, columns]),
             "input_ids": tokenize(self.tokenizer, caption)[0],
             "input_ids_2": tokenize(self.tokenizer_2, caption)[0],
         }
@@ -120,12 +131,13 @@ class SDXLTrainingModule(DiffusionTrainingModule):
         names = ["resolution", "center_crop", "random_flip", "image_interpolation_mode", "proportion_empty_prompts"]
         return {
             **{name: getattr(self.args, name) for name in [*names, "min_image_size"]},
+            "buckets": self.buckets,
             "scaling_factor": self.vae.config.scaling_factor,
             "tokenizers": [self.tokenizer.get_vocab(), self.tokenizer_2.get_vocab()],
         }
 
     def encode(self, batch):
-        """latents [B, 4, r, r], scaled; prompt_embeds [B, L, D]; pooled_prompt_embeds [B, P]; time_ids [B, 6]."""
+        """latents [B, 4, h, w], scaled; prompt_embeds [B, L, D]; pooled_prompt_embeds [B, P]; time_ids [B, 6]."""
         embeds, pooled = encode_prompts(
             self.text_encoder, self.text_encoder_2, batch["input_ids"], batch["input_ids_2"]
         )

@@ -1,6 +1,7 @@
 """Which sample comes when: a pure function of the seed, whatever the number of cards, workers or accumulation steps."""
 
 import math
+from itertools import groupby
 
 import numpy as np
 
@@ -12,16 +13,33 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return generator(seed, epoch, "order").permutation(size)
 
 
+def grouped(rows, buckets: list, block: int) -> np.ndarray:
+    """The same rows in blocks of `block` that share a bucket, each where its last row stood; what fills no block ends.
+
+    Args:
+        buckets: of every row of the dataset.
+    """
+    order, pending = [], {}
+    for row in rows:
+        block_of_row = pending.setdefault(buckets[row], [])
+        block_of_row.append(row)
+        if len(block_of_row) == block:
+            order += pending.pop(buckets[row])
+    return np.array(order + [row for bucket in sorted(pending) for row in pending[bucket]], dtype=np.int64)
+
+
 class SampleOrder:
     """The run as one long sequence of positions 0, 1, 2, …; each epoch is the next `size` of them.
 
     Args:
         seed: the run's seed.
         size: number of rows in the dataset.
+        buckets: of every row, where not all samples fit into one batch.
+        samples_per_step: so many samples of one bucket come together.
     """
 
-    def __init__(self, seed: int, size: int):
-        self.seed, self.size = seed, size
+    def __init__(self, seed: int, size: int, buckets=None, samples_per_step: int = 1):
+        self.seed, self.size, self.buckets, self.samples_per_step = seed, size, buckets, samples_per_step
         self._permutation = (None, None)  # of the epoch asked for last
 
     def row(self, position: int) -> int:
@@ -30,8 +48,14 @@ class SampleOrder:
         known_epoch, rows = self._permutation
         if known_epoch != epoch:
             rows = permutation(self.seed, epoch, self.size)
+            if self.buckets:
+                rows = grouped(rows, self.buckets, self.samples_per_step)
             self._permutation = (epoch, rows)  # in one assignment: loader threads ask at the same time
         return int(rows[offset])
+
+    def bucket(self, position: int) -> int:
+        """The bucket of the sample at `position`."""
+        return self.buckets[self.row(position)] if self.buckets else 0
 
     def steps_per_epoch(self, samples_per_step: int) -> int:
         """Optimizer steps of one epoch; the last one may have fewer samples."""
@@ -49,7 +73,11 @@ class SampleOrder:
             position = window.stop
 
 
-def micro_batches(window: range, rank: int, world_size: int, batch_size: int) -> list:
-    """This rank's share of a step's window, cut into batches. Each position goes to one rank, as evenly as possible."""
-    share = window[rank::world_size]
-    return [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+def micro_batches(window: range, rank: int, world_size: int, batch_size: int, bucket=lambda position: 0) -> list:
+    """This rank's share of a step's window, cut into batches of one bucket each. Each position goes to one rank, as
+    evenly as possible."""
+    batches = []
+    for _, share in groupby(window[rank::world_size], bucket):
+        share = list(share)
+        batches += [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+    return batches

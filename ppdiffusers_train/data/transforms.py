@@ -1,5 +1,7 @@
 """Images to arrays, in NumPy and Pillow, because they run in loader workers."""
 
+from fractions import Fraction
+
 import numpy as np
 from PIL import Image
 
@@ -12,24 +14,22 @@ def center_crop_square(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def resize_short_side(image: Image.Image, size: int, interpolation: str) -> Image.Image:
-    """Scale an image so that its shorter side has `size` pixels; the longer side is rounded down."""
-    width, height = image.size
-    short = min(width, height)
+def resize_to_cover(image: Image.Image, height: int, width: int, interpolation: str) -> Image.Image:
+    """Scale an image until it just covers `height` x `width` pixels; its longer side is rounded down."""
+    scale = max(Fraction(height, image.height), Fraction(width, image.width))
     # torchvision's name for Pillow's `nearest`, which has always been exact
     filter = Image.Resampling[interpolation.removesuffix("-exact").upper()]
-    return image.resize((size * width // short, size * height // short), filter)
+    return image.resize((int(image.width * scale), int(image.height * scale)), filter)
 
 
-def crop_square(image: Image.Image, size: int, draws, center: bool) -> tuple:
-    """A square of `size` pixels, in the centre or where `draws` says: (image, top, left)."""
-    width, height = image.size
+def crop_to(image: Image.Image, height: int, width: int, draws, center: bool) -> tuple:
+    """A part of `height` x `width` pixels, in the centre or where `draws` says: (image, top, left)."""
+    rows, columns = image.height - height, image.width - width
     if center:
-        top, left = round((height - size) / 2), round((width - size) / 2)
+        top, left = round(rows / 2), round(columns / 2)
     else:
-        top = int(draws.integers("crop_top", 0, height - size + 1))
-        left = int(draws.integers("crop_left", 0, width - size + 1))
-    return image.crop((left, top, left + size, top + size)), top, left
+        top, left = int(draws.integers("crop_top", 0, rows + 1)), int(draws.integers("crop_left", 0, columns + 1))
+    return image.crop((left, top, left + width, top + height)), top, left
 
 
 def normalize_pixels(image: Image.Image) -> np.ndarray:

@@ -16,7 +16,17 @@ from ppdiffusers_train.data.image_folder import build_dataset
 from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.models.lora import allow_text_encoder_lora, lora_parameters
 from ppdiffusers_train.models.sdxl import encode_images, encode_prompts
-from tests.conftest import copy_photos, encode, kept_for_backward, optimizer_state, same, scalars, tensors, weights
+from tests.conftest import (
+    copy_photos,
+    distance,
+    encode,
+    kept_for_backward,
+    optimizer_state,
+    same,
+    scalars,
+    tensors,
+    weights,
+)
 
 JOBS = ["sdxl", "lora_sdxl"]
 LORA_FILE = "paddle_lora_weights.safetensors"
@@ -338,3 +348,54 @@ def test_small_images_are_enlarged_and_counted_or_refused(train_sdxl, capsys, tm
     assert "50 x 40 pixels, --min_image_size is 45" in message
     out = train_sdxl("sdxl", flag, "--min_image_size=45", "--max_bad_samples=1", out="skipped")
     assert len(list((out / "encoded").rglob("*.safetensors"))) == 4
+
+
+# Aspect-ratio buckets.
+
+BUCKETS = ["--aspect_ratio_buckets", "--resolution=128", "--max_train_steps=4"]
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    """A folder of seven images of three shapes."""
+    data = copy_photos(tmp_path / "shapes", 7)
+    for index, file in enumerate(sorted(data.glob("*.jpg"))):
+        width, height = [(300, 100), (90, 100), (100, 290)][index % 3]
+        Image.open(file).convert("RGB").resize((width, height)).save(file)
+    return f"--train_data_dir={data}"
+
+
+def test_buckets_keep_the_shape_tell_it_to_the_unet_and_never_mix_in_a_batch(train_sdxl, sdxl_jobs, shapes, capsys):
+    module_class, seen = sdxl_jobs["sdxl"].SDXLTrainingModule, []
+    original = module_class.forward
+
+    def forward(self, encoded, draws):
+        seen.append((encoded["latents"].shape, encoded["time_ids"][:, 4:].tolist()))
+        return original(self, encoded, draws)
+
+    module_class.forward = forward
+    try:
+        train_sdxl("sdxl", shapes, *BUCKETS)
+    finally:
+        module_class.forward = original
+    said = capsys.readouterr().out
+    assert "3 of 3 sizes are used (height x width: images): 64 x 256: 3, 128 x 128: 2, 256 x 64: 2" in said
+    for shape, targets in seen:
+        assert targets == [[4 * shape[2], 4 * shape[3]]] * shape[0], "the VAE divides by 4"
+    sizes = sorted((shape[2] * 4, shape[3] * 4, shape[0]) for shape, _ in seen)
+    assert sizes == [(64, 256, 1), (64, 256, 2), (128, 128, 2), (256, 64, 2)], "every image once, in batches of two"
+
+
+def test_buckets_train_alike_cached_online_accumulated_and_resumed(train_sdxl, shapes, capsys):
+    flags = [shapes, *BUCKETS, "--center_crop", "--adam_epsilon=1e-4"]
+    whole = train_sdxl("sdxl", *flags, "--checkpointing_steps=3", out="whole")
+    online = train_sdxl("sdxl", *flags, "--no_encoded_cache", out="online")
+    assert same(learned("sdxl", whole), learned("sdxl", online))
+    single = ["--train_batch_size=1", "--gradient_accumulation_steps=2"]
+    ones = train_sdxl("sdxl", *flags, *single, out="ones")
+    assert distance(learned("sdxl", whole), learned("sdxl", ones)) < 1e-5
+    resumed = train_sdxl("sdxl", *flags, f"--resume_from_checkpoint={whole / 'checkpoint-3'}", out="resumed")
+    assert same(learned("sdxl", whole), learned("sdxl", resumed))
+    flags += ["--train_batch_size=3", f"--resume_from_checkpoint={whole / 'checkpoint-3'}"]
+    message = refused(capsys, lambda: train_sdxl("sdxl", *flags, out="other"))
+    assert "its number of samples per step is 2, here it is 3" in message

@@ -1,0 +1,46 @@
+"""Aspect-ratio buckets: images keep roughly their shape, and those of a batch share one (NovelAI 2022, "Improvements on
+Stable Diffusion"; Podell et al. 2023, arXiv 2307.01952, section 2.3 and appendix I)."""
+
+import math
+from collections import Counter
+
+from tqdm import tqdm
+
+from ppdiffusers_train.errors import BadSampleError
+
+STEP, LARGEST_RATIO = 64, 4
+
+
+def bucket_sizes(resolution: int) -> list:
+    """[(height, width)] in multiples of 64 pixels, each as large as fits into `resolution`² pixels, from 1:4 to 4:1."""
+    pixels, sizes = resolution * resolution, []
+    for height in range(STEP, pixels // STEP + 1, STEP):
+        width = pixels // height // STEP * STEP
+        if width and max(height, width) <= LARGEST_RATIO * min(height, width):
+            sizes.append((height, width))
+    # Of several heights that leave the same width, the largest wastes least.
+    return sorted({width: (height, width) for height, width in sizes}.values())
+
+
+def nearest_bucket(sizes: list, width: int, height: int) -> int:
+    """Index of the size whose ratio of height to width is nearest, on a logarithmic scale, to an image's."""
+    ratio = math.log(height / width)
+    return min(range(len(sizes)), key=lambda index: abs(math.log(sizes[index][0] / sizes[index][1]) - ratio))
+
+
+def assign_buckets(sizes: list, dataset) -> list:
+    """The bucket's index of each row; a row that cannot be read gets the first."""
+    buckets = []
+    for row in tqdm(range(len(dataset)), desc="reading sizes", unit="image", delay=5):
+        try:
+            buckets.append(nearest_bucket(sizes, *dataset.image_size(row)))
+        except BadSampleError:  # training says so when it meets it
+            buckets.append(0)
+    return buckets
+
+
+def describe_buckets(sizes: list, buckets: list) -> str:
+    """How many images each size has got."""
+    counts = Counter(buckets)
+    found = ", ".join(f"{sizes[index][0]} x {sizes[index][1]}: {counts[index]}" for index in sorted(counts))
+    return f"{len(counts)} of {len(sizes)} sizes are used (height x width: images): {found}"
