@@ -149,6 +149,9 @@ def add_sdxl_arguments(parser):
     )
     group.add_argument("--revision", help="revision of the pipeline on the hub")
     group.add_argument("--variant", help="variant of the weights' files, such as fp16")
+    group.add_argument(
+        "--enable_npu_flash_attention", action=Flag, help="accepted for old commands; ppdiffusers has no such kernel"
+    )
     group.add_argument("--prediction_type", choices=PREDICTION_TYPES, help="what the UNet predicts; default: as before")
 
     group = parser.add_argument_group("images")
@@ -205,6 +208,11 @@ def add_output_arguments(parser, output_dir):
         default="ppdiffusers",
         help="library for which the result is written",
     )
+    group.add_argument(
+        "--save_dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="type of all numbers in the result; default: float32 for what has learned, what is copied as it was",
+    )
     group.add_argument("--checkpointing_steps", type=positive_int, default=500, help="a checkpoint every N steps")
     group.add_argument("--checkpoints_total_limit", type=positive_int, help="keep only the newest N checkpoints")
     group.add_argument(
@@ -249,6 +257,7 @@ def add_reporting_arguments(parser):
     )
     group.add_argument("--logging_dir", default="logs", metavar="DIR", help="below output_dir")
     group.add_argument("--tracker_project_name", default="text2image-fine-tune", help="project name in wandb")
+    group.add_argument("--debug_loss", action=Flag, help="report the loss of each file, as loss_for/<name>")
     group.add_argument("--push_to_hub", action=Flag, help="upload the result when the run has ended")
     group.add_argument("--hub_token", help="token for the upload; better kept in the environment variable HF_TOKEN")
     group.add_argument("--hub_model_id", help="repository to upload to; by default the name of output_dir")

@@ -11,7 +11,15 @@ from ppdiffusers_train.data.loader import stack
 from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.errors import BadSampleError, UserError
 from ppdiffusers_train.module import encode_each
-from ppdiffusers_train.runtime.memory import Inventory, Options, Peaks, StepMeter, extrapolate, take_inventory
+from ppdiffusers_train.runtime.memory import (
+    Inventory,
+    Options,
+    Peaks,
+    StepMeter,
+    extrapolate,
+    extrapolate_peak,
+    take_inventory,
+)
 from ppdiffusers_train.step import set_training_mode
 
 MEASURED = (128, 192, 256)  # heights and widths in pixels; below, weights' gradients hide the activations
@@ -117,10 +125,10 @@ def inventory_of(module, row: dict, args) -> Inventory:
                 with Peaks() as around:
                     samples.append(encode_each(job, batch))
                     around.mark()
-                encoding.append(around.peaks)
+                encoding.append(around)
                 encoded.append([sum(tensor.numpy().nbytes for tensor in samples[-1].values())])
             sample = samples[sizes.index(small.resolution)]
             peaks.append(meter.measure(lambda job=job, sample=sample: job(sample, Draws(0, [0]))))
-        activations[recompute] = extrapolate(sizes, peaks, args.resolution)
-    encoded, encoding = (extrapolate(sizes, measured, args.resolution) for measured in (encoded, encoding))
-    return take_inventory(module, activations, encoding, encoded)
+        activations[recompute] = extrapolate_peak(sizes, peaks, args.resolution)
+    encoding = extrapolate_peak(sizes, encoding, args.resolution)
+    return take_inventory(module, activations, encoding, int(extrapolate(sizes, encoded, args.resolution)[0]))

@@ -43,6 +43,15 @@ def backward(module, encode, loaded, positions, window: range, state: TrainingSt
     return Part(loss.detach().astype("float32"), draws, good, errors)
 
 
+def losses_by_file(parts: list, window_size: int, order: SampleOrder, dataset) -> dict:
+    """{name of a sample: the loss of its batch, which is its own where it was alone}."""
+    return {
+        dataset.name(order.row(position)): float(part.loss) * window_size / len(part.positions)
+        for part in parts
+        for position in part.positions
+    }
+
+
 def seed_layers(seed: int, step: int, rank: int) -> None:
     """Seed Paddle's own generator, from which dropout draws, as a function of (seed, step, rank) alone."""
     paddle.seed(int(generator(seed, step, f"layers of rank {rank}").integers(2**31)))

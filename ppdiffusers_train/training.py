@@ -17,7 +17,7 @@ from ppdiffusers_train.data.encoded_cache import encode_dataset
 from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches
 from ppdiffusers_train.data.order import SampleOrder, micro_batches
 from ppdiffusers_train.dry_run import describe_run
-from ppdiffusers_train.errors import RunError
+from ppdiffusers_train.errors import RunError, UserError
 from ppdiffusers_train.module import encode_each
 from ppdiffusers_train.reporting.hub import check_hub_login, push_to_hub
 from ppdiffusers_train.reporting.progress import Progress
@@ -30,7 +30,8 @@ from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
 from ppdiffusers_train.runtime.signals import StopRequest
 from ppdiffusers_train.runtime.silu import repair_silu
 from ppdiffusers_train.state import TrainingState, build_training_state, check_schedule
-from ppdiffusers_train.step import backward, describe_failure, seed_layers, set_training_mode
+from ppdiffusers_train.step import backward, describe_failure, losses_by_file, seed_layers, set_training_mode
+from ppdiffusers_train.tensor_files import cast_files
 
 
 def check_run(args) -> None:
@@ -45,6 +46,11 @@ def check_run(args) -> None:
     tracker_names(args.report_to)
     if args.push_to_hub:
         check_hub_login(args.hub_token)
+    if args.save_dtype == "bfloat16" and args.save_format == "ppdiffusers":
+        raise UserError(
+            "--save_dtype bfloat16: ppdiffusers cannot read such files; expected float32 or float16, or --save_format "
+            "diffusers"
+        )
     if args.encoded_cache is False:
         args.encoded_cache_dir = None
     elif args.encoded_cache and not args.encoded_cache_dir:
@@ -162,6 +168,11 @@ def launch_training_task(module, dataset, args) -> None:
                 "samples_per_second": rate,
             }
             trackers.scalars({f"train/{name}": value for name, value in figures.items()}, state.step)
+            if args.debug_loss:
+                losses = ranks.gather(losses_by_file(parts, len(window), order, dataset))
+                trackers.scalars(
+                    {f"loss_for/{name}": loss for part in losses for name, loss in part.items()}, state.step
+                )
             if state.step % args.checkpointing_steps == 0 or signal:
                 save_checkpoint(state, ranks, output_dir, info, args, say)
             if signal:
@@ -225,9 +236,15 @@ def save_checkpoint(state: TrainingState, ranks: Ranks, output_dir: Path, info: 
 
 def write_result(module, state: TrainingState, output_dir: Path, args, say) -> None:
     """Write what the run was for into `output_dir`, and upload it where that is asked for."""
+
+    def save(folder):
+        module.save_pretrained(folder)
+        if args.save_dtype:
+            cast_files(folder, args.save_dtype)
+
     try:
         with state.ema_weights():
-            replace_children(output_dir, module.save_pretrained)
+            replace_children(output_dir, save)
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"the result cannot be written to {str(output_dir)!r}: {error}; the same command with "

@@ -7,12 +7,13 @@ import gc
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ppdiffusers_train.dry_run import inventory_of, options_of
-from ppdiffusers_train.runtime.memory import Peaks, extrapolate
+from ppdiffusers_train.runtime.memory import Peaks, extrapolate, extrapolate_peak
 from ppdiffusers_train.toy.sdxl import build_sdxl
 from tests.conftest import builder, optimizer_state, runner, tensors
 
@@ -105,11 +106,21 @@ def test_the_estimate_is_within_fifteen_percent_of_what_a_run_takes(
     assert estimate == pytest.approx(max(peaks.peaks), rel=0.15)
 
 
-def test_polynomials_are_carried_on_exactly_and_the_largest_counts():
+def test_polynomials_are_carried_on_exactly():
     pixels = np.float64([8, 16, 24, 100]) ** 2
     one, other = 7 + 3 * pixels + 0.5 * pixels**2, 5000 + pixels
-    assert extrapolate([8, 16, 24], np.stack([one, other], axis=1)[:3], 100) == one[3]
-    assert extrapolate([8], [[3, 9, 4]], 8) == 9
+    assert extrapolate([8, 16, 24], np.stack([one, other], axis=1)[:3], 100) == pytest.approx([one[3], other[3]])
+    assert extrapolate([8], [[3, 9, 4]], 8).tolist() == [3, 9, 4]
+
+
+def test_the_highest_of_all_stretches_counts_with_what_rises_above_its_ends():
+    def peaks(pixels):
+        """Two stretches: one ends with 10 bytes a pixel and needs no more, one needs 4 more on the way to none."""
+        return SimpleNamespace(levels=[0, 10 * pixels, 0], peaks=[10 * pixels, 14 * pixels])
+
+    sizes = [8, 16, 24]
+    assert extrapolate_peak(sizes, [peaks(size**2) for size in sizes], 100) == pytest.approx(14 * 100**2, rel=1e-3)
+    assert extrapolate_peak([8], [peaks(64)], 8) == 14 * 64
 
 
 def photograph():

@@ -27,7 +27,7 @@ from ppdiffusers_train.data.buckets import bucket_sizes, nearest_bucket
 from ppdiffusers_train.data.image_folder import build_dataset, warn_of_small_images
 from ppdiffusers_train.data.transforms import crop_to, normalize_pixels, resize_to_cover
 from ppdiffusers_train.errors import BadSampleError, UserError, one_line_errors
-from ppdiffusers_train.models.attention import enable_memory_efficient_attention
+from ppdiffusers_train.models.attention import announce_plain_attention, enable_memory_efficient_attention
 from ppdiffusers_train.models.drawing import draw
 from ppdiffusers_train.models.recompute import enable_recompute
 from ppdiffusers_train.models.sdxl import SDXLFolder, encode_images, encode_prompts
@@ -83,6 +83,8 @@ class SDXLTrainingModule(DiffusionTrainingModule):
             enable_recompute(self.unet)
         if args.enable_xformers_memory_efficient_attention:
             enable_memory_efficient_attention(self.unet)
+        if args.enable_npu_flash_attention:
+            announce_plain_attention("ppdiffusers has no kernel for NPUs", "--enable_npu_flash_attention")
 
     def build_timestep_weights(self):
         """The probability of each timestep, or None where all are alike."""

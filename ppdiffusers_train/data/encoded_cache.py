@@ -32,7 +32,10 @@ def encode_dataset(module, dataset, order, args, ranks, precision, bad_samples, 
     """Fill the cache with what it lacks of `dataset`, free the module's encoders, and return the `EncodedSamples`."""
     folder = Path(args.encoded_cache_dir)
     require_writable(folder, "--encoded_cache_dir")
-    folder = folder / encoders_digest(module, precision)
+    root, folder = folder, folder / encoders_digest(module, precision)
+    if not folder.exists() and any(root.iterdir()):
+        say(f"{root}: what is there comes of other models, settings or code; it stays, and is not used")
+    ranks.gather(None)  # before anyone makes the folder
     variants, is_random = args.cache_variants, draws_something(module, dataset)
     if variants > 1 and not is_random:
         say(f"--cache_variants {variants}: no effect, this job prepares a sample in one way only")

@@ -9,6 +9,6 @@ def enable_memory_efficient_attention(model) -> None:
         announce_plain_attention(str(error).splitlines()[0][:80])
 
 
-def announce_plain_attention(reason: str) -> None:
-    """Say that `--enable_xformers_memory_efficient_attention` changes nothing, and why."""
-    print(f"--enable_xformers_memory_efficient_attention: no effect, plain attention is used ({reason})")
+def announce_plain_attention(reason: str, flag: str = "--enable_xformers_memory_efficient_attention") -> None:
+    """Say that a flag changes nothing, and why."""
+    print(f"{flag}: no effect, plain attention is used ({reason})")

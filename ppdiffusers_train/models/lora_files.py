@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.models.tensor_files import read_tensors, write_tensors
+from ppdiffusers_train.tensor_files import read_tensors, write_tensors
 
 FILES = {
     "ppdiffusers": "paddle_lora_weights.safetensors",

@@ -18,8 +18,8 @@ import ppdiffusers
 from safetensors import SafetensorError, safe_open
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.models.tensor_files import first_dtype, read_tensors, write_tensors
 from ppdiffusers_train.models.unloaded import build_unloaded
+from ppdiffusers_train.tensor_files import first_dtype, read_tensors, write_tensors
 
 # Names of weight files, without variants (`.fp16`) and shard numbers.
 PADDLE_WEIGHTS = ("diffusion_paddle_model.safetensors", "model_state.pdparams")

@@ -95,7 +95,8 @@ class Peaks:
     """
 
     def __init__(self):
-        self.peaks, self.fillers, self.base = [], [], allocated()
+        self.fillers, self.base = [], allocated()
+        self.levels, self.peaks = [0], []  # at the beginning and the ends of stretches; within each
 
     def __enter__(self):
         self._fill_up()
@@ -108,6 +109,7 @@ class Peaks:
         """End a stretch."""
         filled = sum(filler.size for filler in self.fillers)
         self.peaks.append(highest() - filled - self.base)
+        self.levels.append(allocated() - filled - self.base)
         self._fill_up()
 
     def _fill_up(self) -> None:
@@ -138,18 +140,18 @@ class StepMeter:
         self.peaks.mark()
         parameter.clear_gradient(False)
 
-    def measure(self, loss) -> list:
-        """Peak bytes of `loss()`, and of each stretch of its backward pass up to a parameter's gradient."""
+    def measure(self, loss) -> Peaks:
+        """Memory during `loss()`, and in each stretch of its backward pass up to a parameter's gradient."""
         with Peaks() as self.peaks:
             value = loss()
             self.peaks.mark()
             value.backward()
             self.peaks.mark()
-        return self.peaks.peaks
+        return self.peaks
 
 
-def extrapolate(sizes: list, measured, size: int) -> int:
-    """The largest at `size` of several quantities that were measured at smaller sizes, or at this one.
+def extrapolate(sizes: list, measured, size: int) -> np.ndarray:
+    """Quantities at `size` that were measured at smaller sizes, or at this one: [n].
 
     Args:
         sizes: heights of an image in pixels, as many as determine the polynomials.
@@ -158,4 +160,19 @@ def extrapolate(sizes: list, measured, size: int) -> int:
     """
     pixels = np.asarray(sizes, dtype=np.float64) ** 2
     coefficients = np.linalg.solve(np.vander(pixels), np.asarray(measured, dtype=np.float64))
-    return int(np.max(np.vander([float(size) ** 2], len(sizes)) @ coefficients))
+    return (np.vander([float(size) ** 2], len(sizes)) @ coefficients)[0]
+
+
+def extrapolate_peak(sizes: list, measured: list, size: int) -> int:
+    """The highest level of memory at `size`, from `Peaks` of the same stretches at each of `sizes`.
+
+    Levels between stretches are sums of tensors, so polynomials. What rises above them within a stretch is a maximum
+    of several: it grows as it did between the two largest sizes, at most with the square of the number of pixels.
+    """
+    levels = extrapolate(sizes, [peaks.levels for peaks in measured], size)
+    levels = np.maximum(levels[:-1], levels[1:])
+    above = np.float64([np.maximum(np.subtract(p.peaks, np.maximum(p.levels[:-1], p.levels[1:])), 1) for p in measured])
+    if len(sizes) > 1:
+        growth = np.log(above[-1] / above[-2]) / (2 * np.log(sizes[-1] / sizes[-2]))
+        above = above[-1:] * (size / sizes[-1]) ** (2 * np.clip(growth, 0, 2))
+    return int(np.max(levels + above[-1]))

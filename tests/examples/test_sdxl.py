@@ -16,6 +16,7 @@ from ppdiffusers_train.data.image_folder import build_dataset
 from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.models.lora import allow_text_encoder_lora, lora_parameters
 from ppdiffusers_train.models.sdxl import encode_images, encode_prompts
+from ppdiffusers_train.tensor_files import read_tensors
 from tests.conftest import (
     copy_photos,
     distance,
@@ -399,3 +400,49 @@ def test_buckets_train_alike_cached_online_accumulated_and_resumed(train_sdxl, s
     flags += ["--train_batch_size=3", f"--resume_from_checkpoint={whole / 'checkpoint-3'}"]
     message = refused(capsys, lambda: train_sdxl("sdxl", *flags, out="other"))
     assert "its number of samples per step is 2, here it is 3" in message
+
+
+# What the result is written as.
+
+
+def test_the_result_has_the_type_that_is_asked_for_and_no_base_file_is_touched(train_sdxl, sdxl, capsys):
+    before = {file: file.read_bytes() for file in sdxl.rglob("*.safetensors")}
+    out = train_sdxl("sdxl", "--save_dtype=float16")
+    assert before == {file: file.read_bytes() for file in sdxl.rglob("*.safetensors")}
+    files = [out / file.relative_to(sdxl) for file in before]
+    assert len(files) == 4 and all(array.dtype == np.float16 for file in files for array in tensors(file).values())
+    pipe = StableDiffusionXLPipeline.from_pretrained(str(out), add_watermarker=False, paddle_dtype="float32")
+    assert paint(pipe).shape == (64, 64, 3)
+    lora = train_sdxl("lora_sdxl", "--save_dtype=bfloat16", "--save_format=diffusers", out="lora")
+    arrays, _ = read_tensors(lora / "pytorch_lora_weights.safetensors")
+    assert {array.dtype.name for array in arrays.values()} == {"bfloat16"}
+    message = refused(capsys, lambda: train_sdxl("sdxl", "--save_dtype=bfloat16"))
+    assert "--save_dtype bfloat16: ppdiffusers cannot read such files; expected float32 or float16" in message
+
+
+def test_the_loss_of_each_file_is_reported_under_its_name(train_sdxl, photos):
+    out = train_sdxl("lora_sdxl", "--debug_loss", "--train_batch_size=1", "--gradient_accumulation_steps=7")
+    losses = {file.name: scalars(out, f"loss_for/{file} (row {row})") for row, file in enumerate(photo_files(photos))}
+    assert all(len(values) == 2 for values in losses.values()) and len(losses) == 7
+    means = np.mean(list(losses.values()), axis=0)
+    assert means == pytest.approx(scalars(out), rel=1e-5), "the step's loss is their mean"
+
+
+def photo_files(folder):
+    return sorted(folder.glob("*.jpg"))
+
+
+def test_flags_without_effect_say_so(train_sdxl, capsys):
+    train_sdxl("sdxl", "--enable_npu_flash_attention", "--max_train_steps=1")
+    assert "--enable_npu_flash_attention: no effect, plain attention is used (" in capsys.readouterr().out
+
+
+def test_a_cache_of_other_models_is_named_and_left_alone(train_sdxl, tmp_path, capsys):
+    cache = f"--encoded_cache_dir={tmp_path / 'cache'}"
+    train_sdxl("sdxl", cache, "--max_train_steps=1")
+    line = "what is there comes of other models, settings or code; it stays, and is not used"
+    assert line not in capsys.readouterr().out
+    train_sdxl("sdxl", cache, "--max_train_steps=1", "--center_crop", out="other")
+    assert capsys.readouterr().out.count(line) == 1
+    train_sdxl("sdxl", cache, "--max_train_steps=1", out="again")
+    assert line not in capsys.readouterr().out

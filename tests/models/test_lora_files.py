@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ppdiffusers_train.cli import main
 from ppdiffusers_train.models.lora_files import FILES, WORDS, Update, from_kohya_name, kohya_name, read_lora, write_lora
-from ppdiffusers_train.models.tensor_files import read_tensors, write_tensors
+from ppdiffusers_train.tensor_files import read_tensors, write_tensors
 
 LAYERS = [
     "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q",

@@ -19,6 +19,9 @@ DTYPES = {
 }
 
 
+FLOATS = [DTYPES[name] for name in ("F64", "F32", "F16", "BF16")]
+
+
 def read_tensors(file) -> tuple:
     """`({name: array}, metadata)` of a safetensors file, each array in the type that it has there.
 
@@ -49,3 +52,15 @@ def first_dtype(file) -> np.dtype:
     """Type of a safetensors file's first tensor."""
     with safe_open(str(file), "np") as tensors:
         return DTYPES.get(tensors.get_slice(next(iter(tensors.keys()))).get_dtype(), np.dtype("float32"))
+
+
+def cast_files(folder, dtype: str) -> None:
+    """Give every floating-point tensor in the safetensors files below `folder` the type "float32", "float16" or
+    "bfloat16". A file is replaced, never written into: it may be a hard link to somebody else's."""
+    wanted = {"float32": DTYPES["F32"], "float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}[dtype]
+    for file in Path(folder).rglob("*.safetensors"):
+        arrays, metadata = read_tensors(file)
+        cast = {name: array.astype(wanted) if array.dtype in FLOATS else array for name, array in arrays.items()}
+        if any(cast[name].dtype != array.dtype for name, array in arrays.items()):
+            file.unlink()
+            write_tensors(file, cast, metadata)

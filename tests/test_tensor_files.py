@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.models.tensor_files import first_dtype, read_tensors, write_tensors
+from ppdiffusers_train.tensor_files import first_dtype, read_tensors, write_tensors
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", ml_dtypes.bfloat16, "int64", "int32"])
