@@ -44,7 +44,8 @@ parity: .venv-parity/ready
 	.venv-parity/bin/python -m pytest tests/parity $(PYTEST_FLAGS)
 
 torture: .venv/ready
-	.venv/bin/python -m tests.distributed.kill_harness --kills 160 --double_kills 40
+	.venv/bin/python -m tests.distributed.kill_harness --kills 120 --double_kills 30
+	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lora_sdxl
 
 venvs: .venv/ready .venv-paddle26/ready .venv-parity/ready
 

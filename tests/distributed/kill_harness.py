@@ -1,6 +1,6 @@
 """Kill a run again and again, resume it each time, and look at what is left.
 
-    python -m tests.distributed.kill_harness --kills 160 --double_kills 40
+    python -m tests.distributed.kill_harness --kills 160 --double_kills 40 --job prior
 
 Every run is a process forked from one that has imported everything and computed nothing, so that it starts in no time.
 It is killed (SIGKILL) after a random time, while it starts, computes, saves, or writes its result. After each kill,
@@ -24,7 +24,7 @@ from paddle.distributed import parallel
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.runtime.checkpoint import checkpoints, read_state
-from tests.conftest import KANDINSKY, copy_photos, load_script, same, weights
+from tests.conftest import KANDINSKY, ROOT, copy_photos, load_script, same, tensors, weights
 
 STEPS_PER_KILL = 3
 
@@ -98,11 +98,11 @@ def complete(output_dir: Path) -> dict:
     return found
 
 
-def torture(job, flags: list, folder: Path, kills: int, ranks: int, seed: int = 0) -> int:
-    """Kill a run `kills` times and let it end; returns how many of the kills found a run that had begun to train."""
+def torture(job, flags: list, folder: Path, kills: int, ranks: int, longest: float, seed: int = 0) -> int:
+    """Kill a run `kills` times, each within `longest` seconds, and let it end; returns how many of the kills found a
+    run that had begun to train."""
     chance, done, useful = random.Random(seed), 0, 0
     flags = [*flags, f"--output_dir={folder}", "--resume_from_checkpoint=latest", "--checkpointing_steps=1"]
-    longest = 8.0 if ranks > 1 else 2.5  # two ranks need three seconds to meet
     before = complete(folder)
     while done < kills:
         # However fast the machine: the run's steps last for all kills.
@@ -124,49 +124,75 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=160, help="of runs of one process")
     parser.add_argument("--double_kills", type=int, default=40, help="of runs of two")
+    parser.add_argument("--job", choices=sorted(JOBS), default="prior")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as root:
         for kills, ranks in ((args.kills, 1), (args.double_kills, 2)):
             if kills:
-                useful = survive(Path(root) / str(ranks), kills, ranks, args.seed)
+                useful = survive(args.job, Path(root) / str(ranks), kills, ranks, args.seed)
                 print(
-                    f"{kills} kills of {ranks} process(es), {useful} after a new checkpoint: the same bits", flush=True
+                    f"{args.job}: {kills} kills of {ranks} process(es), {useful} after a new checkpoint: the same bits",
+                    flush=True,
                 )
 
 
-def survive(root: Path, kills: int, ranks: int, seed: int) -> int:
-    """Torture the prior's job in `root` and compare it with a run that nobody kills."""
-    flags = [*make_flags(root), f"--max_train_steps={STEPS_PER_KILL * kills + 20}"]
-    job = load_script(KANDINSKY / "train_text_to_image_prior.py")
-    assert end(
-        start(job, [*flags, f"--output_dir={root / 'whole'}", "--checkpointing_steps=100000"], ranks, root / "log"), 600
-    )
-    useful = torture(job, flags, root / "killed", kills, ranks, seed)
-    assert same(weights(root / "whole", "prior"), weights(root / "killed", "prior"))
+def survive(name: str, root: Path, kills: int, ranks: int, seed: int) -> int:
+    """Torture a job in `root` and compare it with a run that nobody kills."""
+    script, build_models, learned = JOBS[name]
+    flags = [*make_flags(root, build_models), f"--max_train_steps={STEPS_PER_KILL * kills + 20}"]
+    job = load_script(script)
+    began = time.monotonic()
+    whole = [*flags, f"--output_dir={root / 'whole'}", "--checkpointing_steps=100000"]
+    assert end(start(job, whole, ranks, root / "log"), 600)
+    # However slow the machine: most runs are killed after they have begun to train.
+    useful = torture(job, flags, root / "killed", kills, ranks, time.monotonic() - began, seed)
+    assert same(learned(root / "whole"), learned(root / "killed"))
     # 1 x 2 samples of each rank: that they have trained together, not each for itself.
     assert set(re.findall(r"steps of (\d+) samples", (root / "log").read_text())) == {str(2 * ranks)}
     return useful
 
 
-def make_flags(root: Path) -> list:
+def make_flags(root: Path, build_models) -> list:
     """Flags of a run whose models, data and encoded samples are below `root`, made in a process of its own."""
     if os.fork() == 0:
-        from ppdiffusers_train.toy.kandinsky2_2 import build_kandinsky
-
-        build_kandinsky(root / "base", channels=(16, 32))
+        build_models(root / "base")
         os._exit(0)
     assert os.wait()[1] == 0
     copy_photos(root / "photos", 7)
+    models = {folder.name: folder for folder in (root / "base").iterdir()}
     return [
-        f"--pretrained_prior_model_name_or_path={root / 'base' / 'prior'}",
-        f"--pretrained_decoder_model_name_or_path={root / 'base' / 'decoder'}",
+        *(f"--pretrained_{MODEL_FLAGS[name]}_name_or_path={folder}" for name, folder in models.items()),
         f"--train_data_dir={root / 'photos'}",
         f"--encoded_cache_dir={root / 'encoded'}",
         f"--cache_dir={root / 'cache'}",
         *["--train_batch_size=1", "--gradient_accumulation_steps=2", "--use_ema", "--seed=0", "--report_to=none"],
-        "--checkpoints_total_limit=1000",
+        *["--checkpoints_total_limit=1000", "--resolution=64"],
     ]
+
+
+def build_kandinsky(folder: Path) -> None:
+    from ppdiffusers_train.toy import kandinsky2_2
+
+    kandinsky2_2.build_kandinsky(folder, channels=(16, 32))
+
+
+def build_sdxl(folder: Path) -> None:
+    from ppdiffusers_train.toy import sdxl
+
+    sdxl.build_sdxl(folder / "sdxl")
+
+
+MODEL_FLAGS = {"prior": "prior_model", "decoder": "decoder_model", "sdxl": "model"}
+# name: (script, what builds its models, what of its result to compare)
+JOBS = {
+    "prior": (KANDINSKY / "train_text_to_image_prior.py", build_kandinsky, lambda folder: weights(folder, "prior")),
+    "lora_sdxl": (
+        ROOT / "examples" / "sdxl" / "train_text_to_image_lora_sdxl.py",
+        build_sdxl,
+        lambda folder: tensors(folder / "paddle_lora_weights.safetensors"),
+    ),
+}
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.torture
-def test_forty_kills_cost_no_bit_and_no_good_checkpoint(tmp_path):
-    command = [sys.executable, "-m", "tests.distributed.kill_harness", "--kills=30", "--double_kills=10"]
+@pytest.mark.parametrize("job, kills, double_kills", [("prior", 26, 8), ("lora_sdxl", 4, 2)])
+def test_forty_kills_cost_no_bit_and_no_good_checkpoint(tmp_path, job, kills, double_kills):
+    command = [sys.executable, "-m", "tests.distributed.kill_harness", f"--job={job}"]
+    command += [f"--kills={kills}", f"--double_kills={double_kills}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     said = [line for line in done.stdout.splitlines() if line.endswith(": the same bits")]
-    assert [line.split()[0] for line in said] == ["30", "10"]
+    assert [line.split()[:2] for line in said] == [[f"{job}:", str(count)] for count in (kills, double_kills)]
     assert all(int(line.split(", ")[1].split()[0]) > 0 for line in said), "some kills come after a new checkpoint"

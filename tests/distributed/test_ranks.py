@@ -35,10 +35,15 @@ def environment(**more):
     return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **more}
 
 
+def script(name):
+    """The file of a job."""
+    return (ROOT / "examples" / "sdxl" if "sdxl" in name else KANDINSKY) / f"train_text_to_image_{name}.py"
+
+
 def launch(folder, jobs, form=("--nproc_per_node", "2"), **more):
     """Run [(name of a job, flags)] one after another on two ranks; returns what rank 0 and the launcher said."""
     folder.mkdir(parents=True, exist_ok=True)
-    spec = [[str(KANDINSKY / f"train_text_to_image_{name}.py"), list(map(str, flags))] for name, flags in jobs]
+    spec = [[str(script(name)), list(map(str, flags))] for name, flags in jobs]
     (folder / "jobs.json").write_text(json.dumps(spec))
     done = subprocess.run(
         launch_command(WORKER, folder / "jobs.json", form=form, log_dir=folder / "log"),
@@ -60,19 +65,21 @@ def base_flags(kandinsky, photos):
     ]
 
 
-JOBS = ("decoder", "prior", "decoder_lora")
+JOBS = ("decoder", "prior", "decoder_lora", "sdxl", "lora_sdxl")
 
 
 @pytest.fixture(scope="module")
-def runs(base_flags, kandinsky_jobs, tmp_path_factory):
+def runs(base_flags, kandinsky_jobs, sdxl, sdxl_jobs, tmp_path_factory):
     """A folder with runs of one process (`one-…`) and of two (`two-…`), and some that changed in between."""
     root = tmp_path_factory.mktemp("runs")
+    of_sdxl = [f"--pretrained_model_name_or_path={sdxl}", "--random_flip", "--cache_variants=2", *base_flags[2:]]
 
     def flags(out, *more):
-        return [*base_flags, f"--output_dir={root / out}", f"--encoded_cache_dir={root / 'cache'}", *more]
+        models = of_sdxl if "sdxl" in out else base_flags
+        return [*models, f"--output_dir={root / out}", f"--encoded_cache_dir={root / 'cache'}", *more]
 
     for name in JOBS:
-        kandinsky_jobs[name].main(flags(f"one-{name}", *ONE))
+        {**kandinsky_jobs, **sdxl_jobs}[name].main(flags(f"one-{name}", *ONE))
     kandinsky_jobs["prior"].main(flags("changed", *ONE, "--max_train_steps=10"))
     latest = "--resume_from_checkpoint=latest"
     root.joinpath("said").write_text(
@@ -91,9 +98,9 @@ def runs(base_flags, kandinsky_jobs, tmp_path_factory):
 
 
 def learned(name, folder):
-    if name.endswith("lora"):
+    if "lora" in name:
         return tensors(folder / "paddle_lora_weights.safetensors")
-    return weights(folder, {"decoder": "unet"}.get(name, name))
+    return weights(folder, "prior" if name == "prior" else "unet")
 
 
 def assert_close(one, other, tolerance=1e-6):
@@ -123,11 +130,11 @@ def test_a_resumed_run_of_two_processes_ends_in_the_same_bits(runs):
 def test_two_machines_train_to_the_bits_of_one_with_two_processes(runs, base_flags, tmp_path):
     """Two launchers that meet on this one, as `--master` and `--nnodes` have it."""
     flags = [*base_flags, *TWO, f"--output_dir={tmp_path / 'out'}", f"--encoded_cache_dir={runs / 'cache'}"]
-    script, launchers = KANDINSKY / "train_text_to_image_prior.py", []
+    launchers = []
     master = f"127.0.0.1:{free_port()}"
     for rank in ("0", "1"):
         form = ("--master", master, "--nnodes", "2", "--rank", rank, "--nproc_per_node", "1")
-        command = launch_command(script, *flags, form=form, log_dir=tmp_path / f"log{rank}")
+        command = launch_command(script("prior"), *flags, form=form, log_dir=tmp_path / f"log{rank}")
         said = open(tmp_path / f"said{rank}", "w")
         launchers.append(subprocess.Popen(command, env=environment(), stdout=said, stderr=said))
     try:
@@ -194,9 +201,8 @@ def test_the_guides_form_of_the_command_and_a_bad_sample_and_the_cache(base_flag
 def endless_run(base_flags, tmp_path, *flags):
     """A run of two processes that has begun to write checkpoints: (its launcher, its two ranks' numbers)."""
     flags = [*base_flags, *TWO, f"--output_dir={tmp_path / 'out'}", "--max_train_steps=100000", *flags]
-    script = KANDINSKY / "train_text_to_image_prior.py"
     with open(tmp_path / "said", "w") as said:
-        command = launch_command(script, *flags, log_dir=tmp_path / "log")
+        command = launch_command(script("prior"), *flags, log_dir=tmp_path / "log")
         launcher = subprocess.Popen(command, env=environment(), stdout=said, stderr=said)
     ranks = []
     try:
@@ -248,9 +254,8 @@ def test_the_rank_that_fails_ends_the_others_and_has_the_last_word(base_flags, t
 
 def test_a_mistake_is_said_once_and_last(base_flags, tmp_path):
     flags = [*base_flags, f"--output_dir={tmp_path / 'out'}", "--train_data_dir=nowhere"]
-    script = KANDINSKY / "train_text_to_image_prior.py"
     done = subprocess.run(
-        launch_command(script, *flags, log_dir=tmp_path / "log"),
+        launch_command(script("prior"), *flags, log_dir=tmp_path / "log"),
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip
     lines = done.stdout.splitlines()
@@ -259,9 +264,8 @@ def test_a_mistake_is_said_once_and_last(base_flags, tmp_path):
 
 
 def test_processes_started_for_cards_that_are_not_there_are_told_how_to_start(base_flags, tmp_path):
-    script = KANDINSKY / "train_text_to_image_prior.py"
     done = subprocess.run(
-        [sys.executable, script, *base_flags, f"--output_dir={tmp_path / 'out'}"],
+        [sys.executable, script("prior"), *base_flags, f"--output_dir={tmp_path / 'out'}"],
         env=environment(PADDLE_TRAINERS_NUM="2", PADDLE_TRAINER_ID="0"), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 2 and "2 processes were started for cards" in done.stderr.splitlines()[-1]
