@@ -1,4 +1,4 @@
-"""SDXL's job from the encoded cache and online: samples per second in turns, and peak memory with 1000 and 10000 samples.
+"""SDXL's job from the encoded cache and online: samples per second in turns, and peak memory with 1000 and 10000.
 
     python benchmarks/encoded_cache.py
 

@@ -91,7 +91,9 @@ def launch_training_task(module, dataset, args) -> None:
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     check_schedule(args, total_steps)
     if args.dry_run:
-        return describe_run(module, dataset, args, total_steps, samples_per_step, steps_per_epoch)
+        if ranks.is_main:
+            describe_run(module, dataset, args, total_steps, samples_per_step, steps_per_epoch)
+        return
     state = build_training_state(module, args, total_steps, samples_per_step, ranks)
     if checkpoint:
         state.load(checkpoint, saved)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder, files_to_download, link_tree
 from ppdiffusers_train.models.weights import load_in_place
+from ppdiffusers_train.tensor_files import read_tensors, write_tensors
 from tests.conftest import weights
 
 
@@ -131,6 +132,30 @@ def test_of_a_repository_only_one_kind_of_weights_is_downloaded():
     paddle_too = [*files, "unet/model_state.pdparams"]
     assert "unet/model_state.pdparams" in files_to_download(paddle_too, ["unet"])
     assert "unet/diffusion_pytorch_model.safetensors" not in files_to_download(paddle_too, ["unet"])
+
+
+def test_of_a_repository_the_wanted_variant_is_downloaded_where_there_is_one():
+    files = [
+        "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    assert sorted(files_to_download(files, ["unet", "vae"], "fp16")) == [
+        "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.fp16.safetensors", "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_variant_s_weights_are_those_that_are_loaded_and_exported(kandinsky, tmp_path):
+    both = shutil.copytree(kandinsky[1], tmp_path / "both")
+    plain, half = (both / "unet" / f"diffusion_paddle_model{middle}.safetensors" for middle in ("", ".fp16"))
+    arrays_of_file, metadata = read_tensors(plain)
+    write_tensors(half, {name: (2 * array).astype("float16") for name, array in arrays_of_file.items()}, metadata)
+    for variant, factor in ((None, 1), ("fp16", 2)):
+        loaded = arrays(folder(both, "unet", variant=variant).load("unet", UNet2DConditionModel))
+        assert all(np.allclose(loaded[name], factor * arrays_of_file[name], rtol=1e-3, atol=1e-6) for name in loaded)
+        assert all(array.dtype == np.float32 for array in loaded.values())
+    folder(both, "unet", variant="fp16").export("unet", UNet2DConditionModel, tmp_path / "out", "ppdiffusers")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", half.name}
 
 
 def test_linking_copies_where_the_disk_cannot_link(tmp_path, monkeypatch):

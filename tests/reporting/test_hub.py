@@ -85,6 +85,17 @@ def test_a_hub_name_downloads_the_parts_that_are_needed(hub, tmp_path):
     ]  # fmt: skip
 
 
+def test_a_dry_run_downloads_no_weights(hub, tmp_path):
+    hub.files["owner/tiny"] = {
+        "model_index.json": b"{}",
+        "unet/config.json": b'{"width": 7}',
+        "unet/diffusion_pytorch_model.safetensors": b"s",
+    }
+    folder = PipelineFolder("owner/tiny", "--pretrained_x", ["unet"], cache_dir=tmp_path, weights=False)
+    assert folder.config("unet") == {"width": 7}
+    assert [path.name for path in folder.folders["unet"].iterdir()] == ["config.json"]
+
+
 def test_a_name_that_the_hub_does_not_know_gets_one_line(hub, tmp_path):
     with pytest.raises(UserError, match="--pretrained_x: 'owner/nothing' is not a folder here and cannot be"):
         PipelineFolder("owner/nothing", "--pretrained_x", ["unet"], cache_dir=tmp_path)
