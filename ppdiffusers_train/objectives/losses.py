@@ -13,3 +13,13 @@ def mse_loss(prediction, target, weights=None):
     squared_error = (prediction.astype("float32") - target.astype("float32")).square()
     per_sample = squared_error.flatten(1).mean(1)
     return (per_sample if weights is None else per_sample * weights).mean()
+
+
+def pseudo_huber_loss(prediction, target, c: float):
+    """mean_i( mean( √((prediction_i - target_i)² + c²) - c ) ), in float32: quadratic within c, linear beyond.
+
+    Charbonnier et al. 1994; Song & Dhariwal 2023, arXiv 2310.14189, section 3.3, with the root of each number instead
+    of that of the whole sample, as latent consistency models are trained. [B, …] -> a scalar.
+    """
+    difference = prediction.astype("float32") - target.astype("float32")
+    return ((difference.square() + c * c).sqrt() - c).flatten(1).mean(1).mean()

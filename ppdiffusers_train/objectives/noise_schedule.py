@@ -7,20 +7,20 @@ section 2), and `timesteps` [B] int64 indexes it. Per-sample coefficients are br
 import paddle
 
 
-def _per_sample(values, like):
-    """[B] -> [B, 1, …, 1], with as many axes as `like`."""
+def per_sample(values, like):
+    """Coefficients [B] -> [B, 1, …, 1], with as many axes as `like`."""
     return values.reshape([-1] + [1] * (like.ndim - 1))
 
 
 def add_noise(alphas_cumprod, sample, noise, timesteps):
     """x_t = √ᾱ_t · x_0 + √(1 - ᾱ_t) · ε  (Ho et al. 2020, eq. 4). `sample`, `noise`: [B, …] -> [B, …]."""
-    alpha = _per_sample(alphas_cumprod[timesteps], sample)
+    alpha = per_sample(alphas_cumprod[timesteps], sample)
     return alpha.sqrt() * sample + (1 - alpha).sqrt() * noise
 
 
 def velocity(alphas_cumprod, sample, noise, timesteps):
     """v_t = √ᾱ_t · ε - √(1 - ᾱ_t) · x_0  (Salimans & Ho 2022, arXiv 2202.00512, appendix D). [B, …] -> [B, …]."""
-    alpha = _per_sample(alphas_cumprod[timesteps], sample)
+    alpha = per_sample(alphas_cumprod[timesteps], sample)
     return alpha.sqrt() * noise - (1 - alpha).sqrt() * sample
 
 
