@@ -169,6 +169,36 @@ def add_sdxl_arguments(parser):
     return group
 
 
+def add_distillation_arguments(parser):
+    """The teacher, and how a student with few steps is distilled from it, read by the jobs of latent consistency."""
+    group = parser.add_argument_group("models")
+    group.add_argument("--pretrained_teacher_model", required=True, help="folder or hub name of the teacher's pipeline")
+    group.add_argument("--pretrained_vae_model_name_or_path", help="folder or hub name of another VAE")
+    group.add_argument("--teacher_revision", help="revision of the teacher on the hub")
+    group.add_argument("--revision", help="the same, by its older name")
+    group.add_argument("--cast_teacher_unet", action=Flag, help="the teacher in the low type of --mixed_precision, too")
+
+    group = parser.add_argument_group("distillation")
+    group.add_argument("--w_min", type=float, default=5.0, help="smallest guidance (a pipeline's scale less 1)")
+    group.add_argument("--w_max", type=float, default=15.0, help="largest guidance")
+    group.add_argument("--num_ddim_timesteps", type=positive_int, default=50, help="steps of the teacher's solver")
+    group.add_argument("--loss_type", choices=("l2", "huber"), default="l2", help="distance of student and target")
+    group.add_argument("--huber_c", type=positive_float, default=0.001, help="where huber turns from square to linear")
+    group.add_argument("--timestep_scaling_factor", type=positive_float, default=10.0, help="of the boundary condition")
+
+    group = parser.add_argument_group("images")
+    group.add_argument("--center_crop", action=Flag, help="crop the centre; default: anywhere, drawn for each sample")
+    group.add_argument("--random_flip", action=Flag, help="mirror every second image, drawn for each sample")
+    group.add_argument("--interpolation_type", choices=INTERPOLATION_MODES, default="bilinear", help="of resizing")
+    group.add_argument(
+        "--proportion_empty_prompts", type=unit_float, default=0.0, help="share of captions that are dropped, at random"
+    )
+    group.add_argument(
+        "--vae_encode_batch_size", type=positive_int, default=32, help="images in the VAE at once, at most: it is one"
+    )
+    return group
+
+
 def add_timestep_arguments(parser):
     """Which timesteps training prefers, read by the jobs."""
     group = parser.add_argument_group("timesteps")

@@ -18,6 +18,9 @@ class DiffusionTrainingModule(nn.Layer):
     overflow_float16 = ()
     """Names of the attributes that hold frozen models whose activations outgrow float16: they stay in float32."""
 
+    always_float32 = ()
+    """Names of the attributes that hold frozen models that stay in float32 whatever the run's precision."""
+
     buckets = ()
     """[(height, width)] of the sizes that samples are brought to; empty where all samples fit into one batch."""
 

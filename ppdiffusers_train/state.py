@@ -63,7 +63,8 @@ class TrainingState:
         self.optimizer.clear_grad()
         self.lr_scheduler.step()
         self.step, self.position = self.step + 1, window.stop
-        self.module.after_step()
+        with self.float32_weights():
+            self.module.after_step()
         if self.ema:
             self.ema.update(self.optimizer._master_weights)
 

@@ -21,7 +21,8 @@ from ppdiffusers_train.models.lora import (
     save_lora,
     save_lora_weights,
 )
-from ppdiffusers_train.models.sdxl import encode_images, encode_prompts
+from ppdiffusers_train.models.sdxl import encode_prompts
+from ppdiffusers_train.models.stable_diffusion import encode_images
 from ppdiffusers_train.training import check_run, launch_training_task
 
 sys.path.append(str(Path(__file__).parent))  # where this file is imported, not run

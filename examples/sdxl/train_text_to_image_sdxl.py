@@ -8,7 +8,6 @@ The result is a folder for `StableDiffusionXLPipeline.from_pretrained`.
 import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
 
 import numpy as np
-from PIL import ImageOps
 from ppdiffusers import DDPMScheduler
 
 from ppdiffusers_train.arguments import (
@@ -25,12 +24,13 @@ from ppdiffusers_train.arguments import (
 )
 from ppdiffusers_train.data.buckets import bucket_sizes, nearest_bucket
 from ppdiffusers_train.data.image_folder import build_dataset, warn_of_small_images
-from ppdiffusers_train.data.transforms import crop_to, normalize_pixels, resize_to_cover
+from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.errors import BadSampleError, UserError, one_line_errors
 from ppdiffusers_train.models.attention import announce_plain_attention, enable_memory_efficient_attention
 from ppdiffusers_train.models.drawing import draw
 from ppdiffusers_train.models.recompute import enable_recompute
-from ppdiffusers_train.models.sdxl import SDXLFolder, encode_images, encode_prompts
+from ppdiffusers_train.models.sdxl import SDXLFolder, encode_prompts
+from ppdiffusers_train.models.stable_diffusion import encode_images
 from ppdiffusers_train.models.text import tokenize
 from ppdiffusers_train.models.weights import load_in_place
 from ppdiffusers_train.module import DiffusionTrainingModule, freeze
@@ -116,10 +116,9 @@ class SDXLTrainingModule(DiffusionTrainingModule):
         if args.min_image_size and min(width, height) < args.min_image_size:
             raise BadSampleError(f"{row['name']}: {width} x {height} pixels, --min_image_size is {args.min_image_size}")
         rows, columns = self.size_for(width, height)
-        image = resize_to_cover(image, rows, columns, args.image_interpolation_mode)
-        if args.random_flip and draws.uniform("flip") < 0.5:
-            image = ImageOps.mirror(image)
-        image, top, left = crop_to(image, rows, columns, draws, args.center_crop)
+        image, top, left = fit(
+            image, rows, columns, draws, args.image_interpolation_mode, args.center_crop, args.random_flip
+        )
         if args.proportion_empty_prompts and draws.uniform("drop_caption") < args.proportion_empty_prompts:
             caption = ""
         return {

@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def center_crop_square(image: Image.Image) -> Image.Image:
@@ -30,6 +30,20 @@ def crop_to(image: Image.Image, height: int, width: int, draws, center: bool) ->
     else:
         top, left = int(draws.integers("crop_top", 0, rows + 1)), int(draws.integers("crop_left", 0, columns + 1))
     return image.crop((left, top, left + width, top + height)), top, left
+
+
+def fit(image: Image.Image, height: int, width: int, draws, interpolation: str, center: bool, flip: bool) -> tuple:
+    """An image brought to `height` x `width` pixels: scaled, mirrored in half of the draws, cropped.
+
+    Mirrored before it is cropped, so that the crop is told as it was taken.
+
+    Returns:
+        (image, top, left) with the crop's upper left corner.
+    """
+    image = resize_to_cover(image, height, width, interpolation)
+    if flip and draws.uniform("flip") < 0.5:
+        image = ImageOps.mirror(image)
+    return crop_to(image, height, width, draws, center)
 
 
 def normalize_pixels(image: Image.Image) -> np.ndarray:

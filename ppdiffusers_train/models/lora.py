@@ -5,6 +5,7 @@ base model. The layers are ppdiffusers' own, set on the layers that can carry th
 are. Its writer is not used: it stores no α, refuses models with LoRA on some layers only, and does not transpose.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -81,6 +82,19 @@ def lora_layers(model) -> dict:
     """`{name of the layer: its LoRA layer}` of those that have one."""
     found = {name: getattr(layer, "lora_layer", None) for name, layer in model.named_sublayers()}
     return {name: lora for name, lora in found.items() if lora is not None}
+
+
+@contextlib.contextmanager
+def lora_switched_off(model):
+    """Within, a model answers as if it had no LoRA layers: it is its own teacher."""
+    adapted = [(layer, layer.lora_layer) for layer in model.sublayers() if getattr(layer, "lora_layer", None) is not None]
+    for layer, _ in adapted:
+        layer.lora_layer = None
+    try:
+        yield
+    finally:
+        for layer, lora in adapted:
+            layer.lora_layer = lora
 
 
 def lora_parameters(unet, **text_encoders) -> dict:

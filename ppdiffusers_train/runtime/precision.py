@@ -49,7 +49,7 @@ class Precision:
             if learns_as_a_whole(model):
                 if self.level == "O2":
                     paddle.amp.decorate(model, optimizer, level="O2", dtype=dtype, master_weight=True)
-            elif dtype == "bfloat16" or name not in module.overflow_float16:
+            elif name not in module.always_float32 and (dtype == "bfloat16" or name not in module.overflow_float16):
                 learning = [layer for layer in model.sublayers(include_self=True) if learns_itself(layer)]
                 paddle.amp.decorate(model, level="O2", dtype=dtype, excluded_layers=learning or None)
 

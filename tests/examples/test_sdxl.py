@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from ppdiffusers_train.data.image_folder import build_dataset
 from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.models.lora import allow_text_encoder_lora, lora_parameters
-from ppdiffusers_train.models.sdxl import encode_images, encode_prompts
+from ppdiffusers_train.models.sdxl import encode_prompts
+from ppdiffusers_train.models.stable_diffusion import encode_images
 from ppdiffusers_train.tensor_files import read_tensors
 from tests.conftest import (
     copy_photos,

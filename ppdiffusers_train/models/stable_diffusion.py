@@ -1,0 +1,85 @@
+"""Stable Diffusion on disk, and what its text encoder and VAE make of a sample."""
+
+import paddle
+from ppdiffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, schedulers
+from ppdiffusers.transformers import CLIPTextModel, CLIPTokenizer
+
+from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.models.pipeline_folder import ModelFolder, PipelineFolder, export_pipeline
+
+
+class StableDiffusionFolder:
+    """The folder of a Stable Diffusion pipeline, with a VAE from elsewhere where one is given.
+
+    Args:
+        name_or_path, vae: folders, or names on the hub; `vae` may be None.
+        flag: that named the pipeline, for messages.
+        cache_dir, revision, variant, weights: see `PipelineFolder`.
+    """
+
+    pipeline_class = StableDiffusionPipeline
+    parts = {
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "tokenizer": CLIPTokenizer,
+        "unet": UNet2DConditionModel,
+        "scheduler": None,  # its class is the one that the pipeline's model_index.json names
+    }
+    # What the pipeline is told besides its parts: no checker of what a training draws.
+    options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    kept_settings = ("requires_safety_checker",)
+
+    def __init__(self, name_or_path, vae, flag, cache_dir=None, revision=None, variant=None, weights=True):
+        options = {"cache_dir": cache_dir, "weights": weights}
+        self.base = PipelineFolder(name_or_path, flag, list(self.parts), revision=revision, variant=variant, **options)
+        vae_flag = "--pretrained_vae_model_name_or_path"
+        self.vae = ModelFolder(vae, vae_flag, "vae", "AutoencoderKL", **options) if vae else self.base
+
+    def folder(self, part: str) -> PipelineFolder:
+        """The folder that holds a part."""
+        return self.vae if part == "vae" else self.base
+
+    def load(self, part: str, part_class=None):
+        """A part, of `part_class` where it is not the pipeline's own."""
+        return self.folder(part).load(part, part_class or self.part_class(part))
+
+    def part_class(self, part: str):
+        """The class of a part in the pipeline."""
+        return self.parts[part] or getattr(schedulers, self.base.class_name(part))
+
+    def check_resolution(self, resolution: int) -> None:
+        """Raise a `UserError` unless images of `resolution` fit the VAE."""
+        factor = 2 ** (len(self.vae.config("vae")["block_out_channels"]) - 1)
+        if resolution % factor:
+            raise UserError(f"--resolution: {resolution} does not fit this VAE; expected a multiple of {factor}")
+
+    def pipeline(self, **own):
+        """The pipeline that draws; parts given by name are used, those that are None or not named are loaded."""
+        parts = {name: self.load(name) if own.get(name) is None else own[name] for name in self.parts}
+        return self.pipeline_class(**parts, **{**self.options, **self.settings()})
+
+    def export(self, directory, own: dict, save_format: str) -> None:
+        """Write a folder for the pipeline's `from_pretrained`: `own` parts saved, the others unchanged."""
+        parts = {name: (self.folder(name), name, self.part_class(name)) for name in self.parts}
+        export_pipeline(directory, self.pipeline_class.__name__, parts, own, save_format, self.settings())
+
+    def settings(self) -> dict:
+        """What the pipeline's model_index.json says besides its parts."""
+        index = self.base.index()
+        return {name: index[name] for name in self.kept_settings if name in index}
+
+
+def encode_prompt(text_encoder, input_ids):
+    """Token ids [B, L] -> prompt embeddings [B, L, D]: the last hidden states."""
+    return text_encoder(input_ids)[0]
+
+
+def encode_images(vae, pixels, batch_size=None):
+    """Pixels [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, h, w]: the mode of the VAE's distribution.
+
+    Computed in the VAE's own type whatever the run's precision: SDXL's VAE overflows in float16. The mode, not a draw:
+    its deviation is far below the noise that training adds, and a cached sample must be a function of the image.
+    """
+    with paddle.amp.auto_cast(enable=False):
+        latents = vae.encode(pixels.astype(vae.dtype)).latent_dist.mode()
+    return latents * vae.config.scaling_factor
