@@ -15,6 +15,13 @@ def ema_decay(update: int, max_decay: float = 0.9999) -> float:
     return 0.0 if past <= 0 else min(max_decay, (1 + past) / (10 + past))
 
 
+@paddle.no_grad()
+def move_average(averages, parameters, decay: float) -> None:
+    """θ⁻ ← μ θ⁻ + (1 - μ) θ, in place, of parameters in the same order."""
+    for average, parameter in zip(averages, parameters, strict=True):
+        average.set_value(decay * average + (1 - decay) * parameter.astype("float32"))
+
+
 class EMA:
     """θ_ema ← d · θ_ema + (1 - d) · θ, in float32.
 

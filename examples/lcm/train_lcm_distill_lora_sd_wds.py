@@ -1,0 +1,63 @@
+"""Distill Stable Diffusion into LoRA layers that let any of its fine-tunes draw in a few steps.
+
+    python -u train_lcm_distill_lora_sd_wds.py --pretrained_teacher_model sd --train_data_dir photos --output_dir lcm-lora
+
+The result is loaded by `pipe.load_lora_weights("lcm-lora")`, for `LCMScheduler`.
+"""
+
+import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
+
+import sys
+from pathlib import Path
+
+from ppdiffusers_train.arguments import add_lora_arguments
+from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.errors import one_line_errors
+from ppdiffusers_train.models.lora import (
+    add_lora,
+    load_lora_weights,
+    lora_switched_off,
+    save_lora,
+    save_lora_weights,
+)
+from ppdiffusers_train.training import check_run, launch_training_task
+
+sys.path.append(str(Path(__file__).parent))  # where this file is imported, not run
+from train_lcm_distill_sd_wds import LCMTrainingModule  # noqa: E402
+from train_lcm_distill_sd_wds import build_parser as build_full_parser  # noqa: E402
+
+TARGETS = (
+    "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,downsamplers.0.conv,"
+    "upsamplers.0.conv,time_emb_proj"
+)
+
+
+def build_parser():
+    parser = build_full_parser()
+    parser.description = __doc__.splitlines()[0]
+    add_lora_arguments(parser, TARGETS, rank=64)
+    return parser
+
+
+class LCMLoRATrainingModule(LCMTrainingModule):
+    """One UNet: with its LoRA layers it is the student, and without gradient the target; without them the teacher."""
+
+    always_float32 = ()
+
+    def build_networks(self):
+        args = self.args
+        self.unet = self.folder.load("unet")
+        alpha = args.lora_alpha or args.lora_rank
+        add_lora(self.unet, args.lora_target_modules, args.lora_rank, alpha, args.lora_dropout, args.seed or 0)
+
+    def student_predicts(self, noisy, timesteps, condition, guidance):
+        return self.unet(noisy, timesteps, **condition).sample
+
+    target_predicts = student_predicts
+
+    def teacher_predicts(self, noisy, timesteps, condition):
+        with lora_switched_off(self.unet):
+            return self.unet(noisy, timesteps, **condition).sample
+
+    def after_step(self):
+        """The target is the student itself."""
