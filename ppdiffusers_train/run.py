@@ -40,9 +40,16 @@ def public_command(args) -> str:
 def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
     """What makes this run this run; a checkpoint to resume from must agree, or it would go on with other samples."""
     identity = {"job": type(module).__name__, "seed": args.seed, "rows": len(dataset)}
+    if hasattr(dataset, "digest"):
+        identity["captions"] = dataset.digest()
     if module.buckets:  # then the order depends on it
         identity["samples_per_step"] = samples_per_step
-    words = {"seed": "--seed", "rows": "number of samples", "samples_per_step": "number of samples per step"}
+    words = {
+        "seed": "--seed",
+        "rows": "number of samples",
+        "captions": "hash of all captions",
+        "samples_per_step": "number of samples per step",
+    }
     for name, value in identity.items():
         if saved and saved.get(name) != value:
             raise UserError(

@@ -429,13 +429,17 @@ def test_mistakes_get_one_line_and_status_two(decoder_job, decoder_flags, kandin
         assert stopped.value.code == 2 and "error: " in last and expected in last, (flag, last)
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_what_differs(train_decoder, decoder_flags, tmp_path, capsys):
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(train_decoder, tmp_path, photos, capsys):
     checkpoint = train_decoder("--checkpointing_steps=2") / "checkpoint-2"
+    other_data = shutil.copytree(photos, tmp_path / "other_data")
+    captions = (photos / "metadata.jsonl").read_text()
+    (other_data / "metadata.jsonl").write_text(captions.replace("photo", "drawing"))
     other_job = shutil.copytree(checkpoint, tmp_path / "other_job")
     edit_json(other_job / "state.json", job="KandinskyPriorTrainingModule")
     cases = {
         (checkpoint, "--seed=1"): "is of another run: its --seed is 0, here it is 1",
         (checkpoint, "--max_train_samples=3"): "its number of samples is 7, here it is 3",
+        (checkpoint, f"--train_data_dir={other_data}"): "is of another run: its hash of all captions is ",
         (other_job, "--seed=0"): "its job is KandinskyPriorTrainingModule, here it is KandinskyDecoderTrainingModule",
         (checkpoint, "--use_ema"): "was written without --use_ema",
     }
