@@ -10,9 +10,12 @@ import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
 import sys
 from pathlib import Path
 
+from ppdiffusers import LCMScheduler
+
 from ppdiffusers_train.arguments import add_lora_arguments
 from ppdiffusers_train.data.image_folder import build_dataset
 from ppdiffusers_train.errors import one_line_errors
+from ppdiffusers_train.models.drawing import draw
 from ppdiffusers_train.models.lora import (
     add_lora,
     load_lora_weights,
@@ -61,3 +64,42 @@ class LCMLoRATrainingModule(LCMTrainingModule):
 
     def after_step(self):
         """The target is the student itself."""
+
+    def draw_student(self, prompts, seeds, steps):
+        """The LoRA's scheduler draws without guidance: its scale of 1 is what was distilled."""
+        scheduler = LCMScheduler.from_config(self.scheduler.config)
+        pipeline = self.folder.pipeline(vae=self.vae, unet=self.unet, scheduler=scheduler, **self.text_parts())
+        return draw(pipeline, prompts, seeds, self.args.resolution, steps, guidance_scale=1.0)
+
+    def teacher_unet(self):
+        return self.unet
+
+    def draw_teacher(self, prompts, seeds):
+        with lora_switched_off(self.unet):
+            return super().draw_teacher(prompts, seeds)
+
+    def save_weights(self, directory):
+        save_lora_weights(self.unet, directory)
+
+    def load_weights(self, directory):
+        load_lora_weights(self.unet, directory)
+
+    def save_pretrained(self, directory):
+        for library in ("ppdiffusers", "diffusers", "kohya"):
+            save_lora(self.unet, directory, library)
+
+    def card_data(self):
+        card = super().card_data()
+        return {**card, "tags": [*card["tags"], "lora"]}
+
+
+@one_line_errors
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    check_run(args)
+    dataset = build_dataset(args)
+    launch_training_task(LCMLoRATrainingModule(args), dataset, args)
+
+
+if __name__ == "__main__":
+    main()

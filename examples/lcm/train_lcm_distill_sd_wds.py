@@ -8,7 +8,7 @@ The results are the student, `lcm/unet`, and its average, `lcm/unet_target`, eac
 import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
 
 import paddle
-from ppdiffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
+from ppdiffusers import DDPMScheduler, LCMScheduler
 
 from ppdiffusers_train.arguments import (
     ArgumentParser,
@@ -196,24 +196,22 @@ class LCMTrainingModule(DiffusionTrainingModule):
 
     def generate(self, prompts, seeds):
         """For each prompt and seed the student's pictures of 1, 2, 4 and 8 steps beside the teacher's of 50."""
-        strips = [[] for _ in prompts]
-        for steps in STEPS_SHOWN:
-            for strip, image in zip(strips, self.draw_student(prompts, seeds, steps)):
-                strip.append(image)
-        pipeline = self.folder.pipeline(vae=self.vae, text_encoder=self.text_encoder, unet=self.teacher_unet())
-        options = {"guidance_scale": TEACHER_SCALE}
-        for strip, image in zip(strips, draw(pipeline, prompts, seeds, self.args.resolution, TEACHER_STEPS, **options)):
-            strip.append(image)
-        return [beside(strip) for strip in strips]
+        columns = [self.draw_student(prompts, seeds, steps) for steps in STEPS_SHOWN]
+        return [beside(strip) for strip in zip(*columns, self.draw_teacher(prompts, seeds))]
 
     def draw_student(self, prompts, seeds, steps):
-        """As a user would: the pipeline with the student and its scheduler, at a guidance that it has seen."""
+        """As a user would: the pipeline with the student's average and its scheduler, at a guidance that it has seen."""
         scheduler = LCMScheduler.from_config(self.scheduler.config)
-        pipeline = self.folder.pipeline(
-            vae=self.vae, text_encoder=self.text_encoder, unet=self.target_unet, scheduler=scheduler
-        )
+        pipeline = self.folder.pipeline(vae=self.vae, unet=self.target_unet, scheduler=scheduler, **self.text_parts())
         scale = 1 + (self.args.w_min + self.args.w_max) / 2
         return draw(pipeline, prompts, seeds, self.args.resolution, steps, guidance_scale=scale)
+
+    def draw_teacher(self, prompts, seeds):
+        pipeline = self.folder.pipeline(vae=self.vae, unet=self.teacher_unet(), **self.text_parts())
+        return draw(pipeline, prompts, seeds, self.args.resolution, TEACHER_STEPS, guidance_scale=TEACHER_SCALE)
+
+    def text_parts(self):
+        return {"text_encoder": self.text_encoder}
 
     def teacher_unet(self):
         return self.teacher

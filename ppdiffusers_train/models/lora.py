@@ -87,7 +87,9 @@ def lora_layers(model) -> dict:
 @contextlib.contextmanager
 def lora_switched_off(model):
     """Within, a model answers as if it had no LoRA layers: it is its own teacher."""
-    adapted = [(layer, layer.lora_layer) for layer in model.sublayers() if getattr(layer, "lora_layer", None) is not None]
+    adapted = [
+        (layer, layer.lora_layer) for layer in model.sublayers() if getattr(layer, "lora_layer", None) is not None
+    ]
     for layer, _ in adapted:
         layer.lora_layer = None
     try:
