@@ -1,8 +1,8 @@
 """Distill Stable Diffusion into LoRA layers that let any of its fine-tunes draw in a few steps.
 
-    python -u train_lcm_distill_lora_sd_wds.py --pretrained_teacher_model sd --train_data_dir photos --output_dir lcm-lora
+    python -u train_lcm_distill_lora_sd_wds.py --pretrained_teacher_model sd --train_data_dir photos --output_dir lora
 
-The result is loaded by `pipe.load_lora_weights("lcm-lora")`, for `LCMScheduler`.
+The result is loaded by `pipe.load_lora_weights("lora")`, for `LCMScheduler`.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)

@@ -200,7 +200,7 @@ class LCMTrainingModule(DiffusionTrainingModule):
         return [beside(strip) for strip in zip(*columns, self.draw_teacher(prompts, seeds))]
 
     def draw_student(self, prompts, seeds, steps):
-        """As a user would: the pipeline with the student's average and its scheduler, at a guidance that it has seen."""
+        """As a user would: the pipeline with the student's average and its scheduler, at a guidance it has seen."""
         scheduler = LCMScheduler.from_config(self.scheduler.config)
         pipeline = self.folder.pipeline(vae=self.vae, unet=self.target_unet, scheduler=scheduler, **self.text_parts())
         scale = 1 + (self.args.w_min + self.args.w_max) / 2

@@ -1,0 +1,244 @@
+"""The four jobs of latent consistency distillation, through their scripts."""
+
+import ppdiffusers_train  # noqa: F401
+
+import numpy as np
+import paddle
+import pytest
+from ppdiffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+
+from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.draws import Draws, RowDraws
+from ppdiffusers_train.models.lora import lora_switched_off
+from tests.conftest import (
+    ROOT,
+    builder,
+    encode,
+    load_script,
+    optimizer_state,
+    runner,
+    same,
+    scalars,
+    short_run,
+    tensors,
+    weights,
+)
+
+FULL, LORA = ["sd", "sdxl"], ["lora_sd", "lora_sdxl"]
+LORA_FILES = ("paddle_lora_weights.safetensors", "pytorch_lora_weights.safetensors", "lora.safetensors")
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory):
+    """The folder of the tiny Stable Diffusion."""
+    from ppdiffusers_train.reporting.quiet import quiet_libraries
+    from ppdiffusers_train.toy.sd import build_sd
+
+    quiet_libraries()
+    return build_sd(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="session")
+def lcm_jobs():
+    """The scripts by name: `{"lora_sd": module, …}`."""
+    return {name: load_script(ROOT / "examples" / "lcm" / f"train_lcm_distill_{name}_wds.py") for name in FULL + LORA}
+
+
+@pytest.fixture
+def teacher(sd, sdxl):
+    """The teacher's flag for a job."""
+    return lambda name: f"--pretrained_teacher_model={sdxl if 'sdxl' in name else sd}"
+
+
+@pytest.fixture
+def train(lcm_jobs, photos, teacher, tmp_path):
+    """`train("lora_sd", *flags, out="out")` runs that script's `main` and returns its output folder."""
+    run = runner(lcm_jobs, short_run(photos), tmp_path)
+    return lambda name, *flags, **options: run(name, teacher(name), *flags, **options)
+
+
+@pytest.fixture
+def build(lcm_jobs, photos, teacher):
+    """`build("sd", *flags)` is that script's training module."""
+    make = builder(lcm_jobs, short_run(photos))
+    return lambda name, *flags: make(name, teacher(name), *flags)
+
+
+def batch_of(module):
+    return encode(module, build_dataset(module.args), [0, 1])
+
+
+def learned(name, folder):
+    return tensors(folder / LORA_FILES[0]) if "lora" in name else weights(folder)
+
+
+def test_the_guides_command_runs(lcm_jobs):
+    words = """--pretrained_teacher_model=runwayml/stable-diffusion-v1-5 --output_dir=x --mixed_precision=fp16
+        --resolution=512 --learning_rate=1e-6 --loss_type=huber --ema_decay=0.95 --adam_weight_decay=0.0
+        --max_train_steps=1000 --max_train_samples=4000000 --dataloader_num_workers=8 --validation_steps=200
+        --checkpointing_steps=200 --checkpoints_total_limit=10 --train_batch_size=12 --gradient_checkpointing
+        --enable_xformers_memory_efficient_attention --gradient_accumulation_steps=1 --use_8bit_adam
+        --resume_from_checkpoint=latest --report_to=wandb --seed=453645634 --push_to_hub""".split()
+    for name in FULL:
+        args = lcm_jobs[name].build_parser().parse_args(words)
+        assert (args.w_min, args.w_max, args.num_ddim_timesteps) == ({"sd": 5.0, "sdxl": 3.0}[name], 15.0, 50)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_the_student_starts_as_its_teacher_where_guidance_has_no_effect(build, name):
+    module = build(name)
+    encoded = batch_of(module)
+    noisy, times = encoded["latents"], paddle.to_tensor([19, 999])
+    condition, _ = module.conditions(encoded)
+    with paddle.no_grad():
+        module.unet.time_embedding.cond_proj.weight.zero_()
+        student = module.student_predicts(noisy, times, condition, paddle.to_tensor([3.0, 9.0]))
+        assert np.allclose(student.numpy(), module.teacher_predicts(noisy, times, condition).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_with_fresh_lora_layers_teacher_student_and_target_are_one(build, name):
+    module = build(name)
+    encoded = batch_of(module)
+    condition, _ = module.conditions(encoded)
+    inputs = (encoded["latents"], paddle.to_tensor([19, 999]), condition)
+    with paddle.no_grad():
+        teacher = module.teacher_predicts(*inputs).numpy()
+        assert np.allclose(module.student_predicts(*inputs, None).numpy(), teacher, atol=1e-6)
+        for parameter in module.trainable_parameters():
+            parameter.set_value(paddle.ones_like(parameter) * 0.02)
+        changed = module.student_predicts(*inputs, None).numpy()
+        assert np.abs(changed - teacher).max() > 1e-3
+        assert np.array_equal(module.teacher_predicts(*inputs).numpy(), teacher), "the teacher is the base"
+        assert np.array_equal(module.target_predicts(*inputs, None).numpy(), changed)
+    assert len([name for name, model in module.named_children() if isinstance(model, UNet2DConditionModel)]) == 1
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_the_target_follows_the_student_and_both_are_written(train, build, name):
+    out = train(name, "--ema_decay=0.5", "--max_train_steps=1", "--checkpointing_steps=1")
+    start = build(name).unet.state_dict()
+    student, target = weights(out, "unet"), weights(out, "unet_target")
+    for key, value in start.items():
+        assert np.allclose(target[key], (value.numpy() + student[key]) / 2, atol=1e-6), key
+    assert not same(student, target)
+    for part in ("unet", "unet_target"):
+        assert same(weights(out / "checkpoint-1", part), weights(out, part))
+        assert UNet2DConditionModel.from_pretrained(str(out / part)).config.time_cond_proj_dim == 256
+
+
+@pytest.mark.parametrize("name", FULL + LORA)
+def test_five_steps_equal_two_and_three_more_bit_for_bit(train, name):
+    flags = ["--random_flip", "--loss_type=huber", "--lr_scheduler=linear", "--lr_warmup_steps=2"]
+    flags += ["--max_train_steps=5"]
+    whole = train(name, *flags, "--checkpointing_steps=5", out="whole")
+    parts = train(name, *flags, "--checkpointing_steps=2", out="parts")
+    resume = f"--resume_from_checkpoint={parts / 'checkpoint-2'}"
+    train(name, *flags, "--checkpointing_steps=5", resume, out="parts")
+    assert scalars(whole) == scalars(parts) and len(scalars(parts)) == 5
+    assert same(*(optimizer_state(folder / "checkpoint-5") for folder in (whole, parts)))
+    assert same(learned(name, whole), learned(name, parts))
+    if name in FULL:
+        assert same(weights(whole, "unet_target"), weights(parts, "unet_target"))
+
+
+@pytest.mark.parametrize("name", FULL + LORA)
+def test_cached_and_online_runs_are_the_same_and_validation_changes_nothing(train, name):
+    plain = train(name, "--center_crop", out="plain")
+    flags = ["--encoded_cache", "--validation_prompt=a cat", "--validation_steps=2", "--num_validation_images=1"]
+    drawn = train(name, "--center_crop", *flags, out="drawn")
+    assert scalars(plain) == scalars(drawn) and same(learned(name, plain), learned(name, drawn))
+    assert len(list((drawn / "validation").iterdir())) == 1
+
+
+def test_every_flag_of_the_distillation_changes_the_loss(train):
+    base = scalars(train("sd", out="base"))[0]
+    for number, flag in enumerate(
+        ["--w_min=0", "--w_max=30", "--num_ddim_timesteps=25", "--loss_type=huber", "--timestep_scaling_factor=1",
+         "--proportion_empty_prompts=0.99", "--unet_time_cond_proj_dim=32", "--interpolation_type=nearest"]
+    ):  # fmt: skip
+        assert scalars(train("sd", flag, "--max_train_steps=1", out=str(number)))[0] != base, flag
+    huber = [
+        scalars(train("sd", "--loss_type=huber", f"--huber_c={c}", "--max_train_steps=1", out=f"c{c}"))[0]
+        for c in (0.001, 1)
+    ]
+    assert huber[0] != huber[1]
+
+
+@pytest.mark.parametrize("flags, told", [([], (90, 120)), (["--use_fix_crop_and_size"], (64, 64))])
+def test_sizes_are_told_as_height_and_width(build, flags, told):
+    from PIL import Image
+
+    module = build("sdxl", *flags)
+    row = {"image": Image.new("RGB", (120, 90)), "caption": "x", "name": "x"}
+    samples = [module.preprocess(row, RowDraws(0, position)) for position in range(4)]
+    assert all(sample["time_ids"].tolist()[:2] == list(told) for sample in samples)
+    assert all(sample["time_ids"].tolist()[4:] == [64, 64] for sample in samples)
+    lefts = {sample["time_ids"].tolist()[3] for sample in samples}
+    assert lefts == {0.0} if flags else len(lefts) > 1
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_result_draws_in_four_steps(train, sd, sdxl, name):
+    out = train(name)
+    unet = UNet2DConditionModel.from_pretrained(str(out / "unet"))
+    kind, base, more = (
+        (StableDiffusionXLPipeline, sdxl, {"add_watermarker": False})
+        if name == "sdxl"
+        else (StableDiffusionPipeline, sd, {"safety_checker": None})
+    )
+    pipe = kind.from_pretrained(str(base), unet=unet, **more)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pictures = []
+    for scale in (1.0, 8.0):
+        paddle.seed(0)
+        options = {"num_inference_steps": 4, "guidance_scale": scale, "output_type": "np"}
+        pictures.append(np.asarray(pipe("sushi", height=64, width=64, **options).images[0]))
+    assert pictures[0].shape == (64, 64, 3) and not np.array_equal(*pictures), "the student is told its guidance"
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_a_lora_result_draws_in_four_steps_and_its_files_hold_alpha(train, sd, sdxl, build, name):
+    out = train(name, "--lora_rank=8", "--lora_alpha=4", "--learning_rate=1e-2", "--checkpointing_steps=2")
+    assert all((out / file).is_file() for file in LORA_FILES)
+    kohya = tensors(out / LORA_FILES[2])
+    assert {float(value) for key, value in kohya.items() if key.endswith(".alpha")} == {4.0}
+    module = build(name, "--lora_rank=8", "--lora_alpha=4")
+    module.load_weights(str(out / "checkpoint-2"))
+    encoded = batch_of(module)
+    condition, _ = module.conditions(encoded)
+    inputs = (encoded["latents"], paddle.to_tensor([19, 999]))
+    ours = module.student_predicts(*inputs, condition, None).numpy()
+    kind, base = (StableDiffusionXLPipeline, sdxl) if "sdxl" in name else (StableDiffusionPipeline, sd)
+    more = {"add_watermarker": False} if "sdxl" in name else {"safety_checker": None}
+    for file in (LORA_FILES[0], LORA_FILES[2]):
+        pipe = kind.from_pretrained(str(base), **more)
+        pipe.load_lora_weights(str(out), weight_name=file)
+        assert np.allclose(pipe.unet(*inputs, **condition).sample.numpy(), ours, atol=1e-5), file
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    image = pipe("sushi", height=64, width=64, num_inference_steps=4, guidance_scale=1.0).images[0]
+    assert image.size == (64, 64)
+
+
+def test_the_teacher_is_switched_back_on_after_an_error(build):
+    module = build("lora_sd")
+    with pytest.raises(RuntimeError), lora_switched_off(module.unet):
+        raise RuntimeError
+    assert module(batch_of(module), Draws(0, [0, 1])).item() >= 0
+    assert all(layer.lora_layer is not None for layer in module.unet.sublayers() if hasattr(layer, "set_lora_layer")
+               and type(layer).__name__.startswith("LoRACompatible") and layer.lora_layer)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--w_min=20", "--w_min: 20 is above --w_max, which is 15"),
+        ("--num_ddim_timesteps=2000", "--num_ddim_timesteps: 2000 is more than the 1000 timesteps of the teacher"),
+        ("--resolution=66", "--resolution: 66 does not fit this VAE; expected a multiple of 4"),
+        ("--loss_type=l1", "--loss_type: invalid choice: 'l1'"),
+    ],
+)
+def test_a_mistake_is_one_line(train, capsys, flag, message):
+    with pytest.raises(SystemExit) as stopped:
+        train("sd", flag)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
