@@ -38,7 +38,7 @@ lint: .venv/ready
 	.venv/bin/ruff format --check .
 
 test-paddle26: .venv-paddle26/ready
-	.venv-paddle26/bin/python -m pytest -m "not slow and not torture" $(PYTEST_FLAGS)
+	.venv-paddle26/bin/python -m pytest -m "not slow and not once and not torture" $(PYTEST_FLAGS)
 
 parity: .venv-parity/ready
 	.venv-parity/bin/python -m pytest tests/parity $(PYTEST_FLAGS)

@@ -2,6 +2,7 @@
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
+import gc
 import importlib.util
 import json
 import os
@@ -18,6 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "examples" / "data" / "photos"
 KANDINSKY = ROOT / "examples" / "kandinsky2_2"
 DECODER_SCRIPT = KANDINSKY / "train_text_to_image_decoder.py"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_garbage_collection():
+    """ppdiffusers collects garbage at every load: what the imports have made need not be looked at each time."""
+    import ppdiffusers.pipelines  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

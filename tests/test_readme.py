@@ -108,6 +108,7 @@ def draw_small(monkeypatch):
         )
 
 
+@pytest.mark.once
 def test_a_reader_can_type_all_of_it_in_this_order(
     kandinsky_jobs, kandinsky, sdxl_jobs, sdxl, tmp_path, monkeypatch, capsys
 ):

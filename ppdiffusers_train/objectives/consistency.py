@@ -81,5 +81,5 @@ def guidance_embedding(guidance, dimensions: int):
     half = dimensions // 2
     frequencies = paddle.exp(paddle.arange(half, dtype="float32") * (-math.log(10000.0) / (half - 1)))
     angles = 1000.0 * guidance.astype("float32").unsqueeze(1) * frequencies.unsqueeze(0)
-    embedding = paddle.concat([angles.sin(), angles.cos()], axis=1)
-    return embedding if dimensions % 2 == 0 else paddle.nn.functional.pad(embedding, [0, 1])
+    odd = paddle.zeros([len(guidance), dimensions % 2])
+    return paddle.concat([angles.sin(), angles.cos(), odd], axis=1)

@@ -140,7 +140,7 @@ def main(argv=None):
 def survive(name: str, root: Path, kills: int, ranks: int, seed: int) -> int:
     """Torture a job in `root` and compare it with a run that nobody kills."""
     script, build_models, learned = JOBS[name]
-    flags = [*make_flags(root, build_models), f"--max_train_steps={STEPS_PER_KILL * kills + 20}"]
+    flags = [*make_flags(root, build_models), f"--max_train_steps={STEPS_PER_KILL * kills + 8}"]
     job = load_script(script)
     began = time.monotonic()
     whole = [*flags, f"--output_dir={root / 'whole'}", "--checkpointing_steps=100000"]

@@ -89,6 +89,7 @@ def test_the_variance_channels_get_no_gradient(decoder_job, decoder_flags):
     assert np.abs(gradient[:4]).max() > 0 and np.abs(gradient[4:]).max() == 0
 
 
+@pytest.mark.once
 def test_training_overfits_four_photographs(decoder_job, decoder_flags, train_decoder, tmp_path):
     """At fixed draws, over all noise levels, the loss falls to less than half: more than a constant answer can do."""
     data = f"--train_data_dir={copy_photos(tmp_path / 'four', 4)}"

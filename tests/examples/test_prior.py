@@ -68,6 +68,7 @@ def test_min_snr_weighs_by_the_clipped_ratio(train):
     assert scalars(train("prior", out="plain"))[0] != scalars(train("prior", "--snr_gamma=5", out="weighed"))[0]
 
 
+@pytest.mark.once
 def test_training_overfits_four_photographs(train, build, tmp_path):
     """At fixed draws the loss falls to less than a fifth, and the caption matters."""
     data = f"--train_data_dir={copy_photos(tmp_path / 'four', 4)}"

@@ -63,6 +63,7 @@ def test_the_result_is_a_pipeline_in_which_the_unet_alone_has_changed(train_sdxl
     assert settings[0]["force_zeros_for_empty_prompt"] is settings[1]["force_zeros_for_empty_prompt"] is True
 
 
+@pytest.mark.once
 def test_a_new_prediction_type_is_trained_and_written_for_inference(train_sdxl):
     losses = {}
     for kind in ("epsilon", "v_prediction", "sample"):
@@ -388,6 +389,7 @@ def test_buckets_keep_the_shape_tell_it_to_the_unet_and_never_mix_in_a_batch(tra
     assert sizes == [(64, 256, 1), (64, 256, 2), (128, 128, 2), (256, 64, 2)], "every image once, in batches of two"
 
 
+@pytest.mark.once
 def test_buckets_train_alike_cached_online_accumulated_and_resumed(train_sdxl, shapes, capsys):
     flags = [shapes, *BUCKETS, "--center_crop", "--adam_epsilon=1e-4"]
     whole = train_sdxl("sdxl", *flags, "--checkpointing_steps=3", out="whole")

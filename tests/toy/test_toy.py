@@ -59,6 +59,7 @@ def test_the_recipe_of_the_movq_runs(tmp_path):
     assert (tmp_path / "movq.safetensors").stat().st_size == WEIGHTS.stat().st_size
 
 
+@pytest.mark.once
 def test_the_demo_writes_its_picture_and_says_what_comes_next(tmp_path, capsys):
     from PIL import Image
 
