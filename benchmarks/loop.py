@@ -20,7 +20,7 @@ from pathlib import Path
 
 import paddle
 
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches
 from ppdiffusers_train.data.order import SampleOrder
 from ppdiffusers_train.draws import Draws

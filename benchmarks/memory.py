@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.dry_run import CARDS, first_row, inventory_of, options_of
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.toy.tokenizer import build_tokenizer

@@ -16,7 +16,7 @@ import numpy as np
 import paddle
 from ppdiffusers import KandinskyV22Pipeline, UNet2DConditionModel
 
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.reporting.images import captioned_grid
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.toy.kandinsky2_2 import build_kandinsky

@@ -93,6 +93,8 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f"--config: {path!r} sets {name!r}, which is not a flag{self._nearest(f'--{name}')}")
             if value is None:
                 continue
+            if str(value).startswith("pipe:"):  # a file that came with some data must not run commands
+                self.error(f"--config: {path!r} sets {name!r} to a command; pipe: is taken from the command line only")
             if isinstance(action, Flag):
                 if not isinstance(value, bool):
                     self.error(f"--config: {path!r} sets {name!r} to {value!r}; expected true or false")

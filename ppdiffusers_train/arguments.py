@@ -24,13 +24,18 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 
 
 def add_data_arguments(parser):
-    """Where the samples come from, read by `data.image_folder.build_dataset`."""
+    """Where the samples come from, read by `data.dataset.build_dataset`."""
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", help="dataset on the hub, or a path that `datasets.load_dataset` understands")
     group.add_argument("--dataset_config_name", help="configuration of the dataset, where it has several")
     group.add_argument("--train_data_dir", metavar="DIR", help="folder of images with a metadata.jsonl beside them")
+    group.add_argument(
+        "--train_shards_path_or_url", metavar="SHARDS",
+        help="tar shards in the WebDataset format: a folder, a file, a pattern such as photos-{000..031}.tar, an "
+        "http(s) address, or pipe:COMMAND, which is run in a shell",
+    )  # fmt: skip
     group.add_argument("--image_column", default="image", help="column that holds the images")
-    group.add_argument("--caption_column", default="text", help="column that holds the captions")
+    group.add_argument("--caption_column", default="text", help="column, or field of .json, with the captions")
     group.add_argument("--max_train_samples", type=positive_int, help="use this many samples, chosen by the seed")
     group.add_argument("--cache_dir", metavar="DIR", help="where downloaded models and datasets are kept")
     group.add_argument(

@@ -8,6 +8,7 @@ import argparse
 from dataclasses import replace
 
 from ppdiffusers_train.data.loader import stack
+from ppdiffusers_train.data.rows import with_one_caption
 from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.errors import BadSampleError, UserError
 from ppdiffusers_train.module import encode_each
@@ -37,7 +38,7 @@ def describe_run(module, dataset, args, total_steps: int, samples_per_step: int,
         print(f"  {name:<16} {size:>15,} parameters of {type(model).__name__}, {role}")
 
     inventory, options = inventory_of(module, first_row(dataset), args), options_of(args)
-    captions = sum(len(dataset.captions(index)) for index in range(len(dataset)))
+    captions = dataset.count_captions()
     entries = captions * args.cache_variants
     print(f"\ndata\n  {len(dataset)} samples with {captions} captions")
     print(
@@ -102,7 +103,7 @@ def first_row(dataset) -> dict:
     """The first sample that can be used, with one of its captions."""
     for index in range(len(dataset)):
         try:
-            return {**dataset[index], "caption": dataset.captions(index)[0]}
+            return with_one_caption(dataset[index])
         except BadSampleError as error:
             broken = error
     raise UserError(f"none of the {len(dataset)} samples can be used; the last: {broken}")

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import sys
 
 from ppdiffusers_train.last_word import say_after_launcher
@@ -21,6 +22,11 @@ class RunError(Exception):
     """The run cannot go on, through no mistake of its flags. The message says where it stands."""
 
     exit_status = 1
+
+
+def hide_tokens(text: str) -> str:
+    """A text without what looks like an access token: of the hub, or after the word bearer."""
+    return re.sub(r"hf_\w{8,}|(?i:(bearer\s+)[^\s'\"]+)", lambda match: f"{match[1] or ''}***", text)
 
 
 def one_line_errors(main):

@@ -9,7 +9,7 @@ import sys
 
 import paddle
 
-from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.errors import UserError, hide_tokens
 from ppdiffusers_train.runtime.distributed import start_ranks
 from ppdiffusers_train.runtime.precision import Precision, set_deterministic, set_tf32
 
@@ -25,7 +25,8 @@ def settle_seed(args, saved) -> None:
 
 def public_arguments(args) -> dict:
     """The flags without their secrets, as they may be written and sent."""
-    return {name: value for name, value in vars(args).items() if name not in SECRETS}
+    public = {name: value for name, value in vars(args).items() if name not in SECRETS}
+    return {name: hide_tokens(value) if isinstance(value, str) else value for name, value in public.items()}
 
 
 def public_command(args) -> str:
@@ -34,20 +35,20 @@ def public_command(args) -> str:
     for name in SECRETS:
         if getattr(args, name):
             command = command.replace(getattr(args, name), "***")
-    return command
+    return hide_tokens(command)
 
 
 def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
     """What makes this run this run; a checkpoint to resume from must agree, or it would go on with other samples."""
     identity = {"job": type(module).__name__, "seed": args.seed, "rows": len(dataset)}
     if hasattr(dataset, "digest"):
-        identity["captions"] = dataset.digest()
+        identity["data"] = dataset.digest()
     if module.buckets:  # then the order depends on it
         identity["samples_per_step"] = samples_per_step
     words = {
         "seed": "--seed",
         "rows": "number of samples",
-        "captions": "hash of all captions",
+        "data": "data (a hash of all captions, or of a stream's addresses)",
         "samples_per_step": "number of samples per step",
     }
     for name, value in identity.items():

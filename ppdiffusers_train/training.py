@@ -86,7 +86,8 @@ def launch_training_task(module, dataset, args) -> None:
     if module.buckets:
         buckets = assign_buckets(module.buckets, dataset)
         say(describe_buckets(module.buckets, buckets))
-    order = SampleOrder(identity["seed"], len(dataset), buckets, samples_per_step)
+    sequential = getattr(dataset, "sequential", False)
+    order = SampleOrder(identity["seed"], len(dataset), buckets, samples_per_step, sequential)
     steps_per_epoch = order.steps_per_epoch(samples_per_step)
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     check_schedule(args, total_steps)

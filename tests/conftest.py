@@ -204,7 +204,7 @@ def encode(module, rows, indices):
 
 def kept_for_backward(module):
     """Bytes that the forward pass of two samples keeps for the backward pass, and the gradients that come of it."""
-    from ppdiffusers_train.data.image_folder import build_dataset
+    from ppdiffusers_train.data.dataset import build_dataset
     from ppdiffusers_train.draws import Draws
     from ppdiffusers_train.step import set_training_mode
 

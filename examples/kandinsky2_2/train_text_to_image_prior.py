@@ -25,7 +25,7 @@ from ppdiffusers_train.arguments import (
     add_training_arguments,
     add_validation_arguments,
 )
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.models.attention import announce_plain_attention
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, draw_combined

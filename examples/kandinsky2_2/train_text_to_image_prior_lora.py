@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from ppdiffusers_train.arguments import add_lora_arguments
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.models.lora import ATTENTION_TARGETS, add_lora, load_lora_weights, save_lora, save_lora_weights
 from ppdiffusers_train.models.text import warn_of_long_captions

@@ -13,7 +13,7 @@ from pathlib import Path
 from ppdiffusers import LCMScheduler
 
 from ppdiffusers_train.arguments import add_lora_arguments
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.models.drawing import draw
 from ppdiffusers_train.models.lora import (

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from ppdiffusers_train.arguments import add_lora_arguments
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.training import check_run, launch_training_task
 

@@ -21,7 +21,7 @@ from ppdiffusers_train.arguments import (
     positive_int,
     unit_float,
 )
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.errors import UserError, one_line_errors
 from ppdiffusers_train.models.attention import enable_memory_efficient_attention

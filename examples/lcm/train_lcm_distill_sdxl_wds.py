@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 
 from ppdiffusers_train.arguments import Flag
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.models.sdxl import SDXLFolder, encode_prompts

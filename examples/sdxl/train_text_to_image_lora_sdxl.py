@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from ppdiffusers_train.arguments import Flag, add_lora_arguments
-from ppdiffusers_train.data.image_folder import build_dataset, warn_of_small_images
+from ppdiffusers_train.data.dataset import build_dataset
+from ppdiffusers_train.data.rows import warn_of_small_images
 from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.models.lora import (
     ATTENTION_TARGETS,

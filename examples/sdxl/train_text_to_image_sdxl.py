@@ -23,7 +23,8 @@ from ppdiffusers_train.arguments import (
     unit_float,
 )
 from ppdiffusers_train.data.buckets import bucket_sizes, nearest_bucket
-from ppdiffusers_train.data.image_folder import build_dataset, warn_of_small_images
+from ppdiffusers_train.data.dataset import build_dataset
+from ppdiffusers_train.data.rows import warn_of_small_images
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.errors import BadSampleError, UserError, one_line_errors
 from ppdiffusers_train.models.attention import announce_plain_attention, enable_memory_efficient_attention

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from ppdiffusers_train.data.loader import as_error, choose_caption, iterate_batches
+from ppdiffusers_train.data.rows import with_one_caption
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.errors import BadSampleError
 from ppdiffusers_train.module import encode_each
@@ -86,7 +87,7 @@ def draws_something(module, dataset) -> bool:
     for row in range(len(dataset)):
         draws = RowDraws(0, 0)
         try:
-            module.preprocess({**dataset[row], "caption": dataset.captions(row)[0]}, draws)
+            module.preprocess(with_one_caption(dataset[row]), draws)
         except BadSampleError:
             continue
         return bool(draws.drawn)
@@ -154,12 +155,16 @@ class EncodedSamples:
     @property
     def count(self) -> int:
         """Number of entries."""
-        return sum(len(self.dataset.captions(row)) for row in range(len(self.dataset))) * self.variants
+        return self.dataset.count_captions() * self.variants
 
     def entries(self):
         """All entries that a run may ask for."""
         for row, digest in enumerate(self.digests):
-            for caption in self.dataset.captions(row):
+            try:
+                captions = self.dataset.captions(row)
+            except BadSampleError:  # training says so when it meets it
+                continue
+            for caption in captions:
                 for variant in range(self.variants):
                     yield Entry(self.folder, digest, row, caption, variant)
 
@@ -169,7 +174,10 @@ class EncodedSamples:
 
     def __getitem__(self, position):
         draws, row = RowDraws(self.order.seed, position), self.order.row(position)
-        captions = self.dataset.captions(row)
+        try:
+            captions = self.dataset.captions(row)
+        except BadSampleError as error:
+            return as_error(error)
         caption = captions[choose_caption(draws, len(captions))]
         variant = int(draws.integers("cache_variant", 0, self.variants))
         file = Entry(self.folder, self.digests[row], row, caption, variant).file

@@ -1,24 +1,17 @@
 """Images with captions, from a folder or the hub, through `datasets`, as rows of one form whatever the columns."""
 
-import contextlib
-import hashlib
-import io
-import json
 from pathlib import Path
 
 import datasets
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from ppdiffusers_train.data.order import permutation
-from ppdiffusers_train.errors import BadSampleError, UserError
+from ppdiffusers_train.data.rows import Rows
+from ppdiffusers_train.errors import UserError
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
-ORIENTATION_TAG = 0x0112  # of EXIF; from 5 on, height and width change places
 
 
-class ImageCaptionDataset:
-    """A table of images and captions as rows `{"image": RGB PIL image, "caption": str or list of str}`.
+class ImageCaptionDataset(Rows):
+    """The rows of a table whose images `datasets` stores.
 
     Args:
         table: a `datasets.Dataset`.
@@ -27,94 +20,26 @@ class ImageCaptionDataset:
 
     def __init__(self, table, image_column: str, caption_column: str):
         # Undecoded: the path names a broken file, and decoding happens where its error can be caught.
-        self.table = table.cast_column(image_column, datasets.Image(decode=False))
-        self.texts = table.select_columns([caption_column])  # so that reading a caption reads no image
-        self.image_column, self.caption_column = image_column, caption_column
-
-    def __len__(self):
-        return len(self.table)
+        super().__init__(table.cast_column(image_column, datasets.Image(decode=False)), caption_column)
+        self.image_column = image_column
 
     def name(self, index: int) -> str:
-        """How to call row `index` in a message: the file's name where there is one."""
         path = self.table[index][self.image_column]["path"]
         return f"{path} (row {index})" if path else f"row {index}"
 
-    def captions(self, index: int) -> list:
-        """The captions of row `index`: one, or several of which training takes one at random.
-
-        Raises:
-            BadSampleError: there is none, or it is no text.
-        """
-        caption = self.texts[index][self.caption_column]
-        captions = caption if isinstance(caption, list) else [caption]
-        if not captions or not all(isinstance(text, str) for text in captions):
-            raise BadSampleError(
-                f"{self.name(index)}: column {self.caption_column!r} holds {caption!r}; expected a text or several"
-            )
-        return captions
-
-    def digest(self) -> str:
-        """A hash of all captions in their order: what tells this data from other data of as many samples."""
-        digest = hashlib.blake2b(digest_size=8)
-        for batch in self.texts.iter(1000):
-            digest.update(json.dumps(batch[self.caption_column]).encode())
-        return digest.hexdigest()
-
-    def image_digest(self, index: int) -> bytes:
-        """A hash of the stored image of row `index`, as it is on disk.
-
-        Raises:
-            BadSampleError: the file cannot be read.
-        """
+    def stored_image(self, index: int):
         stored = self.table[index][self.image_column]
-        try:
-            content = stored["bytes"] or Path(stored["path"]).read_bytes()
-        except OSError as error:
-            raise BadSampleError(f"{self.name(index)}: the image cannot be read: {error}") from error
-        return hashlib.blake2b(content, digest_size=16).digest()
-
-    def image_size(self, index: int) -> tuple:
-        """Width and height of row `index` as training sees it, from the file's header.
-
-        Raises:
-            BadSampleError: the image cannot be read.
-        """
-        with self._open(index) as file:
-            turned = file.getexif().get(ORIENTATION_TAG, 1) >= 5
-            return (file.height, file.width) if turned else file.size
-
-    @contextlib.contextmanager
-    def _open(self, index: int):
-        stored = self.table[index][self.image_column]
-        try:
-            with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as file:
-                yield file
-        # Pillow reports a broken file through any of these.
-        except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-            raise BadSampleError(f"{self.name(index)}: the image cannot be read: {error}") from error
-
-    def __getitem__(self, index: int) -> dict:
-        """Row `index`, decoded.
-
-        Raises:
-            BadSampleError: the image cannot be read, or the caption is no text.
-        """
-        with self._open(index) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-        self.captions(index)  # raises where there is none
-        return {"image": image, "caption": self.texts[index][self.caption_column], "name": self.name(index)}
+        return stored["bytes"] or stored["path"]
 
 
-def build_dataset(args) -> ImageCaptionDataset:
-    """The dataset that `--dataset_name` or `--train_data_dir` names.
+def build_table(args) -> ImageCaptionDataset:
+    """The samples that `--dataset_name` or `--train_data_dir` names.
 
     Raises:
-        UserError: nothing is named, a folder or its metadata.jsonl is missing, or a column does not exist.
+        UserError: a folder or its metadata.jsonl is missing, or a column does not exist.
     """
     flag = "--dataset_name" if args.dataset_name else "--train_data_dir"
     source = args.dataset_name or args.train_data_dir
-    if not source:
-        raise UserError("no data: expected --train_data_dir DIR or --dataset_name NAME")
     if args.train_data_dir:
         check_image_folder(Path(args.train_data_dir))
     try:
@@ -147,8 +72,6 @@ def build_dataset(args) -> ImageCaptionDataset:
         )
     if len(table) == 0:
         raise UserError(f"{flag}: {source!r} has no samples")
-    if args.max_train_samples is not None and args.max_train_samples < len(table):
-        table = table.select(permutation(args.seed or 0, 0, len(table))[: args.max_train_samples])
     return ImageCaptionDataset(table, args.image_column, args.caption_column)
 
 
@@ -160,18 +83,4 @@ def check_image_folder(folder: Path) -> None:
         raise UserError(
             f"--train_data_dir: {str(folder)!r} has no metadata.jsonl; expected one line per image, such as "
             '{"file_name": "cat.jpg", "text": "a cat on a chair"}'
-        )
-
-
-def warn_of_small_images(dataset: ImageCaptionDataset, size: int) -> None:
-    """Say how many images have a side shorter than `size` pixels, and name one: enlarging makes them no sharper."""
-    small = []
-    for row in tqdm(range(len(dataset)), desc="reading sizes", unit="image", delay=5):
-        with contextlib.suppress(BadSampleError):  # training says so when it meets it
-            if min(dataset.image_size(row)) < size:
-                small.append(row)
-    if small:
-        print(
-            f"{len(small)} of {len(dataset)} images are smaller than {size} pixels and are enlarged, for example "
-            f"{dataset.name(small[0])}"
         )

@@ -36,14 +36,18 @@ class SampleOrder:
         size: number of rows in the dataset.
         buckets: of every row, where not all samples fit into one batch.
         samples_per_step: so many samples of one bucket come together.
+        sequential: the data has an order of its own, so a position is its row.
     """
 
-    def __init__(self, seed: int, size: int, buckets=None, samples_per_step: int = 1):
+    def __init__(self, seed: int, size: int, buckets=None, samples_per_step: int = 1, sequential: bool = False):
         self.seed, self.size, self.buckets, self.samples_per_step = seed, size, buckets, samples_per_step
+        self.sequential = sequential
         self._permutation = (None, None)  # of the epoch asked for last
 
     def row(self, position: int) -> int:
         """Index of the dataset's row that stands at `position` of the run."""
+        if self.sequential:
+            return position
         epoch, offset = divmod(position, self.size)
         known_epoch, rows = self._permutation
         if known_epoch != epoch:

@@ -21,7 +21,7 @@ from ppdiffusers_train.arguments import (
     add_training_arguments,
     add_validation_arguments,
 )
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.transforms import normalize_pixels
 from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.models.weights import load_in_place

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ppdiffusers_train.arguments import add_data_arguments
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.errors import BadSampleError, UserError
 from tests.conftest import PHOTOS, copy_photos
 
@@ -41,7 +41,7 @@ def test_columns_may_have_any_name_and_captions_may_be_lists(tmp_path):
     table = datasets.Dataset.from_dict({"picture": [image, image], "words": [["a", "b"], ["c"]]})
     table.cast_column("picture", datasets.Image()).to_parquet(str(tmp_path / "data" / "train.parquet"))
     rows = dataset_of("--dataset_name", tmp_path / "data", "--image_column", "picture", "--caption_column", "words")
-    assert captions(rows) == [["a", "b"], ["c"]]
+    assert captions(rows) == [["a", "b"], "c"]
     assert np.array(rows[0]["image"]).tolist() == [[[255, 0, 0]] * 5] * 4
     assert rows.name(1) == "row 1"
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from ppdiffusers import KandinskyV22CombinedPipeline, UNet2DConditionModel
 
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import Draws
 from ppdiffusers_train.models.recompute import recomputes_without_reentrance
 from tests.conftest import (

@@ -7,7 +7,7 @@ import paddle
 import pytest
 from ppdiffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.models.lora import lora_switched_off
 from tests.conftest import (

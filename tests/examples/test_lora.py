@@ -7,7 +7,7 @@ import paddle
 import pytest
 from ppdiffusers import KandinskyV22CombinedPipeline
 
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import Draws
 from ppdiffusers_train.models.lora import lora_layers, lora_parameters
 from tests.conftest import encode, optimizer_state, same, scalars, tensors, weights

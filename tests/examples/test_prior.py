@@ -10,7 +10,7 @@ import paddle
 import pytest
 from ppdiffusers import DiffusionPipeline, KandinskyV22CombinedPipeline, UnCLIPScheduler
 
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import Draws
 from tests.conftest import copy_photos, distance, encode, same, scalars, weights
 

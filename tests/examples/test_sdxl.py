@@ -12,7 +12,7 @@ from PIL import Image
 from ppdiffusers import StableDiffusionXLPipeline
 from safetensors.numpy import load_file
 
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.models.lora import allow_text_encoder_lora, lora_parameters
 from ppdiffusers_train.models.sdxl import encode_prompts

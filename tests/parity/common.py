@@ -5,7 +5,7 @@ import ppdiffusers_train  # noqa: F401
 import numpy as np
 import paddle
 
-from ppdiffusers_train.data.image_folder import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset
 
 
 class RecordedDraws:

@@ -112,7 +112,7 @@ def torch_encoded(folder, captions):
 
 
 def captions_of(module):
-    from ppdiffusers_train.data.image_folder import build_dataset
+    from ppdiffusers_train.data.dataset import build_dataset
 
     rows = build_dataset(module.args)
     return tuple(rows[index]["caption"] for index in range(BATCH))

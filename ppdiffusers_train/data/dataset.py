@@ -1,0 +1,61 @@
+"""The samples that a run's flags name: a folder of images, a dataset of the hub, tar shards."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub.constants import HF_HOME
+
+from ppdiffusers_train.data.image_folder import build_table
+from ppdiffusers_train.data.order import permutation
+from ppdiffusers_train.data.rows import Rows
+from ppdiffusers_train.data.shards import local_shards, open_shards
+from ppdiffusers_train.errors import UserError
+
+
+def build_dataset(args):
+    """The samples that `--train_shards_path_or_url`, `--dataset_name` or `--train_data_dir` names.
+
+    Returns:
+        `Rows`, which can be read in any order, or a `Stream`, which cannot.
+    Raises:
+        UserError: nothing is named, or it cannot be used.
+    """
+    if args.train_shards_path_or_url:
+        dataset = build_shards(args)
+    elif args.train_data_dir or args.dataset_name:
+        dataset = build_table(args)
+    else:
+        raise UserError(
+            "no data: expected --train_data_dir DIR, --dataset_name NAME or --train_shards_path_or_url SHARDS"
+        )
+    if isinstance(dataset, Rows) and args.max_train_samples is not None and args.max_train_samples < len(dataset):
+        dataset = dataset.select(permutation(args.seed or 0, 0, len(dataset))[: args.max_train_samples])
+    return dataset
+
+
+def build_shards(args):
+    """The samples of `--train_shards_path_or_url`, local or streamed."""
+    from webdataset.shardlists import expand_urls  # only here: it takes a while to import
+
+    from ppdiffusers_train.data.streams import STREAMED, Stream, say_commands
+
+    flag, source = "--train_shards_path_or_url", args.train_shards_path_or_url
+    if args.train_data_dir or args.dataset_name:
+        raise UserError(f"{flag}: there is --train_data_dir or --dataset_name as well; expected one of them")
+    cache_folder = Path(args.cache_dir or HF_HOME) / "ppdiffusers_train"
+    addresses = expand_urls(source)
+    streamed = [address for address in addresses if address.startswith(STREAMED)]
+    if not streamed:
+        return open_shards(local_shards(addresses), args.caption_column, cache_folder)
+    if len(streamed) < len(addresses):
+        raise UserError(f"{flag}: {source!r} is streamed in part; expected either files, or http(s):// and pipe:")
+    for name in ("encoded_cache_dir", "aspect_ratio_buckets"):
+        if getattr(args, name, None):
+            raise UserError(f"--{name}: needs shards in a local folder, as a stream cannot be looked through before")
+    if args.max_train_samples is None:
+        raise UserError(
+            "--max_train_samples: missing; a stream is not counted, so expected how many samples make an epoch"
+        )
+    if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
+        say_commands(streamed)
+    return Stream(streamed, args.max_train_samples, args.seed or 0, args.caption_column, cache_folder)

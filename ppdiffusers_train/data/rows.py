@@ -1,0 +1,153 @@
+"""Images with captions as rows of one form, wherever they are stored."""
+
+import contextlib
+import copy
+import hashlib
+import io
+import json
+from pathlib import Path
+
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from ppdiffusers_train.errors import BadSampleError
+
+ORIENTATION_TAG = 0x0112  # of EXIF; from 5 on, height and width change places
+
+
+class Rows:
+    """Rows `{"image": RGB PIL image, "caption": a text, or a list of several, "name": str}` of a table.
+
+    A subclass says how a row is called and where its image is stored.
+
+    Args:
+        table: a `datasets.Dataset`.
+        caption_column: name of the column with the captions.
+    """
+
+    def __init__(self, table, caption_column: str):
+        self.table, self.caption_column = table, caption_column
+        self.texts = table.select_columns([caption_column])  # so that reading a caption reads no image
+
+    def __len__(self):
+        return len(self.table)
+
+    def select(self, indices):
+        """The same rows, only those at `indices`."""
+        chosen = copy.copy(self)
+        chosen.table, chosen.texts = self.table.select(indices), self.texts.select(indices)
+        return chosen
+
+    def name(self, index: int) -> str:
+        """How to call row `index` in a message: the file's name where there is one."""
+        raise NotImplementedError
+
+    def stored_image(self, index: int):
+        """The image of row `index` as it is stored: its bytes, or a path.
+
+        Raises:
+            BadSampleError: there is none.
+            OSError: it cannot be read.
+        """
+        raise NotImplementedError
+
+    def captions(self, index: int) -> list:
+        """The captions of row `index`: one, or several of which training takes one at random.
+
+        Raises:
+            BadSampleError: there is none, or it is no text.
+        """
+        caption = self.texts[index][self.caption_column]
+        captions = caption if isinstance(caption, list) else [caption]
+        if not captions or not all(isinstance(text, str) for text in captions):
+            raise BadSampleError(
+                f"{self.name(index)}: column {self.caption_column!r} holds {caption!r}; expected a text or several"
+            )
+        return captions
+
+    def count_captions(self) -> int:
+        """Number of captions of all rows."""
+        columns = (batch[self.caption_column] for batch in self.texts.iter(1000))
+        return sum(len(caption) if isinstance(caption, list) else 1 for column in columns for caption in column)
+
+    def digest(self) -> str:
+        """A hash of all captions in their order: what tells this data from other data of as many samples."""
+        digest = hashlib.blake2b(digest_size=8)
+        for batch in self.texts.iter(1000):
+            digest.update(json.dumps(batch[self.caption_column]).encode())
+        return digest.hexdigest()
+
+    def image_digest(self, index: int) -> bytes:
+        """A hash of the stored image of row `index`, as it is on disk.
+
+        Raises:
+            BadSampleError: the file cannot be read.
+        """
+        with reading(self.name(index)):
+            stored = self.stored_image(index)
+            content = stored if isinstance(stored, bytes) else Path(stored).read_bytes()
+        return hashlib.blake2b(content, digest_size=16).digest()
+
+    def image_size(self, index: int) -> tuple:
+        """Width and height of row `index` as training sees it, from the file's header.
+
+        Raises:
+            BadSampleError: the image cannot be read.
+        """
+        with reading(self.name(index)), open_image(self.stored_image(index)) as file:
+            turned = file.getexif().get(ORIENTATION_TAG, 1) >= 5
+            return (file.height, file.width) if turned else file.size
+
+    def __getitem__(self, index: int) -> dict:
+        """Row `index`, decoded.
+
+        Raises:
+            BadSampleError: the image cannot be read, or the caption is no text.
+        """
+        captions, name = self.captions(index), self.name(index)
+        with reading(name):
+            return decode_row(self.stored_image(index), captions, name)
+
+
+def decode_row(stored, captions: list, name: str) -> dict:
+    """A row from an image's bytes or path, and its captions."""
+    with open_image(stored) as file:
+        image = ImageOps.exif_transpose(file).convert("RGB")
+    return {"image": image, "caption": captions if len(captions) > 1 else captions[0], "name": name}
+
+
+def with_one_caption(row: dict) -> dict:
+    """A row with the first of its captions."""
+    caption = row["caption"]
+    return {**row, "caption": caption[0] if isinstance(caption, list) else caption}
+
+
+def open_image(stored):
+    """Pillow's file of an image's bytes or path; only its header is read."""
+    return Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
+
+
+@contextlib.contextmanager
+def reading(name: str):
+    """A context in which an image that cannot be read becomes a `BadSampleError` that names the row."""
+    try:
+        yield
+    # Pillow reports a broken file through any of these.
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        raise BadSampleError(f"{name}: the image cannot be read: {error}") from error
+
+
+def warn_of_small_images(dataset, size: int) -> None:
+    """Say how many images have a side shorter than `size` pixels, and name one: enlarging makes them no sharper."""
+    if not isinstance(dataset, Rows):  # a stream, which cannot be looked through beforehand
+        return
+    small = []
+    for row in tqdm(range(len(dataset)), desc="reading sizes", unit="image", delay=5):
+        with contextlib.suppress(BadSampleError):  # training says so when it meets it
+            if min(dataset.image_size(row)) < size:
+                small.append(row)
+    if small:
+        print(
+            f"{len(small)} of {len(dataset)} images are smaller than {size} pixels and are enlarged, for example "
+            f"{dataset.name(small[0])}"
+        )

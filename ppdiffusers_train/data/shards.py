@@ -1,0 +1,152 @@
+"""Local tar shards: indexed once, and from then on as good as a folder of images, in any order, for any number of ranks.
+
+The index of `photos-000.tar` is `photos-000.tar.index`, an Arrow table with a row for each sample: where its image's
+bytes are, its captions, what is wrong with it. It lies beside the shard, or in a cache folder where nothing can be
+written there, and is made anew when the shard has changed.
+"""
+
+import glob
+import hashlib
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+from datasets.table import InMemoryTable
+from tqdm import tqdm
+
+from ppdiffusers_train.data.rows import Rows
+from ppdiffusers_train.data.tar_samples import read_samples
+from ppdiffusers_train.errors import BadSampleError, UserError
+
+SCHEMA = pyarrow.schema(
+    {
+        "name": pyarrow.string(),
+        "offset": pyarrow.int64(),
+        "size": pyarrow.int64(),
+        "captions": pyarrow.list_(pyarrow.string()),
+        "problem": pyarrow.string(),
+    }
+)
+ROWS_AT_ONCE = 1000
+
+
+class ShardRows(Rows):
+    """The samples of local tar shards; each problem of an archive is a row that cannot be used.
+
+    Args:
+        table: the shards' indices, one below the other, as a `datasets.Dataset`; its column "shard" counts shards.
+        shards: their paths.
+    """
+
+    def __init__(self, table, shards: list):
+        super().__init__(table, "captions")
+        self.shards = shards
+
+    def name(self, index: int) -> str:
+        row = self.table[index]
+        return f"{self.shards[row['shard']]}: {row['name']}"
+
+    def stored_image(self, index: int) -> bytes:
+        row = self._usable(index)
+        with open(self.shards[row["shard"]], "rb", buffering=0) as shard:
+            return os.pread(shard.fileno(), row["size"], row["offset"])
+
+    def captions(self, index: int) -> list:
+        return self._usable(index)["captions"]
+
+    def _usable(self, index: int) -> dict:
+        row = self.table[index]
+        if row["problem"]:
+            raise BadSampleError(f"{self.name(index)}: {row['problem']}")
+        return row
+
+
+def local_shards(paths: list) -> list:
+    """The tar files that paths name, each a file, a folder or a glob, in order.
+
+    Raises:
+        UserError: there are none.
+    """
+    shards = []
+    for path in paths:
+        if os.path.isdir(path):
+            found = sorted(Path(path).rglob("*.tar"))
+            expected = "a folder with *.tar in it"
+        else:
+            found = [Path(path)] if os.path.isfile(path) else sorted(map(Path, glob.glob(path)))
+            expected = "a file, a folder, a pattern such as photos-{000..031}.tar, an address, or pipe:COMMAND"
+        if not found:
+            raise UserError(f"--train_shards_path_or_url: there are no shards at {path!r}; expected {expected}")
+        shards += found
+    return shards
+
+
+def open_shards(shards: list, caption_field: str, cache_folder: Path) -> ShardRows:
+    """The samples of tar files, indexed where they are not yet.
+
+    Args:
+        caption_field: see `read_samples`.
+        cache_folder: for indices that cannot be written beside their shards.
+    """
+    tables = []
+    for number, shard in enumerate(tqdm(shards, desc="indexing shards", unit="shard", delay=5)):
+        with pyarrow.memory_map(str(index_of(shard, caption_field, cache_folder))) as file:
+            table = pyarrow.ipc.open_stream(file).read_all()  # stays mapped when the file is closed
+        tables.append(table.append_column("shard", pyarrow.array(np.full(len(table), number, np.int32))))
+    table = InMemoryTable(pyarrow.concat_tables(tables))
+    return ShardRows(datasets.Dataset(table, fingerprint="shards"), shards)  # else it hashes the table
+
+
+def index_of(shard: Path, caption_field: str, cache_folder: Path) -> Path:
+    """The index of a shard, written if it does not exist or is of another state of the shard.
+
+    Raises:
+        UserError: the shard cannot be read.
+    """
+    hidden = cache_folder / hashlib.blake2b(str(shard.absolute()).encode(), digest_size=16).hexdigest()
+    files = [shard.with_name(f"{shard.name}.index"), hidden]
+    try:
+        stat = shard.stat()
+        schema = SCHEMA.with_metadata(
+            {"size": str(stat.st_size), "time": str(stat.st_mtime_ns), "caption_field": caption_field}
+        )
+        current = next((file for file in files if is_current(file, schema)), None)
+        current = current or next((file for file in files if write_index(shard, file, schema, caption_field)), None)
+    except OSError as error:
+        raise UserError(f"--train_shards_path_or_url: {str(shard)!r} cannot be read: {error}") from error
+    if current is None:
+        raise UserError(
+            f"--cache_dir: {str(hidden)!r} cannot be written, nor can {str(files[0])!r}; expected one of both"
+        )
+    return current
+
+
+def is_current(file: Path, schema) -> bool:
+    """Whether an index exists and was made of the shard as it is."""
+    try:
+        with pyarrow.OSFile(str(file)) as source, pyarrow.ipc.open_stream(source) as reader:
+            return reader.schema.equals(schema, check_metadata=True)
+    except (OSError, pyarrow.ArrowInvalid):
+        return False
+
+
+def write_index(shard: Path, file: Path, schema, caption_field: str) -> bool:
+    """Write the index of a shard, whole or not at all; False where nothing can be written."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        target = pyarrow.OSFile(str(temporary), "wb")
+    except OSError:
+        return False
+    with target, pyarrow.ipc.new_stream(target, schema) as writer, open(shard, "rb") as archive:
+        rows = []
+        for sample in read_samples(archive, caption_field, sequential=False):
+            rows.append(vars(sample))
+            if len(rows) == ROWS_AT_ONCE:
+                writer.write(pyarrow.RecordBatch.from_pylist(rows, schema))
+                rows = []
+        writer.write(pyarrow.RecordBatch.from_pylist(rows, schema))
+    os.replace(temporary, file)
+    return True
