@@ -53,9 +53,7 @@ def build_shards(args):
         if getattr(args, name, None):
             raise UserError(f"--{name}: needs shards in a local folder, as a stream cannot be looked through before")
     if args.max_train_samples is None:
-        raise UserError(
-            "--max_train_samples: missing; a stream is not counted, so expected how many samples make an epoch"
-        )
+        raise UserError("--max_train_samples: missing; expected how many samples of the stream make an epoch")
     if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
         say_commands(streamed)
     return Stream(streamed, args.max_train_samples, args.seed or 0, args.caption_column, cache_folder)

@@ -1,4 +1,4 @@
-"""Local tar shards: indexed once, and from then on as good as a folder of images, in any order, for any number of ranks.
+"""Local tar shards: indexed once, then as good as a folder of images, in any order, for any number of ranks.
 
 The index of `photos-000.tar` is `photos-000.tar.index`, an Arrow table with a row for each sample: where its image's
 bytes are, its captions, what is wrong with it. It lies beside the shard, or in a cache folder where nothing can be

@@ -1,8 +1,8 @@
-"""Tar shards that are read while they arrive, from an address or a command, in an order that is a function of the seed.
+"""Tar shards that are read while they arrive, from addresses or commands, in an order that is a function of the seed.
 
-A stream is cut into *lanes*, which take turns: the sample at position p of an epoch comes from lane p mod 8. A lane reads
-every eighth shard, epoch after epoch in another order, and shuffles its samples in blocks. None of this depends on the
-number of cards; with 1, 2, 4 or 8 of them each opens the shards of its own lanes only.
+A stream is cut into *lanes*, which take turns: the sample at position p of an epoch comes from lane p mod 8. A lane
+reads every eighth shard, epoch after epoch in another order, and shuffles its samples in blocks. None of this depends
+on the number of cards; with 1, 2, 4 or 8 of them each opens the shards of its own lanes only.
 
 To find a lane's n-th sample again, it must be known how many samples the shards before it hold. That is written down
 when a shard has been read, in a cache folder. So a run that resumes opens one shard per lane, and reads it from its

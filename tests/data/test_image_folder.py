@@ -103,7 +103,7 @@ def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "bare").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "bare" / "a.png")
     cases = {
-        (): "no data: expected --train_data_dir DIR or --dataset_name NAME",
+        (): "no data: expected --train_data_dir DIR, --dataset_name NAME or --train_shards",
         ("--train_data_dir", tmp_path / "nowhere"): "--train_data_dir: '.*nowhere' is not a folder",
         (
             "--train_data_dir",
