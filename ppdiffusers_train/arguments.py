@@ -199,8 +199,9 @@ def add_distillation_arguments(parser):
         "--proportion_empty_prompts", type=unit_float, default=0.0, help="share of captions that are dropped, at random"
     )
     group.add_argument(
-        "--vae_encode_batch_size", type=positive_int, default=32, help="images in the VAE at once, at most: it is one"
-    )
+        "--vae_encode_batch_size", type=positive_int, default=1,
+        help="samples encoded together: several are faster on a card, one has the same bits in any batch",
+    )  # fmt: skip
     return group
 
 

@@ -21,6 +21,9 @@ class DiffusionTrainingModule(nn.Layer):
     always_float32 = ()
     """Names of the attributes that hold frozen models that stay in float32 whatever the run's precision."""
 
+    encode_batch_size = 1
+    """How many samples `encode` gets at once."""
+
     buckets = ()
     """[(height, width)] of the sizes that samples are brought to; empty where all samples fit into one batch."""
 
@@ -70,14 +73,17 @@ class DiffusionTrainingModule(nn.Layer):
 
 @paddle.no_grad()
 def encode_each(module, batch: dict) -> dict:
-    """A batch through `module.encode`, one sample at a time: `{name: [B, …]} -> {name: [B, …]}`, floats as float32.
+    """A batch through `module.encode`: `{name: [B, …]} -> {name: [B, …]}`, floats as float32.
 
-    Alone, because how a product of matrices is rounded depends on their sizes: a sample's encoding must not depend on
-    which others share its batch, or a cache could not hold the same bits.
+    One sample at a time unless the module says otherwise, because how a product of matrices is rounded depends on their
+    sizes: a sample's encoding must not depend on which others share its batch, or a cache could not hold the same bits.
     """
-    size = len(next(iter(batch.values())))
-    rows = [module.encode({name: value[i : i + 1] for name, value in batch.items()}) for i in range(size)]
-    stacked = {name: paddle.concat([row[name] for row in rows]) for name in rows[0]}
+    size, together = len(next(iter(batch.values()))), module.encode_batch_size
+    parts = [
+        module.encode({name: value[start : start + together] for name, value in batch.items()})
+        for start in range(0, size, together)
+    ]
+    stacked = {name: paddle.concat([part[name] for part in parts]) for name in parts[0]}
     return {name: value.astype("float32") if value.is_floating_point() else value for name, value in stacked.items()}
 
 

@@ -91,8 +91,7 @@ def test_flags_are_read_only_in_scripts_dataset_and_loop():
 def test_every_declared_flag_is_read(script):
     declared = {action.dest for action in load_script(script).build_parser()._actions} - {"help", "config"}
     read = set()
-    extended = [script.with_name(f"{name}.py") for name in imports(script) if name.startswith("train_")]
-    for path in [script, *extended, *LIBRARY]:
+    for path in [*with_extended(script), *LIBRARY]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 owner = ast.unparse(node.value)
@@ -103,17 +102,32 @@ def test_every_declared_flag_is_read(script):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_the_cache_knows_every_flag_that_an_encoding_depends_on(script):
-    functions = {
-        node.name: {name.attr for name in ast.walk(node) if is_flag(name)}
-        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef)
+    depends = names_in(script, "preprocess", "encode")
+    known = set().union(*(names_in(path, "encoding_settings", strings=True) for path in with_extended(script)))
+    assert depends <= known, f"not in encoding_settings: {depends - known}"
+
+
+def with_extended(script):
+    """A script and those that it extends."""
+    names = [name for name in imports(script) if name.startswith("train_")]
+    return [script, *(path for name in names for path in with_extended(script.with_name(f"{name}.py")))]
+
+
+def names_in(script, *functions, strings=False):
+    """The flags that functions of a script read, and the strings in them."""
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    nodes = [
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef) and function.name in functions
+        for node in ast.walk(function)
+    ]
+    flags = {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args")
     }
-    depends = functions.get("preprocess", set()) | functions.get("encode", set())
-    assert depends <= functions.get("encoding_settings", set()), depends
-
-
-def is_flag(node):
-    return isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self.args"
+    return flags | {node.value for node in nodes if strings and isinstance(node, ast.Constant)}
 
 
 def test_nothing_is_imported_by_star_and_no_version_is_compared():

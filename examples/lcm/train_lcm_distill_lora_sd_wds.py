@@ -26,8 +26,7 @@ from ppdiffusers_train.models.lora import (
 from ppdiffusers_train.training import check_run, launch_training_task
 
 sys.path.append(str(Path(__file__).parent))  # where this file is imported, not run
-from train_lcm_distill_sd_wds import LCMTrainingModule  # noqa: E402
-from train_lcm_distill_sd_wds import build_parser as build_full_parser  # noqa: E402
+from train_lcm_distill_sd_wds import LCMTrainingModule, build_distillation_parser  # noqa: E402
 
 TARGETS = (
     "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,downsamplers.0.conv,"
@@ -35,9 +34,8 @@ TARGETS = (
 )
 
 
-def build_parser():
-    parser = build_full_parser()
-    parser.description = __doc__.splitlines()[0]
+def build_parser(doc=__doc__):
+    parser = build_distillation_parser(doc)
     add_lora_arguments(parser, TARGETS, rank=64)
     return parser
 

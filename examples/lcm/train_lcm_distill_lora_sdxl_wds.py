@@ -10,22 +10,18 @@ import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
 import sys
 from pathlib import Path
 
-from ppdiffusers_train.arguments import add_lora_arguments
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.training import check_run, launch_training_task
 
 sys.path.append(str(Path(__file__).parent))  # where this file is imported, not run
-from train_lcm_distill_lora_sd_wds import TARGETS, LCMLoRATrainingModule  # noqa: E402
-from train_lcm_distill_sdxl_wds import LCMSDXLTrainingModule  # noqa: E402
-from train_lcm_distill_sdxl_wds import build_parser as build_full_parser  # noqa: E402
+from train_lcm_distill_lora_sd_wds import LCMLoRATrainingModule  # noqa: E402
+from train_lcm_distill_lora_sd_wds import build_parser as build_lora_parser  # noqa: E402
+from train_lcm_distill_sdxl_wds import LCMSDXLTrainingModule, add_sdxl_arguments  # noqa: E402
 
 
 def build_parser():
-    parser = build_full_parser()
-    parser.description = __doc__.splitlines()[0]
-    add_lora_arguments(parser, TARGETS, rank=64)
-    return parser
+    return add_sdxl_arguments(build_lora_parser(__doc__))
 
 
 class LCMLoRASDXLTrainingModule(LCMLoRATrainingModule, LCMSDXLTrainingModule):

@@ -47,22 +47,29 @@ from ppdiffusers_train.reporting.images import beside
 from ppdiffusers_train.runtime.ema import move_average
 from ppdiffusers_train.training import check_run, launch_training_task
 
-STEPS_SHOWN, TEACHER_STEPS, TEACHER_SCALE = (1, 2, 4, 8), 50, 7.5
+STEPS_SHOWN, TEACHER_SCALE = (1, 2, 4, 8), 7.5
 
 
-def build_parser():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    group = add_distillation_arguments(parser)
+def build_parser(doc=__doc__):
+    parser = build_distillation_parser(doc)
+    group = parser.add_argument_group("student and target")
     group.add_argument(
         "--unet_time_cond_proj_dim", type=positive_int, default=256, help="channels that tell the student its guidance"
     )
     group.add_argument("--ema_decay", type=unit_float, default=0.95, help="of the target network, each step")
+    return parser
+
+
+def build_distillation_parser(doc):
+    """What the LoRA's script has, too."""
+    parser = ArgumentParser(description=doc.splitlines()[0])
+    add_distillation_arguments(parser)
     add_data_arguments(parser)
     add_training_arguments(parser)
     add_output_arguments(parser, output_dir="lcm-xl-distilled")
     add_validation_arguments(parser)
     add_reporting_arguments(parser)
-    parser.set_defaults(validation_steps=200)
+    parser.set_defaults(validation_steps=200, validation_inference_steps=50)
     return parser
 
 
@@ -75,6 +82,7 @@ class LCMTrainingModule(DiffusionTrainingModule):
     def __init__(self, args):
         super().__init__()
         self.args = args
+        self.encode_batch_size = args.vae_encode_batch_size
         self.open_folder()
         self.folder.check_resolution(args.resolution)
         if args.w_min > args.w_max:
@@ -195,7 +203,7 @@ class LCMTrainingModule(DiffusionTrainingModule):
         move_average(self.target_unet.parameters(), self.unet.parameters(), self.args.ema_decay)
 
     def generate(self, prompts, seeds):
-        """For each prompt and seed the student's pictures of 1, 2, 4 and 8 steps beside the teacher's of 50."""
+        """For each prompt and seed the student's pictures of 1, 2, 4 and 8 steps beside the teacher's of many."""
         columns = [self.draw_student(prompts, seeds, steps) for steps in STEPS_SHOWN]
         return [beside(strip) for strip in zip(*columns, self.draw_teacher(prompts, seeds))]
 
@@ -207,8 +215,11 @@ class LCMTrainingModule(DiffusionTrainingModule):
         return draw(pipeline, prompts, seeds, self.args.resolution, steps, guidance_scale=scale)
 
     def draw_teacher(self, prompts, seeds):
+        args = self.args
         pipeline = self.folder.pipeline(vae=self.vae, unet=self.teacher_unet(), **self.text_parts())
-        return draw(pipeline, prompts, seeds, self.args.resolution, TEACHER_STEPS, guidance_scale=TEACHER_SCALE)
+        return draw(
+            pipeline, prompts, seeds, args.resolution, args.validation_inference_steps, guidance_scale=TEACHER_SCALE
+        )
 
     def text_parts(self):
         return {"text_encoder": self.text_encoder}

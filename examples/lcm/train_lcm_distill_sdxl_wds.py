@@ -29,12 +29,15 @@ from train_lcm_distill_sd_wds import build_parser as build_sd_parser  # noqa: E4
 
 
 def build_parser():
-    parser = build_sd_parser()
-    parser.description = __doc__.splitlines()[0]
+    return add_sdxl_arguments(build_sd_parser(__doc__))
+
+
+def add_sdxl_arguments(parser):
+    """What the LoRA's script has, too."""
     parser.add_argument(
         "--use_fix_crop_and_size", action=Flag, help="tell the UNet the resolution and no crop, whatever was taken"
     )
-    parser.set_defaults(resolution=1024, w_min=3.0, vae_encode_batch_size=8)
+    parser.set_defaults(resolution=1024, w_min=3.0)
     return parser
 
 
