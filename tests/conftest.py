@@ -4,9 +4,11 @@ import ppdiffusers_train  # noqa: F401  (before paddle)
 
 import gc
 import importlib.util
+import io
 import json
 import os
 import shutil
+import tarfile
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from paddle.base import core
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "examples" / "data" / "photos"
 KANDINSKY = ROOT / "examples" / "kandinsky2_2"
+LCM = ROOT / "examples" / "lcm"
 DECODER_SCRIPT = KANDINSKY / "train_text_to_image_decoder.py"
 
 
@@ -77,6 +80,23 @@ def sdxl(tmp_path_factory):
 
     quiet_libraries()
     return build_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="session")
+def lcm_jobs():
+    """The scripts of latent consistency distillation by name: `{"lora_sd": module, …}`."""
+    names = ("sd", "sdxl", "lora_sd", "lora_sdxl")
+    return {name: load_script(LCM / f"train_lcm_distill_{name}_wds.py") for name in names}
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory):
+    """The folder of the tiny Stable Diffusion."""
+    from ppdiffusers_train.reporting.quiet import quiet_libraries
+    from ppdiffusers_train.toy.sd import build_sd
+
+    quiet_libraries()
+    return build_sd(tmp_path_factory.mktemp("sd"))
 
 
 @pytest.fixture
@@ -147,6 +167,21 @@ def copy_photos(folder, count):
 def photos(tmp_path_factory):
     """A folder of 7 photographs: an odd number, so that batches and windows come out short."""
     return copy_photos(tmp_path_factory.mktemp("data") / "photos", 7)
+
+
+def photo_shards(photos, folder, shards=3):
+    """A folder of tar shards, `0.tar` to `2.tar`, with the photographs of another."""
+    folder.mkdir()
+    rows = [json.loads(line) for line in (photos / "metadata.jsonl").read_text().splitlines()]
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+            for row in rows[shard::shards]:
+                file, text = photos / row["file_name"], row["text"].encode()
+                archive.add(file, file.name)
+                member = tarfile.TarInfo(f"{file.stem}.txt")
+                member.size = len(text)
+                archive.addfile(member, io.BytesIO(text))
+    return folder
 
 
 @pytest.fixture

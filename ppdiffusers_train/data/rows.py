@@ -5,6 +5,7 @@ import copy
 import hashlib
 import io
 import json
+import re
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -134,7 +135,8 @@ def reading(name: str):
         yield
     # Pillow reports a broken file through any of these.
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        raise BadSampleError(f"{name}: the image cannot be read: {error}") from error
+        reason = re.sub(r" <_io\.\w+ object at \w+>", "", str(error))  # where Pillow was given bytes
+        raise BadSampleError(f"{name}: the image cannot be read: {reason}") from error
 
 
 def warn_of_small_images(dataset, size: int) -> None:

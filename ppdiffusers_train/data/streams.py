@@ -1,8 +1,9 @@
 """Tar shards that are read while they arrive, from addresses or commands, in an order that is a function of the seed.
 
-A stream is cut into *lanes*, which take turns: the sample at position p of an epoch comes from lane p mod 8. A lane
-reads every eighth shard, epoch after epoch in another order, and shuffles its samples in blocks. None of this depends
-on the number of cards; with 1, 2, 4 or 8 of them each opens the shards of its own lanes only.
+A stream is cut into *lanes*, which take turns: the sample at position p of an epoch comes from lane p mod 8. It
+reads every eighth shard of a list that goes over all of them again and again, each time in another order, and shuffles
+its samples in blocks. None of this depends on the number of cards; with 1, 2, 4 or 8 of them each opens the shards of
+its own lanes only.
 
 To find a lane's n-th sample again, it must be known how many samples the shards before it hold. That is written down
 when a shard has been read, in a cache folder. So a run that resumes opens one shard per lane, and reads it from its
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from webdataset.gopen import gopen
 
+from ppdiffusers_train.data.order import permutation
 from ppdiffusers_train.data.rows import decode_row, reading
 from ppdiffusers_train.data.tar_samples import TarSample, read_samples
 from ppdiffusers_train.draws import generator
@@ -45,7 +47,7 @@ class Stream:
     sequential = True
 
     def __init__(self, shards: list, size: int, seed: int, caption_field: str, cache_folder: Path):
-        self.shards, self.size, self.caption_field = shards, size, caption_field
+        self.shards, self.size, self.seed, self.caption_field = shards, size, seed, caption_field
         self.counts = Counts(cache_folder / f"stream-{self.digest()}.txt")
         self.lanes = [Lane(self, lane, min(LANES, len(shards)), seed) for lane in range(min(LANES, len(shards)))]
 
@@ -67,6 +69,11 @@ class Stream:
         per_epoch = len(range(lane.number, self.size, len(self.lanes)))
         return lane, epoch * per_epoch + offset // len(self.lanes)
 
+    def shard_at(self, place: int) -> int:
+        """The shard that comes so many shards after the first, over all epochs."""
+        epoch, offset = divmod(place, len(self.shards))
+        return int(permutation(self.seed, epoch, len(self.shards))[offset])
+
     def name(self, position: int) -> str:
         """How to call the sample at `position` in a message."""
         lane, number = self._find(position)
@@ -80,7 +87,15 @@ class Stream:
             RunError: its shard cannot be read.
         """
         lane, number = self._find(position)
-        sample = lane.sample(number)
+        return self.decode(lane.sample(number))
+
+    @staticmethod
+    def decode(sample: TarSample) -> dict:
+        """A sample as a row.
+
+        Raises:
+            BadSampleError: it cannot be used.
+        """
         if sample.problem:
             raise BadSampleError(f"{sample.name}: {sample.problem}")
         with reading(sample.name):
@@ -120,20 +135,19 @@ class Lane:
 
     def _samples_from(self, number: int):
         """The lane's samples from that number on, in the order of the shards."""
-        for epoch in count():
-            shards = generator(self.seed, epoch, "shards").permutation(len(self.stream.shards))
-            for shard in map(int, shards[self.number :: self.lanes]):
-                known = self.stream.counts.get(shard)
-                if known is not None and known <= number:
-                    number -= known
-                    continue
-                held = 0
-                for sample in read_shard(self.stream.shards[shard], self.stream.caption_field):
-                    held += 1
-                    if held > number:
-                        yield sample
-                number = max(number - held, 0)
-                self.stream.counts.add(shard, held)
+        for place in count(self.number, self.lanes):
+            shard = self.stream.shard_at(place)
+            known = self.stream.counts.get(shard)
+            if known is not None and known <= number:
+                number -= known
+                continue
+            held = 0
+            for sample in read_shard(self.stream.shards[shard], self.stream.caption_field):
+                held += 1
+                if held > number:
+                    yield sample
+            number = max(number - held, 0)
+            self.stream.counts.add(shard, held)
 
 
 class Counts:

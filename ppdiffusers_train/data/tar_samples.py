@@ -84,7 +84,8 @@ def _members(archive, sequential: bool, damage: list):
                 raise tarfile.ReadError("unexpected end of data")
             path = PurePosixPath(member.name)
             stem, _, extension = path.name.partition(".")
-            if member.isreg() and stem and not stem.startswith("__"):  # neither hidden nor the format's own notes
+            # Neither a hidden file, nor one without extension, nor the format's own notes.
+            if member.isreg() and stem and extension and not stem.startswith("__"):
                 extension = extension.lower()
                 text = extension in TEXT_EXTENSIONS and member.size <= LARGEST_TEXT
                 wanted = text or (sequential and extension in IMAGE_EXTENSIONS)

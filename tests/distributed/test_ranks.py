@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import KANDINSKY, ROOT, optimizer_state, same, scalars, tensors, weights
+from tests.conftest import KANDINSKY, LCM, ROOT, optimizer_state, photo_shards, same, scalars, tensors, weights
 from tests.distributed.kill_harness import free_port
 
 WORKER = Path(__file__).with_name("worker.py")
-STEPS, STEPS_OF_SDXL = 20, 8
+STEPS, STEPS_OF_SDXL, STEPS_OF_LCM = 20, 8, 6
 # Some gradients are zero but for rounding, of which AdamW makes full steps; an epsilon above it keeps those still.
 COMMON = ["--learning_rate=1e-3", "--adam_epsilon=1e-4", f"--max_train_steps={STEPS}", "--checkpointing_steps=10"]
 ONE = ["--train_batch_size=2", "--gradient_accumulation_steps=2"]
@@ -37,6 +37,8 @@ def environment(**more):
 
 def script(name):
     """The file of a job."""
+    if "lcm" in name:
+        return LCM / f"train_{name}_wds.py"
     return (ROOT / "examples" / "sdxl" if "sdxl" in name else KANDINSKY) / f"train_text_to_image_{name}.py"
 
 
@@ -65,22 +67,29 @@ def base_flags(kandinsky, photos):
     ]
 
 
-JOBS = ("decoder", "prior", "decoder_lora", "sdxl", "lora_sdxl")
+LCM_JOBS = ("lcm_distill_sd", "lcm_distill_lora_sd")
+JOBS = ("decoder", "prior", "decoder_lora", "sdxl", "lora_sdxl", *LCM_JOBS)
 
 
 @pytest.fixture(scope="module")
-def runs(base_flags, kandinsky_jobs, sdxl, sdxl_jobs, tmp_path_factory):
+def runs(base_flags, kandinsky_jobs, sdxl, sdxl_jobs, sd, lcm_jobs, photos, tmp_path_factory):
     """A folder with runs of one process (`one-…`) and of two (`two-…`), and some that changed in between."""
     root = tmp_path_factory.mktemp("runs")
     of_sdxl = [f"--pretrained_model_name_or_path={sdxl}", "--random_flip", "--cache_variants=2", *base_flags[2:]]
     of_sdxl += [f"--max_train_steps={STEPS_OF_SDXL}"]
+    shards = photo_shards(photos, root / "shards")
+    of_lcm = [f"--pretrained_teacher_model={sd}", *base_flags[3:], f"--max_train_steps={STEPS_OF_LCM}"]
+    of_lcm += [f"--train_shards_path_or_url=pipe:cat {shards}/{{0..2}}.tar", "--max_train_samples=7"]
 
     def flags(out, *more):
+        if "lcm" in out:
+            return [*of_lcm, f"--output_dir={root / out}", *more]
         models = of_sdxl if "sdxl" in out else base_flags
         return [*models, f"--output_dir={root / out}", f"--encoded_cache_dir={root / 'cache'}", *more]
 
+    of_lcm_by_name = {f"lcm_distill_{name}": job for name, job in lcm_jobs.items()}
     for name in JOBS:
-        {**kandinsky_jobs, **sdxl_jobs}[name].main(flags(f"one-{name}", *ONE))
+        {**kandinsky_jobs, **sdxl_jobs, **of_lcm_by_name}[name].main(flags(f"one-{name}", *ONE))
     kandinsky_jobs["prior"].main(flags("changed", *ONE, "--max_train_steps=10"))
     latest = "--resume_from_checkpoint=latest"
     root.joinpath("said").write_text(
@@ -88,6 +97,7 @@ def runs(base_flags, kandinsky_jobs, sdxl, sdxl_jobs, tmp_path_factory):
             root / "two",
             [
                 *((name, flags(f"two-{name}", *TWO)) for name in JOBS),
+                *(("lcm_distill_sd", flags("lcm_parts", *TWO, *more)) for more in (["--max_train_steps=3"], [latest])),
                 ("prior", flags("changed", *TWO, "--max_train_steps=15", "--checkpointing_steps=15", latest)),
                 ("prior", flags("parts", *TWO, "--max_train_steps=10")),
                 ("prior", flags("parts", *TWO, latest)),
@@ -115,7 +125,10 @@ def test_two_processes_accumulating_two_batches_of_one_equal_one_with_four(runs,
     """Seven samples: every other window is short, and the ranks' shares of it differ."""
     assert_close(learned(name, runs / f"one-{name}"), learned(name, runs / f"two-{name}"))
     assert scalars(runs / f"one-{name}") == pytest.approx(scalars(runs / f"two-{name}"), rel=1e-4)
-    assert len(scalars(runs / f"two-{name}")) == (STEPS_OF_SDXL if "sdxl" in name else STEPS)
+    steps = STEPS_OF_SDXL if "sdxl" in name else STEPS_OF_LCM if "lcm" in name else STEPS
+    assert len(scalars(runs / f"two-{name}")) == steps
+    if name == "lcm_distill_sd":
+        assert_close(weights(runs / f"one-{name}", "unet_target"), weights(runs / f"two-{name}", "unet_target"))
 
 
 def test_a_run_on_one_then_two_then_one_process_equals_an_uninterrupted_one(runs):
@@ -126,6 +139,11 @@ def test_a_resumed_run_of_two_processes_ends_in_the_same_bits(runs):
     assert same(learned("prior", runs / "two-prior"), learned("prior", runs / "parts"))
     checkpoints = [runs / folder / "checkpoint-20" for folder in ("two-prior", "parts")]
     assert same(*map(optimizer_state, checkpoints))
+
+
+def test_a_resumed_stream_of_two_processes_ends_in_the_same_bits(runs):
+    for part in ("unet", "unet_target"):
+        assert same(weights(runs / "two-lcm_distill_sd", part), weights(runs / "lcm_parts", part))
 
 
 def test_two_machines_train_to_the_bits_of_one_with_two_processes(runs, base_flags, tmp_path):
@@ -148,7 +166,7 @@ def test_two_machines_train_to_the_bits_of_one_with_two_processes(runs, base_fla
 
 def test_only_rank_zero_speaks_and_writes(runs):
     said = (runs / "said").read_text()
-    assert said.count("KandinskyDecoderTrainingModule: ") == 1 and said.count("wrote the result to ") == len(JOBS) + 3
+    assert said.count("KandinskyDecoderTrainingModule: ") == 1 and said.count("wrote the result to ") == len(JOBS) + 5
     assert "wrote" not in (runs / "two" / "log" / "workerlog.1").read_text()
 
 

@@ -11,11 +11,10 @@ from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.models.lora import lora_switched_off
 from tests.conftest import (
-    ROOT,
     builder,
     encode,
-    load_script,
     optimizer_state,
+    photo_shards,
     runner,
     same,
     scalars,
@@ -28,22 +27,6 @@ FULL, LORA = ["sd", "sdxl"], ["lora_sd", "lora_sdxl"]
 LORA_FILES = ("paddle_lora_weights.safetensors", "pytorch_lora_weights.safetensors", "lora.safetensors")
 
 
-@pytest.fixture(scope="session")
-def sd(tmp_path_factory):
-    """The folder of the tiny Stable Diffusion."""
-    from ppdiffusers_train.reporting.quiet import quiet_libraries
-    from ppdiffusers_train.toy.sd import build_sd
-
-    quiet_libraries()
-    return build_sd(tmp_path_factory.mktemp("sd"))
-
-
-@pytest.fixture(scope="session")
-def lcm_jobs():
-    """The scripts by name: `{"lora_sd": module, …}`."""
-    return {name: load_script(ROOT / "examples" / "lcm" / f"train_lcm_distill_{name}_wds.py") for name in FULL + LORA}
-
-
 @pytest.fixture
 def teacher(sd, sdxl):
     """The teacher's flag for a job."""
@@ -53,8 +36,14 @@ def teacher(sd, sdxl):
 @pytest.fixture
 def train(lcm_jobs, photos, teacher, tmp_path):
     """`train("lora_sd", *flags, out="out")` runs that script's `main` and returns its output folder."""
-    run = runner(lcm_jobs, short_run(photos), tmp_path)
-    return lambda name, *flags, **options: run(name, teacher(name), *flags, **options)
+
+    def train(name, *flags, out="out"):
+        folder, *others = short_run(photos)
+        if not any(str(flag).startswith("--train_shards") for flag in flags):
+            others.append(folder)
+        return runner(lcm_jobs, others, tmp_path)(name, teacher(name), *flags, out=out)
+
+    return train
 
 
 @pytest.fixture
@@ -127,10 +116,16 @@ def test_the_target_follows_the_student_and_both_are_written(train, build, name)
         assert UNet2DConditionModel.from_pretrained(str(out / part)).config.time_cond_proj_dim == 256
 
 
-@pytest.mark.parametrize("name", FULL + LORA)
-def test_five_steps_equal_two_and_three_more_bit_for_bit(train, name):
+@pytest.mark.parametrize(
+    "name, source", [("sd", "shards"), ("sdxl", "folder"), ("lora_sd", "stream"), ("lora_sdxl", "folder")]
+)
+def test_five_steps_equal_two_and_three_more_bit_for_bit(train, photos, tmp_path, name, source):
     flags = ["--random_flip", "--loss_type=huber", "--lr_scheduler=linear", "--lr_warmup_steps=2"]
     flags += ["--max_train_steps=5"]
+    if source != "folder":
+        shards = f"{photo_shards(photos, tmp_path / 'shards')}/{{0..2}}.tar"
+        shards = f"pipe:cat {shards}" if source == "stream" else shards
+        flags += [f"--train_shards_path_or_url={shards}", "--max_train_samples=7", "--dataloader_num_workers=2"]
     whole = train(name, *flags, "--checkpointing_steps=5", out="whole")
     parts = train(name, *flags, "--checkpointing_steps=2", out="parts")
     resume = f"--resume_from_checkpoint={parts / 'checkpoint-2'}"
