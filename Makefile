@@ -46,6 +46,7 @@ parity: .venv-parity/ready
 torture: .venv/ready
 	.venv/bin/python -m tests.distributed.kill_harness --kills 120 --double_kills 30
 	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lora_sdxl
+	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lcm_sd
 
 venvs: .venv/ready .venv-paddle26/ready .venv-parity/ready
 

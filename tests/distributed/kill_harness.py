@@ -24,7 +24,7 @@ from paddle.distributed import parallel
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.runtime.checkpoint import checkpoints, read_state
-from tests.conftest import KANDINSKY, ROOT, copy_photos, load_script, same, tensors, weights
+from tests.conftest import KANDINSKY, LCM, ROOT, copy_photos, load_script, photo_shards, same, tensors, weights
 
 STEPS_PER_KILL = 3
 
@@ -139,8 +139,8 @@ def main(argv=None):
 
 def survive(name: str, root: Path, kills: int, ranks: int, seed: int) -> int:
     """Torture a job in `root` and compare it with a run that nobody kills."""
-    script, build_models, learned = JOBS[name]
-    flags = [*make_flags(root, build_models), f"--max_train_steps={STEPS_PER_KILL * kills + 8}"]
+    script, build_models, data, learned = JOBS[name]
+    flags = [*make_flags(root, build_models), *data(root), f"--max_train_steps={STEPS_PER_KILL * kills + 8}"]
     job = load_script(script)
     began = time.monotonic()
     whole = [*flags, f"--output_dir={root / 'whole'}", "--checkpointing_steps=100000"]
@@ -162,9 +162,7 @@ def make_flags(root: Path, build_models) -> list:
     copy_photos(root / "photos", 7)
     models = {folder.name: folder for folder in (root / "base").iterdir()}
     return [
-        *(f"--pretrained_{MODEL_FLAGS[name]}_name_or_path={folder}" for name, folder in models.items()),
-        f"--train_data_dir={root / 'photos'}",
-        f"--encoded_cache_dir={root / 'encoded'}",
+        *(f"--{MODEL_FLAGS[name]}={folder}" for name, folder in models.items()),
         f"--cache_dir={root / 'cache'}",
         *["--train_batch_size=1", "--gradient_accumulation_steps=2", "--use_ema", "--seed=0", "--report_to=none"],
         *["--checkpoints_total_limit=1000", "--resolution=64"],
@@ -183,16 +181,55 @@ def build_sdxl(folder: Path) -> None:
     sdxl.build_sdxl(folder / "sdxl")
 
 
-MODEL_FLAGS = {"prior": "prior_model", "decoder": "decoder_model", "sdxl": "model"}
-# name: (script, what builds its models, what of its result to compare)
+def build_sd(folder: Path) -> None:
+    from ppdiffusers_train.toy import sd
+
+    sd.build_sd(folder / "sd")
+
+
+def encoded_folder(root: Path) -> list:
+    """Flags of a folder of photographs that is encoded once."""
+    return [f"--train_data_dir={root / 'photos'}", f"--encoded_cache_dir={root / 'encoded'}"]
+
+
+def stream(root: Path) -> list:
+    """Flags of the same photographs as a stream."""
+    shards = photo_shards(root / "photos", root / "shards")
+    return [f"--train_shards_path_or_url=pipe:cat {shards}/{{0..2}}.tar", "--max_train_samples=7"]
+
+
+MODEL_FLAGS = {
+    "prior": "pretrained_prior_model_name_or_path",
+    "decoder": "pretrained_decoder_model_name_or_path",
+    "sdxl": "pretrained_model_name_or_path",
+    "sd": "pretrained_teacher_model",
+}
+# name: (script, what builds its models, its data, what of its result to compare)
 JOBS = {
-    "prior": (KANDINSKY / "train_text_to_image_prior.py", build_kandinsky, lambda folder: weights(folder, "prior")),
+    "prior": (
+        KANDINSKY / "train_text_to_image_prior.py",
+        build_kandinsky,
+        encoded_folder,
+        lambda folder: weights(folder, "prior"),
+    ),
     "lora_sdxl": (
         ROOT / "examples" / "sdxl" / "train_text_to_image_lora_sdxl.py",
         build_sdxl,
+        encoded_folder,
         lambda folder: tensors(folder / "paddle_lora_weights.safetensors"),
     ),
+    "lcm_sd": (
+        LCM / "train_lcm_distill_sd_wds.py",
+        build_sd,
+        stream,
+        lambda folder: {**weights(folder, "unet"), **prefixed("target", weights(folder, "unet_target"))},
+    ),
 }
+
+
+def prefixed(word: str, arrays: dict) -> dict:
+    """The same under names of their own."""
+    return {f"{word}.{name}": array for name, array in arrays.items()}
 
 
 if __name__ == "__main__":

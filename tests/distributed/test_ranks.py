@@ -78,7 +78,12 @@ def runs(base_flags, kandinsky_jobs, sdxl, sdxl_jobs, sd, lcm_jobs, photos, tmp_
     of_sdxl = [f"--pretrained_model_name_or_path={sdxl}", "--random_flip", "--cache_variants=2", *base_flags[2:]]
     of_sdxl += [f"--max_train_steps={STEPS_OF_SDXL}"]
     shards = photo_shards(photos, root / "shards")
-    of_lcm = [f"--pretrained_teacher_model={sd}", *base_flags[3:], f"--max_train_steps={STEPS_OF_LCM}"]
+    of_lcm = [
+        f"--pretrained_teacher_model={sd}",
+        *base_flags[3:],
+        f"--max_train_steps={STEPS_OF_LCM}",
+        "--learning_rate=1e-4",
+    ]
     of_lcm += [f"--train_shards_path_or_url=pipe:cat {shards}/{{0..2}}.tar", "--max_train_samples=7"]
 
     def flags(out, *more):
