@@ -20,6 +20,7 @@ REQUIRED = [
     "pillow==10.4.0",
     "safetensors>=0.4.5,<0.9",
     "visualdl==2.5.3",
+    "webdataset==1.0.2",
     "PyYAML",
     "tqdm",
     "ml_dtypes==0.4.1",

@@ -38,7 +38,7 @@ def build_sdxl(directory, channels=(16, 32), seed=0) -> Path:
 def build_scheduler() -> DDPMScheduler:
     """The published model's noise schedule."""
     return DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="leading"
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
 
 
