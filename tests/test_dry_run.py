@@ -15,10 +15,11 @@ import pytest
 from ppdiffusers_train.dry_run import inventory_of, options_of
 from ppdiffusers_train.runtime.memory import Peaks, extrapolate, extrapolate_peak
 from ppdiffusers_train.toy.sdxl import build_sdxl
-from tests.conftest import builder, optimizer_state, runner, tensors
+from tests.conftest import builder, module_class, optimizer_state, runner, tensors
 
 KANDINSKY_JOBS = ("decoder", "prior", "decoder_lora", "prior_lora")
 SDXL_JOBS = ("sdxl", "lora_sdxl")
+LCM_JOBS = ("lcm_sd", "lcm_lora_sdxl")
 
 
 def without_weights(source, target):
@@ -28,29 +29,43 @@ def without_weights(source, target):
 
 
 @pytest.fixture
-def jobs(kandinsky_jobs, sdxl_jobs, kandinsky, sdxl, photos, tmp_path):
-    """{name: (its script, flags with folders that have no weights)}."""
-    prior, decoder = (without_weights(folder, tmp_path / folder.name) for folder in kandinsky)
-    models = [f"--pretrained_prior_model_name_or_path={prior}", f"--pretrained_decoder_model_name_or_path={decoder}"]
+def jobs(kandinsky_jobs, sdxl_jobs, lcm_jobs, kandinsky, sdxl, sd, photos, tmp_path):
+    """{name: (its script, flags with folders that have weights, flags with folders that have none)}."""
     common = [f"--train_data_dir={photos}", "--resolution=64", "--train_batch_size=2", f"--output_dir={tmp_path / 'o'}"]
-    jobs = {name: (kandinsky_jobs[name], [*models, *common]) for name in KANDINSKY_JOBS}
-    models = [f"--pretrained_model_name_or_path={without_weights(sdxl, tmp_path / 'sdxl')}"]
-    return {**jobs, **{name: (sdxl_jobs[name], [*models, *common]) for name in SDXL_JOBS}}
+    bare = {folder: without_weights(folder, tmp_path / folder.name) for folder in (*kandinsky, sdxl, sd)}
+    prior, decoder = kandinsky
+    jobs = {name: (job, {"prior_model": prior, "decoder_model": decoder}) for name, job in kandinsky_jobs.items()}
+    jobs.update({name: (job, {"model": sdxl}) for name, job in sdxl_jobs.items()})
+    jobs.update({f"lcm_{name}": (job, {"teacher": sdxl if "xl" in name else sd}) for name, job in lcm_jobs.items()})
+
+    def flags(models, folders):
+        ends = {"teacher": "teacher_model"}
+        return [
+            *(
+                f"--pretrained_{ends.get(name, f'{name}_name_or_path')}={folders(path)}"
+                for name, path in models.items()
+            ),
+            *common,
+        ]
+
+    return {
+        name: (job, flags(models, lambda path: path), flags(models, bare.get)) for name, (job, models) in jobs.items()
+    }
 
 
-@pytest.mark.parametrize("name", [*KANDINSKY_JOBS, *SDXL_JOBS])
-def test_every_script_says_what_it_would_do_without_any_weights(jobs, name, tmp_path, capsys, build, build_sdxl_module):
-    job, flags = jobs[name]
-    job.main([*flags, "--dry_run", "--num_train_epochs=5"])
+@pytest.mark.parametrize("name", [*KANDINSKY_JOBS, *SDXL_JOBS, *LCM_JOBS])
+def test_every_script_says_what_it_would_do_without_any_weights(jobs, name, tmp_path, capsys):
+    job, flags, bare = jobs[name]
+    job.main([*bare, "--dry_run", "--num_train_epochs=5"])
     said = capsys.readouterr().out
-    real = (build if name in KANDINSKY_JOBS else build_sdxl_module)(name)
+    real = module_class(job)(job.build_parser().parse_args(flags))
     learning = {id(parameter) for parameter in real.trainable_parameters()}
     for child, model in real.named_children():
         size, learns = (
             sum(parameter.size for parameter in model.parameters() if chosen(parameter))
             for chosen in (lambda _: True, lambda parameter: id(parameter) in learning)
         )
-        role = f"{learns:,} learn" if learns else "frozen, encodes samples"
+        role = f"{learns:,} learn" if learns else "frozen, encodes" if child in real.encoders else "frozen\n"
         assert re.search(rf"  {child} +{size:,} parameters of {type(model).__name__}, {role}", said)
     assert "7 samples with 7 captions\n  20 steps of 2 samples: 5.0 epochs of 4 steps" in said
     for part in ("gradients", "optimizer", "activations", "all together", "what would lower it"):

@@ -29,16 +29,16 @@ class Inventory:
 
     Args:
         learning: sizes of the parameters that learn.
-        frozen: how many numbers the frozen parts hold that training needs.
-        encoders: the same of those that a cache replaces, by name.
-        in_float32: names of the encoders that stay in float32.
+        frozen: how many numbers the frozen parts hold that training needs, by name.
+        encoders: the same of those that a cache replaces.
+        in_float32: names of the frozen parts that stay in float32.
         activations: `{with recompute?: peak bytes of a sample's forward and backward pass in float32}`.
         encoding: peak bytes while a sample is encoded.
         encoded: bytes of an encoded sample.
     """
 
     learning: tuple
-    frozen: int
+    frozen: dict
     encoders: dict
     in_float32: tuple
     activations: dict
@@ -50,17 +50,18 @@ class Inventory:
         activations are taken as half of those in float32, and O1's copies of the weights come with them."""
         low, numbers = options.mixed_precision != "no", sum(self.learning)
         o2 = low and options.amp_level == "O2"
-        encoders = {
-            name: size * (2 if low and name not in self.in_float32 else 4) for name, size in self.encoders.items()
-        }
+        frozen, encoders = (
+            sum(size * (2 if low and name not in self.in_float32 else 4) for name, size in parts.items())
+            for parts in (self.frozen, self.encoders)
+        )
         moments = AdamW8bit.state_bytes if options.use_8bit_adam else adamw_state_bytes
         activations = self.activations[options.gradient_checkpointing] * options.train_batch_size
         if low:
             activations = activations // 2 + (0 if o2 else 2 * numbers)
         return {
             "weights that learn": numbers * (2 if o2 else 4),
-            "frozen weights": self.frozen * (2 if low else 4),
-            "encoders": 0 if options.cached else sum(encoders.values()),
+            "frozen weights": frozen,
+            "encoders": 0 if options.cached else encoders,
             "gradients": numbers * (2 if o2 else 4),
             "optimizer": sum(map(moments, self.learning)) // options.sharding_degree + (4 * numbers if o2 else 0),
             "EMA": 4 * numbers if options.use_ema else 0,
@@ -82,8 +83,8 @@ def take_inventory(module, activations: dict, encoding: int, encoded: int) -> In
     }
     encoders = {name: sizes.pop(name) for name in module.encoders}
     return Inventory(
-        tuple(learning.values()), sum(sizes.values()), encoders, tuple(module.overflow_float16), activations, encoding,
-        encoded,
+        tuple(learning.values()), sizes, encoders, (*module.overflow_float16, *module.always_float32), activations,
+        encoding, encoded,
     )  # fmt: skip
 
 

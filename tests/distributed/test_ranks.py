@@ -84,7 +84,11 @@ def runs(base_flags, kandinsky_jobs, sdxl, sdxl_jobs, sd, lcm_jobs, photos, tmp_
         f"--max_train_steps={STEPS_OF_LCM}",
         "--learning_rate=1e-4",
     ]
-    of_lcm += [f"--train_shards_path_or_url=pipe:cat {shards}/{{0..2}}.tar", "--max_train_samples=7"]
+    of_lcm += [
+        f"--train_shards_path_or_url=pipe:cat {shards}/{{0..2}}.tar",
+        "--max_train_samples=7",
+        "--gradient_checkpointing",
+    ]
 
     def flags(out, *more):
         if "lcm" in out:

@@ -10,6 +10,8 @@ from ppdiffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXL
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.models.lora import lora_switched_off
+from ppdiffusers_train.runtime import precision
+from ppdiffusers_train.toy.sd import build_sd
 from tests.conftest import (
     builder,
     encode,
@@ -105,7 +107,7 @@ def test_with_fresh_lora_layers_teacher_student_and_target_are_one(build, name):
 
 @pytest.mark.parametrize("name", FULL)
 def test_the_target_follows_the_student_and_both_are_written(train, build, name):
-    out = train(name, "--ema_decay=0.5", "--max_train_steps=1", "--checkpointing_steps=1")
+    out = train(name, "--ema_decay=0.5", "--max_train_steps=1", "--checkpointing_steps=1", "--report_to=none")
     start = build(name).unet.state_dict()
     student, target = weights(out, "unet"), weights(out, "unet_target")
     for key, value in start.items():
@@ -158,6 +160,41 @@ def test_every_flag_of_the_distillation_changes_the_loss(train):
         for c in (0.001, 1)
     ]
     assert huber[0] != huber[1]
+
+
+def test_samples_may_be_encoded_together(build, monkeypatch):
+    one, three = build("sd"), build("sd", "--vae_encode_batch_size=3")
+    rows = build_dataset(one.args)
+    sizes, encode_three = [], three.encode
+    three.encode = lambda batch: sizes.append(len(batch["input_ids"])) or encode_three(batch)
+    alone, together = encode(one, rows, range(4)), encode(three, rows, range(4))
+    assert sizes == [3, 1]
+    assert all(np.allclose(alone[name].numpy(), together[name].numpy(), atol=1e-5) for name in alone)
+
+
+def test_another_vae_encodes_the_images(build, tmp_path):
+    vae = build_sd(tmp_path, seed=1) / "vae"
+    own, other = build("sd"), build("sd", f"--pretrained_vae_model_name_or_path={vae}")
+    assert not np.allclose(*(batch_of(module)["latents"].numpy() for module in (own, other)))
+
+
+@pytest.mark.parametrize(
+    "name, flags, low",
+    [
+        ("sd", [], {"vae", "text_encoder"}),
+        ("sd", ["--cast_teacher_unet"], {"vae", "text_encoder", "teacher"}),
+        ("sdxl", [], {"text_encoder", "text_encoder_2"}),
+        ("lora_sd", ["--lora_rank=1"], {"vae", "text_encoder", "unet"}),
+    ],
+)
+def test_what_is_frozen_takes_the_low_type_but_target_and_teacher(build, monkeypatch, name, flags, low):
+    monkeypatch.setattr(precision, "computes_in_low_precision", lambda: True)
+    lowered = []
+    monkeypatch.setattr(paddle.amp, "decorate", lambda model, *_, **options: lowered.append((model, options["dtype"])))
+    module = build(name, *flags)
+    precision.Precision("fp16").lower(module, None)
+    names = {id(model): name for name, model in module.named_children()}
+    assert {names[id(model)] for model, _ in lowered} == low and {dtype for _, dtype in lowered} == {"float16"}
 
 
 @pytest.mark.parametrize("flags, told", [([], (90, 120)), (["--use_fix_crop_and_size"], (64, 64))])
