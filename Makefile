@@ -9,7 +9,7 @@ define make_venv
 	{ echo "Python 3.10, 3.11 or 3.12 is needed: make PYTHON=python3.11 ..."; exit 1; }
 @echo "Installing $(2) into $(1) (2 GB or more; takes some minutes, the first time only)"
 @$(PYTHON) -m venv $(1)
-@$(1)/bin/python -m pip install -q --no-deps -r $(2)
+@$(1)/bin/python -m pip install -q --no-compile --no-deps -r $(2)
 @$(1)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 @touch $@
 endef
