@@ -41,7 +41,7 @@ SEEDS, INDICES = st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1)
 LOOK, SIZE = st.sampled_from(LOOKS), st.sampled_from(SIZES)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(SEEDS, INDICES, SIZE, LOOK, st.booleans())
 def test_a_sample_depends_on_its_seed_and_index_alone(seed, index, size, look, held_out):
     one, other = (sample(seed, index, size, look, held_out) for _ in range(2))
@@ -59,6 +59,7 @@ def test_the_data_of_a_seed_stay_the_same_for_good():
     assert digest.hexdigest() == "3f6d7e2a1078fdf8"
 
 
+@settings(max_examples=50, deadline=None)
 @given(SEEDS, INDICES)
 def test_size_and_look_change_the_drawing_and_nothing_else(seed, index):
     drawn = [sample(seed, index, size, look) for size, look in itertools.product(SIZES, LOOKS)]
@@ -91,13 +92,14 @@ def test_every_two_properties_are_seen_together():
         assert pairs[0] == pairs[1]
 
 
+@settings(max_examples=50, deadline=None)
 @given(SEEDS, INDICES)
 def test_held_out_combinations_are_drawn_only_on_demand(seed, index):
     assert sample(seed, index).scene.content in SEEN
     assert sample(seed, index, held_out=True).scene.content in HELD_OUT
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(SEEDS, INDICES, SIZE, LOOK)
 def test_a_margin_of_plain_background_is_left(seed, index, size, look):
     drawn = sample(seed, index, size, look)
@@ -113,6 +115,7 @@ SQUARES = {"plain": 4.0, "outlined": 4 * (1 - (1 - STROKE) ** 2), "striped": 4 *
 PLACE = st.floats(-0.5, 0.5), st.floats(-0.5, 0.5), st.floats(8, 12)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(SHAPES), *PLACE)
 def test_a_shape_covers_its_area_and_not_more_than_its_box(shape, x, y, radius):
     covered = coverage(shape, "plain", 16 + x, 16 + y, radius, 32)
@@ -123,6 +126,7 @@ def test_a_shape_covers_its_area_and_not_more_than_its_box(shape, x, y, radius):
         assert abs(axis.min() - (middle - radius)) <= 2 and abs(axis.max() + 1 - (middle + radius)) <= 2
 
 
+@settings(max_examples=50, deadline=None)
 @given(LOOK, *PLACE)
 def test_looks_cover_a_part_of_a_square(look, x, y, radius):
     covered = coverage("square", look, 16 + x, 16 + y, radius, 32)
