@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "reporting": {"errors"},
     "data": {"draws", "errors", "module", "runtime"},
     "models": {"draws", "errors", "module", "tensor_files"},
-    "cli": {"argument_parser", "arguments", "data", "errors", "models"},
+    "cli": {"argument_parser", "data", "errors", "models", "toy"},
     "state": {"data", "runtime", "errors"},
     "run": {"runtime", "errors"},
     "dry_run": {"data", "draws", "errors", "module", "runtime", "step"},
