@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ppdiffusers_train.arguments import ArgumentParser, add_data_arguments
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.toy import shapes_folder
 from ppdiffusers_train.toy.shapes import (
@@ -169,10 +170,9 @@ def test_the_folder_holds_the_samples_and_training_reads_it(tmp_path, capsys):
     drawn = [sample(3, index, 64, "striped", held_out=True) for index in range(5)]
     assert [row["text"] for row in rows] == [one.caption for one in drawn]
 
-    parser = cli.ArgumentParser()
-    parser.set_defaults(dataset_name=None, train_data_dir=str(folder), cache_dir=str(tmp_path / "cache"))
-    parser.set_defaults(image_column="image", caption_column="text", max_train_samples=None)
-    dataset = build_dataset(parser.parse_args([]))
+    parser = ArgumentParser()
+    add_data_arguments(parser)
+    dataset = build_dataset(parser.parse_args([f"--train_data_dir={folder}", f"--cache_dir={tmp_path / 'cache'}"]))
     for index, one in enumerate(drawn):
         assert dataset[index]["caption"] == one.caption
         assert dataset[index]["image"].tobytes() == one.image.tobytes()
