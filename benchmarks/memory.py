@@ -25,6 +25,7 @@ from tests.conftest import load_script, module_class  # noqa: E402
 DECODER, PRIOR = "pretrained_decoder_model_name_or_path", "pretrained_prior_model_name_or_path"
 KANDINSKY = {DECODER: "kandinsky2_2_decoder", PRIOR: "kandinsky2_2_prior"}
 SDXL = {"pretrained_model_name_or_path": "sdxl"}
+SD_TEACHER, SDXL_TEACHER = {"pretrained_teacher_model": "sd1_5"}, {"pretrained_teacher_model": "sdxl"}
 JOBS = [
     ("kandinsky2_2/train_text_to_image_decoder", KANDINSKY, (512, 768)),
     ("kandinsky2_2/train_text_to_image_decoder_lora", KANDINSKY, (512, 768)),
@@ -32,6 +33,10 @@ JOBS = [
     ("kandinsky2_2/train_text_to_image_prior_lora", KANDINSKY, (512,)),
     ("sdxl/train_text_to_image_sdxl", SDXL, (512, 1024)),
     ("sdxl/train_text_to_image_lora_sdxl", SDXL, (512, 1024)),
+    ("lcm/train_lcm_distill_sd_wds", SD_TEACHER, (512,)),
+    ("lcm/train_lcm_distill_lora_sd_wds", SD_TEACHER, (512,)),
+    ("lcm/train_lcm_distill_sdxl_wds", SDXL_TEACHER, (1024,)),
+    ("lcm/train_lcm_distill_lora_sdxl_wds", SDXL_TEACHER, (1024,)),
 ]
 # Tried one after another until a job fits: what costs least comes first.
 STEPS = [
@@ -77,7 +82,7 @@ def main():
                 )  # fmt: skip
                 module = module_class(job)(args)
                 inventory = inventory_of(module, first_row(build_dataset(args)), args)
-                name = f"{Path(script).name.removeprefix('train_text_to_image_')} {resolution}"
+                name = f"{short_name(script)} {resolution}"
                 plain = inventory.memory(options_of(args))
                 fixed = sum(size for kind, size in plain.items() if kind != "activations")
                 encoders = inventory.memory(replace(options_of(args), cached=False))["encoders"]
@@ -88,6 +93,12 @@ def main():
                 cards.append([name, *(flags_for(inventory, options_of(args), card) for card in CARDS)])
                 print(" | ".join(rows[-1]), " | ".join(cards[-1]), sep="\n", flush=True)
     (ROOT / "docs" / "memory.md").write_text(page(rows, cards), encoding="utf-8")
+
+
+def short_name(script: str) -> str:
+    """`lcm/train_lcm_distill_sd_wds` -> "lcm sd"."""
+    name = Path(script).name.replace("train_lcm_distill_", "lcm ").removeprefix("train_text_to_image_")
+    return name.removesuffix("_wds")
 
 
 def flags_for(inventory, options, card: int) -> str:
