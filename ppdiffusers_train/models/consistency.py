@@ -11,7 +11,9 @@ def build_student(teacher, channels: int, seed: int):
     """A UNet with the teacher's weights and, where the teacher has none, a projection of `channels` numbers that stand
     for the guidance. The projection starts uniform in ±1/√channels, as a function of the seed."""
     channels = teacher.config.time_cond_proj_dim or channels
-    student = type(teacher).from_config({**teacher.config, "time_cond_proj_dim": channels})
+    config = {**teacher.config, "time_cond_proj_dim": channels}
+    config.pop("_use_default_values", None)  # it names what the teacher's file left out, and such keys are not read
+    student = type(teacher).from_config(config)
     own, weights = student.state_dict(), teacher.state_dict()
     for name, tensor in own.items():
         if name in weights:

@@ -2,6 +2,9 @@
 
 import ppdiffusers_train  # noqa: F401
 
+import json
+import shutil
+
 import numpy as np
 import paddle
 import pytest
@@ -85,6 +88,18 @@ def test_the_student_starts_as_its_teacher_where_guidance_has_no_effect(build, n
         module.unet.time_embedding.cond_proj.weight.zero_()
         student = module.student_predicts(noisy, times, condition, paddle.to_tensor([3.0, 9.0]))
         assert np.allclose(student.numpy(), module.teacher_predicts(noisy, times, condition).numpy(), atol=1e-6)
+
+
+def test_a_teacher_whose_file_says_nothing_of_guidance_gets_a_student_that_is_told_it(build, sd, tmp_path):
+    """As the published configurations, which are older than the setting."""
+    folder = shutil.copytree(sd, tmp_path / "old")
+    file = folder / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    del config["time_cond_proj_dim"]
+    file.write_text(json.dumps(config))
+    module = build("sd", f"--pretrained_teacher_model={folder}", "--unet_time_cond_proj_dim=32")
+    assert module.unet.config.time_cond_proj_dim == module.target_unet.config.time_cond_proj_dim == 32
+    assert module(batch_of(module), Draws(0, [0, 1])).item() > 0
 
 
 @pytest.mark.parametrize("name", LORA)
