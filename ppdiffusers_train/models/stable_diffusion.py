@@ -74,7 +74,7 @@ def encode_prompt(text_encoder, input_ids):
     return text_encoder(input_ids)[0]
 
 
-def encode_images(vae, pixels, batch_size=None):
+def encode_images(vae, pixels):
     """Pixels [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, h, w]: the mode of the VAE's distribution.
 
     Computed in the VAE's own type whatever the run's precision: SDXL's VAE overflows in float16. The mode, not a draw:

@@ -170,6 +170,9 @@ def test_every_flag_of_the_distillation_changes_the_loss(train):
          "--proportion_empty_prompts=0.99", "--unet_time_cond_proj_dim=32", "--interpolation_type=nearest"]
     ):  # fmt: skip
         assert scalars(train("sd", flag, "--max_train_steps=1", out=str(number)))[0] != base, flag
+    lora = scalars(train("lora_sd", out="lora"))
+    for number, flag in enumerate(["--lora_dropout=0.5", "--lora_rank=2", "--lora_target_modules=to_q", "--scale_lr"]):
+        assert scalars(train("lora_sd", flag, out=f"lora{number}"))[1] != lora[1], flag
     huber = [
         scalars(train("sd", "--loss_type=huber", f"--huber_c={c}", "--max_train_steps=1", out=f"c{c}"))[0]
         for c in (0.001, 1)

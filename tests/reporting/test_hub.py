@@ -96,6 +96,20 @@ def test_a_dry_run_downloads_no_weights(hub, tmp_path):
     assert [path.name for path in folder.folders["unet"].iterdir()] == ["config.json"]
 
 
+def test_a_teacher_is_downloaded_at_its_revision(hub, sd, lcm_jobs, photos, tmp_path):
+    hub.files["owner/sd"] = {str(file.relative_to(sd)): file.read_bytes() for file in sd.rglob("*") if file.is_file()}
+    flags = ["--pretrained_teacher_model=owner/sd", "--teacher_revision=v2", f"--cache_dir={tmp_path / 'hub'}"]
+    flags += [
+        f"--train_data_dir={photos}",
+        f"--output_dir={tmp_path / 'out'}",
+        "--resolution=64",
+        "--max_train_steps=1",
+    ]
+    lcm_jobs["lora_sd"].main([*flags, "--train_batch_size=1"])
+    asked = {path for _, path in hub.requests if path.startswith("/api/")}
+    assert asked and all("/v2" in path for path in asked), "the commit of that revision is what is downloaded then"
+
+
 def test_a_name_that_the_hub_does_not_know_gets_one_line(hub, tmp_path):
     with pytest.raises(UserError, match="--pretrained_x: 'owner/nothing' is not a folder here and cannot be"):
         PipelineFolder("owner/nothing", "--pretrained_x", ["unet"], cache_dir=tmp_path)
