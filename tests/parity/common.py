@@ -4,12 +4,17 @@ import ppdiffusers_train  # noqa: F401
 
 import numpy as np
 import paddle
+import torch
 
 from ppdiffusers_train.data.dataset import build_dataset
+
+torch.set_num_threads(1)  # its threads wait for each other at every tiny layer, for long where the processor is shared
 
 
 class RecordedDraws:
     """Stands in for `Draws` with numbers that both sides get."""
+
+    timestep_range = (0, 1000)
 
     def __init__(self, noise, timesteps):
         self.recorded = {"noise": noise, "timesteps": timesteps}
@@ -19,7 +24,7 @@ class RecordedDraws:
         return paddle.to_tensor(self.recorded[name])
 
     def integers(self, name, low, high):
-        assert (low, high) == (0, 1000)
+        assert (low, high) == self.timestep_range
         return paddle.to_tensor(self.recorded[name])
 
 

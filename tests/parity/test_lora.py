@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler, PriorTransformer, StableDiffusionPipeline, UNet2DConditionModel
 from ppdiffusers import PriorTransformer as PaddlePrior
 from ppdiffusers import UNet2DConditionModel as PaddleUNet
+from torch.nn import functional
 
 from ppdiffusers_train.cli import main as convert
 from ppdiffusers_train.models.lora import add_lora, lora_layers, save_lora
@@ -49,9 +50,6 @@ class Side:
         args = self.job.build_parser().parse_args(flags)
         self.module = getattr(self.job, f"Kandinsky{name.capitalize()}LoRATrainingModule")(args)
         self.ours = self.module.unet if name == "decoder" else self.module.prior
-        random = np.random.default_rng(3)
-        for lora in lora_layers(self.ours).values():  # B is zero at first, and then A has no gradient
-            lora.up.weight.set_value(random.normal(0, 0.03, lora.up.weight.shape).astype(np.float32))
         if name == "decoder":
             self.theirs, self.encoded = (
                 torch_part(UNet2DConditionModel, folders[1], "unet"),
@@ -63,13 +61,7 @@ class Side:
                 torch_part(PriorTransformer, folders[0], "prior"),
                 test_prior.torch_encoded(folders[0]),
             )
-        self.theirs.requires_grad_(False)
-        self.torch_lora = {
-            layer: add_torch_lora(
-                self.theirs.get_submodule(layer), lora.down.weight.numpy().T, lora.up.weight.numpy().T
-            )
-            for layer, lora in lora_layers(self.ours).items()
-        }
+        self.lora, self.torch_lora = share_lora(self.ours, self.theirs)
 
     def draws(self, seed):
         return (test_decoder if self.name == "decoder" else test_prior).recorded_draws(seed)
@@ -81,21 +73,39 @@ class Side:
 
     def compare(self, pick, tolerance):
         """Compare what `pick` takes of every matrix on both sides."""
-        ours, reference = {}, {}
-        for layer, lora in lora_layers(self.ours).items():
-            for part, matrix in zip(("down", "up"), self.torch_lora[layer]):
-                ours[f"{layer}.{part}"] = (pick(getattr(lora, part).weight), True)
-                reference[f"{layer}.{part}"] = pick(matrix).detach()
-        assert_close(ours, reference, tolerance)
+        ours = {name: (pick(matrix), transposed) for name, (matrix, transposed) in self.lora.items()}
+        assert_close(ours, {name: pick(matrix).detach() for name, matrix in self.torch_lora.items()}, tolerance)
 
 
-def add_torch_lora(linear, down, up):
-    """W x + (α / r) · B A x, by a hook on torch's layer; returns A and B."""
-    matrices = [torch.nn.Parameter(torch.tensor(np.ascontiguousarray(array))) for array in (down, up)]
-    linear.register_forward_hook(
-        lambda layer, inputs, output: output + ALPHA / RANK * (inputs[0] @ matrices[0].T @ matrices[1].T)
-    )
-    return matrices
+def share_lora(ours, theirs):
+    """Give the LoRA layers of a Paddle model values that have an effect, and a torch model the same layers.
+
+    Returns:
+        `{name: (parameter, whether Paddle stores it transposed)}` of ours, `{name: parameter}` of torch's.
+    """
+    theirs.requires_grad_(False)
+    own, copies, random = {}, {}, np.random.default_rng(3)
+    for layer, lora in lora_layers(ours).items():  # B is zero at first, and then A has no gradient
+        lora.up.weight.set_value(random.normal(0, 0.02, lora.up.weight.shape).astype(np.float32))
+        pair = {f"{layer}.{part}": getattr(lora, part).weight for part in ("down", "up")}
+        transposed = lora.down.weight.ndim == 2
+        own |= {name: (weight, transposed) for name, weight in pair.items()}
+        arrays = [weight.numpy().T if transposed else weight.numpy() for weight in pair.values()]
+        copies |= zip(pair, add_torch_lora(theirs.get_submodule(layer), *arrays))
+    return own, copies
+
+
+def add_torch_lora(layer, down, up):
+    """W x + (α / r) · B A x, by a hook on a linear layer or a convolution of torch; returns A and B."""
+    down, up = (torch.nn.Parameter(torch.tensor(np.ascontiguousarray(array))) for array in (down, up))
+
+    def update(inputs):
+        if isinstance(layer, torch.nn.Linear):
+            return inputs @ down.T @ up.T
+        return functional.conv2d(functional.conv2d(inputs, down, None, layer.stride, layer.padding), up)
+
+    layer.register_forward_hook(lambda layer, inputs, output: output + ALPHA / RANK * update(inputs[0]))
+    return down, up
 
 
 @pytest.fixture(params=["decoder", "prior"])
@@ -116,7 +126,7 @@ def test_loss_and_every_gradient_agree(side):
 def test_weights_agree_after_twenty_steps_of_adamw(side):
     state = build_training_state(side.module, side.module.args, STEPS, BATCH, start_ranks())
     encoded = side.module.encode(our_batch(side.module, BATCH))
-    matrices = [matrix for pair in side.torch_lora.values() for matrix in pair]
+    matrices = list(side.torch_lora.values())
     optimizer = torch.optim.AdamW(matrices, lr=1e-3, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)
     for step in range(STEPS):
         side.module(encoded, side.draws(step)).backward()

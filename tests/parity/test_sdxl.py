@@ -12,13 +12,12 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, U
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ppdiffusers_train.models.lora import lora_layers
 from ppdiffusers_train.runtime.distributed import start_ranks
 from ppdiffusers_train.state import build_training_state
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
 from tests.conftest import PHOTOS, ROOT, load_script
 from tests.parity.common import RecordedDraws, assert_close, in_torch_layout, our_batch, torch_part
-from tests.parity.test_lora import ALPHA, RANK, add_torch_lora
+from tests.parity.test_lora import ALPHA, RANK, share_lora
 
 BATCH, RESOLUTION, STEPS, WIDTH, GAMMA = 4, 64, 20, 32, 5.0
 JOBS = {
@@ -26,13 +25,32 @@ JOBS = {
 }
 
 
+def text_config(**options):
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 514, "max_position_embeddings": 77, "projection_dim": WIDTH, "eos_token_id": 512}
+    return CLIPTextConfig(**sizes, **options)
+
+
+def build_vae():
+    """A VAE whose scaled latents have a deviation near 1, as the published one's."""
+    return AutoencoderKL(
+        block_out_channels=(32, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        scaling_factor=4.0,
+    )
+
+
+def build_scheduler(prediction_type="epsilon"):
+    options = {"beta_schedule": "scaled_linear", "clip_sample": False, "prediction_type": prediction_type}
+    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, **options)
+
+
 def save_sdxl(folder):
     """Write an SDXL pipeline with random weights as diffusers does."""
     torch.manual_seed(0)
     for name in ("tokenizer", "tokenizer_2"):
         build_tokenizer(folder / name)
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2}
-    sizes |= {"vocab_size": 514, "max_position_embeddings": 77, "projection_dim": WIDTH, "eos_token_id": 512}
     unet = UNet2DConditionModel(
         sample_size=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -47,20 +65,14 @@ def save_sdxl(folder):
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=WIDTH + 48,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        scaling_factor=0.13025,
-    )
     StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(CLIPTextConfig(**sizes, hidden_act="quick_gelu")),
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**sizes, hidden_act="gelu")),
+        vae=build_vae(),
+        text_encoder=CLIPTextModel(text_config(hidden_act="quick_gelu")),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(hidden_act="gelu")),
         tokenizer=CLIPTokenizer.from_pretrained(str(folder / "tokenizer")),
         tokenizer_2=CLIPTokenizer.from_pretrained(str(folder / "tokenizer_2")),
         unet=unet,
-        scheduler=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        scheduler=build_scheduler(),
     ).save_pretrained(folder)
     return folder
 
@@ -86,28 +98,32 @@ def our_module(name, folder, *flags):
     return getattr(JOBS[name], module_class)(JOBS[name].build_parser().parse_args(words))
 
 
-@functools.cache
-@torch.no_grad()
-def torch_encoded(folder, captions):
-    """What diffusers' script makes of the first photographs: latents, prompt embeddings, pooled embedding, time ids."""
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
-    pixels, time_ids = [], []
+def torch_pixels(resample):
+    """The first photographs as diffusers' scripts take them: pixels, [((height, width), (top, left) of the crop)]."""
+    pixels, origins = [], []
     for file in sorted(PHOTOS.glob("*.jpg"))[:BATCH]:
         image = Image.open(file).convert("RGB")
         size = (image.height, image.width)
         scale = RESOLUTION / min(image.size)
-        image = image.resize([int(scale * side) for side in image.size], Image.Resampling.LANCZOS)
+        image = image.resize([int(scale * side) for side in image.size], resample)
         top = max(0, int(round((image.height - RESOLUTION) / 2.0)))
         left = max(0, int(round((image.width - RESOLUTION) / 2.0)))
         image = image.crop((left, top, left + RESOLUTION, top + RESOLUTION))
         pixels.append((torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - 0.5) / 0.5)
-        time_ids.append(
-            pipe._get_add_time_ids(
-                size, (top, left), (RESOLUTION, RESOLUTION), dtype=torch.float32, text_encoder_projection_dim=WIDTH
-            )
-        )
+        origins.append((size, (top, left)))
+    return torch.stack(pixels), origins
+
+
+@functools.cache
+@torch.no_grad()
+def torch_encoded(folder, captions, resample=Image.Resampling.LANCZOS):
+    """What diffusers' script makes of the first photographs: latents, prompt embeddings, pooled embedding, time ids."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pixels, origins = torch_pixels(resample)
+    options = {"dtype": torch.float32, "text_encoder_projection_dim": WIDTH}
+    time_ids = [pipe._get_add_time_ids(*origin, (RESOLUTION, RESOLUTION), **options) for origin in origins]
     embeds, _, pooled, _ = pipe.encode_prompt(list(captions), do_classifier_free_guidance=False)
-    latents = pipe.vae.encode(torch.stack(pixels)).latent_dist.mode() * pipe.vae.config.scaling_factor
+    latents = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
     return latents, embeds, pooled, torch.cat(time_ids)
 
 
@@ -156,16 +172,7 @@ class Side:
             self.ours = in_torch_layout(self.module.unet)
             self.torch_parameters = dict(self.theirs.named_parameters())
             return
-        self.theirs.requires_grad_(False)
-        self.ours, self.torch_parameters = {}, {}
-        random = np.random.default_rng(9)
-        for layer, lora in lora_layers(self.module.unet).items():
-            lora.up.weight.set_value(0.1 * random.standard_normal(lora.up.weight.shape).astype("float32"))
-            matrices = [weight.numpy().T for weight in (lora.down.weight, lora.up.weight)]
-            pair = add_torch_lora(self.theirs.get_submodule(layer), *matrices)
-            for part, parameter in zip(("down", "up"), pair):
-                self.ours[f"{layer}.{part}"] = (getattr(lora, part).weight, True)
-                self.torch_parameters[f"{layer}.{part}"] = parameter
+        self.ours, self.torch_parameters = share_lora(self.module.unet, self.theirs)
 
 
 LORA = [f"--lora_rank={RANK}", f"--lora_alpha={ALPHA}"]
