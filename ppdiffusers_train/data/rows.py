@@ -7,12 +7,22 @@ import io
 import json
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from ppdiffusers_train.errors import BadSampleError
 
-ORIENTATION_TAG = 0x0112  # of EXIF; from 5 on, height and width change places
+ORIENTATION_TAG = 0x0112  # of EXIF
+# How a picture that was stored with an orientation is brought upright; from 5 on, height and width change places.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Rows:
@@ -95,8 +105,7 @@ class Rows:
             BadSampleError: the image cannot be read.
         """
         with reading(self.name(index)), open_image(self.stored_image(index)) as file:
-            turned = file.getexif().get(ORIENTATION_TAG, 1) >= 5
-            return (file.height, file.width) if turned else file.size
+            return upright_size(file)
 
     def __getitem__(self, index: int) -> dict:
         """Row `index`, decoded.
@@ -111,9 +120,24 @@ class Rows:
 
 def decode_row(stored, captions: list, name: str) -> dict:
     """A row from an image's bytes or path, and its captions."""
+    return {"image": decode(stored), "caption": captions if len(captions) > 1 else captions[0], "name": name}
+
+
+def decode(stored) -> Image.Image:
+    """The RGB pixels of an image's bytes or path, upright.
+
+    (`ImageOps.exif_transpose` writes the EXIF data anew, too, which fails on photographs whose data is untidy.)
+    """
     with open_image(stored) as file:
-        image = ImageOps.exif_transpose(file).convert("RGB")
-    return {"image": image, "caption": captions if len(captions) > 1 else captions[0], "name": name}
+        orientation = file.getexif().get(ORIENTATION_TAG)
+        image = file.convert("RGB")
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def upright_size(file) -> tuple:
+    """Width and height that `decode` gives the image of Pillow's open `file`."""
+    orientation = file.getexif().get(ORIENTATION_TAG)
+    return (file.height, file.width) if orientation in TURNS and orientation >= 5 else file.size
 
 
 def with_one_caption(row: dict) -> dict:
@@ -132,8 +156,9 @@ def reading(name: str):
     """A context in which an image that cannot be read becomes a `BadSampleError` that names the row."""
     try:
         yield
-    # Pillow reports a broken file through any of these.
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+    except BadSampleError:
+        raise
+    except Exception as error:  # Pillow's readers report a broken file through whatever went wrong in them
         raise BadSampleError(f"{name}: the image cannot be read: {error}") from error
 
 
