@@ -5,6 +5,7 @@ import copy
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 
 from PIL import Image
@@ -52,6 +53,14 @@ class Rows:
         """How to call row `index` in a message: the file's name where there is one."""
         raise NotImplementedError
 
+    def location(self, index: int):
+        """Where the image of row `index` is: a path, a part of a file as (path, offset, size), or its bytes.
+
+        Raises:
+            BadSampleError: there is none.
+        """
+        raise NotImplementedError
+
     def stored_image(self, index: int):
         """The image of row `index` as it is stored: its bytes, or a path.
 
@@ -59,7 +68,8 @@ class Rows:
             BadSampleError: there is none.
             OSError: it cannot be read.
         """
-        raise NotImplementedError
+        location = self.location(index)
+        return read_stored(location) if isinstance(location, tuple) else location
 
     def captions(self, index: int) -> list:
         """The captions of row `index`: one, or several of which training takes one at random.
@@ -67,13 +77,7 @@ class Rows:
         Raises:
             BadSampleError: there is none, or it is no text.
         """
-        caption = self.texts[index][self.caption_column]
-        captions = caption if isinstance(caption, list) else [caption]
-        if not captions or not all(isinstance(text, str) for text in captions):
-            raise BadSampleError(
-                f"{self.name(index)}: column {self.caption_column!r} holds {caption!r}; expected a text or several"
-            )
-        return captions
+        return as_captions(self.texts[index][self.caption_column], self.name(index), self.caption_column)
 
     def count_captions(self) -> int:
         """Number of captions of all rows."""
@@ -94,9 +98,7 @@ class Rows:
             BadSampleError: the file cannot be read.
         """
         with reading(self.name(index)):
-            stored = self.stored_image(index)
-            content = stored if isinstance(stored, bytes) else Path(stored).read_bytes()
-        return hashlib.blake2b(content, digest_size=16).digest()
+            return content_digest(read_stored(self.location(index)))
 
     def image_size(self, index: int) -> tuple:
         """Width and height of row `index` as training sees it, from the file's header.
@@ -116,6 +118,34 @@ class Rows:
         captions, name = self.captions(index), self.name(index)
         with reading(name):
             return decode_row(self.stored_image(index), captions, name)
+
+
+def as_captions(caption, name: str, column: str) -> list:
+    """The captions that a column holds for a row: its text, or all of its texts.
+
+    Raises:
+        BadSampleError: there is none, or it is no text.
+    """
+    captions = caption if isinstance(caption, list) else [caption]
+    if not captions or not all(isinstance(text, str) for text in captions):
+        raise BadSampleError(f"{name}: column {column!r} holds {caption!r}; expected a text or several")
+    return captions
+
+
+def read_stored(location) -> bytes:
+    """The bytes of an image from where `Rows.location` says it is."""
+    if isinstance(location, bytes):
+        return location
+    if not isinstance(location, tuple):
+        return Path(location).read_bytes()
+    path, offset, size = location
+    with open(path, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), size, offset)
+
+
+def content_digest(content: bytes) -> bytes:
+    """A hash of an image's bytes."""
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def decode_row(stored, captions: list, name: str) -> dict:

@@ -105,10 +105,10 @@ def test_a_turned_photograph_with_untidy_exif_data_is_used(tmp_path):
     assert rows[0]["image"].size == rows.image_size(0) == (4, 8)
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), struct.error("x"), NotImplementedError("x"), ZeroDivisionError("x")])
+@pytest.mark.parametrize("error", [ValueError("x"), struct.error("x"), NotImplementedError("x"), KeyError("x")])
 def test_whatever_a_reader_of_images_stumbles_over_names_the_sample(error):
     """All of these come out of Pillow's readers when bytes of a file are changed at random."""
-    with pytest.raises(BadSampleError, match="a.jpg: the image cannot be read: x"), reading("a.jpg"):
+    with pytest.raises(BadSampleError, match="a.jpg: the image cannot be read: '?x"), reading("a.jpg"):
         raise error
 
 
@@ -120,6 +120,16 @@ def test_a_broken_image_is_named(tmp_path, content):
     rows = dataset_of("--train_data_dir", folder)
     with pytest.raises(BadSampleError, match=rf"{file.name} \(row \d\): the image cannot be read"):
         captions(rows)
+
+
+def test_a_row_without_an_image_is_named(tmp_path):
+    table = datasets.Dataset.from_dict({"image": [Image.new("RGB", (5, 4)), None], "text": ["a", "b"]})
+    table.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "data" / "train.parquet"))
+    rows = dataset_of("--dataset_name", tmp_path / "data")
+    for read in (rows.__getitem__, rows.image_size, rows.image_digest):
+        read(0)
+        with pytest.raises(BadSampleError, match="^row 1: column 'image' holds no image$"):
+            read(1)
 
 
 def test_a_caption_that_is_no_text_is_named(tmp_path):
