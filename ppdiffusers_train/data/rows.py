@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ppdiffusers_train.errors import BadSampleError
@@ -178,7 +178,10 @@ def with_one_caption(row: dict) -> dict:
 
 def open_image(stored):
     """Pillow's file of an image's bytes or path; only its header is read."""
-    return Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
+    try:
+        return Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
+    except UnidentifiedImageError:  # its message has an address in memory
+        raise UnidentifiedImageError("it is no image of a known format") from None
 
 
 @contextlib.contextmanager
