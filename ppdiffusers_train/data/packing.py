@@ -4,6 +4,7 @@
 is written under another name, synced, renamed, and then noted in the plan.
 """
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -256,7 +257,10 @@ class Shard:
 
     def abandon(self) -> None:
         """Delete what there is."""
-        self.file.close()
+        with contextlib.suppress(OSError):  # the disk may be full
+            self.writer.close()
+        with contextlib.suppress(OSError):
+            self.file.close()
         self.temporary.unlink(missing_ok=True)
 
 
