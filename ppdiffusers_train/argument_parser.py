@@ -83,21 +83,21 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            name = unknown[0].split("=")[0]
-            if name.startswith("-"):
-                self.error(f"{name} is not a flag of this script{self._nearest(name)}")
-            self.error(f"unexpected argument {unknown[0]!r}; flags begin with --")
+            self.refuse(unknown[0])
         return values
+
+    def refuse(self, argument: str) -> None:
+        """End with a line about an argument that nobody knows."""
+        name = argument.split("=")[0]
+        if name.startswith("-"):
+            self.error(f"{name} is not a flag of this script{self._nearest(name)}")
+        self.error(f"unexpected argument {argument!r}; flags begin with --")
 
     def error(self, message):
         self.exit(2, f"{os.path.basename(self.prog)}: error: {' '.join(message.split())}\n")
 
     def _nearest(self, name):
-        names = list(self._option_string_actions)
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                names += [name for parser in action.choices.values() for name in parser._option_string_actions]
-        matches = difflib.get_close_matches(name, names, n=1)
+        matches = difflib.get_close_matches(name, self._option_string_actions, n=1)
         return f"; did you mean {matches[0]}?" if matches else "; --help lists them"
 
     def _config_arguments(self, path):
@@ -130,3 +130,13 @@ class ArgumentParser(argparse.ArgumentParser):
             else:
                 arguments.append(f"--{name}={value}")
         return arguments
+
+
+class CommandParser(ArgumentParser):
+    """The parser of one of a program's commands: it answers for its own flags, not the program's parser."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        values, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.refuse(unknown[0])
+        return values, unknown

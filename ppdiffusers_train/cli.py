@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from ppdiffusers_train.argument_parser import ArgumentParser, Flag, byte_size, positive_int
+from ppdiffusers_train.argument_parser import ArgumentParser, CommandParser, Flag, byte_size, positive_int
 from ppdiffusers_train.errors import UserError, one_line_errors
 
 # Each command imports what it needs: `--help` should be fast, and so should the processes that a command starts, which
@@ -128,7 +128,7 @@ def add_source_arguments(command, what: str) -> None:
 
 def build_parser():
     parser = ArgumentParser(config=False, prog="ppdiffusers-train", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=ArgumentParser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
 
     command = commands.add_parser(
         "check", help="say what is wrong with a data set, and what training would do about it",

@@ -388,7 +388,7 @@ def test_people_get_a_table_and_a_line_that_sums_it_up(tmp_path, capsys):
     assert lines[2].strip().startswith(f"{folder}/chelsea.jpg (row 2): it is no image of a known format")
     assert " ".join(lines[5].split()) == "6 images with a side below 512 pixels enlarges them"
     assert [line.strip() for line in lines[6:10]][-1] == "…" and lines[10] == ""
-    assert lines[11].startswith(f"{folder}: image folder, 7 samples, 7 captions; images: smallest 400 x 300, median")
+    assert lines[11].startswith(f"{folder}: image folder, 7 samples, 7 captions; images: smallest 384 x 384, median")
 
 
 def test_each_kind_says_what_training_does():
@@ -407,6 +407,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, tokenizer_folder):
         (PHOTOS, "--tokenizer", tmp_path): "--tokenizer: '.*' has no vocab.json",
         (PHOTOS, "--resolutoin=5"): "--resolutoin is not a flag of this script; did you mean --resolution",
         (PHOTOS, "--processes=0"): "--processes: '0' is not a whole number above 0",
+        (PHOTOS, "more"): "^ppdiffusers-train check: error: unexpected argument 'more'",
     }
     for argv, message in cases.items():
         line = refused(capsys, "check", *argv)
