@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 
 import yaml
@@ -32,6 +33,17 @@ non_negative_float = _number(float, lambda number: 0 <= number < math.inf, "a nu
 unit_float = _number(float, lambda number: 0 <= number < 1, "a number from 0 to below 1")
 
 
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def byte_size(text: str) -> int:
+    """Bytes from a text such as 500MB, 1.5 GiB or 4096."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    if match is None or match[2] not in UNITS or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 2GiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
 class Flag(argparse.Action):
     """`--name` sets it, `--no_name` takes it back (from a config file, say)."""
 
@@ -44,15 +56,23 @@ class Flag(argparse.Action):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser with `--config`, nearest names for typos, and errors of one line."""
+    """An argument parser with `--config`, nearest names for typos, and errors of one line.
 
-    def __init__(self, **options):
+    Args:
+        config: whether it has `--config`. A parser of commands has not: its commands' parsers have.
+    """
+
+    def __init__(self, config=True, **options):
         options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
-        self.add_argument("--config", metavar="FILE", help="YAML file with flags by name; the command line wins")
+        self.reads_config = config
+        if config:
+            self.add_argument("--config", metavar="FILE", help="YAML file with flags by name; the command line wins")
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
+        if not self.reads_config:
+            return super().parse_known_args(args, namespace)
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config")
         finder.error = self.error
@@ -63,11 +83,15 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            name = unknown[0].split("=")[0]
-            if name.startswith("-"):
-                self.error(f"{name} is not a flag of this script{self._nearest(name)}")
-            self.error(f"unexpected argument {unknown[0]!r}; flags begin with --")
+            self.refuse(unknown[0])
         return values
+
+    def refuse(self, argument: str) -> None:
+        """End with a line about an argument that nobody knows."""
+        name = argument.split("=")[0]
+        if name.startswith("-"):
+            self.error(f"{name} is not a flag of this script{self._nearest(name)}")
+        self.error(f"unexpected argument {argument!r}; flags begin with --")
 
     def error(self, message):
         self.exit(2, f"{os.path.basename(self.prog)}: error: {' '.join(message.split())}\n")
@@ -106,3 +130,13 @@ class ArgumentParser(argparse.ArgumentParser):
             else:
                 arguments.append(f"--{name}={value}")
         return arguments
+
+
+class CommandParser(ArgumentParser):
+    """The parser of one of a program's commands: it answers for its own flags, not the program's parser."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        values, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.refuse(unknown[0])
+        return values, unknown

@@ -1,22 +1,93 @@
 """ppdiffusers-train: what there is to do beside training.
 
+ppdiffusers-train check my-photos
+ppdiffusers-train preview train_text_to_image_sdxl.py --pretrained_model_name_or_path sdxl --train_data_dir my-photos
+ppdiffusers-train pack my-photos shards --shard_size 500MB
 ppdiffusers-train convert-lora my-lora --to diffusers --output my-lora-for-torch
 ppdiffusers-train toy-data shapes --count 1000 --size 32
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
+import argparse
+import contextlib
+import json
+import sys
+import time
 from pathlib import Path
 
-from ppdiffusers_train.argument_parser import ArgumentParser, Flag, positive_int, seed
+from ppdiffusers_train.argument_parser import ArgumentParser, CommandParser, Flag, byte_size, positive_int, seed
 from ppdiffusers_train.errors import UserError, one_line_errors
-from ppdiffusers_train.models.lora_files import FILES, read_lora, write_lora
-from ppdiffusers_train.toy.shapes import LOOKS, SIZES
-from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
+
+# Each command imports what it needs: `--help` should be fast, and so should the processes that a command starts, which
+# import this file, too.
+
+
+def check_data(args) -> int:
+    """Say what is wrong with a data set; the status is 1 where training would stop or lose samples."""
+    from ppdiffusers_train.models.text import count_tokens, load_tokenizer
+
+    with stdout_for_result(args.json):
+        tokenizer = load_tokenizer(args.tokenizer, "--tokenizer") if args.tokenizer else None
+
+        from ppdiffusers_train.data.checks import Tokens, check, describe_shards  # now: paddlenlp minds the order
+        from ppdiffusers_train.data.inspection import processors
+        from ppdiffusers_train.data.sources import LIST
+
+        tokens = Tokens()
+        if tokenizer:
+            tokens = Tokens(lambda caption: count_tokens(tokenizer, caption), tokenizer.model_max_length, note="")
+        source = open_named(args)
+        if source.kind == LIST:
+            raise UserError(f"{args.source!r} is a list of files, which no training reads; pack makes shards of it")
+        options = {"kept": None} if args.json else {}
+        report = check(source, args.source, args.resolution, tokens, args.processes or processors(), **options)
+        if source.shards:
+            report.notes.append(describe_shards(len(source.shards), args.ranks, args.workers))
+    print(json.dumps(report.as_json(), ensure_ascii=False) if args.json else report.as_text())
+    return report.status
+
+
+def pack_data(args) -> int:
+    """Write a data set into tar shards; the status is 1 where samples had to be left out."""
+    from tqdm import tqdm
+
+    from ppdiffusers_train.data.inspection import processors
+    from ppdiffusers_train.data.packing import PLAN_FILE, pack, summary
+
+    started, read, written = time.monotonic(), Path(args.source).resolve(), Path(args.output_dir).resolve()
+    if read.is_dir() and read in (written, *written.parents):
+        raise UserError(f"OUTPUT_DIR: {args.output_dir!r} is in the folder that is read; expected another place")
+    with stdout_for_result(args.json):
+        processes = args.processes or processors()
+        source, say = open_named(args), tqdm.write
+        plan = pack(source, written, args.shard_size, args.name, args.caption_column, processes, say)
+    result = {**summary(plan), "seconds": round(time.monotonic() - started, 3)}
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print(
+            f"{args.output_dir}: {result['samples']:,} samples in {len(result['shards'])} shards, "
+            f"{result['bytes'] / 1e6:,.1f} MB; {len(result['left_out'])} left out, named in {PLAN_FILE}; "
+            f"{result['seconds']:.1f} s"
+        )
+    return int(bool(result["left_out"]))
+
+
+def preview_training(args) -> int:
+    """Draw the samples that a training script would learn from; the status is 1 where one cannot be used."""
+    from ppdiffusers_train.preview import preview
+
+    with contextlib.redirect_stdout(sys.stderr):
+        text, status = preview(args.command)
+    print(text)
+    return status
 
 
 def convert_lora(args) -> None:
     """Rewrite a LoRA's file for another library."""
+    from ppdiffusers_train.models.lora_files import FILES, read_lora, write_lora
+
     source = Path(args.source)
     if source.is_dir():
         found = [source / name for name in FILES.values() if (source / name).is_file()]
@@ -36,13 +107,83 @@ def convert_lora(args) -> None:
 
 def toy_data(args) -> None:
     """Draw a folder of training data from the world of shapes."""
+    from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
+
     write_shapes_folder(args.output, args.count, args.seed, size=args.size, look=args.look, held_out=args.held_out)
     print(f"{args.output}: {args.count} pictures of {args.size} x {args.size} pixels, with captions")
 
 
+def stdout_for_result(json_wanted: bool):
+    """Within, what anything prints goes to standard error where a machine reads standard output."""
+    return contextlib.redirect_stdout(sys.stderr) if json_wanted else contextlib.nullcontext()
+
+
+def open_named(args):
+    """The `Source` that the flags of `add_source_arguments` name."""
+    from ppdiffusers_train.data.sources import open_source
+
+    return open_source(args.source, args.image_column, args.caption_column, args.dataset_config_name, args.cache_dir)
+
+
+def add_source_arguments(command, what: str) -> None:
+    command.add_argument("source", metavar="SOURCE", help=what)
+    command.add_argument("--dataset_config_name", help="configuration of the dataset, where it has several")
+    command.add_argument("--image_column", default="image", help="column that holds the images")
+    command.add_argument("--caption_column", default="text", help="column, or field of .json, with the captions")
+    command.add_argument("--cache_dir", metavar="DIR", help="where downloads and indices are kept")
+    command.add_argument("--processes", type=positive_int, help="that decode images; default: one per processor")
+    command.add_argument("--json", action=Flag, help="print the result as one JSON document")
+
+
 def build_parser():
-    parser = ArgumentParser(prog="ppdiffusers-train", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=ArgumentParser)
+    parser = ArgumentParser(config=False, prog="ppdiffusers-train", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
+
+    command = commands.add_parser(
+        "check", help="say what is wrong with a data set, and what training would do about it",
+        description="Decode every image, look at every caption, and say what is wrong and what training would do about "
+        "it. Status 0: training would use every sample as it is, perhaps with remarks (small images, long or empty "
+        "captions, copies). Status 1: it would stop, skip samples, or lose them without a word. Status 2: a mistake in "
+        "the flags.",
+    )  # fmt: skip
+    add_source_arguments(
+        command, "folder of images with metadata.jsonl, tar shards (a folder, a file, a pattern such as "
+        "photos-{000..031}.tar), or a dataset of the hub",
+    )  # fmt: skip
+    command.add_argument("--resolution", type=positive_int, default=512, help="of training; smaller images are named")
+    command.add_argument("--tokenizer", metavar="DIR", help="CLIP tokenizer or pipeline, to count tokens exactly")
+    command.add_argument("--ranks", type=positive_int, default=1, help="cards, to say what the number of shards means")
+    command.add_argument("--workers", type=positive_int, default=1, help="loading threads of each card, likewise")
+    command.set_defaults(run=check_data)
+
+    command = commands.add_parser(
+        "pack", help="write a data set into tar shards",
+        description="Write a data set into tar shards in the WebDataset format, images byte for byte. The same command "
+        "goes on where it was stopped. Status 1: samples that cannot be used were left out. Status 2: a mistake in the "
+        "flags.",
+    )  # fmt: skip
+    add_source_arguments(
+        command, "folder of images with metadata.jsonl, a .jsonl file whose rows have a file_name relative to it, tar "
+        "shards, or a dataset of the hub",
+    )  # fmt: skip
+    command.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder for the shards")
+    command.add_argument("--shard_size", type=byte_size, default="500MB", metavar="SIZE", help="of a shard, at most")
+    command.add_argument("--name", default="photos", help="what the shards' names begin with")
+    command.set_defaults(run=pack_data)
+
+    command = commands.add_parser(
+        "preview", config=False, help="draw the samples that a training script would learn from",
+        description="Put `ppdiffusers-train preview` before your training command: the first samples of that run are "
+        "drawn into preview.png, cropped, mirrored and with the caption as the model gets them. More flags: "
+        "--preview_output FILE, --preview_samples N, --json. Status 1: one of them cannot be used.",
+    )  # fmt: skip
+    command.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="the training script and its flags"
+    )
+    command.set_defaults(run=preview_training)
+
+    from ppdiffusers_train.models.lora_files import FILES
+    from ppdiffusers_train.toy.shapes import LOOKS, SIZES
 
     command = commands.add_parser("convert-lora", help="rewrite a LoRA's file for another library")
     command.add_argument("source", help="the file, or a folder with one: what a LoRA script or another trainer wrote")
@@ -68,7 +209,9 @@ def build_parser():
 @one_line_errors
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    args.run(args)
+    status = args.run(args)
+    if status:
+        raise SystemExit(status)
 
 
 if __name__ == "__main__":

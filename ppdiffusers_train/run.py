@@ -6,6 +6,7 @@ import platform
 import secrets
 import shlex
 import sys
+from pathlib import Path
 
 import paddle
 
@@ -14,6 +15,14 @@ from ppdiffusers_train.runtime.distributed import start_ranks
 from ppdiffusers_train.runtime.precision import Precision, set_deterministic, set_tf32
 
 SECRETS = ("hub_token",)
+
+
+def settle_cache_folder(args) -> None:
+    """Without `--encoded_cache_dir`, set it to the folder in the run's own where `--encoded_cache` asks for one."""
+    if args.encoded_cache is False:
+        args.encoded_cache_dir = None
+    elif args.encoded_cache and not args.encoded_cache_dir:
+        args.encoded_cache_dir = str(Path(args.output_dir) / "encoded")
 
 
 def settle_seed(args, saved) -> None:

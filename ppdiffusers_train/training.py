@@ -24,7 +24,15 @@ from ppdiffusers_train.reporting.progress import Progress
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.trackers import open_trackers, tracker_names
 from ppdiffusers_train.reporting.validation import draw_validation
-from ppdiffusers_train.run import notices, public_arguments, public_command, run_identity, settle_seed, versions
+from ppdiffusers_train.run import (
+    notices,
+    public_arguments,
+    public_command,
+    run_identity,
+    settle_cache_folder,
+    settle_seed,
+    versions,
+)
 from ppdiffusers_train.runtime.checkpoint import find_checkpoint, replace_children, require_writable, write_checkpoint
 from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
 from ppdiffusers_train.runtime.signals import StopRequest
@@ -51,10 +59,7 @@ def check_run(args) -> None:
             "--save_dtype bfloat16: ppdiffusers cannot read such files; expected float32 or float16, or --save_format "
             "diffusers"
         )
-    if args.encoded_cache is False:
-        args.encoded_cache_dir = None
-    elif args.encoded_cache and not args.encoded_cache_dir:
-        args.encoded_cache_dir = str(output_dir / "encoded")
+    settle_cache_folder(args)
     saved = None
     if args.resume_from_checkpoint:
         saved = find_checkpoint(args.resume_from_checkpoint, output_dir, say=lambda message: None)[1]
@@ -82,12 +87,7 @@ def launch_training_task(module, dataset, args) -> None:
     settle_seed(args, saved)
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size
     identity = run_identity(module, dataset, args, saved, samples_per_step)
-    buckets = None
-    if module.buckets:
-        buckets = assign_buckets(module.buckets, dataset)
-        say(describe_buckets(module.buckets, buckets))
-    sequential = getattr(dataset, "sequential", False)
-    order = SampleOrder(identity["seed"], len(dataset), buckets, samples_per_step, sequential)
+    order = order_samples(module, dataset, identity["seed"], samples_per_step, say)
     steps_per_epoch = order.steps_per_epoch(samples_per_step)
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     check_schedule(args, total_steps)
@@ -202,6 +202,15 @@ def launch_training_task(module, dataset, args) -> None:
         if is_turn:
             write_result(module, state, output_dir, args, say)
     ranks.gather(None)  # rank 0 answers the others' questions whether it is done: it must not end before they know
+
+
+def order_samples(module, dataset, seed: int, samples_per_step: int, say) -> SampleOrder:
+    """Which sample of a run comes when; of buckets, where the module has them, it is said how many images each has."""
+    buckets = None
+    if module.buckets:
+        buckets = assign_buckets(module.buckets, dataset)
+        say(describe_buckets(module.buckets, buckets))
+    return SampleOrder(seed, len(dataset), buckets, samples_per_step, getattr(dataset, "sequential", False))
 
 
 def save_checkpoint(state: TrainingState, ranks: Ranks, output_dir: Path, info: dict, args, say) -> None:

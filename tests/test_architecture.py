@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "reporting": {"errors"},
     "data": {"draws", "errors", "module", "runtime"},
     "models": {"draws", "errors", "module", "tensor_files"},
-    "cli": {"argument_parser", "data", "errors", "models", "toy"},
+    "cli": {"argument_parser", "data", "errors", "models", "preview", "toy"},
+    "preview": {"arguments", "data", "errors", "models", "module", "reporting", "run", "runtime", "training"},
     "state": {"data", "runtime", "errors"},
     "run": {"runtime", "errors"},
     "dry_run": {"data", "draws", "errors", "module", "runtime", "step"},
@@ -81,7 +82,7 @@ def test_flags_are_read_only_in_scripts_dataset_and_loop():
         {"training.py", "run.py", "state.py", "arguments.py", "dry_run.py"},
         {"dataset.py", "image_folder.py", "encoded_cache.py"},
     )
-    allowed = loop | dataset | {"train_movq.py", "cli.py"}  # a script, and a tool with flags of its own
+    allowed = loop | dataset | {"train_movq.py", "cli.py", "preview.py"}  # a script, and tools with flags of their own
     for path in LIBRARY:
         if path.name not in allowed:
             assert not re.search(r"\bargs\.", path.read_text(encoding="utf-8")), path

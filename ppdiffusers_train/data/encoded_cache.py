@@ -107,6 +107,14 @@ class Entry:
         """The random numbers of this variant's crop and flip: functions of the content, not of the run."""
         return RowDraws(self.variant, int(self.file.stem[:15], 16))
 
+    def preprocessed(self, dataset, preprocess) -> dict:
+        """What is encoded: `{name: array}`.
+
+        Raises:
+            BadSampleError: the sample cannot be used.
+        """
+        return preprocess({**dataset[self.row], "caption": self.caption}, self.draws())
+
     def write(self, arrays: dict) -> None:
         """Put the entry on disk, whole or not at all."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +135,7 @@ class Entries:
         if entry.file.exists():
             return {}
         try:
-            return self.preprocess({**self.dataset[entry.row], "caption": entry.caption}, entry.draws())
+            return entry.preprocessed(self.dataset, self.preprocess)
         except BadSampleError as error:
             return as_error(error)
 
@@ -144,13 +152,15 @@ class EncodedSamples:
 
     def __init__(self, folder: Path, dataset, order, variants: int):
         self.folder, self.dataset, self.order, self.variants = folder, dataset, order, variants
-        self.digests = [self._digest(row) for row in range(len(dataset))]
+        self.digests = {}  # of the images that were asked for
 
     def _digest(self, row: int) -> bytes:
-        try:
-            return self.dataset.image_digest(row)
-        except BadSampleError:
-            return b""  # encoding it will tell
+        if row not in self.digests:
+            try:
+                self.digests[row] = self.dataset.image_digest(row)
+            except BadSampleError:
+                self.digests[row] = b""  # encoding it will tell
+        return self.digests[row]
 
     @property
     def count(self) -> int:
@@ -159,31 +169,40 @@ class EncodedSamples:
 
     def entries(self):
         """All entries that a run may ask for."""
-        for row, digest in enumerate(self.digests):
+        for row in range(len(self.dataset)):
             try:
                 captions = self.dataset.captions(row)
             except BadSampleError:  # training says so when it meets it
                 continue
             for caption in captions:
                 for variant in range(self.variants):
-                    yield Entry(self.folder, digest, row, caption, variant)
+                    yield Entry(self.folder, self._digest(row), row, caption, variant)
 
     def missing(self, rank: int, world_size: int) -> list:
         """What is still to be encoded of a rank's share, which is the same whatever other processes write meanwhile."""
         return [entry for entry in islice(self.entries(), rank, None, world_size) if not entry.file.exists()]
 
-    def __getitem__(self, position):
+    def entry(self, position: int) -> Entry:
+        """The entry that the sample at `position` of the run takes.
+
+        Raises:
+            BadSampleError: it has no caption.
+        """
         draws, row = RowDraws(self.order.seed, position), self.order.row(position)
-        try:
-            captions = self.dataset.captions(row)
-        except BadSampleError as error:
-            return as_error(error)
+        captions = self.dataset.captions(row)
         caption = captions[choose_caption(draws, len(captions))]
         variant = int(draws.integers("cache_variant", 0, self.variants))
-        file = Entry(self.folder, self.digests[row], row, caption, variant).file
+        return Entry(self.folder, self._digest(row), row, caption, variant)
+
+    def __getitem__(self, position):
+        try:
+            entry = self.entry(position)
+        except BadSampleError as error:
+            return as_error(error)
+        file = entry.file
         try:
             return load_file(file)
         except FileNotFoundError:
-            return as_error(f"{self.dataset.name(row)}: could not be encoded")
+            return as_error(f"{self.dataset.name(entry.row)}: could not be encoded")
         except (OSError, SafetensorError) as error:
             return as_error(f"{file}: cannot be read ({error}); delete it, and it is encoded again")

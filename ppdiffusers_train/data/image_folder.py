@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 
 from ppdiffusers_train.data.rows import Rows
-from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.errors import BadSampleError, UserError
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 
@@ -24,12 +24,18 @@ class ImageCaptionDataset(Rows):
         self.image_column = image_column
 
     def name(self, index: int) -> str:
-        path = self.table[index][self.image_column]["path"]
+        path = self._stored(index).get("path")
         return f"{path} (row {index})" if path else f"row {index}"
 
-    def stored_image(self, index: int):
-        stored = self.table[index][self.image_column]
-        return stored["bytes"] or stored["path"]
+    def location(self, index: int):
+        stored = self._stored(index)
+        found = stored.get("bytes") or stored.get("path")
+        if not found:
+            raise BadSampleError(f"{self.name(index)}: column {self.image_column!r} holds no image")
+        return found
+
+    def _stored(self, index: int) -> dict:
+        return self.table[index][self.image_column] or {}
 
 
 def build_table(args) -> ImageCaptionDataset:

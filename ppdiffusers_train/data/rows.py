@@ -5,15 +5,25 @@ import copy
 import hashlib
 import io
 import json
-import re
+import os
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ppdiffusers_train.errors import BadSampleError
 
-ORIENTATION_TAG = 0x0112  # of EXIF; from 5 on, height and width change places
+ORIENTATION_TAG = 0x0112  # of EXIF
+# How a picture that was stored with an orientation is brought upright; from 5 on, height and width change places.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Rows:
@@ -43,6 +53,14 @@ class Rows:
         """How to call row `index` in a message: the file's name where there is one."""
         raise NotImplementedError
 
+    def location(self, index: int):
+        """Where the image of row `index` is: a path, a part of a file as (path, offset, size), or its bytes.
+
+        Raises:
+            BadSampleError: there is none.
+        """
+        raise NotImplementedError
+
     def stored_image(self, index: int):
         """The image of row `index` as it is stored: its bytes, or a path.
 
@@ -50,7 +68,8 @@ class Rows:
             BadSampleError: there is none.
             OSError: it cannot be read.
         """
-        raise NotImplementedError
+        location = self.location(index)
+        return read_stored(location) if isinstance(location, tuple) else location
 
     def captions(self, index: int) -> list:
         """The captions of row `index`: one, or several of which training takes one at random.
@@ -58,13 +77,7 @@ class Rows:
         Raises:
             BadSampleError: there is none, or it is no text.
         """
-        caption = self.texts[index][self.caption_column]
-        captions = caption if isinstance(caption, list) else [caption]
-        if not captions or not all(isinstance(text, str) for text in captions):
-            raise BadSampleError(
-                f"{self.name(index)}: column {self.caption_column!r} holds {caption!r}; expected a text or several"
-            )
-        return captions
+        return as_captions(self.texts[index][self.caption_column], self.name(index), self.caption_column)
 
     def count_captions(self) -> int:
         """Number of captions of all rows."""
@@ -85,9 +98,7 @@ class Rows:
             BadSampleError: the file cannot be read.
         """
         with reading(self.name(index)):
-            stored = self.stored_image(index)
-            content = stored if isinstance(stored, bytes) else Path(stored).read_bytes()
-        return hashlib.blake2b(content, digest_size=16).digest()
+            return content_digest(read_stored(self.location(index)))
 
     def image_size(self, index: int) -> tuple:
         """Width and height of row `index` as training sees it, from the file's header.
@@ -96,8 +107,7 @@ class Rows:
             BadSampleError: the image cannot be read.
         """
         with reading(self.name(index)), open_image(self.stored_image(index)) as file:
-            turned = file.getexif().get(ORIENTATION_TAG, 1) >= 5
-            return (file.height, file.width) if turned else file.size
+            return upright_size(file)
 
     def __getitem__(self, index: int) -> dict:
         """Row `index`, decoded.
@@ -110,11 +120,54 @@ class Rows:
             return decode_row(self.stored_image(index), captions, name)
 
 
+def as_captions(caption, name: str, column: str) -> list:
+    """The captions that a column holds for a row: its text, or all of its texts.
+
+    Raises:
+        BadSampleError: there is none, or it is no text.
+    """
+    captions = caption if isinstance(caption, list) else [caption]
+    if not captions or not all(isinstance(text, str) for text in captions):
+        raise BadSampleError(f"{name}: column {column!r} holds {caption!r}; expected a text or several")
+    return captions
+
+
+def read_stored(location) -> bytes:
+    """The bytes of an image from where `Rows.location` says it is."""
+    if isinstance(location, bytes):
+        return location
+    if not isinstance(location, tuple):
+        return Path(location).read_bytes()
+    path, offset, size = location
+    with open(path, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), size, offset)
+
+
+def content_digest(content: bytes) -> bytes:
+    """A hash of an image's bytes."""
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
 def decode_row(stored, captions: list, name: str) -> dict:
     """A row from an image's bytes or path, and its captions."""
+    return {"image": decode(stored), "caption": captions if len(captions) > 1 else captions[0], "name": name}
+
+
+def decode(stored) -> Image.Image:
+    """The RGB pixels of an image's bytes or path, upright.
+
+    (`ImageOps.exif_transpose` writes the EXIF data anew, too, which fails on photographs whose data is untidy.)
+    """
     with open_image(stored) as file:
-        image = ImageOps.exif_transpose(file).convert("RGB")
-    return {"image": image, "caption": captions if len(captions) > 1 else captions[0], "name": name}
+        orientation = file.getexif().get(ORIENTATION_TAG)
+        image = file.convert("RGB")
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def upright_size(file) -> tuple:
+    """Width and height that `decode` gives the image of Pillow's open `file`."""
+    orientation = file.getexif().get(ORIENTATION_TAG)
+    return (file.height, file.width) if orientation in TURNS and orientation >= 5 else file.size
 
 
 def with_one_caption(row: dict) -> dict:
@@ -125,7 +178,10 @@ def with_one_caption(row: dict) -> dict:
 
 def open_image(stored):
     """Pillow's file of an image's bytes or path; only its header is read."""
-    return Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
+    try:
+        return Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
+    except UnidentifiedImageError:  # its message has an address in memory
+        raise UnidentifiedImageError("it is no image of a known format") from None
 
 
 @contextlib.contextmanager
@@ -133,10 +189,10 @@ def reading(name: str):
     """A context in which an image that cannot be read becomes a `BadSampleError` that names the row."""
     try:
         yield
-    # Pillow reports a broken file through any of these.
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        reason = re.sub(r" <_io\.\w+ object at \w+>", "", str(error))  # where Pillow was given bytes
-        raise BadSampleError(f"{name}: the image cannot be read: {reason}") from error
+    except BadSampleError:
+        raise
+    except Exception as error:  # Pillow's readers report a broken file through whatever went wrong in them
+        raise BadSampleError(f"{name}: the image cannot be read: {error}") from error
 
 
 def warn_of_small_images(dataset, size: int) -> None:

@@ -48,10 +48,9 @@ class ShardRows(Rows):
         row = self.table[index]
         return f"{self.shards[row['shard']]}: {row['name']}"
 
-    def stored_image(self, index: int) -> bytes:
+    def location(self, index: int) -> tuple:
         row = self._usable(index)
-        with open(self.shards[row["shard"]], "rb", buffering=0) as shard:
-            return os.pread(shard.fileno(), row["size"], row["offset"])
+        return self.shards[row["shard"]], row["offset"], row["size"]
 
     def captions(self, index: int) -> list:
         return self._usable(index)["captions"]

@@ -1,6 +1,10 @@
 """Captions to tokens."""
 
+from pathlib import Path
+
 import numpy as np
+
+from ppdiffusers_train.errors import UserError
 
 
 def tokenize(tokenizer, caption: str) -> tuple:
@@ -25,8 +29,37 @@ def warn_of_long_captions(tokenizer, dataset) -> None:
         for caption in dataset.captions(row)
         if len(caption.encode()) > longest - 2
     )
-    cut = [row for row, caption in suspects if len(tokenizer(caption)["input_ids"]) > longest]
+    cut = [row for row, caption in suspects if count_tokens(tokenizer, caption) > longest]
     if cut:
         print(
             f"{len(cut)} captions are longer than {longest} tokens and are cut, for example of {dataset.name(cut[0])}"
         )
+
+
+def load_tokenizer(folder, flag: str):
+    """The CLIP tokenizer in a folder, its own or a pipeline's.
+
+    Args:
+        flag: that named the folder, for messages.
+    Raises:
+        UserError: there is none.
+    """
+    from ppdiffusers.transformers import CLIPTokenizer  # only here: the loader's threads need no models
+
+    places = [Path(folder) / name for name in ("", "tokenizer", "prior_tokenizer")]
+    found = next((place for place in places if (place / "vocab.json").is_file()), None)
+    if found is None:
+        raise UserError(f"{flag}: {str(folder)!r} has no vocab.json; expected a CLIP tokenizer or a pipeline")
+    return CLIPTokenizer.from_pretrained(str(found))
+
+
+def count_tokens(tokenizer, caption: str) -> int:
+    """How many tokens a caption has, those at its beginning and end included, before it is cut."""
+    return len(tokenizer(caption)["input_ids"])
+
+
+def read_tokens(tokenizer, input_ids) -> tuple:
+    """The reverse of `tokenize`: the caption as far as the text encoder reads it, and its number of tokens."""
+    ids = [int(token) for token in input_ids]
+    end = ids.index(tokenizer.eos_token_id, 1) if tokenizer.eos_token_id in ids[1:] else len(ids)
+    return tokenizer.decode(ids[1:end]), end + 1

@@ -2,14 +2,16 @@ import ppdiffusers_train  # noqa: F401
 
 import argparse
 import json
+import struct
 
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ppdiffusers_train.arguments import add_data_arguments
 from ppdiffusers_train.data.dataset import build_dataset
+from ppdiffusers_train.data.rows import reading
 from ppdiffusers_train.errors import BadSampleError, UserError
 from tests.conftest import PHOTOS, copy_photos
 
@@ -82,6 +84,34 @@ def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
     assert dataset_of("--train_data_dir", folder)[0]["image"].size == (4, 8)
 
 
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_photograph_is_upright_as_pillow_would_have_it_and_its_size_is_known_from_the_header(tmp_path, orientation):
+    folder = copy_photos(tmp_path / "photos", 1)
+    exif, file = Image.Exif(), folder / "astronaut.jpg"
+    exif[0x0112] = orientation
+    Image.open(file).resize((24, 16)).save(file, exif=exif)
+    rows = dataset_of("--train_data_dir", folder)
+    expected = ImageOps.exif_transpose(Image.open(file))
+    assert np.array_equal(rows[0]["image"], expected) and rows.image_size(0) == expected.size
+
+
+def test_a_turned_photograph_with_untidy_exif_data_is_used(tmp_path):
+    """A short integer that is stored as text: rewriting such data fails."""
+    folder = copy_photos(tmp_path / "photos", 1)
+    tags = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x0100, 2, 2, b"9")
+    exif = b"Exif\0\0" + struct.pack("<2sHIH", b"II", 42, 8, 2) + tags + bytes(4)
+    Image.new("RGB", (8, 4)).save(folder / "astronaut.jpg", exif=exif)
+    rows = dataset_of("--train_data_dir", folder)
+    assert rows[0]["image"].size == rows.image_size(0) == (4, 8)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), struct.error("x"), NotImplementedError("x"), KeyError("x")])
+def test_whatever_a_reader_of_images_stumbles_over_names_the_sample(error):
+    """All of these come out of Pillow's readers when bytes of a file are changed at random."""
+    with pytest.raises(BadSampleError, match="a.jpg: the image cannot be read: '?x"), reading("a.jpg"):
+        raise error
+
+
 @pytest.mark.parametrize("content", [b"", b"no picture at all", None])
 def test_a_broken_image_is_named(tmp_path, content):
     folder = copy_photos(tmp_path / "photos", 2)
@@ -90,6 +120,16 @@ def test_a_broken_image_is_named(tmp_path, content):
     rows = dataset_of("--train_data_dir", folder)
     with pytest.raises(BadSampleError, match=rf"{file.name} \(row \d\): the image cannot be read"):
         captions(rows)
+
+
+def test_a_row_without_an_image_is_named(tmp_path):
+    table = datasets.Dataset.from_dict({"image": [Image.new("RGB", (5, 4)), None], "text": ["a", "b"]})
+    table.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "data" / "train.parquet"))
+    rows = dataset_of("--dataset_name", tmp_path / "data")
+    for read in (rows.__getitem__, rows.image_size, rows.image_digest):
+        read(0)
+        with pytest.raises(BadSampleError, match="^row 1: column 'image' holds no image$"):
+            read(1)
 
 
 def test_a_caption_that_is_no_text_is_named(tmp_path):

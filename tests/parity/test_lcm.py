@@ -311,7 +311,9 @@ def fresh_module(teacher_of):
 def test_defaults_are_the_guides(fresh_module, name):
     args = fresh_module(name).args
     assert (args.num_ddim_timesteps, args.timestep_scaling_factor) == (DDIM_TIMESTEPS, SCALING)
-    assert (args.ema_decay, args.huber_c, args.unet_time_cond_proj_dim) == (DECAY, HUBER_C, CHANNELS)
+    assert args.huber_c == HUBER_C
+    if name in FULL:
+        assert (args.ema_decay, args.unet_time_cond_proj_dim) == (DECAY, CHANNELS)
 
 
 @pytest.mark.parametrize("name", FULL + LORA)
