@@ -12,10 +12,14 @@ import tarfile
 from functools import partial
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import paddle
 import pytest
 from paddle.base import core
+
+hypothesis.settings.register_profile("any_machine", deadline=None)  # how long an example takes says nothing
+hypothesis.settings.load_profile("any_machine")
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "examples" / "data" / "photos"

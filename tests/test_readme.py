@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from ppdiffusers import KandinskyV22CombinedPipeline, StableDiffusionXLPipeline
+from ppdiffusers import KandinskyV22CombinedPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from tests.conftest import ROOT, copy_photos
 from tests.distributed.test_ranks import environment, launch_command
@@ -20,10 +20,12 @@ READMES = ("README.md", "README_zh.md")
 SMALL_PICTURE = {"height": 64, "width": 64, "num_inference_steps": 2}
 SMALL_PICTURES = {
     KandinskyV22CombinedPipeline: {**SMALL_PICTURE, "prior_num_inference_steps": 2},
+    StableDiffusionPipeline: SMALL_PICTURE,
     StableDiffusionXLPipeline: SMALL_PICTURE,
 }
 HUB = "kandinsky-community/kandinsky-2-2-{}"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+SD = "runwayml/stable-diffusion-v1-5"
 CHECKPOINT = "checkpoint-15000"  # the last one of the README's run; here a run has two steps
 
 
@@ -54,6 +56,9 @@ def test_both_languages_show_the_same_code():
 def test_links_and_named_tests_lead_to_files(name):
     text, folder = read(name), (ROOT / name).parent
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    titles = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
+    assert {link[1:] for link in links if link.startswith("#")} <= titles
+    links = [link for link in links if not link.startswith("#")]
     missing = [link for link in links if not (folder / link).exists()]
     missing += [path for path in re.findall(r"`(tests/[^`]+)`", text) if not (ROOT / path).exists()]
     assert not missing
@@ -110,11 +115,11 @@ def draw_small(monkeypatch):
 
 @pytest.mark.once
 def test_a_reader_can_type_all_of_it_in_this_order(
-    kandinsky_jobs, kandinsky, sdxl_jobs, sdxl, tmp_path, monkeypatch, capsys
+    kandinsky_jobs, kandinsky, sdxl_jobs, sdxl, lcm_jobs, sd, tmp_path, monkeypatch, capsys
 ):
     """The commands start in a copy of the repository's folders, with two steps each, and four where a run goes on."""
     photos = copy_photos(tmp_path / "examples" / "data" / "photos", 7)
-    for folder in ("kandinsky2_2", "sdxl"):
+    for folder in ("kandinsky2_2", "sdxl", "lcm"):
         (tmp_path / "examples" / folder).mkdir()
     monkeypatch.chdir(tmp_path)
     draw_small(monkeypatch)
@@ -124,6 +129,10 @@ def test_a_reader_can_type_all_of_it_in_this_order(
     jobs = {script_name(name): (job, [*models, *small]) for name, job in kandinsky_jobs.items()}
     models = [f"--pretrained_model_name_or_path={sdxl}", f"--pretrained_vae_model_name_or_path={sdxl}"]
     jobs.update({script_name(name): (job, [*models, *small]) for name, job in sdxl_jobs.items()})
+    for name, job in lcm_jobs.items():
+        teacher = [f"--pretrained_teacher_model={sdxl if 'sdxl' in name else sd}"]
+        vae = [f"--pretrained_vae_model_name_or_path={sdxl}"] if "sdxl" in name else []
+        jobs[f"train_lcm_distill_{name}_wds.py"] = (job, [*teacher, *vae, *small])
 
     def train(words):
         if words[2:4] == ["-m", "paddle.distributed.launch"]:
@@ -138,7 +147,7 @@ def test_a_reader_can_type_all_of_it_in_this_order(
         if "--dry_run" in flags:
             assert "a dry run, nothing is loaded" in said and "all together" in said
             return
-        assert re.search("wrote the result to (kandi2|sdxl)-", said) and resumes == ("resumed from" in said)
+        assert re.search("wrote the result to (kandi2|sdxl|lcm)-", said) and resumes == ("resumed from" in said)
 
     def change_folder(words):
         here = (Path.cwd() / words[1]).resolve().relative_to(tmp_path)
@@ -146,6 +155,8 @@ def test_a_reader_can_type_all_of_it_in_this_order(
         os.chdir(words[1])  # `monkeypatch.chdir` above goes back at the end
 
     def run_tool(words):
+        if words[1] == "preview":
+            words = [*words[:2], str(ROOT / "examples" / "lcm" / words[2]), *words[3:], *jobs[words[2]][1]]
         cli.main(words[1:])
 
     kinds = {
@@ -155,7 +166,7 @@ def test_a_reader_can_type_all_of_it_in_this_order(
         "python": train,
         "ppdiffusers-train": run_tool,
     }
-    local = {HUB.format("prior"): prior, HUB.format("decoder"): decoder, SDXL: sdxl, CHECKPOINT: "checkpoint-2"}
+    local = {HUB.format("prior"): prior, HUB.format("decoder"): decoder, SDXL: sdxl, SD: sd, CHECKPOINT: "checkpoint-2"}
     for language, code in code_blocks("README.md"):
         if language == "bash":
             for words in commands(code):
@@ -177,5 +188,7 @@ def test_a_reader_can_type_all_of_it_in_this_order(
     assert written >= {"kandi2-decoder", "kandi2-decoder-ema", "kandi2-decoder-lora-torch"}
     assert written >= {"robot-pokemon.png", "robot-pokemon-15000.png", "robot-pokemon-lora.png"}
     assert (tmp_path / "examples" / "sdxl" / "sdxl.png").is_file()
+    lcm = tmp_path / "examples" / "lcm"
+    assert {"sushi.png", "lcm-lora.png", "preview.png", "photo-shards"} <= {path.name for path in lcm.iterdir()}
     ema = tmp_path / "examples" / "kandinsky2_2" / "kandi2-decoder-ema"
     assert (ema / "validation" / "step-2.png").is_file() and (ema / "checkpoint-2" / "ema" / "unet").is_dir()
