@@ -35,7 +35,7 @@ class ImageCaptionDataset(Rows):
         return found
 
     def _stored(self, index: int) -> dict:
-        return self.table[index][self.image_column] or {}
+        return self.row(index)[self.image_column] or {}
 
 
 def build_table(args) -> ImageCaptionDataset:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import io
 import json
@@ -37,8 +38,14 @@ class Rows:
     """
 
     def __init__(self, table, caption_column: str):
-        self.table, self.caption_column = table, caption_column
-        self.texts = table.select_columns([caption_column])  # so that reading a caption reads no image
+        self.caption_column = caption_column
+        self._use(table)
+
+    def _use(self, table):
+        self.table = table
+        self.texts = table.select_columns([self.caption_column])  # so that reading a caption reads no image
+        # A sample asks for its row several times: as many are kept as loading threads may be at work on.
+        self.row = functools.lru_cache(maxsize=32)(table.__getitem__)
 
     def __len__(self):
         return len(self.table)
@@ -46,7 +53,7 @@ class Rows:
     def select(self, indices):
         """The same rows, only those at `indices`."""
         chosen = copy.copy(self)
-        chosen.table, chosen.texts = self.table.select(indices), self.texts.select(indices)
+        chosen._use(self.table.select(indices))
         return chosen
 
     def name(self, index: int) -> str:

@@ -45,7 +45,7 @@ class ShardRows(Rows):
         self.shards = shards
 
     def name(self, index: int) -> str:
-        row = self.table[index]
+        row = self.row(index)
         return f"{self.shards[row['shard']]}: {row['name']}"
 
     def location(self, index: int) -> tuple:
@@ -56,7 +56,7 @@ class ShardRows(Rows):
         return self._usable(index)["captions"]
 
     def _usable(self, index: int) -> dict:
-        row = self.table[index]
+        row = self.row(index)
         if row["problem"]:
             raise BadSampleError(f"{self.name(index)}: {row['problem']}")
         return row
