@@ -22,6 +22,8 @@ from ppdiffusers_train.training import order_samples
 from tests.conftest import KANDINSKY, PHOTOS, ROOT, copy_photos
 from tests.data.test_checks import refused
 
+pytestmark = pytest.mark.once
+
 SDXL_SCRIPT = ROOT / "examples" / "sdxl" / "train_text_to_image_sdxl.py"
 
 

@@ -26,6 +26,8 @@ from ppdiffusers_train.models.text import load_tokenizer
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
 from tests.conftest import PHOTOS, copy_photos
 
+pytestmark = pytest.mark.once  # no Paddle in it
+
 
 def run(capsys, source, *flags):
     """(exit status, what `check --json` printed)."""

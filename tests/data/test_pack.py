@@ -27,6 +27,8 @@ from ppdiffusers_train.data.shards import local_shards, open_shards
 from tests.conftest import PHOTOS, ROOT, copy_photos
 from tests.data.test_checks import make_folder, png, refused, row
 
+pytestmark = pytest.mark.once  # no Paddle in it
+
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "png", "GIF": "png", "TIFF": "png"}  # in a shard
 
 

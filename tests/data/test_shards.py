@@ -20,6 +20,8 @@ from ppdiffusers_train.data.tar_samples import read_samples
 from ppdiffusers_train.errors import BadSampleError, UserError
 from tests.data.make_shards import broken_shards, pair, picture, shards_of, write_tar
 
+pytestmark = pytest.mark.once  # no Paddle in it
+
 
 def dataset_of(*flags):
     parser = ArgumentParser()

@@ -19,6 +19,8 @@ from ppdiffusers_train.data.streams import Stream
 from ppdiffusers_train.errors import BadSampleError, RunError
 from tests.data.make_shards import broken_shards, shards_of
 
+pytestmark = pytest.mark.once  # no Paddle in it
+
 COUNTS = [5, 1, 7, 3, 4, 6, 2, 8, 5, 3, 9, 4]
 
 

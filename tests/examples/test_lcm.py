@@ -154,6 +154,7 @@ def test_five_steps_equal_two_and_three_more_bit_for_bit(train, photos, tmp_path
         assert same(weights(whole, "unet_target"), weights(parts, "unet_target"))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", FULL + LORA)
 def test_cached_and_online_runs_are_the_same_and_validation_changes_nothing(train, name):
     plain = train(name, "--center_crop", out="plain")
@@ -163,6 +164,7 @@ def test_cached_and_online_runs_are_the_same_and_validation_changes_nothing(trai
     assert len(list((drawn / "validation").iterdir())) == 1
 
 
+@pytest.mark.once
 def test_every_flag_of_the_distillation_changes_the_loss(train):
     base = scalars(train("sd", out="base"))[0]
     for number, flag in enumerate(

@@ -28,6 +28,8 @@ from ppdiffusers_train.toy.shapes import (
     sample,
 )
 
+pytestmark = pytest.mark.once  # no Paddle in it
+
 RED_CIRCLE = Content("circle", "red", "white")
 
 

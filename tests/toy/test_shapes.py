@@ -38,6 +38,8 @@ from ppdiffusers_train.toy.shapes import (
     sample,
 )
 
+pytestmark = pytest.mark.once  # no Paddle in it
+
 SEEDS, INDICES = st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1)
 LOOK, SIZE = st.sampled_from(LOOKS), st.sampled_from(SIZES)
 
