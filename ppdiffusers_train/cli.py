@@ -11,6 +11,7 @@ import ppdiffusers_train  # noqa: F401  (before paddle)
 import argparse
 import contextlib
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -67,7 +68,7 @@ def pack_data(args) -> int:
     else:
         print(
             f"{args.output_dir}: {result['samples']:,} samples in {len(result['shards'])} shards, "
-            f"{result['bytes'] / 1e6:,.1f} MB; {len(result['left_out'])} left out, named in {PLAN_FILE}; "
+            f"{result['bytes'] / 1e6:,.1f} MB; {len(result['left_out'])} left out (see {PLAN_FILE}); "
             f"{result['seconds']:.1f} s"
         )
     return int(bool(result["left_out"]))
@@ -186,7 +187,10 @@ def build_parser():
 @one_line_errors
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    status = args.run(args)
+    try:
+        status = args.run(args)
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     if status:
         raise SystemExit(status)
 

@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def pack(source: Source, output_dir, shard_size: int, name: str, caption_field: 
         UserError: the folder holds something else.
         RunError: a shard cannot be written.
     """
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"--name: {name!r} is not what a file's name can begin with; expected a word such as photos")
     folder, rows = Path(output_dir), source.rows
     require_writable(folder, "OUTPUT_DIR")
     wanted = {

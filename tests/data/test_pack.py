@@ -273,6 +273,8 @@ def test_other_mistakes_are_one_line_too(tmp_path, capsys):
     folder = copy_photos(tmp_path / "photos", 1)
     assert "OUTPUT_DIR: " in refused(capsys, "pack", folder, folder / "shards") and not (folder / "shards").exists()
     assert "OUTPUT_DIR: cannot write to" in refused(capsys, "pack", PHOTOS, folder / "metadata.jsonl" / "shards")
+    for name in ("a/b", ".a", ""):
+        assert f"--name: {name!r} is not" in refused(capsys, "pack", folder, tmp_path / "shards", f"--name={name}")
     for size in ("much", "0", "-5MB", "5 apples"):
         line = refused(capsys, "pack", folder, tmp_path / "shards", f"--shard_size={size}")
         assert f"--shard_size: '{size}' is not a size such as 500MB or 2GiB" in line
