@@ -141,7 +141,8 @@ def next_row(plan: dict) -> int:
 def write_plan(folder: Path, plan: dict) -> None:
     """Put the plan on disk, whole or not at all."""
     temporary = folder / f".{PLAN_FILE}"
-    temporary.write_text(json.dumps(plan, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(plan, indent=1, ensure_ascii=False) + "\n"
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no UTF-8
     sync(temporary)
     os.replace(temporary, folder / PLAN_FILE)
     sync(folder)

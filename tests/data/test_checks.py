@@ -221,12 +221,15 @@ def test_metadata_of_subfolders_and_in_csv_is_read_as_training_reads_it(tmp_path
     folder = make_folder(tmp_path / "photos", files, [])
     (folder / "metadata.jsonl").rename(folder / "metadata.csv")
     (folder / "metadata.csv").write_text("file_name,text\na.png,one\n")
-    (folder / "s" / "metadata.csv").write_text('file_name,text\nb.png,"two,\nthree"\nt/c.png,four\n')
+    (folder / "s" / "metadata.csv").write_text('file_name,text\nb.png,"two,\nthree"\nt/c.png,\n')
+    bad = {"bad_caption": [f"{folder}/s/t/c.png (row 2): column 'text' holds None; expected a text or several"]}
     status, document = run(capsys, folder, "--resolution=16")
-    assert (status, document["samples"], document["findings"]) == (0, 3, [])
+    assert (status, document["samples"], document["captions"], found(document)) == (1, 3, 2, bad)
     (folder / "s" / "d.png").write_bytes(png(color=3))  # now training refuses it, and this reads the metadata itself
     document = run(capsys, folder, "--resolution=16")[1]
-    assert (document["samples"], set(found(document))) == (3, {"refused", "unmentioned"})
+    assert (document["samples"], document["captions"]) == (3, 2)
+    texts = found(document)
+    assert texts.pop("refused") and texts.pop("unmentioned") and texts == bad
 
 
 def test_images_that_training_takes_for_other_splits_are_named(tmp_path, capsys):
