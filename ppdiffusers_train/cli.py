@@ -12,6 +12,7 @@ import ppdiffusers_train  # noqa: F401  (before paddle)
 import argparse
 import contextlib
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -44,7 +45,7 @@ def check_data(args) -> int:
         report = check(source, args.source, args.resolution, tokens, args.processes or processors(), **options)
         if source.shards:
             report.notes.append(describe_shards(len(source.shards), args.ranks, args.workers))
-    print(json.dumps(report.as_json(), ensure_ascii=False) if args.json else report.as_text())
+    print(printable(json.dumps(report.as_json(), ensure_ascii=False) if args.json else report.as_text()))
     return report.status
 
 
@@ -60,15 +61,18 @@ def pack_data(args) -> int:
         raise UserError(f"OUTPUT_DIR: {args.output_dir!r} is in the folder that is read; expected another place")
     with stdout_for_result(args.json):
         processes = args.processes or processors()
-        source, say = open_named(args), tqdm.write
-        plan = pack(source, written, args.shard_size, args.name, args.caption_column, processes, say)
+        source = open_named(args)
+        plan = pack(
+            source, written, args.shard_size, args.name, args.caption_column, processes,
+            say=lambda text: tqdm.write(printable(text)),
+        )  # fmt: skip
     result = {**summary(plan), "seconds": round(time.monotonic() - started, 3)}
     if args.json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(printable(json.dumps(result, ensure_ascii=False)))
     else:
         print(
             f"{args.output_dir}: {result['samples']:,} samples in {len(result['shards'])} shards, "
-            f"{result['bytes'] / 1e6:,.1f} MB; {len(result['left_out'])} left out, named in {PLAN_FILE}; "
+            f"{result['bytes'] / 1e6:,.1f} MB; {len(result['left_out'])} left out (see {PLAN_FILE}); "
             f"{result['seconds']:.1f} s"
         )
     return int(bool(result["left_out"]))
@@ -80,7 +84,7 @@ def preview_training(args) -> int:
 
     with contextlib.redirect_stdout(sys.stderr):
         text, status = preview(args.command)
-    print(text)
+    print(printable(text))
     return status
 
 
@@ -116,6 +120,12 @@ def toy_data(args) -> None:
 def stdout_for_result(json_wanted: bool):
     """Within, what anything prints goes to standard error where a machine reads standard output."""
     return contextlib.redirect_stdout(sys.stderr) if json_wanted else contextlib.nullcontext()
+
+
+def printable(text: str) -> str:
+    """A text as the screen can show it: names of files may be in any encoding."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def open_named(args):
@@ -209,7 +219,10 @@ def build_parser():
 @one_line_errors
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    status = args.run(args)
+    try:
+        status = args.run(args)
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     if status:
         raise SystemExit(status)
 

@@ -56,7 +56,10 @@ class Tokens:
 
     count: object = fewest_tokens
     longest: int = LONGEST
-    note: str = "tokens are counted as words and marks, so there may be more long captions; --tokenizer counts exactly"
+    note: str = (
+        "tokens: counted as words and marks, a lower bound, so more captions may be too long; --tokenizer DIR counts "
+        "them exactly"
+    )
 
 
 class Findings:
@@ -182,7 +185,7 @@ def check(source: Source, name: str, resolution: int, tokens: Tokens, processes:
     for index, first in images.repeated():
         findings.add_row("duplicate", index, f"the same file as {rows.name(first)}")
     found = findings.listed(longest=tokens.longest, resolution=resolution, pixels=Image.MAX_IMAGE_PIXELS)
-    notes = [tokens.note] if findings.counts["long_caption"] and tokens.note else []
+    notes = [tokens.note] if tokens.note else []
     seconds = round(time.monotonic() - started, 3)
     return Report(name, source.kind, len(rows), captions.count, images.sizes(), found, notes, seconds)
 

@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def pack(source: Source, output_dir, shard_size: int, name: str, caption_field: 
         UserError: the folder holds something else.
         RunError: a shard cannot be written.
     """
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"--name: {name!r} is not what a file's name can begin with; expected a word such as photos")
     folder, rows = Path(output_dir), source.rows
     require_writable(folder, "OUTPUT_DIR")
     wanted = {
@@ -138,7 +141,8 @@ def next_row(plan: dict) -> int:
 def write_plan(folder: Path, plan: dict) -> None:
     """Put the plan on disk, whole or not at all."""
     temporary = folder / f".{PLAN_FILE}"
-    temporary.write_text(json.dumps(plan, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(plan, indent=1, ensure_ascii=False) + "\n"
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no UTF-8
     sync(temporary)
     os.replace(temporary, folder / PLAN_FILE)
     sync(folder)

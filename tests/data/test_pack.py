@@ -186,6 +186,16 @@ def test_what_cannot_be_used_is_named_and_left_out_and_keys_are_the_rows(tmp_pat
     assert all(f"left out: {text}" in out for text in document["left_out"]) and "2 samples in 1 shards" in out
 
 
+def test_names_that_are_no_utf_8_are_shown_as_far_as_they_can_be(tmp_path, capsys):
+    folder = make_folder(tmp_path / "photos", {"a.png": png()}, [row("a.png")])
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(png())
+    for argv in (["check", folder], ["pack", folder, tmp_path / "shards"], ["pack", folder, tmp_path / "shards"]):
+        for flags in ([], ["--json"]):
+            with pytest.raises(SystemExit) as stopped:
+                cli.main([*map(str, argv), "--processes=1", *flags])
+            assert stopped.value.code == 1 and "caf\\udce9.png: no row of the metadata" in capsys.readouterr().out
+
+
 def test_of_nothing_but_bad_samples_no_shard_is_made(tmp_path, capsys):
     folder = make_folder(tmp_path / "photos", {"a.png": b"", "b.png": b"x"}, [row("a.png"), row("b.png")])
     status, document = result(capsys, folder, tmp_path / "shards")
@@ -275,6 +285,8 @@ def test_other_mistakes_are_one_line_too(tmp_path, capsys):
     folder = copy_photos(tmp_path / "photos", 1)
     assert "OUTPUT_DIR: " in refused(capsys, "pack", folder, folder / "shards") and not (folder / "shards").exists()
     assert "OUTPUT_DIR: cannot write to" in refused(capsys, "pack", PHOTOS, folder / "metadata.jsonl" / "shards")
+    for name in ("a/b", ".a", ""):
+        assert f"--name: {name!r} is not" in refused(capsys, "pack", folder, tmp_path / "shards", f"--name={name}")
     for size in ("much", "0", "-5MB", "5 apples"):
         line = refused(capsys, "pack", folder, tmp_path / "shards", f"--shard_size={size}")
         assert f"--shard_size: '{size}' is not a size such as 500MB or 2GiB" in line
