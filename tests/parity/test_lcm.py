@@ -31,8 +31,8 @@ FULL, LORA = ["sd", "sdxl"], ["lora_sd", "lora_sdxl"]
 BATCH, RESOLUTION, STEPS, CHANNELS = test_sdxl.BATCH, test_sdxl.RESOLUTION, 3, 256
 TRAIN_TIMESTEPS, DDIM_TIMESTEPS, DECAY, HUBER_C, SCALING = 1000, 50, 0.95, 0.001, 10.0
 # LoRA stands on layers whose outputs are normalized: its gradients are small sums of large numbers, and on either side
-# those in float32 are up to 3e-5 from torch's in float64.
-TOLERANCES = {"sd": 1e-5, "sdxl": 1e-5, "lora_sd": 5e-5, "lora_sdxl": 5e-5}
+# those in float32 are 1e-5 and more from torch's in float64.
+TOLERANCES = {"sd": 1e-5, "sdxl": 1e-5, "lora_sd": 3e-5, "lora_sdxl": 3e-5}
 JOBS = {name: load_script(ROOT / "examples" / "lcm" / f"train_lcm_distill_{name}_wds.py") for name in FULL + LORA}
 
 
