@@ -21,6 +21,7 @@ from ppdiffusers_train.runtime.precision import Precision
 from ppdiffusers_train.training import order_samples
 from tests.conftest import KANDINSKY, PHOTOS, ROOT, copy_photos
 from tests.data.test_checks import refused
+from tests.test_dry_run import without_weights
 
 pytestmark = pytest.mark.once
 
@@ -101,6 +102,19 @@ def test_with_the_encoded_cache_it_shows_what_the_cache_has_encoded(
         batch = {name: paddle.to_tensor(array[None]) for name, array in arrays.items()}
         for name, encoded in encode_each(module, batch).items():
             assert np.array_equal(encoded.numpy()[0], trained[position][name]), "bit for bit"
+
+
+def test_models_need_no_weights_and_each_tokenizer_reads_its_own_tokens(preview, sdxl, sdxl_flags, tmp_path):
+    model = without_weights(sdxl, tmp_path / "model")
+    vocabulary = json.loads((model / "tokenizer_2" / "vocab.json").read_text(encoding="utf-8"))
+    size = len(vocabulary) - 2  # the last two are the beginning and the end
+    turned = {token: (number + 7) % size if number < size else number for token, number in vocabulary.items()}
+    (model / "tokenizer_2" / "vocab.json").write_text(json.dumps(turned))
+    flags = [f"--pretrained_model_name_or_path={model}", "--preview_samples=2"]
+    status, document, _ = preview(SDXL_SCRIPT, *sdxl_flags, *flags)
+    assert status == 0 and all(len(shown["captions"]) == 2 for shown in document["samples"])
+    for shown in document["samples"]:
+        assert shown["captions"][0] == shown["captions"][1] and shown["captions"][0].startswith("a ")
 
 
 def test_buckets_are_shown_in_the_run_s_order_at_their_own_sizes(preview, sdxl_flags, build_sdxl_module):

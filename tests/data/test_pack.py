@@ -237,11 +237,11 @@ def test_a_pack_that_is_killed_goes_on_with_the_next_shard_to_the_same_bytes(tmp
     assert not list((tmp_path / "parts").glob(".*")), "and nothing else is left behind"
 
 
-def test_shards_that_are_gone_or_cut_short_are_written_again(tmp_path):
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"short")])
+def test_shards_that_are_gone_or_cut_short_are_written_again(tmp_path, damage):
     pack(PHOTOS, tmp_path / "shards", "--shard_size=200kB")
     before = contents(tmp_path / "shards")
-    (tmp_path / "shards" / "photos-00001.tar").unlink()
-    (tmp_path / "shards" / "photos-00003.tar").write_bytes(b"short")
+    damage(tmp_path / "shards" / "photos-00001.tar")
     pack(PHOTOS, tmp_path / "shards", "--shard_size=200kB")
     assert contents(tmp_path / "shards") == before
 
@@ -262,6 +262,7 @@ def test_a_disk_that_is_full_costs_no_shard_and_the_same_command_goes_on(tmp_pat
     assert re.search(
         "shards cannot be written to: .*; the same command goes on from there$", done.stderr.splitlines()[-1]
     )
+    assert [file.name for file in (tmp_path / "shards").iterdir()] == ["pack.json"], "the plan comes first"
     assert pack(PHOTOS, tmp_path / "shards", "--shard_size=300kB", "--name=a") == 0
     assert contents(tmp_path / "shards") == contents(tmp_path / "warm")
 
