@@ -440,7 +440,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(train_decoder,
     cases = {
         (checkpoint, "--seed=1"): "is of another run: its --seed is 0, here it is 1",
         (checkpoint, "--max_train_samples=3"): "its number of samples is 7, here it is 3",
-        (checkpoint, f"--train_data_dir={other_data}"): "is of another run: its hash of all captions is ",
+        (checkpoint, f"--train_data_dir={other_data}"): "is of another run: its data (a hash of all captions",
         (other_job, "--seed=0"): "its job is KandinskyPriorTrainingModule, here it is KandinskyDecoderTrainingModule",
         (checkpoint, "--use_ema"): "was written without --use_ema",
     }
