@@ -31,14 +31,15 @@ help:
 demo: .venv/ready
 	.venv/bin/python examples/demo.py
 
-# $(call train_toy,NAME): a recipe's result becomes the package's
+# $(call train_toy,NAME,FLAGS): a recipe's result becomes the package's
 define train_toy
-.venv/bin/python -m ppdiffusers_train.toy.train_$(1) --output_dir outputs/$(1)
+.venv/bin/python -m ppdiffusers_train.toy.train_$(1) --output_dir outputs/$(1) $(2)
 cp outputs/$(1)/$(1).safetensors ppdiffusers_train/toy/weights/
 endef
 
 toys: .venv/ready
 	$(call train_toy,vae)
+	$(call train_toy,vae,--start_from outputs/vae/vae.safetensors --seed 1 --max_train_steps 600)
 	$(call train_toy,movq_shapes)
 	$(call train_toy,clip)
 

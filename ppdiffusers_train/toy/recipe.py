@@ -6,6 +6,7 @@ from ppdiffusers_train.arguments import (
     add_reporting_arguments,
     add_training_arguments,
 )
+from ppdiffusers_train.toy.shapes import LOOKS
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
 
 # Flags that the loop reads and that make no sense here: pictures are drawn on the spot, and none is a bad one.
@@ -28,6 +29,7 @@ def build_parser(description: str, output_dir: str, train_batch_size: int, **def
     return parser
 
 
-def build_shapes(args) -> ShapesDataset:
-    """As many pictures, of all looks, as the run has steps for: none comes twice."""
-    return ShapesDataset(args.seed, args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps)
+def build_shapes(args, looks=LOOKS) -> ShapesDataset:
+    """As many pictures as the run has steps for: none comes twice."""
+    count = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps
+    return ShapesDataset(args.seed, count, looks=looks)

@@ -17,9 +17,8 @@ WEIGHTS = FOLDER / "clip.safetensors"
 TEXT, VISION = "text.", "vision."  # the towers' prefixes in the file
 MEAN, STD = "image_embeds_mean", "image_embeds_std"
 
-EMBEDDING = 64  # of texts and pictures, and the text tower's width
+EMBEDDING = 64  # of texts and pictures, and the towers' width
 IMAGE_SIZE = 32
-VISION_WIDTH = 96
 
 
 def build_text_tower(tokenizer, tower_class=CLIPTextModelWithProjection):
@@ -33,10 +32,10 @@ def build_vision_tower() -> CLIPVisionModelWithProjection:
         CLIPVisionConfig(
             image_size=IMAGE_SIZE,
             patch_size=8,
-            hidden_size=VISION_WIDTH,
-            intermediate_size=4 * VISION_WIDTH,
+            hidden_size=EMBEDDING,
+            intermediate_size=4 * EMBEDDING,
             num_hidden_layers=3,
-            num_attention_heads=3,
+            num_attention_heads=2,
             projection_dim=EMBEDDING,
         )
     )

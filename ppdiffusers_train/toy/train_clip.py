@@ -2,8 +2,9 @@
 
     python -m ppdiffusers_train.toy.train_clip
 
-Both towers learn from pairs of a picture and its caption alone, English or Chinese: in a batch, each caption has to
-find its picture and each picture its caption (Radford et al. 2021, arXiv 2103.00020, section 2.3).
+In a batch, each caption, English or Chinese, has to find its picture, and each picture its caption (Radford et al.
+2021, arXiv 2103.00020, section 2.3). Colours are soon learned and shapes are not, as few pictures of a batch differ in
+nothing else: so each caption's picture is given rivals, the same colours in other shapes (hard negatives).
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 from paddle import nn
+from PIL import Image
 from safetensors.paddle import save_file
 
 from ppdiffusers_train.errors import one_line_errors
@@ -23,11 +25,12 @@ from ppdiffusers_train.models.weights import WEIGHTS_FILE, load_in_place
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.toy import recipe
 from ppdiffusers_train.toy.judge import parse_caption
-from ppdiffusers_train.toy.shapes import CONTENTS
+from ppdiffusers_train.toy.shapes import CONTENTS, MARGIN, RADIUS, SHAPES, Scene, draw, is_held_out
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.shipped import write_weights
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
 from ppdiffusers_train.toy.towers import (
+    IMAGE_SIZE,
     MEAN,
     STD,
     TEXT,
@@ -49,7 +52,7 @@ def build_parser():
         train_batch_size=32,
         learning_rate=2e-3,
         adam_beta2=0.98,  # the paper's, for transformers of pictures
-        max_train_steps=900,
+        max_train_steps=600,
     )
 
 
@@ -68,11 +71,16 @@ class CLIPTrainingModule(DiffusionTrainingModule):
         )
 
     def preprocess(self, row, draws):
-        """pixel_values [3, 32, 32], input_ids [77], and the number of what is shown, `content`."""
+        """input_ids [77]; pixel_values [4, 3, 32, 32] of the picture and its rivals; `contents` [4], what they show."""
+        content = parse_caption(row["caption"])
+        contents = [content, *(content._replace(shape=shape) for shape in SHAPES if shape != content.shape)]
+        # Instead of what training must not see there is one more picture of the caption's own content.
+        contents = [content if is_held_out(one) else one for one in contents]
+        images = [row["image"], *(draw_anywhere(one, draws, f"rival_{i}") for i, one in enumerate(contents[1:]))]
         return {
-            "pixel_values": self.image_processor(row["image"], return_tensors="np").pixel_values[0],
             "input_ids": tokenize(self.tokenizer, row["caption"])[0],
-            "content": np.int64(CONTENTS.index(parse_caption(row["caption"]))),
+            "pixel_values": self.image_processor(images, return_tensors="np").pixel_values,
+            "contents": np.array([CONTENTS.index(one) for one in contents]),
         }
 
     def encode(self, batch):
@@ -80,20 +88,22 @@ class CLIPTrainingModule(DiffusionTrainingModule):
         return batch
 
     def forward(self, encoded, draws):
-        """Cross entropy of finding the pictures of captions, and the captions of pictures, within the batch."""
-        input_ids, content = encoded["input_ids"], encoded["content"]
+        """Cross entropy of finding each caption's picture among all, and of finding each picture's caption."""
+        input_ids, contents = encoded["input_ids"], encoded["contents"]
+        size, pictures_each = contents.shape
         # Attention is causal: nothing behind the first end token has a part in the caption's embedding.
         ends = (input_ids == self.tokenizer.eos_token_id).astype("int64").argmax(1)
         texts = unit(self.text(input_ids[:, : int(ends.max()) + 1])[0])
-        pictures = unit(self.vision(encoded["pixel_values"])[0])
+        pictures = unit(self.vision(encoded["pixel_values"].flatten(0, 1))[0])
         scale = self.log_scale.clip(max=math.log(MAX_LOGIT_SCALE)).exp()
-        own = paddle.eye(len(content))
-        # Another pair of the same content is no wrong answer.
-        same_content = (content[:, None] == content[None]).astype("float32")
+        answers = paddle.arange(size)
+        own = nn.functional.one_hot(answers * pictures_each, size * pictures_each)
+        # Another picture of the same content is no wrong answer.
+        same_content = (contents[:, :1] == contents.flatten()).astype("float32")
         logits = scale * texts @ pictures.T - 1e4 * (same_content - own)
-        answers = paddle.arange(len(content))
-        cross_entropy = nn.functional.cross_entropy
-        return (cross_entropy(logits, answers) + cross_entropy(logits.T, answers)) / 2
+        find_picture = nn.functional.cross_entropy(logits, answers * pictures_each)
+        find_caption = nn.functional.cross_entropy(logits[:, ::pictures_each].T, answers)
+        return (find_picture + find_caption) / 2
 
     def save_weights(self, directory):
         folder = Path(directory) / "clip"
@@ -111,6 +121,13 @@ class CLIPTrainingModule(DiffusionTrainingModule):
         write_weights(f"{directory}/clip.safetensors", models, **{MEAN: mean, STD: std})
 
 
+def draw_anywhere(content, draws, name: str):
+    """A picture of `content` at a place and of a size that `draws` gives under `name`."""
+    radius = draws.uniform(f"{name}_radius", *RADIUS)
+    x, y = (draws.uniform(f"{name}_{axis}", MARGIN + radius, 1 - MARGIN - radius) for axis in "xy")
+    return Image.fromarray(draw(Scene(content, "plain", x, y, radius), IMAGE_SIZE))
+
+
 def unit(embeddings):
     """[B, D] -> [B, D] of length 1."""
     return embeddings / embeddings.square().sum(-1, keepdim=True).sqrt()
@@ -118,8 +135,8 @@ def unit(embeddings):
 
 @paddle.no_grad()
 def embedding_statistics(vision, image_processor) -> tuple:
-    """Mean and deviation of the embeddings of pictures of all looks, [1, D] each."""
-    rows = ShapesDataset(0, MEASURED_PICTURES)
+    """Mean and deviation of the embeddings of pictures, [1, D] each."""
+    rows = ShapesDataset(0, MEASURED_PICTURES, looks=("plain",))
     pixels = image_processor([rows[index]["image"] for index in range(len(rows))], return_tensors="np").pixel_values
     embeddings = vision(paddle.to_tensor(pixels))[0].numpy()
     return embeddings.mean(0, keepdims=True), embeddings.std(0, keepdims=True)
@@ -129,7 +146,7 @@ def embedding_statistics(vision, image_processor) -> tuple:
 def main(argv=None):
     args = build_parser().parse_args(argv)
     check_run(args)
-    launch_training_task(CLIPTrainingModule(args), recipe.build_shapes(args), args)
+    launch_training_task(CLIPTrainingModule(args), recipe.build_shapes(args, looks=("plain",)), args)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ def build_parser():
         __doc__.splitlines()[0],
         "outputs/movq_shapes",
         train_batch_size=8,
-        learning_rate=1e-3,
-        max_train_steps=900,
+        learning_rate=2e-3,
+        max_train_steps=600,
         resolution=32,
     )
 

@@ -1,6 +1,7 @@
 """Train the shapes' VAE; its weights are shipped as `weights/vae.safetensors`.
 
     python -m ppdiffusers_train.toy.train_vae
+    python -m ppdiffusers_train.toy.train_vae --start_from outputs/vae/vae.safetensors --seed 1 --max_train_steps 600
 
 A variational autoencoder (Kingma and Welling 2013, arXiv 1312.6114) whose prior is weighed so lightly that it only
 keeps latents centred and close together (Rombach et al. 2021, arXiv 2112.10752, section 3.1).
@@ -18,7 +19,7 @@ from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.objectives.losses import mse_loss
 from ppdiffusers_train.toy import recipe
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
-from ppdiffusers_train.toy.shipped import write_weights
+from ppdiffusers_train.toy.shipped import load_weights, write_weights
 from ppdiffusers_train.toy.vae import LATENT_STD, build_vae
 from ppdiffusers_train.training import check_run, launch_training_task
 
@@ -27,9 +28,11 @@ MEASURED_PICTURES = 500
 
 
 def build_parser():
-    return recipe.build_parser(
+    parser = recipe.build_parser(
         __doc__.splitlines()[0], "outputs/vae", train_batch_size=16, learning_rate=3e-3, max_train_steps=1250
     )
+    parser.add_argument("--start_from", metavar="FILE", help="weights of an earlier run, to go on from")
+    return parser
 
 
 class VAETrainingModule(DiffusionTrainingModule):
@@ -39,6 +42,8 @@ class VAETrainingModule(DiffusionTrainingModule):
         super().__init__()
         paddle.seed(args.seed)
         self.vae = build_vae()
+        if args.start_from:
+            load_weights(self.vae, args.start_from)
 
     def preprocess(self, row, draws):
         """pixel_values [3, 32, 32]."""
