@@ -31,17 +31,20 @@ help:
 demo: .venv/ready
 	.venv/bin/python examples/demo.py
 
-# $(call train_toy,NAME,FLAGS): a recipe's result becomes the package's
+# $(call train_toy,NAME,ENDING,FLAGS): a recipe's result, in outputs/NAMEENDING, becomes the package's
 define train_toy
-.venv/bin/python -m ppdiffusers_train.toy.train_$(1) --output_dir outputs/$(1) $(2)
-cp outputs/$(1)/$(1).safetensors ppdiffusers_train/toy/weights/
+.venv/bin/python -m ppdiffusers_train.toy.train_$(1) --output_dir outputs/$(1)$(2) $(3)
+cp outputs/$(1)$(2)/$(1).safetensors ppdiffusers_train/toy/weights/
 endef
+
+# The second run begins where the first one's learning rate was not yet small.
+CLIP_HALFWAY = outputs/clip/checkpoint-500/clip/diffusion_paddle_model.safetensors
 
 toys: .venv/ready
 	$(call train_toy,vae)
-	$(call train_toy,vae,--start_from outputs/vae/vae.safetensors --seed 1 --max_train_steps 600)
 	$(call train_toy,movq_shapes)
 	$(call train_toy,clip)
+	$(call train_toy,clip,_further,--start_from $(CLIP_HALFWAY) --seed 1 --max_train_steps 800)
 
 test: .venv/ready
 	.venv/bin/python -m pytest $(PYTEST_FLAGS)

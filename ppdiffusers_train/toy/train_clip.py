@@ -1,6 +1,8 @@
-"""Train the shapes' CLIP; its weights are shipped as `weights/clip.safetensors`.
+r"""Train the shapes' CLIP; its weights are shipped as `weights/clip.safetensors`.
 
     python -m ppdiffusers_train.toy.train_clip
+    python -m ppdiffusers_train.toy.train_clip --output_dir outputs/clip_further --seed 1 --max_train_steps 800 \
+        --start_from outputs/clip/checkpoint-500/clip/diffusion_paddle_model.safetensors
 
 In a batch, each caption, English or Chinese, has to find its picture, and each picture its caption (Radford et al.
 2021, arXiv 2103.00020, section 2.3). Colours are soon learned and shapes are not, as few pictures of a batch differ in
@@ -27,7 +29,7 @@ from ppdiffusers_train.toy import recipe
 from ppdiffusers_train.toy.judge import parse_caption
 from ppdiffusers_train.toy.shapes import CONTENTS, MARGIN, RADIUS, SHAPES, Scene, draw, is_held_out
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
-from ppdiffusers_train.toy.shipped import write_weights
+from ppdiffusers_train.toy.shipped import load_weights, write_weights
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
 from ppdiffusers_train.toy.towers import (
     IMAGE_SIZE,
@@ -66,6 +68,9 @@ class CLIPTrainingModule(DiffusionTrainingModule):
         self.image_processor = build_image_processor()
         paddle.seed(args.seed)
         self.text, self.vision = build_text_tower(self.tokenizer), build_vision_tower()
+        if args.start_from:
+            load_weights(self.text, args.start_from, TEXT)
+            load_weights(self.vision, args.start_from, VISION)
         self.log_scale = self.create_parameter(
             [1], default_initializer=nn.initializer.Constant(math.log(FIRST_LOGIT_SCALE))
         )

@@ -24,6 +24,7 @@ def build_parser():
         learning_rate=2e-3,
         max_train_steps=600,
         resolution=32,
+        start_from=str(WEIGHTS),
     )
 
 
@@ -34,7 +35,7 @@ class ShapesMoVQTrainingModule(MoVQTrainingModule):
 
     def __init__(self, args):
         super().__init__(args)
-        load_weights(self.movq, WEIGHTS)
+        load_weights(self.movq, args.start_from)
 
     def preprocess(self, row, draws):
         """pixel_values [3, 32, 32]."""

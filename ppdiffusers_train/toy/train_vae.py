@@ -1,7 +1,6 @@
 """Train the shapes' VAE; its weights are shipped as `weights/vae.safetensors`.
 
     python -m ppdiffusers_train.toy.train_vae
-    python -m ppdiffusers_train.toy.train_vae --start_from outputs/vae/vae.safetensors --seed 1 --max_train_steps 600
 
 A variational autoencoder (Kingma and Welling 2013, arXiv 1312.6114) whose prior is weighed so lightly that it only
 keeps latents centred and close together (Rombach et al. 2021, arXiv 2112.10752, section 3.1).
@@ -28,11 +27,9 @@ MEASURED_PICTURES = 500
 
 
 def build_parser():
-    parser = recipe.build_parser(
+    return recipe.build_parser(
         __doc__.splitlines()[0], "outputs/vae", train_batch_size=16, learning_rate=3e-3, max_train_steps=1250
     )
-    parser.add_argument("--start_from", metavar="FILE", help="weights of an earlier run, to go on from")
-    return parser
 
 
 class VAETrainingModule(DiffusionTrainingModule):
