@@ -14,10 +14,11 @@ define make_venv
 @touch $@
 endef
 
-.PHONY: help demo test lint test-paddle26 parity torture venvs lock clean
+.PHONY: help demo toys test lint test-paddle26 parity torture venvs lock clean
 
 help:
 	@echo "make demo           train a tiny Kandinsky 2.2 decoder on the CPU and draw with it"
+	@echo "make toys           train the tiny models that the package ships, again (most of an hour)"
 	@echo "make test           the tests (PYTEST_FLAGS='tests/data -x' for some of them)"
 	@echo "make lint           ruff's checks and formatting"
 	@echo "make test-paddle26  the tests on Paddle 2.6"
@@ -29,6 +30,21 @@ help:
 
 demo: .venv/ready
 	.venv/bin/python examples/demo.py
+
+# $(call train_toy,NAME,ENDING,FLAGS): a recipe's result, in outputs/NAMEENDING, becomes the package's
+define train_toy
+.venv/bin/python -m ppdiffusers_train.toy.train_$(1) --output_dir outputs/$(1)$(2) $(3)
+cp outputs/$(1)$(2)/$(1).safetensors ppdiffusers_train/toy/weights/
+endef
+
+# The second run begins where the first one's learning rate was not yet small.
+CLIP_HALFWAY = outputs/clip/checkpoint-500/clip/diffusion_paddle_model.safetensors
+
+toys: .venv/ready
+	$(call train_toy,vae)
+	$(call train_toy,movq_shapes)
+	$(call train_toy,clip)
+	$(call train_toy,clip,_further,--start_from $(CLIP_HALFWAY) --seed 1 --max_train_steps 800)
 
 test: .venv/ready
 	.venv/bin/python -m pytest $(PYTEST_FLAGS)

@@ -1,13 +1,12 @@
-"""The toy's MoVQ: its shape, its trained weights, and the training job that makes them."""
+"""The toy's MoVQ: its shape, and its weights for photographs (`train_movq.py`) and for shapes."""
 
-from pathlib import Path
-
-import numpy as np
 import paddle
 from ppdiffusers import VQModel
-from safetensors.numpy import load_file
 
-WEIGHTS = Path(__file__).parent / "weights" / "movq.safetensors"
+from ppdiffusers_train.toy.shipped import FOLDER, load_weights
+
+WEIGHTS = FOLDER / "movq.safetensors"
+SHAPES_WEIGHTS = FOLDER / "movq_shapes.safetensors"
 
 
 def build_movq() -> VQModel:
@@ -34,10 +33,6 @@ def build_movq() -> VQModel:
     return movq
 
 
-def load_movq() -> VQModel:
-    """The trained MoVQ. Its weights are shipped as float16 and computed with as float32."""
-    movq = build_movq()
-    movq.set_state_dict(
-        {name: paddle.to_tensor(array.astype(np.float32)) for name, array in load_file(WEIGHTS).items()}
-    )
-    return movq
+def load_movq(file=WEIGHTS) -> VQModel:
+    """The MoVQ that was trained on photographs of 64x64 pixels, or with `SHAPES_WEIGHTS` on shapes of 32x32."""
+    return load_weights(build_movq(), file)

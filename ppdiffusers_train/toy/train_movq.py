@@ -8,10 +8,8 @@ through its codebook (van den Oord et al. 2017, arXiv 1711.00937). So half of ea
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
-import numpy as np
 import paddle
 from PIL import Image
-from safetensors.numpy import save_file
 
 from ppdiffusers_train.arguments import (
     ArgumentParser,
@@ -28,6 +26,7 @@ from ppdiffusers_train.models.weights import load_in_place
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.objectives.losses import mse_loss
 from ppdiffusers_train.toy.movq import build_movq
+from ppdiffusers_train.toy.shipped import write_weights
 from ppdiffusers_train.training import check_run, launch_training_task
 
 
@@ -46,6 +45,8 @@ def build_parser():
 
 class MoVQTrainingModule(DiffusionTrainingModule):
     """All of a MoVQ learns to reconstruct crops of photographs."""
+
+    shipped_as = "movq.safetensors"
 
     def __init__(self, args):
         super().__init__()
@@ -90,8 +91,7 @@ class MoVQTrainingModule(DiffusionTrainingModule):
     def save_pretrained(self, directory):
         """The model's folder, and its weights as the package ships them."""
         self.save_weights(directory)
-        arrays = {name: tensor.numpy().astype(np.float16) for name, tensor in self.movq.state_dict().items()}
-        save_file(arrays, f"{directory}/movq.safetensors")
+        write_weights(f"{directory}/{self.shipped_as}", {"": self.movq})
 
 
 @one_line_errors

@@ -37,6 +37,7 @@ from ppdiffusers_train.toy.shapes import (
     coverage,
     sample,
 )
+from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
 
 pytestmark = pytest.mark.once  # no Paddle in it
 
@@ -207,6 +208,23 @@ def test_an_interrupted_command_leaves_no_folder(tmp_path, monkeypatch):
     with pytest.raises(shapes_folder.UserError, match="cannot write to '.*shapes': No space left on device"):
         shapes_folder.write_shapes_folder(tmp_path / "shapes", 4)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_dataset_has_the_samples_of_its_seed_with_looks_in_turn():
+    rows = ShapesDataset(3, 7, 64, ("plain", "striped"), held_out=True)
+    assert len(rows) == 7
+    for index in range(7):
+        one, row = sample(3, index, 64, ("plain", "striped")[index % 2], held_out=True), rows[index]
+        assert row["image"].tobytes() == one.image.tobytes() and row["caption"] == one.caption
+        assert row["name"] == rows.name(index) == f"shape {index} of seed 3"
+    with pytest.raises(IndexError):
+        rows[7]
+
+
+def test_the_datasets_digest_tells_its_data_from_others():
+    others = (ShapesDataset(1, 7), ShapesDataset(0, 7, 64), ShapesDataset(0, 7, looks=("plain",)))
+    digests = {rows.digest() for rows in (ShapesDataset(0, 7), *others, ShapesDataset(0, 7, held_out=True))}
+    assert len(digests) == 5 and ShapesDataset(0, 7).digest() in digests
 
 
 def test_drawing_and_judging_need_no_paddle():

@@ -1,0 +1,41 @@
+"""The world of `shapes.py` as rows for training: drawn when they are asked for, nothing on disk."""
+
+import json
+
+from ppdiffusers_train.toy.shapes import LOOKS, sample
+
+
+class ShapesDataset:
+    """Rows `{"image": RGB PIL image, "caption": str, "name": str}`: samples 0 to `count` - 1 of `seed`.
+
+    Args:
+        seed: of the samples, see `shapes.sample`.
+        count: number of rows.
+        size: height and width of the pictures, in pixels.
+        looks: the rows have them in turn.
+        held_out: whether to draw the combinations that training never has.
+    """
+
+    def __init__(self, seed: int, count: int, size: int = 32, looks=LOOKS, held_out: bool = False):
+        self.seed, self.count, self.size, self.looks, self.held_out = seed, count, size, tuple(looks), held_out
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index: int) -> dict:
+        drawn = self.sample(index)
+        return {"image": drawn.image, "caption": drawn.caption, "name": self.name(index)}
+
+    def sample(self, index: int):
+        """Row `index` with all that it shows: a `shapes.Sample`."""
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        return sample(self.seed, index, self.size, self.looks[index % len(self.looks)], self.held_out)
+
+    def name(self, index: int) -> str:
+        """How to call row `index` in a message."""
+        return f"shape {index} of seed {self.seed}"
+
+    def digest(self) -> str:
+        """What tells this data from other data of as many samples."""
+        return json.dumps([self.seed, self.size, self.looks, self.held_out])

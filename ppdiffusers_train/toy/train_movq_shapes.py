@@ -1,0 +1,53 @@
+"""Train the toy's MoVQ further, on shapes; its weights are shipped as `weights/movq_shapes.safetensors`.
+
+    python -m ppdiffusers_train.toy.train_movq_shapes
+
+It begins with the one of photographs, which has learned what pictures need: colours, edges, a codebook in use.
+"""
+
+import ppdiffusers_train  # noqa: F401  (before paddle)
+
+from ppdiffusers_train.data.transforms import normalize_pixels
+from ppdiffusers_train.errors import one_line_errors
+from ppdiffusers_train.toy import recipe
+from ppdiffusers_train.toy.movq import WEIGHTS
+from ppdiffusers_train.toy.shipped import load_weights
+from ppdiffusers_train.toy.train_movq import MoVQTrainingModule
+from ppdiffusers_train.training import check_run, launch_training_task
+
+
+def build_parser():
+    return recipe.build_parser(
+        __doc__.splitlines()[0],
+        "outputs/movq_shapes",
+        train_batch_size=8,
+        learning_rate=2e-3,
+        max_train_steps=600,
+        resolution=32,
+        start_from=str(WEIGHTS),
+    )
+
+
+class ShapesMoVQTrainingModule(MoVQTrainingModule):
+    """All of a MoVQ learns to reconstruct whole pictures of shapes."""
+
+    shipped_as = "movq_shapes.safetensors"
+
+    def __init__(self, args):
+        super().__init__(args)
+        load_weights(self.movq, args.start_from)
+
+    def preprocess(self, row, draws):
+        """pixel_values [3, 32, 32]."""
+        return {"pixel_values": normalize_pixels(row["image"])}
+
+
+@one_line_errors
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    check_run(args)
+    launch_training_task(ShapesMoVQTrainingModule(args), recipe.build_shapes(args), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The shipped weights of the shapes' autoencoders and CLIP do what they are shipped for, and random ones do not."""
+
+import ppdiffusers_train  # noqa: F401
+
+from functools import partial
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+from ppdiffusers.transformers import CLIPTextModel
+
+from ppdiffusers_train.data.transforms import normalize_pixels
+from ppdiffusers_train.draws import generator
+from ppdiffusers_train.models.text import tokenize
+from ppdiffusers_train.models.weights import WEIGHTS_FILE
+from ppdiffusers_train.toy import movq, towers, train_clip, train_movq_shapes, train_vae, vae
+from ppdiffusers_train.toy.judge import judge
+from ppdiffusers_train.toy.shapes import (
+    CONTENTS,
+    HELD_OUT,
+    LOOKS,
+    MARGIN,
+    RADIUS,
+    SEEN,
+    WORDINGS,
+    Scene,
+    caption,
+    draw,
+    sample,
+)
+from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
+from ppdiffusers_train.toy.shipped import FOLDER
+from ppdiffusers_train.toy.tokenizer import build_tokenizer
+from tests.conftest import tensors
+
+SEED = 7  # of pictures that no recipe has seen
+
+
+def samples(count):
+    """Pictures of all looks; every sixth shows a combination that is held out of training."""
+    return [sample(SEED, index, 32, LOOKS[index % 3], held_out=index % 6 == 0) for index in range(count)]
+
+
+def pixels_of(drawn):
+    """[N, 3, 32, 32] in [-1, 1]."""
+    return paddle.to_tensor(np.stack([normalize_pixels(one.image) for one in drawn]))
+
+
+def judged_right(reconstructions, drawn):
+    """The share of reconstructions, in [-1, 1], in which shape, colour and background are still read right."""
+    pictures = ((reconstructions.clip(-1, 1).numpy() + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    return np.mean([judge(picture).content == one.scene.content for picture, one in zip(pictures, drawn)])
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return samples(150)
+
+
+@paddle.no_grad()
+def vae_reconstructions(file, drawn):
+    model = vae.load_vae(file)
+    latents = model.encode(pixels_of(drawn)).latent_dist.mode() * model.config.scaling_factor
+    assert latents.shape == [len(drawn), 4, 8, 8] and 0.9 < float(latents.std()) < 1.1
+    return model.decode(latents / model.config.scaling_factor).sample
+
+
+@paddle.no_grad()
+def movq_reconstructions(file, drawn, force_not_quantize=True):
+    model = movq.load_movq(file)
+    latents = model.encode(pixels_of(drawn)).latents
+    assert latents.shape == [len(drawn), 4, 8, 8] and 0.8 < float(latents.std()) < 1.2
+    return model.decode(latents, force_not_quantize=force_not_quantize).sample
+
+
+AUTOENCODERS = {
+    "vae": (vae_reconstructions, vae.WEIGHTS),
+    "movq": (movq_reconstructions, movq.SHAPES_WEIGHTS),  # as Kandinsky's pipeline decodes
+    "codebook": (partial(movq_reconstructions, force_not_quantize=False), movq.SHAPES_WEIGHTS),
+}
+
+
+@pytest.mark.parametrize("name", ["vae", "movq"])
+def test_plain_and_striped_pictures_keep_what_they_show(drawn, name):
+    some = [one for one in drawn if one.scene.look != "outlined"]
+    reconstruct, file = AUTOENCODERS[name]
+    assert judged_right(reconstruct(file, some), some) >= 0.98
+
+
+@pytest.mark.xfail(reason="the aim, not reached yet: of 500 pictures vae 97.6 %, movq 96.6 %, codebook 94.2 %")
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_pictures_of_all_looks_keep_what_they_show(drawn, name):
+    reconstruct, file = AUTOENCODERS[name]
+    assert judged_right(reconstruct(file, drawn), drawn) >= 0.98
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def input_ids(tokenizer, captions):
+    return paddle.to_tensor(np.stack([tokenize(tokenizer, text)[0] for text in captions]))
+
+
+def vision_pixels(images):
+    return paddle.to_tensor(towers.build_image_processor()(images, return_tensors="np").pixel_values)
+
+
+@paddle.no_grad()
+def retrieval(text_tower, vision_tower, tokenizer, language):
+    """Shares of captions that find their picture, and of pictures that find their caption, of 100 contents."""
+    contents = [*HELD_OUT, *(content for index, content in enumerate(SEEN) if index % 5)]
+    assert len(contents) == 100
+    wordings = WORDINGS[language]
+    captions = [caption(content, wordings[index % len(wordings)]) for index, content in enumerate(contents)]
+    texts = text_tower(input_ids(tokenizer, captions))[0].numpy()
+    pictures = vision_tower(vision_pixels([picture_of(content) for content in contents]))[0].numpy()
+    texts, pictures = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (texts, pictures))
+    similarity = texts @ pictures.T
+    own = np.arange(len(contents))
+    return (similarity.argmax(1) == own).mean(), (similarity.argmax(0) == own).mean()
+
+
+def picture_of(content):
+    """A picture of `content`, somewhere and of some size."""
+    random = generator(SEED, CONTENTS.index(content), "test")
+    radius = random.uniform(*RADIUS)
+    x, y = random.uniform(MARGIN + radius, 1 - MARGIN - radius, 2)
+    return Image.fromarray(draw(Scene(content, "plain", x, y, radius), 32))
+
+
+def check_towers(file, tokenizer, language="en"):
+    models = towers.load_text_tower(tokenizer, file=file), towers.load_vision_tower(file)
+    assert min(retrieval(*models, tokenizer, language)) >= 0.95
+
+
+@pytest.mark.xfail(reason="the aim, not reached yet: colours are told apart, shapes only in part")
+@pytest.mark.parametrize("language", WORDINGS)
+def test_captions_find_their_pictures_and_pictures_their_captions(tokenizer, language):
+    check_towers(towers.WEIGHTS, tokenizer, language)
+
+
+def test_random_models_do_none_of_this(tokenizer, drawn):
+    paddle.seed(0)
+    few = drawn[:20]
+    with paddle.no_grad():
+        for model in (vae.build_vae(), movq.build_movq()):
+            assert judged_right(model(pixels_of(few)).sample, few) < 0.1
+    random_towers = towers.build_text_tower(tokenizer), towers.build_vision_tower()
+    assert max(retrieval(*random_towers, tokenizer, "en")) < 0.1
+
+
+@paddle.no_grad()
+def test_the_text_tower_is_the_same_with_and_without_its_projection(tokenizer):
+    ids = input_ids(tokenizer, ["a red circle on a white background", "黑色背景上的蓝色圆形"])
+    projected = towers.load_text_tower(tokenizer)(ids, output_hidden_states=True)
+    plain = towers.load_text_tower(tokenizer, CLIPTextModel)(ids, output_hidden_states=True)
+    assert projected.text_embeds.shape == [2, towers.EMBEDDING]
+    assert np.array_equal(projected.last_hidden_state.numpy(), plain.last_hidden_state.numpy())
+    assert np.array_equal(projected.hidden_states[-2].numpy(), plain.hidden_states[-2].numpy())
+
+
+@paddle.no_grad()
+def test_the_recorded_statistics_are_those_of_the_worlds_embeddings():
+    mean, std = towers.load_embedding_statistics()
+    assert mean.shape == std.shape == (1, towers.EMBEDDING)
+    rows = ShapesDataset(SEED, 300, looks=("plain",))
+    pixels = vision_pixels([rows[index]["image"] for index in range(len(rows))])
+    normalised = (towers.load_vision_tower()(pixels)[0].numpy() - mean) / std
+    assert np.abs(normalised.mean(0)).max() < 0.3 and np.abs(normalised.std(0) - 1).max() < 0.3
+
+
+def test_the_towers_are_small_and_so_are_the_files():
+    file = tensors(towers.WEIGHTS)
+    for prefix in (towers.TEXT, towers.VISION):
+        assert sum(array.size for name, array in file.items() if name.startswith(prefix)) < 1_000_000
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.safetensors")) < 5_000_000
+
+
+RECIPES = {vae.WEIGHTS: train_vae, movq.SHAPES_WEIGHTS: train_movq_shapes, towers.WEIGHTS: train_clip}
+
+
+@pytest.mark.parametrize("shipped", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_goes_on_where_it_was_stopped_and_writes_what_is_shipped(shipped, tmp_path):
+    def run(out, *flags):
+        RECIPES[shipped].main([f"--output_dir={tmp_path / out}", "--train_batch_size=4", "--report_to=none", *flags])
+        return tensors(tmp_path / out / shipped.name)
+
+    steps = ("--max_train_steps=2", "--checkpointing_steps=1")
+    whole, resumed = run("out", *steps), run("out", *steps, "--resume_from_checkpoint=checkpoint-1")
+    assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
+    assert {name: array.shape for name, array in whole.items()} == {
+        name: array.shape for name, array in tensors(shipped).items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shipped", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_makes_weights_as_good_as_the_shipped_ones(shipped, drawn, tokenizer, tmp_path):
+    """Not the same to the bit, which depends on the processor and its threads: what they do is compared."""
+    made = tmp_path / shipped.name
+    flags = [f"--output_dir={tmp_path}", "--report_to=none"]
+    RECIPES[shipped].main(flags)
+    if shipped == towers.WEIGHTS:
+        further = tmp_path / "further"
+        halfway = tmp_path / "checkpoint-500" / "clip" / WEIGHTS_FILE
+        RECIPES[shipped].main(
+            [*flags, f"--start_from={halfway}", "--seed=1", "--max_train_steps=800", f"--output_dir={further}"]
+        )
+        made = further / shipped.name
+        check_towers(made, tokenizer)
+    else:
+        plain = [one for one in drawn if one.scene.look == "plain"]
+        reconstruct = vae_reconstructions if shipped == vae.WEIGHTS else movq_reconstructions
+        assert judged_right(reconstruct(made, plain), plain) >= 0.98
