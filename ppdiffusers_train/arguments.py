@@ -15,7 +15,7 @@ from ppdiffusers_train.argument_parser import (
     unit_float,
 )
 
-__all__ = ["ArgumentParser", "Flag", "unit_float"]  # for scripts, beside the groups below
+__all__ = ["ArgumentParser", "Flag"]  # for scripts, beside the groups below
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_BIAS_STRATEGIES = ("none", "earlier", "later", "range")
@@ -95,10 +95,7 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
         help="split the optimizer's state over so many cards (ZeRO 1)",
     )
     group.add_argument(
-        "--collective_timeout",
-        type=positive_float,
-        default=1800.0,
-        help="seconds a card waits for the others in a step",
+        "--collective_timeout", type=positive_float, default=1800.0, help="seconds a card waits for others in a step"
     )
 
     group = parser.add_argument_group("optimizer")
@@ -122,9 +119,17 @@ def add_diffusion_arguments(parser, noise_offset=False):
     """How the denoising loss is built, read by the jobs; `noise_offset` where there are latents to offset."""
     group = parser.add_argument_group("diffusion")
     group.add_argument("--snr_gamma", type=positive_float, help="min-SNR loss weights; 5.0 is the paper's value")
+    add_empty_prompts_argument(group)
     if noise_offset:
         group.add_argument("--noise_offset", type=non_negative_float, default=0.0, help="scale of the offset noise")
     return group
+
+
+def add_empty_prompts_argument(group):
+    """How often a sample is learned without what describes it, as guidance draws: read by the jobs."""
+    group.add_argument(
+        "--proportion_empty_prompts", type=unit_float, default=0.0, help="share of captions that are dropped, at random"
+    )
 
 
 def add_kandinsky_arguments(parser):
@@ -195,9 +200,7 @@ def add_distillation_arguments(parser):
     group.add_argument("--center_crop", action=Flag, help="crop the centre; default: anywhere, drawn for each sample")
     group.add_argument("--random_flip", action=Flag, help="mirror every second image, drawn for each sample")
     group.add_argument("--interpolation_type", choices=INTERPOLATION_MODES, default="bilinear", help="of resizing")
-    group.add_argument(
-        "--proportion_empty_prompts", type=unit_float, default=0.0, help="share of captions that are dropped, at random"
-    )
+    add_empty_prompts_argument(group)
     group.add_argument(
         "--vae_encode_batch_size", type=positive_int, default=1,
         help="samples encoded together: several are faster on a card, one has the same bits in any batch",
@@ -252,10 +255,7 @@ def add_output_arguments(parser, output_dir):
     group.add_argument("--checkpointing_steps", type=positive_int, default=500, help="a checkpoint every N steps")
     group.add_argument("--checkpoints_total_limit", type=positive_int, help="keep only the newest N checkpoints")
     group.add_argument(
-        "--on_save_error",
-        choices=("stop", "continue"),
-        default="stop",
-        help="what to do when a checkpoint cannot be written",
+        "--on_save_error", choices=("stop", "continue"), default="stop", help="when a checkpoint cannot be written"
     )
     group.add_argument(
         "--resume_from_checkpoint", metavar="DIR", help="a checkpoint's folder, its name in output_dir, or `latest`"

@@ -14,11 +14,14 @@ import contextlib
 import json
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from ppdiffusers_train.argument_parser import ArgumentParser, CommandParser, Flag, byte_size, positive_int, seed
 from ppdiffusers_train.errors import UserError, one_line_errors
+
+MIXED = "mixed"  # all looks in turn
 
 # Each command imports what it needs: `--help` should be fast, and so should the processes that a command starts, which
 # import this file, too.
@@ -110,10 +113,29 @@ def convert_lora(args) -> None:
 
 
 def toy_data(args) -> None:
-    """Draw a folder of training data from the world of shapes."""
+    """Draw training data from the world of shapes, as a folder or as shards."""
+    from ppdiffusers_train.toy.shapes import LOOKS
+    from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
     from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
 
-    write_shapes_folder(args.output, args.count, args.seed, size=args.size, look=args.look, held_out=args.held_out)
+    looks = LOOKS if args.look == MIXED else (args.look,)
+    shapes = ShapesDataset(args.seed, args.count, args.size, looks, args.held_out)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "shapes") if args.shard_size else args.output
+        write_shapes_folder(folder, shapes)
+        if args.shard_size:
+            from ppdiffusers_train.data.packing import pack
+            from ppdiffusers_train.data.sources import open_source
+
+            pack(
+                open_source(str(folder), "image", "text"),
+                args.output,
+                args.shard_size,
+                "shapes",
+                "text",
+                processes=1,
+                say=print,
+            )
     print(f"{args.output}: {args.count} pictures of {args.size} x {args.size} pixels, with captions")
 
 
@@ -205,7 +227,8 @@ def build_parser():
     command.add_argument("output", help="folder to write: new, or empty")
     command.add_argument("--count", type=positive_int, required=True, help="number of pictures")
     command.add_argument("--size", type=int, choices=SIZES, default=32, help="height and width, in pixels")
-    command.add_argument("--look", choices=LOOKS, default="plain", help="how shapes are drawn")
+    command.add_argument("--look", choices=(*LOOKS, MIXED), default="plain", help="how shapes are drawn")
+    command.add_argument("--shard_size", type=byte_size, metavar="SIZE", help="write tar shards, each at most so large")
     command.add_argument("--seed", type=seed, default=0, help="another seed draws other pictures")
     command.add_argument(
         "--held_out",

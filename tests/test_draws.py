@@ -52,6 +52,13 @@ def test_numbers_never_change_between_versions_of_this_project():
     assert row.normal("noise", [2]).tolist() == pytest.approx(PINNED["normal"], abs=1e-6)
 
 
+def test_what_happens_with_a_probability_happens_so_often_and_draws_nothing_where_that_is_none():
+    rows = [RowDraws(0, position) for position in range(2000)]
+    assert np.mean([row.happens("drop", 0.2) for row in rows]) == pytest.approx(0.2, abs=0.03)
+    still = RowDraws(0, 0)
+    assert not still.happens("drop", 0.0) and not still.drawn
+
+
 def test_distributions_are_what_their_names_say():
     draws = Draws(3, range(4000))
     normal = draws.normal("noise").numpy()

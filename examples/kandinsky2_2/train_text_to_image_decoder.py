@@ -7,6 +7,7 @@ The result is a folder for `KandinskyV22CombinedPipeline.from_pretrained`, with 
 
 import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
 
+import numpy as np
 from PIL import Image
 from ppdiffusers import DDPMScheduler, UNet2DConditionModel, VQModel
 from ppdiffusers.transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
@@ -75,10 +76,16 @@ class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
         image, resolution = row["image"], self.args.resolution
         square = center_crop_square(image).resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=1)
         clip_pixels = self.image_processor(image, return_tensors="np").pixel_values[0]
+        if draws.happens("drop_caption", self.args.proportion_empty_prompts):
+            clip_pixels = np.zeros_like(clip_pixels)  # what guidance knows as no image: the embedding of zeros
         return {"pixel_values": normalize_pixels(square), "clip_pixel_values": clip_pixels}
 
     def encoding_settings(self):
-        return {"resolution": self.args.resolution, "image_processor": self.image_processor.to_dict()}
+        return {
+            "resolution": self.args.resolution,
+            "image_processor": self.image_processor.to_dict(),
+            "proportion_empty_prompts": self.args.proportion_empty_prompts,
+        }
 
     def encode(self, batch):
         """latents [B, 4, r, r], unquantised and unscaled; image_embeds [B, D]."""

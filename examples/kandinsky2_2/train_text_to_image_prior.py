@@ -81,11 +81,16 @@ class KandinskyPriorTrainingModule(DiffusionTrainingModule):
             announce_plain_attention("the prior's attention has a mask")
 
     def encoding_settings(self):
-        return {"image_processor": self.image_processor.to_dict(), "tokenizer": self.tokenizer.get_vocab()}
+        return {
+            "image_processor": self.image_processor.to_dict(),
+            "tokenizer": self.tokenizer.get_vocab(),
+            "proportion_empty_prompts": self.args.proportion_empty_prompts,
+        }
 
     def preprocess(self, row, draws):
         """clip_pixel_values as CLIP crops them; input_ids and text_mask [L] of the caption."""
-        input_ids, text_mask = tokenize(self.tokenizer, row["caption"])
+        dropped = draws.happens("drop_caption", self.args.proportion_empty_prompts)
+        input_ids, text_mask = tokenize(self.tokenizer, "" if dropped else row["caption"])
         clip_pixels = self.image_processor(row["image"], return_tensors="np").pixel_values[0]
         return {"clip_pixel_values": clip_pixels, "input_ids": input_ids, "text_mask": text_mask}
 

@@ -131,7 +131,7 @@ class LCMTrainingModule(DiffusionTrainingModule):
             row["image"], args.resolution, args.resolution, draws, args.interpolation_type, args.center_crop,
             args.random_flip,
         )  # fmt: skip
-        if args.proportion_empty_prompts and draws.uniform("drop_caption") < args.proportion_empty_prompts:
+        if draws.happens("drop_caption", args.proportion_empty_prompts):
             caption = ""
         return {"pixel_values": normalize_pixels(image), "input_ids": tokenize(self.tokenizer, caption)[0]}
 

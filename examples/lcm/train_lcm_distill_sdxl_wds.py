@@ -62,7 +62,7 @@ class LCMSDXLTrainingModule(LCMTrainingModule):
         of the crop, height and width of what is drawn."""
         args, image, caption, size = self.args, row["image"], row["caption"], self.args.resolution
         crop, top, left = fit(image, size, size, draws, args.interpolation_type, args.center_crop, args.random_flip)
-        if args.proportion_empty_prompts and draws.uniform("drop_caption") < args.proportion_empty_prompts:
+        if draws.happens("drop_caption", args.proportion_empty_prompts):
             caption = ""
         told = (size, size, 0, 0) if args.use_fix_crop_and_size else (image.height, image.width, top, left)
         return {

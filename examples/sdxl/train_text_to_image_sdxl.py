@@ -20,7 +20,6 @@ from ppdiffusers_train.arguments import (
     add_timestep_arguments,
     add_training_arguments,
     add_validation_arguments,
-    unit_float,
 )
 from ppdiffusers_train.data.buckets import bucket_sizes, nearest_bucket
 from ppdiffusers_train.data.dataset import build_dataset
@@ -46,9 +45,7 @@ def build_parser():
     add_sdxl_arguments(parser)
     add_data_arguments(parser)
     add_training_arguments(parser)
-    add_diffusion_arguments(parser, noise_offset=True).add_argument(
-        "--proportion_empty_prompts", type=unit_float, default=0.0, help="share of captions that are dropped, at random"
-    )
+    add_diffusion_arguments(parser, noise_offset=True)
     add_timestep_arguments(parser)
     add_output_arguments(parser, output_dir="sdxl-model-finetuned")
     add_validation_arguments(parser, num_validation_images=4, validation_epochs=1)
@@ -120,7 +117,7 @@ class SDXLTrainingModule(DiffusionTrainingModule):
         image, top, left = fit(
             image, rows, columns, draws, args.image_interpolation_mode, args.center_crop, args.random_flip
         )
-        if args.proportion_empty_prompts and draws.uniform("drop_caption") < args.proportion_empty_prompts:
+        if draws.happens("drop_caption", args.proportion_empty_prompts):
             caption = ""
         return {
             "pixel_values": normalize_pixels(image),

@@ -63,11 +63,11 @@ def build_scheduler(prediction_type="epsilon") -> DDPMScheduler:
     )
 
 
-def build_unet(channels=(32, 64)) -> UNet2DConditionModel:
+def build_unet(channels=(32, 64), sample_size=16) -> UNet2DConditionModel:
     """The decoder's UNet: image embeddings enter as time embedding and, through added keys and values, as tokens."""
     lower = len(channels) - 1
     unet = UNet2DConditionModel(
-        sample_size=16,
+        sample_size=sample_size,
         in_channels=4,
         out_channels=8,
         down_block_types=("ResnetDownsampleBlock2D",) + ("SimpleCrossAttnDownBlock2D",) * lower,
@@ -105,31 +105,39 @@ def build_prior_pipeline(tokenizer_directory) -> KandinskyV22PriorPipeline:
             projection_dim=EMBEDDING,
         )
     )
-    prior = PriorTransformer(
+    prior = build_prior()
+    with paddle.no_grad():
+        prior.clip_std.set_value(paddle.ones_like(prior.clip_std))  # a fresh one is 0, and the prior divides by it
+    return assemble_prior_pipeline(tokenizer, text_encoder, image_encoder, prior)
+
+
+def build_prior(layers=2) -> PriorTransformer:
+    """The prior at random weights, for captions of 77 tokens."""
+    return PriorTransformer(
         num_attention_heads=4,
-        attention_head_dim=16,
-        num_layers=2,
+        attention_head_dim=EMBEDDING // 4,
+        num_layers=layers,
         embedding_dim=EMBEDDING,
         num_embeddings=77,
         additional_embeddings=4,
     )
-    with paddle.no_grad():
-        prior.clip_std.set_value(paddle.ones_like(prior.clip_std))  # a fresh one is 0, and the prior divides by it
-    image_processor = CLIPImageProcessor(
-        size={"shortest_edge": CLIP_IMAGE_SIZE}, crop_size={"height": CLIP_IMAGE_SIZE, "width": CLIP_IMAGE_SIZE}
-    )
-    scheduler = UnCLIPScheduler(
-        variance_type="fixed_small_log",
-        num_train_timesteps=1000,
-        clip_sample=True,
-        clip_sample_range=5.0,
-        prediction_type="sample",
-    )
+
+
+def assemble_prior_pipeline(tokenizer, text_encoder, image_encoder, prior) -> KandinskyV22PriorPipeline:
+    """A prior's pipeline of these parts, with the published model's way of sampling."""
     return KandinskyV22PriorPipeline(
         prior=prior,
         image_encoder=image_encoder,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        scheduler=scheduler,
-        image_processor=image_processor,
+        scheduler=UnCLIPScheduler(
+            variance_type="fixed_small_log",
+            num_train_timesteps=1000,
+            clip_sample=True,
+            clip_sample_range=5.0,
+            prediction_type="sample",
+        ),
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": CLIP_IMAGE_SIZE}, crop_size={"height": CLIP_IMAGE_SIZE, "width": CLIP_IMAGE_SIZE}
+        ),
     )

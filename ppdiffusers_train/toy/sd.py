@@ -37,16 +37,16 @@ def build_sd(directory, channels=(16, 32), seed=0, prediction_type="epsilon") ->
     return directory
 
 
-def build_unet(channels=(16, 32)) -> UNet2DConditionModel:
+def build_unet(channels=(16, 32), sample_size=16, embedding=EMBEDDING) -> UNet2DConditionModel:
     """A UNet with cross-attention at all but the lowest resolution, as the published one."""
     upper = len(channels) - 1
     return UNet2DConditionModel(
-        sample_size=16,
+        sample_size=sample_size,
         down_block_types=("CrossAttnDownBlock2D",) * upper + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * upper,
         block_out_channels=channels,
         layers_per_block=1,
         attention_head_dim=2,
-        cross_attention_dim=EMBEDDING,
+        cross_attention_dim=embedding,
         norm_num_groups=16,
     )

@@ -55,21 +55,21 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def build_unet(channels=(16, 32)) -> UNet2DConditionModel:
+def build_unet(channels=(16, 32), sample_size=16, embedding=EMBEDDING) -> UNet2DConditionModel:
     """A UNet that takes both encoders' tokens, the pooled text and the six time ids."""
     lower = len(channels) - 1
     return UNet2DConditionModel(
-        sample_size=16,
+        sample_size=sample_size,
         down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * lower,
         up_block_types=("CrossAttnUpBlock2D",) * lower + ("UpBlock2D",),
         block_out_channels=channels,
         layers_per_block=1,
         transformer_layers_per_block=[1] + [2] * lower,
         attention_head_dim=[2] + [4] * lower,
-        cross_attention_dim=2 * EMBEDDING,
+        cross_attention_dim=2 * embedding,
         use_linear_projection=True,
         norm_num_groups=16,
         addition_embed_type="text_time",
         addition_time_embed_dim=TIME_ID_CHANNELS,
-        projection_class_embeddings_input_dim=EMBEDDING + 6 * TIME_ID_CHANNELS,
+        projection_class_embeddings_input_dim=embedding + 6 * TIME_ID_CHANNELS,
     )

@@ -1,4 +1,4 @@
-"""Samples of `shapes.py` as a folder of images, which every training script can read."""
+"""Pictures of shapes as a folder of images, which every training script can read."""
 
 import json
 from pathlib import Path
@@ -7,15 +7,14 @@ from tqdm import tqdm
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.runtime.checkpoint import written_whole
-from ppdiffusers_train.toy.shapes import sample
+from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
 
 
-def write_shapes_folder(folder, count: int, seed: int = 0, **options) -> None:
-    """Write samples 0 to `count` - 1 of `seed` as PNG files with a `metadata.jsonl`: all of them, or nothing.
+def write_shapes_folder(folder, shapes: ShapesDataset) -> None:
+    """Write samples as PNG files with a `metadata.jsonl`: all of them, or nothing.
 
     Args:
         folder: does not exist yet, or is empty.
-        options: of `shapes.sample`: size, look, held_out.
     Raises:
         UserError: `folder` is in use, or cannot be written.
     """
@@ -24,10 +23,10 @@ def write_shapes_folder(folder, count: int, seed: int = 0, **options) -> None:
         if target.exists() and any(target.iterdir()):
             raise UserError(f"{str(folder)!r} is not empty; expected a new folder, or an empty one")
         with written_whole(target) as inside, open(inside / "metadata.jsonl", "w", encoding="utf-8") as metadata:
-            for index in tqdm(range(count), desc="drawing", unit="image", delay=5):
-                image, caption, _ = sample(seed, index, **options)
-                row = {"file_name": f"{index:06}.png", "text": caption}
-                image.save(inside / row["file_name"])
+            for index in tqdm(range(len(shapes)), desc="drawing", unit="image", delay=5):
+                drawn = shapes.sample(index)
+                row = {"file_name": f"{index:06}.png", "text": drawn.caption}
+                drawn.image.save(inside / row["file_name"])
                 metadata.write(json.dumps(row, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error

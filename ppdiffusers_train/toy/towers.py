@@ -22,8 +22,8 @@ IMAGE_SIZE = 32
 
 
 def build_text_tower(tokenizer, tower_class=CLIPTextModelWithProjection):
-    """A text tower with random weights for the tokenizer of `tokenizer.py`."""
-    return tower_class(text_config(tokenizer, EMBEDDING, layers=3, heads=2))
+    """A text tower with random weights, for a tokenizer whose words are `words.vocabulary()`."""
+    return tower_class(text_config(tokenizer, EMBEDDING, layers=2, heads=2))
 
 
 def build_vision_tower() -> CLIPVisionModelWithProjection:
@@ -34,7 +34,7 @@ def build_vision_tower() -> CLIPVisionModelWithProjection:
             patch_size=8,
             hidden_size=EMBEDDING,
             intermediate_size=4 * EMBEDDING,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=2,
             projection_dim=EMBEDDING,
         )

@@ -1,12 +1,10 @@
-r"""Train the shapes' CLIP; its weights are shipped as `weights/clip.safetensors`.
+"""Train the shapes' CLIP; its weights are shipped as `weights/clip.safetensors`.
 
     python -m ppdiffusers_train.toy.train_clip
-    python -m ppdiffusers_train.toy.train_clip --output_dir outputs/clip_further --seed 1 --max_train_steps 800 \
-        --start_from outputs/clip/checkpoint-500/clip/diffusion_paddle_model.safetensors
 
-In a batch, each caption, English or Chinese, has to find its picture, and each picture its caption (Radford et al.
-2021, arXiv 2103.00020, section 2.3). Colours are soon learned and shapes are not, as few pictures of a batch differ in
-nothing else: so each caption's picture is given rivals, the same colours in other shapes (hard negatives).
+In a batch, each caption, English or Chinese, has to find the pictures that it fits, and each picture its captions
+(Radford et al. 2021, arXiv 2103.00020, section 2.3). Colours are soon learned and shapes are not, as few pictures of
+a random batch differ in nothing else: so pictures come in fours, one of each shape in the same colours.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -27,9 +25,20 @@ from ppdiffusers_train.models.weights import WEIGHTS_FILE, load_in_place
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.toy import recipe
 from ppdiffusers_train.toy.judge import parse_caption
-from ppdiffusers_train.toy.shapes import CONTENTS, MARGIN, RADIUS, SHAPES, Scene, draw, is_held_out
+from ppdiffusers_train.toy.shapes import (
+    CONTENTS,
+    LOOKS,
+    MARGIN,
+    RADIUS,
+    SHAPES,
+    WORDINGS,
+    Scene,
+    caption,
+    draw,
+    is_held_out,
+)
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
-from ppdiffusers_train.toy.shipped import load_weights, write_weights
+from ppdiffusers_train.toy.shipped import write_weights
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
 from ppdiffusers_train.toy.towers import (
     IMAGE_SIZE,
@@ -41,9 +50,11 @@ from ppdiffusers_train.toy.towers import (
     build_text_tower,
     build_vision_tower,
 )
+from ppdiffusers_train.toy.words import name_look, vocabulary
 from ppdiffusers_train.training import check_run, launch_training_task
 
 FIRST_LOGIT_SCALE, MAX_LOGIT_SCALE = 1 / 0.07, 100.0  # the paper's
+NAMED_LOOKS = 0.5  # share of captions that say how the shape is drawn
 MEASURED_PICTURES = 2000
 
 
@@ -51,10 +62,10 @@ def build_parser():
     return recipe.build_parser(
         __doc__.splitlines()[0],
         "outputs/clip",
-        train_batch_size=32,
+        train_batch_size=16,
         learning_rate=2e-3,
         adam_beta2=0.98,  # the paper's, for transformers of pictures
-        max_train_steps=600,
+        max_train_steps=4000,
     )
 
 
@@ -63,29 +74,31 @@ class CLIPTrainingModule(DiffusionTrainingModule):
 
     def __init__(self, args):
         super().__init__()
+        self.encode_batch_size = args.train_batch_size
         with tempfile.TemporaryDirectory() as folder:
-            self.tokenizer = build_tokenizer(folder)
+            self.tokenizer = build_tokenizer(folder, vocabulary())
         self.image_processor = build_image_processor()
         paddle.seed(args.seed)
         self.text, self.vision = build_text_tower(self.tokenizer), build_vision_tower()
-        if args.start_from:
-            load_weights(self.text, args.start_from, TEXT)
-            load_weights(self.vision, args.start_from, VISION)
         self.log_scale = self.create_parameter(
             [1], default_initializer=nn.initializer.Constant(math.log(FIRST_LOGIT_SCALE))
         )
 
     def preprocess(self, row, draws):
-        """input_ids [77]; pixel_values [4, 3, 32, 32] of the picture and its rivals; `contents` [4], what they show."""
+        """A picture of each shape in the row's colours, each with a caption: input_ids [4, 77], pixel_values
+        [4, 3, 32, 32], `content` and `look` [4], what is drawn, and `named_look` [4], what the caption says, or -1."""
         content = parse_caption(row["caption"])
-        contents = [content, *(content._replace(shape=shape) for shape in SHAPES if shape != content.shape)]
-        # Instead of what training must not see there is one more picture of the caption's own content.
+        contents = [content._replace(shape=shape) for shape in SHAPES]
+        # Instead of what training must not see there is one more picture of the row's own content.
         contents = [content if is_held_out(one) else one for one in contents]
-        images = [row["image"], *(draw_anywhere(one, draws, f"rival_{i}") for i, one in enumerate(contents[1:]))]
+        drawn = [draw_anywhere(one, draws, f"picture_{number}") for number, one in enumerate(contents)]
+        images, captions, looks, named = zip(*drawn)
         return {
-            "input_ids": tokenize(self.tokenizer, row["caption"])[0],
-            "pixel_values": self.image_processor(images, return_tensors="np").pixel_values,
-            "contents": np.array([CONTENTS.index(one) for one in contents]),
+            "input_ids": np.stack([tokenize(self.tokenizer, caption)[0] for caption in captions]),
+            "pixel_values": self.image_processor(list(images), return_tensors="np").pixel_values,
+            "content": np.array([CONTENTS.index(one) for one in contents]),
+            "look": np.array(looks),
+            "named_look": np.array(named),
         }
 
     def encode(self, batch):
@@ -93,22 +106,16 @@ class CLIPTrainingModule(DiffusionTrainingModule):
         return batch
 
     def forward(self, encoded, draws):
-        """Cross entropy of finding each caption's picture among all, and of finding each picture's caption."""
-        input_ids, contents = encoded["input_ids"], encoded["contents"]
-        size, pictures_each = contents.shape
+        """Cross entropy of finding what belongs together, in both directions; several may fit equally well."""
+        encoded = {name: array.flatten(0, 1) for name, array in encoded.items()}
+        input_ids, named = encoded["input_ids"], encoded["named_look"].unsqueeze(1)
         # Attention is causal: nothing behind the first end token has a part in the caption's embedding.
         ends = (input_ids == self.tokenizer.eos_token_id).astype("int64").argmax(1)
         texts = unit(self.text(input_ids[:, : int(ends.max()) + 1])[0])
-        pictures = unit(self.vision(encoded["pixel_values"].flatten(0, 1))[0])
-        scale = self.log_scale.clip(max=math.log(MAX_LOGIT_SCALE)).exp()
-        answers = paddle.arange(size)
-        own = nn.functional.one_hot(answers * pictures_each, size * pictures_each)
-        # Another picture of the same content is no wrong answer.
-        same_content = (contents[:, :1] == contents.flatten()).astype("float32")
-        logits = scale * texts @ pictures.T - 1e4 * (same_content - own)
-        find_picture = nn.functional.cross_entropy(logits, answers * pictures_each)
-        find_caption = nn.functional.cross_entropy(logits[:, ::pictures_each].T, answers)
-        return (find_picture + find_caption) / 2
+        pictures = unit(self.vision(encoded["pixel_values"])[0])
+        fits = (encoded["content"].unsqueeze(1) == encoded["content"]) & ((named == encoded["look"]) | (named == -1))
+        similarities = self.log_scale.clip(max=math.log(MAX_LOGIT_SCALE)).exp() * texts @ pictures.T
+        return (find(similarities, fits) + find(similarities.T, fits.T)) / 2
 
     def save_weights(self, directory):
         folder = Path(directory) / "clip"
@@ -126,11 +133,22 @@ class CLIPTrainingModule(DiffusionTrainingModule):
         write_weights(f"{directory}/clip.safetensors", models, **{MEAN: mean, STD: std})
 
 
-def draw_anywhere(content, draws, name: str):
-    """A picture of `content` at a place and of a size that `draws` gives under `name`."""
+def draw_anywhere(content, draws, name: str) -> tuple:
+    """A picture of `content` in some place, size and look, a caption, the look's number, and that which is named."""
     radius = draws.uniform(f"{name}_radius", *RADIUS)
     x, y = (draws.uniform(f"{name}_{axis}", MARGIN + radius, 1 - MARGIN - radius) for axis in "xy")
-    return Image.fromarray(draw(Scene(content, "plain", x, y, radius), IMAGE_SIZE))
+    look = draws.integers(f"{name}_look", 0, len(LOOKS))
+    wordings = WORDINGS[list(WORDINGS)[draws.integers(f"{name}_language", 0, len(WORDINGS))]]
+    text = caption(content, wordings[draws.integers(f"{name}_wording", 0, len(wordings))])
+    named = draws.happens(f"{name}_names_look", NAMED_LOOKS)
+    image = Image.fromarray(draw(Scene(content, LOOKS[look], x, y, radius), IMAGE_SIZE))
+    return image, name_look(text, LOOKS[look]) if named else text, look, look if named else -1
+
+
+def find(similarities, fits):
+    """Mean cross entropy of each row's softmax against equal shares of all that fit: [N, M], bool [N, M] -> scalar."""
+    shares = fits.astype("float32")
+    return nn.functional.cross_entropy(similarities, shares / shares.sum(1, keepdim=True), soft_label=True)
 
 
 def unit(embeddings):
@@ -151,7 +169,7 @@ def embedding_statistics(vision, image_processor) -> tuple:
 def main(argv=None):
     args = build_parser().parse_args(argv)
     check_run(args)
-    launch_training_task(CLIPTrainingModule(args), recipe.build_shapes(args, looks=("plain",)), args)
+    launch_training_task(CLIPTrainingModule(args), recipe.build_shapes(args), args)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from PIL import Image
 from ppdiffusers import KandinskyV22CombinedPipeline, UNet2DConditionModel
 
 from ppdiffusers_train.data.dataset import build_dataset
-from ppdiffusers_train.draws import Draws
+from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.models.recompute import recomputes_without_reentrance
 from tests.conftest import (
     DECODER_SCRIPT,
@@ -239,8 +239,8 @@ def test_the_recompute_shim_can_go_when_paddle_2_6_is_dropped():
 def test_resolution_is_the_size_of_the_pixels(decoder_job, decoder_flags, photos):
     args = decoder_job.build_parser().parse_args([*decoder_flags, "--resolution=128"])
     module, rows = decoder_job.KandinskyDecoderTrainingModule(args), build_dataset(args)
-    assert module.preprocess(rows[0], None)["pixel_values"].shape == (3, 128, 128)
-    assert module.preprocess(rows[0], None)["clip_pixel_values"].shape == (3, 32, 32)
+    assert module.preprocess(rows[0], RowDraws(0, 0))["pixel_values"].shape == (3, 128, 128)
+    assert module.preprocess(rows[0], RowDraws(0, 0))["clip_pixel_values"].shape == (3, 32, 32)
 
 
 # What does not do what its name says.

@@ -4,9 +4,15 @@ import ppdiffusers_train  # noqa: F401
 
 import json
 
+import numpy as np
+import paddle
 import pytest
+from ppdiffusers import KandinskyV22PriorPipeline
 
-from tests.conftest import kept_for_backward, optimizer_state, same, scalars, tensors, weights
+from ppdiffusers_train.data.dataset import build_dataset
+from ppdiffusers_train.draws import RowDraws
+from ppdiffusers_train.models.text import tokenize
+from tests.conftest import encode, kept_for_backward, optimizer_state, same, scalars, tensors, weights
 
 JOBS = ["prior", "decoder_lora", "prior_lora"]  # the decoder has tests of its own
 LORA_FILE = "paddle_lora_weights.safetensors"
@@ -45,6 +51,21 @@ def test_validation_and_the_cache_change_no_number(train, name, tmp_path):
     assert scalars(plain) == scalars(drawn) and same(learned(name, plain), learned(name, drawn))
     assert sorted(path.name for path in (drawn / "validation").iterdir()) == ["step-2.png", "step-4.png"]
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 7
+
+
+@paddle.no_grad()
+def test_a_dropped_caption_is_what_guidance_knows_as_none(build, photos, kandinsky):
+    pipeline = KandinskyV22PriorPipeline.from_pretrained(str(kandinsky[0]))
+    for share, dropped in ((0.999, True), (0.0, False)):
+        flag = f"--proportion_empty_prompts={share}"
+        decoder, prior = build("decoder", flag), build("prior", flag)
+        rows = build_dataset(prior.args)
+        embeds = encode(decoder, rows, [0])["image_embeds"].numpy()
+        assert np.allclose(embeds, pipeline.get_zero_embed().numpy(), atol=1e-6) == dropped
+        caption = "" if dropped else rows[0]["caption"]
+        assert np.array_equal(
+            prior.preprocess(rows[0], RowDraws(0, 0))["input_ids"], tokenize(prior.tokenizer, caption)[0]
+        )
 
 
 def test_full_job_and_lora_share_one_cache(train, tmp_path):

@@ -7,6 +7,7 @@ import paddle
 import torch
 
 from ppdiffusers_train.data.dataset import build_dataset
+from ppdiffusers_train.draws import RowDraws
 
 torch.set_num_threads(1)  # its threads wait for each other at every tiny layer, for long where the processor is shared
 
@@ -36,7 +37,7 @@ def torch_part(part_class, folder, part):
 def our_batch(module, size):
     """The first photographs as a batch."""
     rows = build_dataset(module.args)
-    samples = [module.preprocess(rows[index], None) for index in range(size)]
+    samples = [module.preprocess(rows[index], RowDraws(0, index)) for index in range(size)]
     return {name: paddle.to_tensor(np.stack([sample[name] for sample in samples])) for name in samples[0]}
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ppdiffusers_train.arguments import ArgumentParser, add_data_arguments
 from ppdiffusers_train.data.dataset import build_dataset
-from ppdiffusers_train.toy import shapes_folder
+from ppdiffusers_train.toy import shapes_dataset, shapes_folder
 from ppdiffusers_train.toy.shapes import (
     ARM,
     BACKGROUNDS,
@@ -181,6 +181,23 @@ def test_the_folder_holds_the_samples_and_training_reads_it(tmp_path, capsys):
         assert dataset[index]["image"].tobytes() == one.image.tobytes()
 
 
+def test_mixed_looks_come_in_turn_and_shards_hold_what_a_folder_holds(tmp_path, capsys):
+    for name, flags in (("folder", []), ("shards", ["--shard_size=10kB"])):
+        cli.main(["toy-data", str(tmp_path / name), "--count=6", "--look=mixed", *flags])
+    parser = ArgumentParser()
+    add_data_arguments(parser)
+    cache = f"--cache_dir={tmp_path / 'cache'}"
+    folder, shards = (
+        build_dataset(parser.parse_args([f"--{flag}={tmp_path / name}", cache]))
+        for flag, name in (("train_data_dir", "folder"), ("train_shards_path_or_url", "shards"))
+    )
+    drawn = [sample(0, index, 32, LOOKS[index % 3]) for index in range(6)]
+    assert len(folder) == len(shards) == 6 and len(list((tmp_path / "shards").glob("*.tar"))) > 1
+    for index, one in enumerate(drawn):
+        for rows in (folder, shards):
+            assert rows[index]["caption"] == one.caption and rows[index]["image"].tobytes() == one.image.tobytes()
+
+
 def test_the_same_flags_write_the_same_bytes(tmp_path):
     for name, seed in (("one", 0), ("two", 0), ("other", 1)):
         (tmp_path / name).mkdir()  # an empty folder is as good as none
@@ -199,14 +216,14 @@ def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
 
 
 def test_an_interrupted_command_leaves_no_folder(tmp_path, monkeypatch):
-    def full_disk(seed, index, **options):
+    def full_disk(seed, index, *options):
         if index == 2:
             raise OSError(28, "No space left on device")
-        return sample(seed, index, **options)
+        return sample(seed, index, *options)
 
-    monkeypatch.setattr(shapes_folder, "sample", full_disk)
+    monkeypatch.setattr(shapes_dataset, "sample", full_disk)
     with pytest.raises(shapes_folder.UserError, match="cannot write to '.*shapes': No space left on device"):
-        shapes_folder.write_shapes_folder(tmp_path / "shapes", 4)
+        shapes_folder.write_shapes_folder(tmp_path / "shapes", ShapesDataset(0, 4))
     assert not list(tmp_path.iterdir())
 
 
