@@ -52,7 +52,7 @@ def test_both_languages_show_the_same_code():
     assert len(english) > 8 and english == chinese
 
 
-@pytest.mark.parametrize("name", [*READMES, "docs/architecture.md"])
+@pytest.mark.parametrize("name", [*READMES, "docs/architecture.md", "examples/README.md", "examples/README_zh.md"])
 def test_links_and_named_tests_lead_to_files(name):
     text, folder = read(name), (ROOT / name).parent
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
