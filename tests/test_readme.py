@@ -52,7 +52,7 @@ def test_both_languages_show_the_same_code():
     assert len(english) > 8 and english == chinese
 
 
-@pytest.mark.parametrize("name", [*READMES, "docs/architecture.md"])
+@pytest.mark.parametrize("name", [*READMES, "docs/architecture.md", "examples/README.md", "examples/README_zh.md"])
 def test_links_and_named_tests_lead_to_files(name):
     text, folder = read(name), (ROOT / name).parent
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
@@ -147,7 +147,7 @@ def test_a_reader_can_type_all_of_it_in_this_order(
         if "--dry_run" in flags:
             assert "a dry run, nothing is loaded" in said and "all together" in said
             return
-        assert re.search("wrote the result to (kandi2|sdxl|lcm)-", said) and resumes == ("resumed from" in said)
+        assert re.search("wrote the result to (kandi2|sdxl|lcm|my)-", said) and resumes == ("resumed from" in said)
 
     def change_folder(words):
         here = (Path.cwd() / words[1]).resolve().relative_to(tmp_path)
@@ -187,7 +187,8 @@ def test_a_reader_can_type_all_of_it_in_this_order(
     written = {path.name for path in (tmp_path / "examples" / "kandinsky2_2").iterdir()}
     assert written >= {"kandi2-decoder", "kandi2-decoder-ema", "kandi2-decoder-lora-torch"}
     assert written >= {"robot-pokemon.png", "robot-pokemon-15000.png", "robot-pokemon-lora.png"}
-    assert (tmp_path / "examples" / "sdxl" / "sdxl.png").is_file()
+    written = {path.name for path in (tmp_path / "examples" / "sdxl").iterdir()}
+    assert written >= {"sdxl.png", "my-lora", "my-lora.png", "my-lora.safetensors"}
     lcm = tmp_path / "examples" / "lcm"
     assert {"sushi.png", "lcm-lora.png", "preview.png", "photo-shards"} <= {path.name for path in lcm.iterdir()}
     ema = tmp_path / "examples" / "kandinsky2_2" / "kandi2-decoder-ema"

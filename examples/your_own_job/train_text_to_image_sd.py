@@ -1,0 +1,120 @@
+"""Fine-tune Stable Diffusion 1.5: its UNet learns your images and captions. ../README.md explains it part by part.
+
+    python -u train_text_to_image_sd.py --pretrained_model_name_or_path sd --train_data_dir photos --output_dir mine
+
+The result is a folder for `StableDiffusionPipeline.from_pretrained`.
+"""
+
+import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
+from ppdiffusers_train import arguments
+
+from ppdiffusers import DDPMScheduler
+
+from ppdiffusers_train.data.dataset import build_dataset
+from ppdiffusers_train.data.transforms import fit, normalize_pixels
+from ppdiffusers_train.errors import one_line_errors
+from ppdiffusers_train.models.attention import enable_memory_efficient_attention
+from ppdiffusers_train.models.drawing import draw
+from ppdiffusers_train.models.recompute import enable_recompute
+from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder, encode_images, encode_prompt
+from ppdiffusers_train.models.text import tokenize
+from ppdiffusers_train.models.weights import load_in_place
+from ppdiffusers_train.module import DiffusionTrainingModule, freeze
+from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
+from ppdiffusers_train.objectives.noise_schedule import add_noise
+from ppdiffusers_train.training import check_run, launch_training_task
+
+
+def build_parser():
+    parser = arguments.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument_group("models, images, captions").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="folder or hub name of the pipeline to start from")
+    add("--pretrained_vae_model_name_or_path", help="folder or hub name of another VAE")
+    add("--revision", help="revision of the pipeline on the hub")
+    add("--variant", help="variant of the weights' files, such as fp16")
+    add("--center_crop", action=arguments.Flag, help="crop the centre; default: anywhere, drawn for each sample")
+    add("--random_flip", action=arguments.Flag, help="mirror every second image, drawn for each sample")
+    add("--image_interpolation_mode", choices=arguments.INTERPOLATION_MODES, default="lanczos", help="of resizing")
+    add("--proportion_empty_prompts", type=arguments.unit_float, default=0.0, help="share of captions that are dropped")
+    arguments.add_data_arguments(parser)
+    arguments.add_training_arguments(parser)
+    arguments.add_diffusion_arguments(parser, noise_offset=True)
+    arguments.add_output_arguments(parser, output_dir="sd-model-finetuned")
+    arguments.add_validation_arguments(parser, num_validation_images=4, validation_epochs=1)
+    arguments.add_reporting_arguments(parser)
+    return parser
+
+
+class SDTrainingModule(DiffusionTrainingModule):
+    """The UNet learns to denoise VAE latents, given the caption."""
+
+    encoders = ("vae", "text_encoder")
+
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
+        names = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+        where = args.cache_dir, args.revision, args.variant
+        self.folder = StableDiffusionFolder(*names, "--pretrained_model_name_or_path", *where, weights=not args.dry_run)
+        self.folder.check_resolution(args.resolution)
+        self.scheduler = self.folder.load("scheduler", DDPMScheduler)
+        self.vae, self.text_encoder = (freeze(self.folder.load(name)) for name in self.encoders)
+        self.tokenizer, self.unet = self.folder.load("tokenizer"), self.folder.load("unet")
+        if args.gradient_checkpointing:
+            enable_recompute(self.unet)
+        if args.enable_xformers_memory_efficient_attention:
+            enable_memory_efficient_attention(self.unet)
+
+    def preprocess(self, row, draws):
+        """pixel_values [3, R, R]; input_ids [L]."""
+        args, size, image, caption = self.args, self.args.resolution, row["image"], row["caption"]
+        image, *_ = fit(image, size, size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
+        if args.proportion_empty_prompts and draws.uniform("drop_caption") < args.proportion_empty_prompts:
+            caption = ""
+        return {"pixel_values": normalize_pixels(image), "input_ids": tokenize(self.tokenizer, caption)[0]}
+
+    def encoding_settings(self):
+        names = ("resolution", "image_interpolation_mode", "center_crop", "random_flip", "proportion_empty_prompts")
+        settings = {name: getattr(self.args, name) for name in names}
+        return {**settings, "scale": self.vae.config.scaling_factor, "tokenizer": self.tokenizer.get_vocab()}
+
+    def encode(self, batch):
+        """latents [B, 4, r, r], scaled; prompt_embeds [B, L, D]."""
+        latents = encode_images(self.vae, batch["pixel_values"])
+        return {"latents": latents, "prompt_embeds": encode_prompt(self.text_encoder, batch["input_ids"])}
+
+    def forward(self, encoded, draws):
+        latents, prompt_embeds = encoded["latents"], encoded["prompt_embeds"]
+        schedule, kind = self.scheduler.alphas_cumprod, self.scheduler.config.prediction_type
+        noise = draw_noise(draws, latents.shape[1:], self.args.noise_offset)
+        timesteps = draws.integers("timesteps", 0, len(schedule))
+        prediction = self.unet(add_noise(schedule, latents, noise, timesteps), timesteps, prompt_embeds).sample
+        return denoising_loss(prediction, kind, schedule, latents, noise, timesteps, self.args.snr_gamma)
+
+    def generate(self, prompts, seeds):
+        pipeline = self.folder.pipeline(unet=self.unet, vae=self.vae, text_encoder=self.text_encoder)
+        return draw(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+
+    def save_weights(self, directory):
+        self.unet.save_pretrained(f"{directory}/unet")
+
+    def load_weights(self, directory):
+        load_in_place(self.unet, f"{directory}/unet")
+
+    def save_pretrained(self, directory):
+        self.folder.export(directory, {"unet": self.unet}, self.args.save_format)
+
+    def card_data(self):
+        return {"base_model": self.args.pretrained_model_name_or_path, "tags": ["stable-diffusion", "text-to-image"]}
+
+
+@one_line_errors
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    check_run(args)
+    dataset = build_dataset(args)
+    launch_training_task(SDTrainingModule(args), dataset, args)
+
+
+if __name__ == "__main__":
+    main()
