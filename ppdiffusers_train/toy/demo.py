@@ -31,7 +31,7 @@ def run_demo(name: str, output, *flags: str) -> Path:
     look = "plain" if job.distils else "outlined"
     data, result = output / look, output / name
     print(f"1/3  writing tiny pretrained pipelines and {PICTURES[look]} {look} pictures", flush=True)
-    base = write_pretrained(job, output / "pretrained")
+    base = write_pretrained(job, output / "pretrained" / job.family)
     if not data.exists():
         write_shapes_folder(data, ShapesDataset(0, PICTURES[look], looks=(look,)))
     print(f"2/3  training: {job.script}", flush=True)
