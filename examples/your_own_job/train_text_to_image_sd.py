@@ -27,7 +27,7 @@ from ppdiffusers_train.training import check_run, launch_training_task
 
 def build_parser():
     parser = arguments.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument_group("models, images, captions").add_argument
+    add = parser.add_argument_group("models and images").add_argument
     add("--pretrained_model_name_or_path", required=True, help="folder or hub name of the pipeline to start from")
     add("--pretrained_vae_model_name_or_path", help="folder or hub name of another VAE")
     add("--revision", help="revision of the pipeline on the hub")
@@ -35,7 +35,6 @@ def build_parser():
     add("--center_crop", action=arguments.Flag, help="crop the centre; default: anywhere, drawn for each sample")
     add("--random_flip", action=arguments.Flag, help="mirror every second image, drawn for each sample")
     add("--image_interpolation_mode", choices=arguments.INTERPOLATION_MODES, default="lanczos", help="of resizing")
-    add("--proportion_empty_prompts", type=arguments.unit_float, default=0.0, help="share of captions that are dropped")
     arguments.add_data_arguments(parser)
     arguments.add_training_arguments(parser)
     arguments.add_diffusion_arguments(parser, noise_offset=True)
@@ -69,7 +68,7 @@ class SDTrainingModule(DiffusionTrainingModule):
         """pixel_values [3, R, R]; input_ids [L]."""
         args, size, image, caption = self.args, self.args.resolution, row["image"], row["caption"]
         image, *_ = fit(image, size, size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
-        if args.proportion_empty_prompts and draws.uniform("drop_caption") < args.proportion_empty_prompts:
+        if draws.happens("drop_caption", args.proportion_empty_prompts):
             caption = ""
         return {"pixel_values": normalize_pixels(image), "input_ids": tokenize(self.tokenizer, caption)[0]}
 
