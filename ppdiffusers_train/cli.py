@@ -5,6 +5,7 @@ ppdiffusers-train preview train_text_to_image_sdxl.py --pretrained_model_name_or
 ppdiffusers-train pack my-photos shards --shard_size 500MB
 ppdiffusers-train convert-lora my-lora --to diffusers --output my-lora-for-torch
 ppdiffusers-train toy-data shapes --count 1000 --size 32
+ppdiffusers-train demo --job lcm-lora
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -16,9 +17,18 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from ppdiffusers_train.argument_parser import ArgumentParser, CommandParser, Flag, byte_size, positive_int, seed
+from ppdiffusers_train.argument_parser import (
+    ArgumentParser,
+    CommandParser,
+    Flag,
+    byte_size,
+    non_negative_float,
+    positive_int,
+    seed,
+)
 from ppdiffusers_train.errors import UserError, one_line_errors
 
 MIXED = "mixed"  # all looks in turn
@@ -93,7 +103,7 @@ def preview_training(args) -> int:
 
 def convert_lora(args) -> None:
     """Rewrite a LoRA's file for another library."""
-    from ppdiffusers_train.models.lora_files import FILES, read_lora, write_lora
+    from ppdiffusers_train.models.lora_files import FILES, read_lora, scaled, write_lora
 
     source = Path(args.source)
     if source.is_dir():
@@ -106,7 +116,7 @@ def convert_lora(args) -> None:
         target = target / FILES[args.to]
     if target.exists() and target.samefile(source):
         raise UserError(f"--output: {str(target)!r} is the file that is read; expected another one")
-    updates = read_lora(source)
+    updates = {layer: replace(update, up=scaled(update.up, args.scale)) for layer, update in read_lora(source).items()}
     write_lora(target, updates, args.to)
     ranks = sorted({update.rank for update in updates.values()})
     print(f"{target}: {len(updates)} layers of rank {', '.join(map(str, ranks))}, for {args.to}")
@@ -137,6 +147,15 @@ def toy_data(args) -> None:
                 say=print,
             )
     print(f"{args.output}: {args.count} pictures of {args.size} x {args.size} pixels, with captions")
+
+
+def demo(args) -> None:
+    """Train a tiny model and show what it learned."""
+    from ppdiffusers_train.toy.demo import run_demo
+
+    run_demo(
+        args.job, args.output_dir, *(["--max_train_steps", str(args.max_train_steps)] if args.max_train_steps else [])
+    )
 
 
 def stdout_for_result(json_wanted: bool):
@@ -215,12 +234,14 @@ def build_parser():
     command.set_defaults(run=preview_training)
 
     from ppdiffusers_train.models.lora_files import FILES
+    from ppdiffusers_train.toy.jobs import JOBS
     from ppdiffusers_train.toy.shapes import LOOKS, SIZES
 
     command = commands.add_parser("convert-lora", help="rewrite a LoRA's file for another library")
     command.add_argument("source", help="the file, or a folder with one: what a LoRA script or another trainer wrote")
     command.add_argument("--to", choices=FILES, required=True, help="kohya: ComfyUI and WebUIs")
     command.add_argument("--output", required=True, metavar="PATH", help="folder, or a file that ends in .safetensors")
+    command.add_argument("--scale", type=non_negative_float, default=1.0, help="multiply the updates by this")
     command.set_defaults(run=convert_lora)
 
     command = commands.add_parser("toy-data", help="draw pictures of shapes, with captions, to train a small model on")
@@ -236,6 +257,16 @@ def build_parser():
         help="only combinations of shape, colour and background that are never drawn otherwise",
     )
     command.set_defaults(run=toy_data)
+
+    command = commands.add_parser(
+        "demo", help="watch a job learn, on a CPU, in minutes",
+        description="Train a tiny pretrained model on pictures of shapes with the script of a job, and draw one "
+        "picture: what it learned from, what it drew before and after, and its loss.",
+    )  # fmt: skip
+    command.add_argument("--job", choices=JOBS, default="decoder-lora", help="which one")
+    command.add_argument("--output_dir", default="outputs/demo", metavar="DIR", help="where everything is written")
+    command.add_argument("--max_train_steps", type=positive_int, help="optimizer steps; default: enough to learn it")
+    command.set_defaults(run=demo)
     return parser
 
 

@@ -65,7 +65,7 @@ def build_parser():
         train_batch_size=16,
         learning_rate=2e-3,
         adam_beta2=0.98,  # the paper's, for transformers of pictures
-        max_train_steps=4000,
+        max_train_steps=3000,
     )
 
 
@@ -158,8 +158,8 @@ def unit(embeddings):
 
 @paddle.no_grad()
 def embedding_statistics(vision, image_processor) -> tuple:
-    """Mean and deviation of the embeddings of pictures, [1, D] each."""
-    rows = ShapesDataset(0, MEASURED_PICTURES, looks=("plain",))
+    """Mean and deviation of the embeddings of pictures of all looks, [1, D] each."""
+    rows = ShapesDataset(0, MEASURED_PICTURES)
     pixels = image_processor([rows[index]["image"] for index in range(len(rows))], return_tensors="np").pixel_values
     embeddings = vision(paddle.to_tensor(pixels))[0].numpy()
     return embeddings.mean(0, keepdims=True), embeddings.std(0, keepdims=True)

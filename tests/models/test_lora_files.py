@@ -55,6 +55,17 @@ def test_every_way_keeps_the_effect_and_alpha(tmp_path, first, second):
     assert {update.alpha for update in found.values()} == {3.0}
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_scale_multiplies_every_update(tmp_path, name):
+    original = lora(alpha=3.0)
+    write_lora(tmp_path / "a" / FILES[name], original, name)
+    for scale in (0.5, 0.0):
+        target = tmp_path / f"{scale}.safetensors"
+        main(["convert-lora", str(tmp_path / "a"), "--to", name, "--output", str(target), f"--scale={scale}"])
+        found = read_lora(target)
+        assert all(np.allclose(effect(found[layer]), scale * effect(original[layer]), atol=1e-6) for layer in original)
+
+
 def test_the_three_layouts_have_these_names_and_shapes(tmp_path):
     for name in FILES:
         write_lora(tmp_path / name, lora(alpha=4.0), name)

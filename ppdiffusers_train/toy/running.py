@@ -1,0 +1,102 @@
+"""Running the jobs of `jobs.py`, and drawing with what they started from and made.
+
+job = JOBS["decoder-lora"]
+base = write_pretrained(job, "demo/pretrained")
+train(job, base, "demo/outlined", "demo/decoder-lora")
+images = draw(load_pipeline(job, base, "demo/decoder-lora"), prompts, **job.drawing)
+"""
+
+import runpy
+import sys
+
+import paddle
+from ppdiffusers import (
+    DiffusionPipeline,
+    KandinskyV22CombinedPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+
+from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.toy import pretrained
+from ppdiffusers_train.toy.jobs import EXAMPLES, RESOLUTION, Job
+
+BATCH = 50  # pictures that are drawn at once
+
+
+def write_pretrained(job: Job, folder, trained=True) -> dict:
+    """Write the pipelines that a job starts from; returns the flags that name them."""
+    if job.family == "kandinsky":
+        prior, decoder = pretrained.write_kandinsky(folder, trained)
+        return {
+            "pretrained_prior_model_name_or_path": str(prior),
+            "pretrained_decoder_model_name_or_path": str(decoder),
+        }
+    write = pretrained.write_sdxl if job.family == "sdxl" else pretrained.write_sd
+    flag = "pretrained_teacher_model" if job.distils else "pretrained_model_name_or_path"
+    return {flag: str(write(folder, trained))}
+
+
+def train(job: Job, base: dict, data, result, *more: str) -> None:
+    """Run the script."""
+    script = EXAMPLES / job.script
+    if not script.is_file():
+        raise UserError(
+            f"{job.script} is not there; expected the package to be installed from a checkout, pip install -e"
+        )
+    sys.path.insert(0, str(script.parent))
+    try:
+        runpy.run_path(str(script))["main"](job.command(base, data, result, *more))
+    finally:
+        sys.path.remove(str(script.parent))
+
+
+def load_pipeline(job: Job, base: dict, result=None):
+    """The pretrained pipeline, with what a run has made where its folder is given: the way a user loads it."""
+    folders = list(base.values())
+    if job.family == "kandinsky":
+        prior, decoder = folders
+        if result and job.kind == "decoder":
+            decoder = result
+        if result and job.kind == "prior":
+            prior = result
+        pipe = combined(prior, decoder)
+        if result and job.kind == "decoder lora":
+            pipe.unet.load_attn_procs(str(result))
+        if result and job.kind == "prior lora":
+            pipe.prior_prior.load_attn_procs(str(result))
+        return pipe
+    pipeline_class = StableDiffusionXLPipeline if job.family == "sdxl" else StableDiffusionPipeline
+    if result and job.kind == "pipeline":
+        return pipeline_class.from_pretrained(str(result))
+    if result and job.kind == "student":
+        unet = UNet2DConditionModel.from_pretrained(f"{result}/unet_target")
+        pipe = pipeline_class.from_pretrained(folders[0], unet=unet)
+    else:
+        pipe = pipeline_class.from_pretrained(folders[0])
+    if result and job.kind.endswith("lora"):
+        pipe.load_lora_weights(str(result))
+    if result and job.distils:
+        pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def combined(prior, decoder) -> KandinskyV22CombinedPipeline:
+    """A decoder's folder, or that of a whole pipeline, with the parts of a prior's."""
+    prior_parts = {
+        f"prior_{name}": part for name, part in DiffusionPipeline.from_pretrained(str(prior)).components.items()
+    }
+    return KandinskyV22CombinedPipeline.from_pretrained(str(decoder), **prior_parts)
+
+
+def draw(pipeline, prompts: list, seed: int = 0, **options) -> list:
+    """One PIL image of 32x32 pixels for each prompt."""
+    pipeline.set_progress_bar_config(disable=True)
+    paddle.seed(seed)
+    images = []
+    for start in range(0, len(prompts), BATCH):
+        some = prompts[start : start + BATCH]
+        images += pipeline(some, height=RESOLUTION, width=RESOLUTION, **options).images
+    return images

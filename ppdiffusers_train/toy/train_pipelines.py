@@ -1,0 +1,64 @@
+"""Train what draws in the pipelines of shapes, with the scripts that train the published ones.
+
+    python -m ppdiffusers_train.toy.train_pipelines decoder
+
+Each begins at random weights between the encoders that are shipped, and its result is shipped, too, as
+`weights/decoder.safetensors` and so on. The decoder learns from all looks, for it has to draw whatever an embedding
+says; the others learn to draw plain shapes, so that another look is something to be fine-tuned on.
+"""
+
+import ppdiffusers_train  # noqa: F401  (before paddle)
+
+import sys
+from pathlib import Path
+
+from ppdiffusers import PriorTransformer, UNet2DConditionModel
+
+from ppdiffusers_train.argument_parser import ArgumentParser
+from ppdiffusers_train.errors import one_line_errors
+from ppdiffusers_train.toy.jobs import Job
+from ppdiffusers_train.toy.running import train, write_pretrained
+from ppdiffusers_train.toy.shapes import LOOKS
+from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
+from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
+from ppdiffusers_train.toy.shipped import write_weights
+
+PICTURES = 6000
+COMMON = ("--encoded_cache", "--proportion_empty_prompts=0.1", "--lr_scheduler=cosine", "--lr_warmup_steps=100")
+
+
+def _training(script: str, steps: int, batch_size: int, learning_rate: float) -> Job:
+    length = (f"--max_train_steps={steps}", f"--train_batch_size={batch_size}", f"--learning_rate={learning_rate}")
+    return Job(script, (*COMMON, *length), drawing={}, kind="pipeline")
+
+
+TRAININGS = {
+    "prior": _training("kandinsky2_2/train_text_to_image_prior.py", 3000, 32, 1e-3),
+    "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 4000, 32, 1e-3),
+    "sd": _training("your_own_job/train_text_to_image_sd.py", 4000, 32, 1e-3),
+    "sdxl": _training("sdxl/train_text_to_image_sdxl.py", 3000, 32, 1e-3),
+}
+
+
+def build_parser():
+    parser = ArgumentParser(config=False, description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=TRAININGS, help="what to train")
+    parser.add_argument("--output_dir", default="outputs/toys", metavar="DIR", help="gets NAME.safetensors, and more")
+    return parser
+
+
+@one_line_errors
+def main(argv=None):
+    own, more = build_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
+    output, job = Path(own.output_dir), TRAININGS[own.name]
+    looks = LOOKS if own.name == "decoder" else ("plain",)
+    data, result = output / "_and_".join(looks), output / own.name
+    if not data.exists():
+        write_shapes_folder(data, ShapesDataset(0, PICTURES, looks=looks))
+    train(job, write_pretrained(job, output / f"{own.name}_at_random", trained=False), data, result, *more)
+    part, model_class = ("prior", PriorTransformer) if own.name == "prior" else ("unet", UNet2DConditionModel)
+    write_weights(output / f"{own.name}.safetensors", {"": model_class.from_pretrained(str(result / part))})
+
+
+if __name__ == "__main__":
+    main()
