@@ -27,7 +27,7 @@ from ppdiffusers_train.training import check_run, launch_training_task
 
 def build_parser():
     parser = arguments.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument_group("models, images, captions").add_argument
+    add = parser.add_argument_group("models and images").add_argument
     add("--pretrained_model_name_or_path", required=True, help="folder or hub name of the pipeline to start from")
     add("--pretrained_vae_model_name_or_path", help="folder or hub name of another VAE")
     add("--revision", help="revision of the pipeline on the hub")
