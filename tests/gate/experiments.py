@@ -1,10 +1,11 @@
 """What each job is to show on the world of shapes: runs of the real scripts, their pictures read by the judge."""
 
+from ppdiffusers_train import cli
+
 import json
 from pathlib import Path
 
-from ppdiffusers_train import cli
-from ppdiffusers_train.models.lora_files import FILES
+from ppdiffusers_train.models.lora_files import FILES, read_lora
 from ppdiffusers_train.reporting.images import captioned_grid
 from ppdiffusers_train.toy.demo import run_demo
 from ppdiffusers_train.toy.jobs import JOBS, SD_DRAWING, Job
@@ -47,6 +48,7 @@ def new_look(name: str, folder: Path) -> dict:
     figures = {"before": measure(load_pipeline(job, base), job.drawing)}
     figures["after"] = measure(load_pipeline(job, base, folder / name), job.drawing)
     if job.kind.endswith("lora"):
+        figures["share of parameters"] = share_that_learns(name, base, folder / name)
         for scale in (0.5, 0.0):
             scaled = folder / f"{name}-times-{scale}"
             cli.main(
@@ -61,6 +63,14 @@ def new_look(name: str, folder: Path) -> dict:
         )
         figures["scale 0 is the base"] = [a.tobytes() for a in unchanged] == [b.tobytes() for b in original]
     return figures
+
+
+def share_that_learns(name: str, base: dict, result: Path) -> float:
+    """The number of LoRA's parameters beside that of the model that it changes."""
+    pipe = load_pipeline(JOBS[name], base)
+    model = pipe.prior_prior if "prior" in name else pipe.unet
+    learned = sum(update.down.size + update.up.size for update in read_lora(result / FILES["ppdiffusers"]).values())
+    return learned / sum(parameter.size for parameter in model.parameters())
 
 
 def few_steps(name: str, folder: Path) -> dict:
@@ -79,3 +89,58 @@ def run_job(name: str, folder: Path) -> tuple:
     run_demo(name, folder)
     job = JOBS[name]
     return job, write_pretrained(job, folder / "pretrained" / job.family)
+
+
+# What options do to a training from the start: Stable Diffusion's UNet, on plain pictures.
+
+FROM_START = Job(
+    "your_own_job/train_text_to_image_sd.py",
+    ("--encoded_cache", "--train_batch_size=16", "--max_train_steps=1000", "--learning_rate=1e-3"),
+    SD_DRAWING,
+    "pipeline",
+)
+DROPOUT = "--proportion_empty_prompts=0.1"
+COSINE = ("--lr_scheduler=cosine", "--lr_warmup_steps=50")
+RUNS = {
+    "plain": (*COSINE, DROPOUT),
+    "min-SNR": (*COSINE, DROPOUT, "--snr_gamma=5.0"),
+    "no dropped captions": COSINE,
+    "constant rate": (DROPOUT, "--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=50"),
+    "constant rate, EMA": (DROPOUT, "--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=50", "--use_ema"),
+    "one sample at a time": (*COSINE, DROPOUT, "--train_batch_size=1", "--gradient_accumulation_steps=16"),
+}
+GUIDANCE = (1.0, 3.0, 5.0, 7.5)
+
+
+def options(folder: Path) -> dict:
+    """{run: {guidance scale: figures}} of short trainings from the same random weights that differ in an option."""
+    data, count = folder / "plain", 2000
+    if not data.exists():
+        write_shapes_folder(data, ShapesDataset(0, count, looks=("plain",)))
+    base = write_pretrained(FROM_START, folder / "random", trained=False)
+    figures = {}
+    for name, flags in RUNS.items():
+        result = folder / name.replace(" ", "-").replace(",", "")
+        train(FROM_START, base, data, result, *flags, f"--encoded_cache_dir={folder / 'encoded'}")
+        pipeline = load_pipeline(FROM_START, base, result)
+        figures[name] = {
+            str(scale): measure(pipeline, {**SD_DRAWING, "guidance_scale": scale}, PROMPTS[:100]) for scale in GUIDANCE
+        }
+    return figures
+
+
+EXPERIMENTS = {
+    **{f"pretrained {family}": lambda folder, family=family: pretrained(family, folder) for family in FAMILIES},
+    **{name: lambda folder, name=name: (few_steps if JOBS[name].distils else new_look)(name, folder) for name in JOBS},
+    "options": lambda folder: options(folder / "options"),
+}
+
+
+def run(name: str, folder: Path) -> dict:
+    """The figures of an experiment, also written to `folder/NAME.json`; those that are there already are read."""
+    file = folder / f"{name}.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        figures = EXPERIMENTS[name](folder)
+        file.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))

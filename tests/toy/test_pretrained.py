@@ -13,7 +13,6 @@ from ppdiffusers.transformers import CLIPTextModel
 from ppdiffusers_train.data.transforms import normalize_pixels
 from ppdiffusers_train.draws import generator
 from ppdiffusers_train.models.text import tokenize
-from ppdiffusers_train.models.weights import WEIGHTS_FILE
 from ppdiffusers_train.toy import movq, towers, train_clip, train_movq_shapes, train_vae, vae
 from ppdiffusers_train.toy.judge import judge
 from ppdiffusers_train.toy.shapes import (
@@ -32,6 +31,7 @@ from ppdiffusers_train.toy.shapes import (
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.shipped import FOLDER
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
+from ppdiffusers_train.toy.words import vocabulary
 from tests.conftest import tensors
 
 SEED = 7  # of pictures that no recipe has seen
@@ -81,14 +81,6 @@ AUTOENCODERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["vae", "movq"])
-def test_plain_and_striped_pictures_keep_what_they_show(drawn, name):
-    some = [one for one in drawn if one.scene.look != "outlined"]
-    reconstruct, file = AUTOENCODERS[name]
-    assert judged_right(reconstruct(file, some), some) >= 0.98
-
-
-@pytest.mark.xfail(reason="the aim, not reached yet: of 500 pictures vae 97.6 %, movq 96.6 %, codebook 94.2 %")
 @pytest.mark.parametrize("name", AUTOENCODERS)
 def test_pictures_of_all_looks_keep_what_they_show(drawn, name):
     reconstruct, file = AUTOENCODERS[name]
@@ -97,7 +89,7 @@ def test_pictures_of_all_looks_keep_what_they_show(drawn, name):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return build_tokenizer(tmp_path_factory.mktemp("tokenizer"), vocabulary())
 
 
 def input_ids(tokenizer, captions):
@@ -136,7 +128,6 @@ def check_towers(file, tokenizer, language="en"):
     assert min(retrieval(*models, tokenizer, language)) >= 0.95
 
 
-@pytest.mark.xfail(reason="the aim, not reached yet: colours are told apart, shapes only in part")
 @pytest.mark.parametrize("language", WORDINGS)
 def test_captions_find_their_pictures_and_pictures_their_captions(tokenizer, language):
     check_towers(towers.WEIGHTS, tokenizer, language)
@@ -166,7 +157,7 @@ def test_the_text_tower_is_the_same_with_and_without_its_projection(tokenizer):
 def test_the_recorded_statistics_are_those_of_the_worlds_embeddings():
     mean, std = towers.load_embedding_statistics()
     assert mean.shape == std.shape == (1, towers.EMBEDDING)
-    rows = ShapesDataset(SEED, 300, looks=("plain",))
+    rows = ShapesDataset(SEED, 300)
     pixels = vision_pixels([rows[index]["image"] for index in range(len(rows))])
     normalised = (towers.load_vision_tower()(pixels)[0].numpy() - mean) / std
     assert np.abs(normalised.mean(0)).max() < 0.3 and np.abs(normalised.std(0) - 1).max() < 0.3
@@ -204,12 +195,6 @@ def test_a_recipe_makes_weights_as_good_as_the_shipped_ones(shipped, drawn, toke
     flags = [f"--output_dir={tmp_path}", "--report_to=none"]
     RECIPES[shipped].main(flags)
     if shipped == towers.WEIGHTS:
-        further = tmp_path / "further"
-        halfway = tmp_path / "checkpoint-500" / "clip" / WEIGHTS_FILE
-        RECIPES[shipped].main(
-            [*flags, f"--start_from={halfway}", "--seed=1", "--max_train_steps=800", f"--output_dir={further}"]
-        )
-        made = further / shipped.name
         check_towers(made, tokenizer)
     else:
         plain = [one for one in drawn if one.scene.look == "plain"]

@@ -1,12 +1,16 @@
 import ppdiffusers_train  # noqa: F401
 
+import re
+
 import numpy as np
 import paddle
 import pytest
 
 from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels
 from ppdiffusers_train.toy.movq import WEIGHTS, load_movq
-from ppdiffusers_train.toy.tokenizer import build_tokenizer
+from ppdiffusers_train.toy.shapes import SEEN, WORDINGS, caption
+from ppdiffusers_train.toy.tokenizer import build_tokenizer, learn_merges
+from ppdiffusers_train.toy.words import vocabulary
 from tests.conftest import PHOTOS, load_script
 
 
@@ -16,6 +20,30 @@ def test_tokens_are_bytes_and_come_back_as_text(tmp_path):
         ids = tokenizer(text, padding="max_length", max_length=77, truncation=True).input_ids
         assert len(ids) == 77 and ids[0] == tokenizer.bos_token_id
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+
+
+def test_chosen_words_are_one_token_each_in_both_languages(tmp_path):
+    tokenizer = build_tokenizer(tmp_path, vocabulary())
+    for text in (*(caption(SEEN[5], wording) for wordings in WORDINGS.values() for wording in wordings), "a, outlined"):
+        ids = tokenizer(text).input_ids
+        assert len(ids) - 2 == len(re.findall("[a-z]+|[^a-z ]", text))
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text.replace("，", ", ")
+    other = "an orangutan 和一只猫"  # is still made of bytes
+    assert tokenizer.decode(tokenizer(other).input_ids, skip_special_tokens=True).strip() == other
+
+
+@pytest.mark.once
+def test_merges_make_each_word_one_symbol():
+    words = ["low", "lower", "newest", "widest", "w"]
+    merges = learn_merges(words)
+    for word in words:
+        symbols = list(word)
+        for pair in merges:
+            for place in reversed(range(len(symbols) - 1)):
+                if tuple(symbols[place : place + 2]) == pair:
+                    symbols[place : place + 2] = ["".join(pair)]
+        assert symbols == [word]
+    assert len(set(merges)) == len(merges)
 
 
 @pytest.fixture(scope="module")
