@@ -282,8 +282,8 @@ def scalars(output_dir, tag="train/loss", logging_dir="logs"):
     """The values of a scalar that a run reported to VisualDL, in order of steps, over all its starts."""
     from visualdl import LogReader
 
-    values = {}
-    for file in sorted((output_dir / logging_dir / "visualdl").iterdir()):
+    values, files = {}, (output_dir / logging_dir / "visualdl").glob("start-*/*")
+    for file in sorted(files, key=lambda file: int(file.parent.name.removeprefix("start-"))):
         reader = LogReader(file_path=str(file))
         if tag in reader.get_tags().get("scalar", []):
             values.update({record.id: record.value for record in reader.get_data("scalar", tag)})

@@ -1,6 +1,7 @@
 """Where a run's figures and pictures go: VisualDL, TensorBoard, Weights & Biases."""
 
 import importlib.util
+from itertools import count
 
 import numpy as np
 
@@ -16,7 +17,9 @@ class VisualDLTracker:
     def __init__(self, directory, project, config):
         from visualdl import LogWriter
 
-        self.writer = LogWriter(logdir=str(directory / "visualdl"))
+        # Of the files in a folder VisualDL shows the newest alone: each start of a run gets a folder.
+        folders = (directory / "visualdl" / f"start-{number}" for number in count(1))
+        self.writer = LogWriter(logdir=str(next(folder for folder in folders if not folder.exists())))
         self.writer.add_hparams(hparams_dict=config, metrics_list=["train/loss"])
 
     def scalars(self, values, step):

@@ -22,12 +22,25 @@ def test_visualdl_holds_scalars_and_pictures(tmp_path):
     from visualdl import LogReader
 
     report(tmp_path, "visualdl")
-    (file,) = (tmp_path / "visualdl").iterdir()
+    (file,) = (tmp_path / "visualdl" / "start-1").iterdir()
     reader = LogReader(file_path=str(file))
     assert [(record.id, record.value) for record in reader.get_data("scalar", "train/loss")] == [(1, 0.5), (2, 1.0)]
     picture = reader.get_data("image", "validation")[0].image.encoded_image_string
     assert np.array(Image.open(io.BytesIO(picture))).tolist() == [[[255, 0, 0]] * 3] * 2
     assert b"learning_rate" in file.read_bytes()
+
+
+def test_visualdl_shows_all_starts_of_a_run(tmp_path):
+    from visualdl import LogReader
+    from visualdl.server.lib import get_hparam_list, get_scalar
+
+    for _ in range(2):
+        report(tmp_path, "visualdl")
+    shown = LogReader(str(tmp_path))
+    assert sorted(shown.runs()) == [str(tmp_path / "visualdl" / f"start-{number}") for number in (1, 2)]
+    for run in shown.runs():
+        assert [(step, value) for _, step, value in get_scalar(shown, run, "train/loss")] == [(1, 0.5), (2, 1.0)]
+    assert [trial["hparams"]["learning_rate"] for trial in get_hparam_list(shown)] == [1e-3] * 2
 
 
 def test_tensorboard_holds_scalars_and_pictures(tmp_path):
