@@ -280,14 +280,9 @@ def tensors(file):
 
 def scalars(output_dir, tag="train/loss", logging_dir="logs"):
     """The values of a scalar that a run reported to VisualDL, in order of steps, over all its starts."""
-    from visualdl import LogReader
+    from ppdiffusers_train.reporting.trackers import read_scalars
 
-    values, files = {}, (output_dir / logging_dir / "visualdl").glob("start-*/*")
-    for file in sorted(files, key=lambda file: int(file.parent.name.removeprefix("start-"))):
-        reader = LogReader(file_path=str(file))
-        if tag in reader.get_tags().get("scalar", []):
-            values.update({record.id: record.value for record in reader.get_data("scalar", tag)})
-    return [values[step] for step in sorted(values)]
+    return read_scalars(output_dir / logging_dir, tag)
 
 
 def weights(folder, name="unet"):

@@ -2,6 +2,7 @@
 
 import importlib.util
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 
@@ -122,3 +123,18 @@ def open_trackers(report_to: str, directory, project: str, config: dict) -> Trac
         directory.mkdir(parents=True, exist_ok=True)
     simple = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in config.items()}
     return Trackers([TRACKERS[name](directory, project, simple) for name in names])
+
+
+def read_scalars(logs, tag: str) -> list:
+    """The values of a scalar that a run reported to VisualDL below the folder `logs`, in order of steps.
+
+    A step that was done again after a resume counts as it was done last.
+    """
+    from visualdl import LogReader
+
+    values, files = {}, Path(logs, "visualdl").glob("start-*/*")
+    for file in sorted(files, key=lambda file: int(file.parent.name.removeprefix("start-"))):
+        reader = LogReader(file_path=str(file))
+        if tag in reader.get_tags().get("scalar", []):
+            values.update({record.id: record.value for record in reader.get_data("scalar", tag)})
+    return [values[step] for step in sorted(values)]

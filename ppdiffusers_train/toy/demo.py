@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from ppdiffusers_train.reporting.quiet import quiet_libraries
+from ppdiffusers_train.reporting.trackers import read_scalars
 from ppdiffusers_train.toy.jobs import EXAMPLES, JOBS
 from ppdiffusers_train.toy.judge import accuracy, judge
 from ppdiffusers_train.toy.running import draw, load_pipeline, train, write_pretrained
@@ -41,23 +42,14 @@ def run_demo(name: str, output, *flags: str) -> Path:
     after = draw(load_pipeline(job, base, result), PROMPTS, **job.drawing)
     picture = output / f"{name}.png"
     learned_from = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))[:24]]
-    draw_figure(learned_from, {"before": before, "after": after}, losses(result)).savefig(picture, dpi=100)
+    draw_figure(learned_from, {"before": before, "after": after}, read_scalars(result / "logs", "train/loss")).savefig(
+        picture, dpi=100
+    )
     for when, images in (("before", before), ("after", after)):
         right, looks = accuracy(images, PROMPTS)["all"], [judge(image).look for image in images]
         print(f"     {when}: {right:.0%} show what was asked for, {looks.count('outlined') / len(looks):.0%} outlined")
     print(f"\n{picture}\n{result}\n\n{what_next()}", flush=True)
     return picture
-
-
-def losses(result) -> list:
-    """The loss of each step that a run reported to VisualDL."""
-    from visualdl import LogReader
-
-    values = {}
-    for file in sorted((Path(result) / "logs" / "visualdl").iterdir()):
-        reader = LogReader(file_path=str(file))
-        values.update({record.id: record.value for record in reader.get_data("scalar", "train/loss")})
-    return [values[step] for step in sorted(values)]
 
 
 def draw_figure(learned_from: list, drawn: dict, losses: list):

@@ -25,6 +25,7 @@ def build_parser(description: str, output_dir: str, train_batch_size: int, **def
     add_training_arguments(parser, weight_decay=0.0, train_batch_size=train_batch_size)
     add_output_arguments(parser, output_dir=output_dir)
     add_reporting_arguments(parser)
+    parser.add_argument("--start_from", metavar="FILE", help="weights of another run, to go on from")
     parser.set_defaults(seed=0, lr_scheduler="cosine", lr_warmup_steps=50, **NOT_OFFERED, **defaults)
     return parser
 

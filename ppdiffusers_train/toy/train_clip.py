@@ -38,7 +38,7 @@ from ppdiffusers_train.toy.shapes import (
     is_held_out,
 )
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
-from ppdiffusers_train.toy.shipped import write_weights
+from ppdiffusers_train.toy.shipped import load_weights, write_weights
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
 from ppdiffusers_train.toy.towers import (
     IMAGE_SIZE,
@@ -80,6 +80,9 @@ class CLIPTrainingModule(DiffusionTrainingModule):
         self.image_processor = build_image_processor()
         paddle.seed(args.seed)
         self.text, self.vision = build_text_tower(self.tokenizer), build_vision_tower()
+        if args.start_from:
+            load_weights(self.text, args.start_from, TEXT)
+            load_weights(self.vision, args.start_from, VISION)
         self.log_scale = self.create_parameter(
             [1], default_initializer=nn.initializer.Constant(math.log(FIRST_LOGIT_SCALE))
         )
