@@ -18,7 +18,7 @@ from ppdiffusers_train.toy.words import vocabulary
 
 PRIOR, DECODER, SD, SDXL = (FOLDER / f"{name}.safetensors" for name in ("prior", "decoder", "sd", "sdxl"))
 
-CHANNELS = (48, 96)  # of the UNets, at 8x8 and 4x4 latents
+CHANNELS = (32, 64)  # of the UNets, at 8x8 and 4x4 latents
 PRIOR_LAYERS = 4
 LATENT_SIZE = 8
 

@@ -1,4 +1,4 @@
-"""Writes docs/results.md from what `make gate` measured.
+"""Writes docs/results.md and its pictures from what `make gate` measured.
 
 python -m tests.gate.report outputs/gate docs
 """
@@ -13,73 +13,88 @@ from tests.gate.experiments import FAMILIES, GUIDANCE, RUNS
 
 INTRODUCTION = """# What each job learns, measured
 
-`make gate` trains every job on [the world of shapes](../ppdiffusers_train/toy/shapes.py) with the script that trains the published models, draws 200 pictures with the
-result, and has them read by [a judge](../ppdiffusers_train/toy/judge.py) that is a program: shape, colour, background, and look (plain, outlined, striped). All captions name
-combinations that no training has had. This page is written by that command; [tests/gate/test_gate.py](../tests/gate/test_gate.py) has the bounds.
-Everything runs on a CPU.
+`make gate` writes this page. It trains every job on [the world of shapes](../ppdiffusers_train/toy/shapes.py), on a CPU,
+with the script that trains the published models, draws 200 pictures with the result, and has them read by
+[a judge](../ppdiffusers_train/toy/judge.py) that is a program: shape, colour, background, and the look (plain, outlined,
+striped). All captions, English and Chinese, name combinations that no training has had.
+[tests/gate/test_gate.py](../tests/gate/test_gate.py) has the bounds that these figures must keep.
 """
-WHAT = ("shape", "colour", "background", "all")
+OPTIONS = """## What options do
 
+Stable Diffusion's UNet from random weights, 1000 steps of 16 plain pictures. Of 100 pictures, the share with shape, colour
+and background right, by guidance scale.
+"""
+PROPERTIES = ("shape", "colour", "background", "all")
+HEAD = ["", "shape right", "colour right", "background right", "all three"]
 
-def percent(share: float) -> str:
-    return f"{share:.1%}".replace(".0%", "%").replace("%", " %")
-
-
-def table(head, rows) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def figures_row(name, figures, looks=("outlined",)):
-    return [name, *(percent(figures[what]) for what in (*WHAT, *looks))]
+FINE_TUNING = [name for name, job in JOBS.items() if not job.distils]
+DISTILLATION = [name for name, job in JOBS.items() if job.distils]
 
 
 def report(measured: dict) -> str:
     """The page, from {experiment: figures}."""
-    head = ["", "shape right", "colour right", "background right", "all three"]
-    parts = [INTRODUCTION, "## The pretrained pipelines\n"]
-    parts.append(table(head, [figures_row(family, measured[f"pretrained {family}"], ()) for family in FAMILIES]))
+    parts = [INTRODUCTION, *pretrained(measured), *new_look(measured), *few_steps(measured), *options(measured)]
+    return "\n".join(parts)
+
+
+def pretrained(measured):
+    yield "## The pretrained pipelines\n"
+    yield table(HEAD, [row(family, measured[f"pretrained {family}"], PROPERTIES) for family in FAMILIES])
     for family in FAMILIES:
-        parts.append(f"\n![What {family} draws](results/pretrained-{family}.png)")
-    for family in FAMILIES:
-        parts.append(f"\nWhat {family} was asked for, and what the judge saw:")
+        yield f"![Drawn by {family}](results/pretrained-{family}.png)\n"
         for counts in measured[f"pretrained {family}"]["confusion"].values():
-            seen = [name for name in next(iter(counts.values()))]
-            parts.append(
-                "\n" + table(["asked \\ seen", *seen], [[asked, *row.values()] for asked, row in counts.items()])
-            )
-    parts.append("\n## A new look\n\nFine-tuned on 24 outlined pictures; the pretrained pipelines draw plain ones.\n")
-    rows = []
-    for name, job in JOBS.items():
-        if not job.distils:
-            figures = measured[name]
-            rows += [
-                figures_row(f"{name}, {when}", figures[when]) for when in figures if isinstance(figures[when], dict)
-            ]
-    parts.append(table([*head, "outlined"], rows))
-    for name, job in JOBS.items():
-        if not job.distils:
-            if job.kind.endswith("lora"):
-                parts.append(
-                    f"\n{name} learns {percent(measured[name]['share of parameters'])} of the parameters; at scale 0 its pictures are the base's "
-                    + ("to the bit." if measured[name]["scale 0 is the base"] else "NOT.")
-                )
-            parts.append(f"\n![{name}, before and after](results/{name}.png)")
-    parts.append("\n## Four steps instead of fifty\n")
-    rows = [
-        figures_row(f"{name}: {who}", figures, ())
-        for name, job in JOBS.items()
-        if job.distils
-        for who, figures in measured[name].items()
+            head = ["asked for \\ seen", *next(iter(counts.values()))]
+            yield table(head, [[asked, *seen.values()] for asked, seen in counts.items()])
+
+
+def new_look(measured):
+    yield "## A new look\n\nFine-tuned on 24 outlined pictures; the pretrained pipelines draw plain ones.\n"
+    columns = (*PROPERTIES, "outlined")
+    stages = [
+        row(f"{name}, {stage}", figures, columns)
+        for name in FINE_TUNING
+        for stage, figures in measured[name].items()
+        if isinstance(figures, dict)
     ]
-    parts.append(table(head, rows))
-    parts += [f"\n![{name}, before and after](results/{name}.png)" for name, job in JOBS.items() if job.distils]
-    parts.append(
-        "\n## What options do\n\nStable Diffusion's UNet from random weights, 1000 steps of 16 plain pictures; the share of 100 pictures with all three right, by guidance scale.\n"
+    yield table([*HEAD, "outlined"], stages)
+    for name in FINE_TUNING:
+        if "share of parameters" in measured[name]:
+            same = "are" if measured[name]["scale 0 is the base"] else "are NOT"
+            share = percent(measured[name]["share of parameters"])
+            yield f"{name} learns {share} of the model's parameters. Its pictures at scale 0 {same} the base's to the bit.\n"
+        yield f"![{name}](results/{name}.png)\n"
+
+
+def few_steps(measured):
+    yield "## Four steps instead of fifty\n"
+    yield table(
+        HEAD,
+        [
+            row(f"{name}: {who}", figures, PROPERTIES)
+            for name in DISTILLATION
+            for who, figures in measured[name].items()
+        ],
     )
-    rows = [[name, *(percent(measured["options"][name][str(scale)]["all"]) for scale in GUIDANCE)] for name in RUNS]
-    parts.append(table(["", *(f"guidance {scale}" for scale in GUIDANCE)], rows))
-    return "\n".join(parts) + "\n"
+    yield from (f"![{name}](results/{name}.png)\n" for name in DISTILLATION)
+
+
+def options(measured):
+    yield OPTIONS
+    head = ["", *(f"guidance {scale:g}" for scale in GUIDANCE)]
+    runs = measured["options"]
+    yield table(head, [[name, *(percent(runs[name][str(scale)]["all"]) for scale in GUIDANCE)] for name in RUNS])
+
+
+def row(name: str, figures: dict, columns) -> list:
+    return [name, *(percent(figures[column]) for column in columns)]
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}".removesuffix(".0") + " %"
+
+
+def table(head: list, rows: list) -> str:
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in (head, ["---"] * len(head), *rows))
 
 
 def main(source, docs):
