@@ -42,9 +42,8 @@ def run_demo(name: str, output, *flags: str) -> Path:
     after = draw(load_pipeline(job, base, result), PROMPTS, **job.drawing)
     picture = output / f"{name}.png"
     learned_from = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))[:24]]
-    draw_figure(learned_from, {"before": before, "after": after}, read_scalars(result / "logs", "train/loss")).savefig(
-        picture, dpi=100
-    )
+    losses = read_scalars(result / "logs", "train/loss")
+    draw_figure(learned_from, {"before": before, "after": after}, losses).savefig(picture, dpi=100)
     for when, images in (("before", before), ("after", after)):
         right, looks = accuracy(images, PROMPTS)["all"], [judge(image).look for image in images]
         print(f"     {when}: {right:.0%} show what was asked for, {looks.count('outlined') / len(looks):.0%} outlined")

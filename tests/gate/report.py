@@ -13,16 +13,16 @@ from tests.gate.experiments import FAMILIES, GUIDANCE, RUNS
 
 INTRODUCTION = """# What each job learns, measured
 
-`make gate` writes this page. It trains every job on [the world of shapes](../ppdiffusers_train/toy/shapes.py), on a CPU,
-with the script that trains the published models, draws 200 pictures with the result, and has them read by
-[a judge](../ppdiffusers_train/toy/judge.py) that is a program: shape, colour, background, and the look (plain, outlined,
-striped). All captions, English and Chinese, name combinations that no training has had.
+`make gate` writes this page. It trains every job on [the world of shapes](../ppdiffusers_train/toy/shapes.py), on a
+CPU, with the script that trains the published models, draws 200 pictures with the result, and has them read by
+[a judge](../ppdiffusers_train/toy/judge.py) that is a program: shape, colour, background, and the look (plain,
+outlined, striped). All captions, English and Chinese, name combinations that no training has had.
 [tests/gate/test_gate.py](../tests/gate/test_gate.py) has the bounds that these figures must keep.
 """
 OPTIONS = """## What options do
 
-Stable Diffusion's UNet from random weights, 1000 steps of 16 plain pictures. Of 100 pictures, the share with shape, colour
-and background right, by guidance scale.
+Stable Diffusion's UNet from random weights, 1000 steps of 16 plain pictures. Of 100 pictures, the share with shape,
+colour and background right, by guidance scale.
 """
 PROPERTIES = ("shape", "colour", "background", "all")
 HEAD = ["", "shape right", "colour right", "background right", "all three"]
@@ -61,20 +61,14 @@ def new_look(measured):
         if "share of parameters" in measured[name]:
             same = "are" if measured[name]["scale 0 is the base"] else "are NOT"
             share = percent(measured[name]["share of parameters"])
-            yield f"{name} learns {share} of the model's parameters. Its pictures at scale 0 {same} the base's to the bit.\n"
+            yield f"{name} learns {share} of the parameters. Its pictures at scale 0 {same} the base's to the bit.\n"
         yield f"![{name}](results/{name}.png)\n"
 
 
 def few_steps(measured):
     yield "## Four steps instead of fifty\n"
-    yield table(
-        HEAD,
-        [
-            row(f"{name}: {who}", figures, PROPERTIES)
-            for name in DISTILLATION
-            for who, figures in measured[name].items()
-        ],
-    )
+    drawn = [(f"{name}: {who}", figures) for name in DISTILLATION for who, figures in measured[name].items()]
+    yield table(HEAD, [row(name, figures, PROPERTIES) for name, figures in drawn])
     yield from (f"![{name}](results/{name}.png)\n" for name in DISTILLATION)
 
 
