@@ -32,23 +32,43 @@ help:
 demo: .venv/ready
 	.venv/bin/ppdiffusers-train demo
 
-# One thread: the bits of a result depend on how many share a sum. Two recipes at a time use two cores.
-RECIPE = MKL_NUM_THREADS=1 .venv/bin/python -m ppdiffusers_train.toy.train
+# `make -j2 toys` trains two at a time. One thread each: the bits of a sum depend on how many share it.
+TOYS = outputs/toys
 WEIGHTS = ppdiffusers_train/toy/weights
+RECIPE = MKL_NUM_THREADS=1 .venv/bin/python -m ppdiffusers_train.toy.train
+ENCODERS = $(TOYS)/vae_further/vae.safetensors $(TOYS)/movq_further/movq_shapes.safetensors \
+	$(TOYS)/clip_further/clip.safetensors
+PIPELINES = $(addprefix $(TOYS)/,$(addsuffix .safetensors,decoder prior sd sdxl))
 
-toys: .venv/ready
-	$(RECIPE)_vae --output_dir outputs/toys/vae
-	$(RECIPE)_vae --output_dir outputs/toys/vae_further --start_from outputs/toys/vae/vae.safetensors \
-		--seed 1 --train_batch_size 32 --max_train_steps 2500 --learning_rate 2e-3
-	$(RECIPE)_movq_shapes --output_dir outputs/toys/movq
-	$(RECIPE)_movq_shapes --output_dir outputs/toys/movq_further --start_from outputs/toys/movq/movq_shapes.safetensors \
-		--seed 1 --max_train_steps 1500 --learning_rate 1e-3
-	$(RECIPE)_clip --output_dir outputs/toys/clip
-	$(RECIPE)_clip --output_dir outputs/toys/clip_further --start_from outputs/toys/clip/clip.safetensors \
-		--seed 1 --max_train_steps 2000 --learning_rate 1e-3
-	cp outputs/toys/*_further/*.safetensors $(WEIGHTS)
-	for name in decoder prior sd sdxl; do $(RECIPE)_pipelines $$name --seed 0 --output_dir outputs/toys || exit 1; done
-	cp outputs/toys/*.safetensors $(WEIGHTS)
+toys: $(PIPELINES)
+	cp $(PIPELINES) $(WEIGHTS)
+
+$(TOYS)/vae/vae.safetensors: .venv/ready
+	$(RECIPE)_vae --output_dir $(@D)
+
+$(TOYS)/vae_further/vae.safetensors: $(TOYS)/vae/vae.safetensors
+	$(RECIPE)_vae --output_dir $(@D) --start_from $< --seed 1 \
+		--train_batch_size 32 --max_train_steps 2500 --learning_rate 2e-3
+
+$(TOYS)/movq/movq_shapes.safetensors: .venv/ready
+	$(RECIPE)_movq_shapes --output_dir $(@D)
+
+$(TOYS)/movq_further/movq_shapes.safetensors: $(TOYS)/movq/movq_shapes.safetensors
+	$(RECIPE)_movq_shapes --output_dir $(@D) --start_from $< --seed 1 --max_train_steps 1500 --learning_rate 1e-3
+
+$(TOYS)/clip/clip.safetensors: .venv/ready
+	$(RECIPE)_clip --output_dir $(@D)
+
+$(TOYS)/clip_further/clip.safetensors: $(TOYS)/clip/clip.safetensors
+	$(RECIPE)_clip --output_dir $(@D) --start_from $< --seed 1 --max_train_steps 2000 --learning_rate 1e-3
+
+# What draws is trained between the encoders that the package has.
+$(TOYS)/encoders: $(ENCODERS)
+	cp $^ $(WEIGHTS)
+	touch $@
+
+$(TOYS)/%.safetensors: $(TOYS)/encoders
+	$(RECIPE)_pipelines $* --output_dir $(TOYS)
 
 gate: .venv/ready
 	.venv/bin/python -m pytest tests/gate -m slow -n 0 $(PYTEST_FLAGS)
