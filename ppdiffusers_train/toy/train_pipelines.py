@@ -52,7 +52,7 @@ def main(argv=None):
     own, more = build_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
     output, job = Path(own.output_dir), TRAININGS[own.name]
     looks = LOOKS if own.name == "decoder" else ("plain",)
-    data, result = output / "_and_".join(looks), output / own.name
+    data, result = output / f"{own.name}_pictures", output / own.name
     if not data.exists():
         write_shapes_folder(data, ShapesDataset(0, PICTURES, looks=looks))
     train(job, write_pretrained(job, output / f"{own.name}_at_random", trained=False), data, result, *more)
