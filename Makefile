@@ -1,6 +1,7 @@
 # Needs Python 3.10, 3.11 or 3.12; another one than `python3`: make PYTHON=python3.11 demo
 PYTHON ?= python3
 PYTEST_FLAGS ?=
+JOB ?= decoder-lora
 UV_COMPILE = ../.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate
 
 # $(call make_venv,FOLDER,LOCK): the locks are complete, so pip resolves nothing
@@ -17,7 +18,7 @@ endef
 .PHONY: help demo toys gate test lint test-paddle26 parity torture venvs lock clean
 
 help:
-	@echo "make demo           teach a tiny Kandinsky 2.2 a new look on the CPU, and draw with it"
+	@echo "make demo           teach a tiny Kandinsky 2.2 a new look on the CPU, and draw with it (JOB=lcm-lora for another job)"
 	@echo "make gate           show that every job learns: writes docs/results.md (an hour)"
 	@echo "make toys           train the tiny models that the package ships, again (two hours)"
 	@echo "make test           the tests (PYTEST_FLAGS='tests/data -x' for some of them)"
@@ -30,7 +31,7 @@ help:
 	@echo "make clean          remove the environments and caches"
 
 demo: .venv/ready
-	.venv/bin/ppdiffusers-train demo
+	.venv/bin/ppdiffusers-train demo --job $(JOB)
 
 # `make -j2 toys` trains two at a time. One thread each: the bits of a sum depend on how many share it.
 TOYS = outputs/toys

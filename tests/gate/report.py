@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ppdiffusers_train.toy.jobs import JOBS
-from tests.gate.experiments import FAMILIES, GUIDANCE, RUNS
+from tests.gate.experiments import FAMILIES, GUIDANCE
 
 INTRODUCTION = """# What each job learns, measured
 
@@ -24,6 +24,25 @@ OPTIONS = """## What options do
 Stable Diffusion's UNet from random weights, 1000 steps of 16 plain pictures. Of 100 pictures, the share with shape,
 colour and background right, by guidance scale.
 """
+COMPARED = {
+    "Min-SNR": (
+        "`--snr_gamma 5` weighs timesteps so that none outvotes the others; what is expected is faster learning.",
+        ("plain", "min-SNR"),
+    ),
+    "EMA": (
+        "At a constant learning rate the last weights are noisy; their moving average (`--use_ema`) should be better.",
+        ("constant rate", "constant rate, EMA"),
+    ),
+    "The smallest batch": (
+        "One sample at a time, sixteen of them to a step (`--gradient_accumulation_steps 16`), should be as good as sixteen "
+        "at once.",
+        ("plain", "one sample at a time"),
+    ),
+    "Dropped captions": (
+        "Guidance needs to know what is drawn without a caption: with `--proportion_empty_prompts 0.1` it has been learned.",
+        ("no dropped captions", "plain"),
+    ),
+}
 PROPERTIES = ("shape", "colour", "background", "all")
 HEAD = ["", "shape right", "colour right", "background right", "all three"]
 
@@ -74,9 +93,11 @@ def few_steps(measured):
 
 def options(measured):
     yield OPTIONS
-    head = ["", *(f"guidance {scale:g}" for scale in GUIDANCE)]
-    runs = measured["options"]
-    yield table(head, [[name, *(percent(runs[name][str(scale)]["all"]) for scale in GUIDANCE)] for name in RUNS])
+    figures = measured["options"]
+    for title, (words, runs) in COMPARED.items():
+        yield f"### {title}\n\n{words}\n"
+        head = ["", *(f"guidance {scale:g}" for scale in GUIDANCE)]
+        yield table(head, [[run, *(percent(figures[run][str(scale)]["all"]) for scale in GUIDANCE)] for run in runs])
 
 
 def row(name: str, figures: dict, columns) -> list:
