@@ -24,7 +24,7 @@ class Job:
     script: str
     flags: tuple
     drawing: dict
-    kind: str  # of the result: what a user does with it, see `pipeline`
+    kind: str  # of the result: how a user loads it, see `running.USES`
     drawing_before: dict = None  # of the pipeline as it was, where that differs
 
     @property
