@@ -34,7 +34,7 @@ COMPARED = {
         ("constant rate", "constant rate, EMA"),
     ),
     "The smallest batch": (
-        "One sample at a time, sixteen to a step (`--gradient_accumulation_steps 16`), should be as good as all at once.",
+        "One sample at a time, 16 to a step (`--gradient_accumulation_steps 16`), should do as well as all at once.",
         ("plain", "one sample at a time"),
     ),
     "Dropped captions": (
