@@ -15,7 +15,7 @@ from ppdiffusers.transformers import CLIPTextModel
 from ppdiffusers_train.data.transforms import normalize_pixels
 from ppdiffusers_train.draws import generator
 from ppdiffusers_train.models.text import tokenize
-from ppdiffusers_train.toy import movq, towers, train_clip, train_movq_shapes, train_vae, vae
+from ppdiffusers_train.toy import movq, towers, train_clip, train_movq_shapes, train_pipelines, train_vae, vae
 from ppdiffusers_train.toy.jobs import JOBS, KANDINSKY_DRAWING, SD_DRAWING
 from ppdiffusers_train.toy.judge import accuracy, judge
 from ppdiffusers_train.toy.running import draw as draw_with
@@ -213,6 +213,16 @@ def test_a_recipe_goes_on_where_it_was_stopped_and_writes_what_is_shipped(shippe
     assert {name: array.shape for name, array in whole.items()} == {
         name: array.shape for name, array in tensors(shipped).items()
     }
+
+
+@pytest.mark.parametrize("name", train_pipelines.TRAININGS)
+def test_a_pipelines_recipe_writes_what_is_shipped(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_pipelines, "PICTURES", 4)
+    train_pipelines.main(
+        [name, f"--output_dir={tmp_path}", "--max_train_steps=1", "--train_batch_size=2", "--report_to=none"]
+    )
+    written, shipped = (tensors(folder / f"{name}.safetensors") for folder in (tmp_path, FOLDER))
+    assert {name: array.shape for name, array in written.items()} == {n: a.shape for n, a in shipped.items()}
 
 
 @pytest.mark.slow
