@@ -12,9 +12,9 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RESOLUTION = 32
 
 KANDINSKY_DRAWING = {"num_inference_steps": 25, "prior_num_inference_steps": 25}
-SD_DRAWING = {"num_inference_steps": 25, "guidance_scale": 5.0}
+SD_DRAWING = {"num_inference_steps": 25, "guidance_scale": 3.0}
 FEW_STEPS = 4
-DISTILLATION = ("--max_train_steps=400", "--train_batch_size=16", "--loss_type=huber", "--w_min=2", "--w_max=6")
+DISTILLATION = ("--max_train_steps=400", "--train_batch_size=16", "--loss_type=huber", "--w_min=1", "--w_max=4")
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ JOBS = {
     "sdxl-lora": _fine_tuning(
         "sdxl/train_text_to_image_lora_sdxl.py", "lora", SD_DRAWING, LORA_RATE, "--max_train_steps=300"
     ),
-    "lcm": _distillation("lcm/train_lcm_distill_sd_wds.py", "student", 6.0, FULL_RATE),
+    "lcm": _distillation("lcm/train_lcm_distill_sd_wds.py", "student", 3.0, FULL_RATE),
     "lcm-lora": _distillation("lcm/train_lcm_distill_lora_sd_wds.py", "student lora", 1.0, LORA_RATE),
-    "lcm-sdxl": _distillation("lcm/train_lcm_distill_sdxl_wds.py", "student", 6.0, FULL_RATE),
+    "lcm-sdxl": _distillation("lcm/train_lcm_distill_sdxl_wds.py", "student", 3.0, FULL_RATE),
     "lcm-sdxl-lora": _distillation("lcm/train_lcm_distill_lora_sdxl_wds.py", "student lora", 1.0, LORA_RATE),
 }
