@@ -184,11 +184,8 @@ DRAWING = {"decoder": KANDINSKY_DRAWING, "sd": SD_DRAWING}
 def test_a_pretrained_pipeline_draws_what_it_has_never_seen_together(name, tmp_path):
     """A glance; `make gate` measures."""
     job, prompts = JOBS["lcm" if name == "sd" else name], held_out_prompts(20)
-    shares = []
-    for trained in (True, False):
-        pipeline = load_pipeline(job, write_pretrained(job, tmp_path / str(trained), trained))
-        shares.append(accuracy(draw_with(pipeline, prompts, **DRAWING[name]), prompts)["all"])
-    assert shares[0] >= 0.6 and shares[1] <= 0.1
+    pipeline = load_pipeline(job, write_pretrained(job, tmp_path))
+    assert accuracy(draw_with(pipeline, prompts, **DRAWING[name]), prompts)["all"] >= 0.6
 
 
 def test_the_towers_are_small_and_so_are_the_files():
@@ -215,6 +212,7 @@ def test_a_recipe_goes_on_where_it_was_stopped_and_writes_what_is_shipped(shippe
     }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", train_pipelines.TRAININGS)
 def test_a_pipelines_recipe_writes_what_is_shipped(name, tmp_path, monkeypatch):
     monkeypatch.setattr(train_pipelines, "PICTURES", 4)
