@@ -15,7 +15,7 @@ from ppdiffusers_train.argument_parser import (
     unit_float,
 )
 
-__all__ = ["ArgumentParser", "Flag"]  # for scripts, beside the groups below
+__all__ = ["ArgumentParser", "Flag", "unit_float"]  # for scripts, beside the groups below
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_BIAS_STRATEGIES = ("none", "earlier", "later", "range")

@@ -1,6 +1,8 @@
-"""The shape of the toys' CLIP text encoders."""
+"""The shape of the toys' CLIP encoders, of texts and of pictures."""
 
-from ppdiffusers.transformers import CLIPTextConfig
+from ppdiffusers.transformers import CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
+
+IMAGE_SIZE = 32
 
 
 def text_config(tokenizer, width: int, layers: int, heads: int, **options) -> CLIPTextConfig:
@@ -18,3 +20,21 @@ def text_config(tokenizer, width: int, layers: int, heads: int, **options) -> CL
         pad_token_id=tokenizer.pad_token_id,
         **options,
     )
+
+
+def vision_config(width: int, layers: int, heads: int, intermediate: int) -> CLIPVisionConfig:
+    """An image encoder of `width` channels, for pictures of 32x32 pixels in 16 patches."""
+    return CLIPVisionConfig(
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+        hidden_size=width,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=width,
+    )
+
+
+def build_image_processor() -> CLIPImageProcessor:
+    """What brings pictures of any size to pixels for the image encoder."""
+    return CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})

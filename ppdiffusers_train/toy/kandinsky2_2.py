@@ -16,18 +16,15 @@ from ppdiffusers import (
     UNet2DConditionModel,
 )
 from ppdiffusers.transformers import (
-    CLIPImageProcessor,
     CLIPTextModelWithProjection,
-    CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
 
-from ppdiffusers_train.toy.clip import text_config
+from ppdiffusers_train.toy.clip import build_image_processor, text_config, vision_config
 from ppdiffusers_train.toy.movq import load_movq
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
 
 EMBEDDING = 64
-CLIP_IMAGE_SIZE = 32
 
 
 def build_kandinsky(directory, channels=(32, 64), seed=0, prediction_type="epsilon") -> tuple:
@@ -94,17 +91,7 @@ def build_prior_pipeline(tokenizer_directory) -> KandinskyV22PriorPipeline:
     """The prior with both CLIP towers, at random weights."""
     tokenizer = build_tokenizer(tokenizer_directory)
     text_encoder = CLIPTextModelWithProjection(text_config(tokenizer, EMBEDDING, layers=2, heads=4))
-    image_encoder = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            image_size=CLIP_IMAGE_SIZE,
-            patch_size=8,
-            hidden_size=EMBEDDING,
-            intermediate_size=2 * EMBEDDING,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            projection_dim=EMBEDDING,
-        )
-    )
+    image_encoder = CLIPVisionModelWithProjection(vision_config(EMBEDDING, 2, 4, intermediate=2 * EMBEDDING))
     prior = build_prior()
     with paddle.no_grad():
         prior.clip_std.set_value(paddle.ones_like(prior.clip_std))  # a fresh one is 0, and the prior divides by it
@@ -137,7 +124,5 @@ def assemble_prior_pipeline(tokenizer, text_encoder, image_encoder, prior) -> Ka
             clip_sample_range=5.0,
             prediction_type="sample",
         ),
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": CLIP_IMAGE_SIZE}, crop_size={"height": CLIP_IMAGE_SIZE, "width": CLIP_IMAGE_SIZE}
-        ),
+        image_processor=build_image_processor(),
     )

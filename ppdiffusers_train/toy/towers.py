@@ -3,14 +3,9 @@
 One text tower serves all pipelines, with its projection or without, by its last hidden states or those before.
 """
 
-from ppdiffusers.transformers import (
-    CLIPImageProcessor,
-    CLIPTextModelWithProjection,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
+from ppdiffusers.transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from ppdiffusers_train.toy.clip import text_config
+from ppdiffusers_train.toy.clip import text_config, vision_config
 from ppdiffusers_train.toy.shipped import FOLDER, load_array, load_weights
 
 WEIGHTS = FOLDER / "clip.safetensors"
@@ -18,7 +13,6 @@ TEXT, VISION = "text.", "vision."  # the towers' prefixes in the file
 MEAN, STD = "image_embeds_mean", "image_embeds_std"
 
 EMBEDDING = 64  # of texts and pictures, and the towers' width
-IMAGE_SIZE = 32
 
 
 def build_text_tower(tokenizer, tower_class=CLIPTextModelWithProjection):
@@ -27,23 +21,8 @@ def build_text_tower(tokenizer, tower_class=CLIPTextModelWithProjection):
 
 
 def build_vision_tower() -> CLIPVisionModelWithProjection:
-    """A vision tower with random weights, for pictures of 32x32 pixels in 16 patches."""
-    return CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            image_size=IMAGE_SIZE,
-            patch_size=8,
-            hidden_size=EMBEDDING,
-            intermediate_size=4 * EMBEDDING,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            projection_dim=EMBEDDING,
-        )
-    )
-
-
-def build_image_processor() -> CLIPImageProcessor:
-    """What brings pictures of any size to pixels for the vision tower."""
-    return CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    """A vision tower with random weights."""
+    return CLIPVisionModelWithProjection(vision_config(EMBEDDING, layers=2, heads=2, intermediate=4 * EMBEDDING))
 
 
 def load_text_tower(tokenizer, tower_class=CLIPTextModelWithProjection, file=WEIGHTS):

@@ -24,6 +24,7 @@ from ppdiffusers_train.models.text import tokenize
 from ppdiffusers_train.models.weights import WEIGHTS_FILE, load_in_place
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.toy import recipe
+from ppdiffusers_train.toy.clip import IMAGE_SIZE, build_image_processor
 from ppdiffusers_train.toy.judge import parse_caption
 from ppdiffusers_train.toy.shapes import (
     CONTENTS,
@@ -41,12 +42,10 @@ from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.shipped import load_weights, write_weights
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
 from ppdiffusers_train.toy.towers import (
-    IMAGE_SIZE,
     MEAN,
     STD,
     TEXT,
     VISION,
-    build_image_processor,
     build_text_tower,
     build_vision_tower,
 )

@@ -16,6 +16,7 @@ from ppdiffusers_train.data.transforms import normalize_pixels
 from ppdiffusers_train.draws import generator
 from ppdiffusers_train.models.text import tokenize
 from ppdiffusers_train.toy import movq, towers, train_clip, train_movq_shapes, train_vae, vae
+from ppdiffusers_train.toy.clip import build_image_processor
 from ppdiffusers_train.toy.judge import judge
 from ppdiffusers_train.toy.shapes import (
     CONTENTS,
@@ -99,7 +100,7 @@ def input_ids(tokenizer, captions):
 
 
 def vision_pixels(images):
-    return paddle.to_tensor(towers.build_image_processor()(images, return_tensors="np").pixel_values)
+    return paddle.to_tensor(build_image_processor()(images, return_tensors="np").pixel_values)
 
 
 @paddle.no_grad()
