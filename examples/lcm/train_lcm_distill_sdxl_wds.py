@@ -56,20 +56,25 @@ class LCMSDXLTrainingModule(LCMTrainingModule):
         self.tokenizer, self.tokenizer_2 = self.folder.load("tokenizer"), self.folder.load("tokenizer_2")
         self.text_encoder = freeze(self.folder.load("text_encoder"))
         self.text_encoder_2 = freeze(self.folder.load("text_encoder_2"))
+        ids = (paddle.to_tensor(tokenize(each, "")[0][None]) for each in (self.tokenizer, self.tokenizer_2))
+        has_prompt = paddle.to_tensor([float(not self.folder.no_prompt_is_zeros)])
+        with paddle.no_grad():
+            self.empty_prompt = encode_prompts(self.text_encoder, self.text_encoder_2, *ids, has_prompt)
 
     def preprocess(self, row, draws):
-        """pixel_values [3, R, R]; input_ids, input_ids_2 [L]; time_ids [6]: height and width of the file, top and left
-        of the crop, height and width of what is drawn."""
-        args, image, caption, size = self.args, row["image"], row["caption"], self.args.resolution
+        """pixel_values [3, R, R]; input_ids, input_ids_2 [L]; has_prompt [], 0 where the embeddings are to be zeros;
+        time_ids [6]: height and width of the file, top and left of the crop, height and width of what is drawn."""
+        args, image, size = self.args, row["image"], self.args.resolution
         crop, top, left = fit(image, size, size, draws, args.interpolation_type, args.center_crop, args.random_flip)
-        if draws.happens("drop_caption", args.proportion_empty_prompts):
-            caption = ""
+        dropped = draws.happens("drop_caption", args.proportion_empty_prompts)
+        caption = "" if dropped else row["caption"]
         told = (size, size, 0, 0) if args.use_fix_crop_and_size else (image.height, image.width, top, left)
         return {
             "pixel_values": normalize_pixels(crop),
             "time_ids": np.float32([*told, size, size]),
             "input_ids": tokenize(self.tokenizer, caption)[0],
             "input_ids_2": tokenize(self.tokenizer_2, caption)[0],
+            "has_prompt": np.float32(not (dropped and self.folder.no_prompt_is_zeros)),
         }
 
     def encoding_settings(self):
@@ -77,13 +82,14 @@ class LCMSDXLTrainingModule(LCMTrainingModule):
         return {
             **settings,
             "use_fix_crop_and_size": self.args.use_fix_crop_and_size,
+            "no_prompt_is_zeros": self.folder.no_prompt_is_zeros,
             "tokenizers": [settings.pop("tokenizer"), self.tokenizer_2.get_vocab()],
         }
 
     def encode(self, batch):
         """latents [B, 4, r, r], scaled; prompt_embeds [B, L, D]; pooled_prompt_embeds [B, P]; time_ids [B, 6]."""
         embeds, pooled = encode_prompts(
-            self.text_encoder, self.text_encoder_2, batch["input_ids"], batch["input_ids_2"]
+            self.text_encoder, self.text_encoder_2, batch["input_ids"], batch["input_ids_2"], batch["has_prompt"]
         )
         return {
             "latents": encode_images(self.vae, batch["pixel_values"]),
@@ -93,11 +99,12 @@ class LCMSDXLTrainingModule(LCMTrainingModule):
         }
 
     def conditions(self, encoded):
-        """What the UNets are told: the caption, and nothing, which for SDXL is zeros; sizes and crop alike."""
-        prompt, pooled, sizes = (encoded[name] for name in ("prompt_embeds", "pooled_prompt_embeds", "time_ids"))
+        """What the UNets are told: the caption, and nothing; sizes and crop alike."""
+        caption, sizes = (encoded["prompt_embeds"], encoded["pooled_prompt_embeds"]), encoded["time_ids"]
+        nothing = (empty.expand(told.shape) for empty, told in zip(self.empty_prompt, caption))
         return tuple(
             {"encoder_hidden_states": tokens, "added_cond_kwargs": {"text_embeds": text, "time_ids": sizes}}
-            for tokens, text in ((prompt, pooled), (paddle.zeros_like(prompt), paddle.zeros_like(pooled)))
+            for tokens, text in (caption, nothing)
         )
 
     def text_parts(self):

@@ -57,17 +57,16 @@ class SDXLLoRATrainingModule(SDXLTrainingModule):
                 add_lora(encoder, TEXT_ENCODER_TARGETS, *options)
 
     def encode(self, batch):
-        """With text encoders that learn, captions stay token ids: input_ids and input_ids_2 [B, L]."""
+        """With text encoders that learn, captions stay token ids: input_ids, input_ids_2 [B, L]; has_prompt [B]."""
         if not self.adapted:
             return super().encode(batch)
-        names = ("time_ids", "input_ids", "input_ids_2")
+        names = ("time_ids", "input_ids", "input_ids_2", "has_prompt")
         return {"latents": encode_images(self.vae, batch["pixel_values"]), **{name: batch[name] for name in names}}
 
     def forward(self, encoded, draws):
         if self.adapted:
-            embeds, pooled = encode_prompts(
-                self.text_encoder, self.text_encoder_2, encoded["input_ids"], encoded["input_ids_2"]
-            )
+            tokens = (encoded[name] for name in ("input_ids", "input_ids_2", "has_prompt"))
+            embeds, pooled = encode_prompts(self.text_encoder, self.text_encoder_2, *tokens)
             encoded = {**encoded, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
         return super().forward(encoded, draws)
 

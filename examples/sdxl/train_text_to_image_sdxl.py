@@ -107,9 +107,9 @@ class SDXLTrainingModule(DiffusionTrainingModule):
         return sizes[nearest_bucket(sizes, width, height)]
 
     def preprocess(self, row, draws):
-        """pixel_values [3, H, W]; input_ids, input_ids_2 [L]; time_ids [6]: height and width of the file, top and left
-        of the crop, height and width of what is drawn."""
-        args, image, caption = self.args, row["image"], row["caption"]
+        """pixel_values [3, H, W]; input_ids, input_ids_2 [L]; has_prompt [], 0 where the embeddings are to be zeros;
+        time_ids [6]: height and width of the file, top and left of the crop, height and width of what is drawn."""
+        args, image = self.args, row["image"]
         width, height = image.size
         if args.min_image_size and min(width, height) < args.min_image_size:
             raise BadSampleError(f"{row['name']}: {width} x {height} pixels, --min_image_size is {args.min_image_size}")
@@ -117,13 +117,14 @@ class SDXLTrainingModule(DiffusionTrainingModule):
         image, top, left = fit(
             image, rows, columns, draws, args.image_interpolation_mode, args.center_crop, args.random_flip
         )
-        if draws.happens("drop_caption", args.proportion_empty_prompts):
-            caption = ""
+        dropped = draws.happens("drop_caption", args.proportion_empty_prompts)
+        caption = "" if dropped else row["caption"]
         return {
             "pixel_values": normalize_pixels(image),
             "time_ids": np.float32([height, width, top, left, rows, columns]),
             "input_ids": tokenize(self.tokenizer, caption)[0],
             "input_ids_2": tokenize(self.tokenizer_2, caption)[0],
+            "has_prompt": np.float32(not (dropped and self.folder.no_prompt_is_zeros)),
         }
 
     def encoding_settings(self):
@@ -132,13 +133,14 @@ class SDXLTrainingModule(DiffusionTrainingModule):
             **{name: getattr(self.args, name) for name in [*names, "min_image_size"]},
             "buckets": self.buckets,
             "scaling_factor": self.vae.config.scaling_factor,
+            "no_prompt_is_zeros": self.folder.no_prompt_is_zeros,
             "tokenizers": [self.tokenizer.get_vocab(), self.tokenizer_2.get_vocab()],
         }
 
     def encode(self, batch):
         """latents [B, 4, h, w], scaled; prompt_embeds [B, L, D]; pooled_prompt_embeds [B, P]; time_ids [B, 6]."""
         embeds, pooled = encode_prompts(
-            self.text_encoder, self.text_encoder_2, batch["input_ids"], batch["input_ids_2"]
+            self.text_encoder, self.text_encoder_2, batch["input_ids"], batch["input_ids_2"], batch["has_prompt"]
         )
         return {
             "latents": encode_images(self.vae, batch["pixel_values"]),

@@ -158,6 +158,20 @@ def test_captions_are_dropped_as_often_as_asked_and_become_the_empty_prompt(buil
     assert not np.array_equal(other["input_ids"], tokens[empty.index(True)])
 
 
+@pytest.mark.parametrize("flags", [["sdxl"], ["lora_sdxl", "--train_text_encoder"]])
+def test_a_dropped_caption_is_zeros_where_guidance_knows_no_prompt_as_zeros(build_sdxl_module, flags):
+    module = build_sdxl_module(*flags, "--proportion_empty_prompts=0.5", "--center_crop")
+    rows = [{"image": ruler(64, 64), "caption": "", "name": "x"}] * 8
+    encoded, fed = encode(module, rows, range(8)), []
+    forward = module.unet.forward
+    module.unet.forward = lambda *args, **told: fed.append(told) or forward(*args, **told)
+    module(encoded, Draws(0, range(8)))
+    dropped = [RowDraws(0, position).happens("drop_caption", 0.5) for position in range(8)]
+    texts = fed[0]["encoder_hidden_states"], fed[0]["added_cond_kwargs"]["text_embeds"]
+    assert 0 < sum(dropped) < 8, "a caption that is empty in the data is not dropped"
+    assert all([bool((text == 0).all()) for text in batch] == dropped for batch in texts)
+
+
 def test_biased_timesteps_are_drawn_more_often(build_sdxl_module):
     flags = ["--timestep_bias_strategy=range", "--timestep_bias_begin=0", "--timestep_bias_end=100"]
     module = build_sdxl_module("sdxl", *flags, "--timestep_bias_multiplier=9")

@@ -1,0 +1,295 @@
+"""What training feeds a model is what the model's own pipeline feeds it, for every job.
+
+ppdiffusers' pipelines are the judges. Each draws at the timesteps that its own scheduler visits, from the noisy sample
+that a training step fed the model there; its last step ends in what that training step had put noise on.
+"""
+
+import ppdiffusers_train  # noqa: F401
+
+import inspect
+import json
+import shutil
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+import ppdiffusers
+import pytest
+from PIL import Image
+from ppdiffusers.image_processor import VaeImageProcessor
+from safetensors.numpy import save_file
+
+from ppdiffusers_train.draws import RowDraws
+from ppdiffusers_train.module import encode_each
+from tests.conftest import PHOTOS, ROOT, load_script, module_class, short_run, weights
+
+STEPS, SCALE = 3, 7.5
+# An image that is cropped and not scaled: its crop is known to the pixel.
+WIDTH, SIDE, LEFT = 50, 32, 9
+IMAGE = Image.open(PHOTOS / "chelsea.jpg").convert("RGB").resize((WIDTH, SIDE))
+ROW = {"image": IMAGE, "caption": "A tabby cat, close-up!", "name": "chelsea.jpg"}
+
+
+class Prior:
+    """The prior's pipeline; what it draws is an image's CLIP embedding."""
+
+    model, kind, folder = "prior", ppdiffusers.KandinskyV22PriorPipeline, "prior"
+
+    def __init__(self, folders, **parts):
+        self.folders, self.pipe = folders, self.kind.from_pretrained(str(folders[self.folder]), **parts)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def draw(self, **options):
+        return self.pipe(ROW["caption"], output_type="np", num_inference_steps=STEPS, **options).image_embeds
+
+    @cached_property
+    def embeds(self):
+        """The embeddings of the image and of none, as the pipeline makes them for variations of an image."""
+        return self.pipe.interpolate([IMAGE], [1.0], num_inference_steps=2)
+
+    @cached_property
+    def expected(self):
+        return self.embeds.image_embeds.numpy()
+
+
+class Decoder(Prior):
+    """The decoder's pipeline, told an image by its embedding."""
+
+    model, kind, folder = "unet", ppdiffusers.KandinskyV22Pipeline, "decoder"
+
+    @cached_property
+    def embeds(self):
+        return Prior(self.folders).embeds
+
+    def draw(self, **options):
+        options |= {"output_type": "np", "num_inference_steps": STEPS, "height": SIDE, "width": SIDE}
+        return self.pipe(**self.embeds, **options).images
+
+    @cached_property
+    def expected(self):
+        movq = self.pipe.movq
+        return encoded_and_decoded(lambda x: movq.decode(movq.encode(x).latents, force_not_quantize=True).sample)
+
+
+class SD(Prior):
+    model, kind, folder, told = "unet", ppdiffusers.StableDiffusionPipeline, "sd", {}
+
+    def draw(self, **options):
+        options |= {"output_type": "np", "num_inference_steps": STEPS, "height": SIDE, "width": SIDE, **self.told}
+        return self.pipe(ROW["caption"], **options).images
+
+    @cached_property
+    def expected(self):
+        vae = self.pipe.vae
+        return encoded_and_decoded(lambda x: vae.decode(vae.encode(x).latent_dist.mode()).sample)
+
+
+class SDXL(SD):
+    kind, folder = ppdiffusers.StableDiffusionXLPipeline, "sdxl"
+    told = {"original_size": (SIDE, WIDTH), "crops_coords_top_left": (0, LEFT), "target_size": (SIDE, SIDE)}
+
+
+class SDXLWithoutZeros(SDXL):
+    folder = "sdxl without zeros"  # which knows no prompt as an empty text
+
+
+class Job(NamedTuple):
+    """A script below examples/ and the pipeline that draws with its result.
+
+    A student of a distillation draws with LCM's scheduler, at `student_scale`; its teacher is looked at, too.
+    """
+
+    script: str
+    kind: type
+    student_scale: float = None
+    flags: tuple = ()
+
+
+KANDINSKY, XL, LCM = "kandinsky2_2/train_text_to_image", "sdxl/train_text_to_image", "lcm/train_lcm_distill"
+JOBS = {
+    "prior": Job(f"{KANDINSKY}_prior", Prior),
+    "prior lora": Job(f"{KANDINSKY}_prior_lora", Prior),
+    "decoder": Job(f"{KANDINSKY}_decoder", Decoder),
+    "decoder lora": Job(f"{KANDINSKY}_decoder_lora", Decoder),
+    "sd": Job("your_own_job/train_text_to_image_sd", SD),
+    "sdxl": Job(f"{XL}_sdxl", SDXL),
+    "sdxl without zeros": Job(f"{XL}_sdxl", SDXLWithoutZeros),
+    "sdxl lora": Job(f"{XL}_lora_sdxl", SDXL),
+    "sdxl lora of all": Job(f"{XL}_lora_sdxl", SDXL, flags=("--train_text_encoder",)),
+    "lcm sd": Job(f"{LCM}_sd_wds", SD, SCALE),
+    "lcm sd lora": Job(f"{LCM}_lora_sd_wds", SD, 1.0),
+    "lcm sdxl": Job(f"{LCM}_sdxl_wds", SDXL, SCALE),
+    "lcm sdxl lora": Job(f"{LCM}_lora_sdxl_wds", SDXL, 1.0),
+    "lcm sdxl lora without zeros": Job(f"{LCM}_lora_sdxl_wds", SDXLWithoutZeros, 1.0),
+}
+
+
+def encoded_and_decoded(autoencoder):
+    """The cropped image, prepared and returned as ppdiffusers does."""
+    decoded = autoencoder(VaeImageProcessor().preprocess(IMAGE.crop((LEFT, 0, LEFT + SIDE, SIDE))))
+    return (decoded / 2 + 0.5).clip(0, 1).transpose([0, 2, 3, 1]).numpy()
+
+
+@pytest.fixture(scope="module")
+def pipelines(kandinsky, sd, sdxl, tmp_path_factory):
+    """The tiny pipelines by kind; the prior has statistics that change embeddings, as the published one has."""
+    prior, without_zeros = (tmp_path_factory.mktemp(name) / name for name in ("prior", "sdxl"))
+    shutil.copytree(kandinsky[0], prior)
+    generator, arrays = np.random.default_rng(0), weights(prior, "prior")
+    arrays["clip_mean"] += generator.normal(size=arrays["clip_mean"].shape)
+    arrays["clip_std"] *= generator.uniform(0.5, 2, arrays["clip_std"].shape)
+    save_file(arrays, prior / "prior" / "diffusion_paddle_model.safetensors", {"format": "pd"})
+    index = shutil.copytree(sdxl, without_zeros) / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "force_zeros_for_empty_prompt": False}))
+    folders = {"prior": prior, "decoder": kandinsky[1], "sd": sd, "sdxl": sdxl, "sdxl without zeros": without_zeros}
+    return {kind: kind(folders) for kind in (Prior, Decoder, SD, SDXL, SDXLWithoutZeros)}
+
+
+def build(name, pipelines):
+    """A job's training module."""
+    job, folders = JOBS[name], pipelines[JOBS[name].kind].folders
+    script = load_script(ROOT / "examples" / f"{job.script}.py")
+    if job.kind in (Prior, Decoder):
+        flags = [f"--pretrained_{part}_model_name_or_path={folders[part]}" for part in ("prior", "decoder")]
+    else:
+        model = "teacher_model" if job.student_scale else "model_name_or_path"
+        flags = ["--center_crop", f"--pretrained_{model}={folders[job.kind.folder]}"]
+    flags += [*job.flags, *short_run(PHOTOS), f"--resolution={SIDE}"]
+    return module_class(script)(script.build_parser().parse_args(flags))
+
+
+class NoCaption(RowDraws):
+    """The draws of a sample whose caption is dropped."""
+
+    def happens(self, name, probability):
+        return name == "drop_caption"
+
+
+class Given(NamedTuple):
+    """Draws for a batch of one: always the same noise, a given timestep, the guidance that pipelines call `SCALE`."""
+
+    timestep: int
+
+    def normal(self, name, shape=()):
+        return paddle.to_tensor(np.random.default_rng(0).standard_normal([1, *shape], dtype=np.float32))
+
+    def integers(self, name, low, high):
+        return paddle.to_tensor([(self.timestep + 1) * high // 1000 - 1])  # a solver counts only its own steps
+
+    def uniform(self, name, low, high):
+        return paddle.to_tensor([SCALE - 1])
+
+
+@contextmanager
+def recorded(models):
+    """The calls of `models`, in order: {name of an argument: array}, an empty one for None."""
+    calls = []
+    for model in models:
+        model.forward = partial(record, calls, model.forward)
+    try:
+        yield calls
+    finally:
+        for model in models:
+            del model.forward
+
+
+def record(calls, forward, *args, **kwargs):
+    bound = inspect.signature(forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    (_, sample), (_, timestep), *others = bound.arguments.items()
+    call = {"sample": sample, "timestep": paddle.to_tensor(timestep).reshape([-1])}
+    for name, value in others:
+        call |= value if isinstance(value, dict) else {name: value} if name != "return_dict" else {}
+    calls.append({name: np.asarray([] if value is None else value) for name, value in call.items()})
+    return forward(*args, **kwargs)
+
+
+def drawn(pipeline, samples, clean, **options):
+    """What a pipeline feeds its model where it gets `samples` step by step, and what it makes of `clean` at the end."""
+    tensors = [paddle.to_tensor(sample) for sample in (*samples, clean)]
+    options["callback_on_step_end"] = lambda pipe, step, *_: {"latents": tensors[step + 1]}
+    with recorded([getattr(pipeline.pipe, pipeline.model)]) as calls:
+        return calls, np.asarray(pipeline.draw(latents=tensors[0], **options))
+
+
+def disagreements(name, module, pipelines, directory):
+    """What differs between the training of a job's module and its pipelines: {"where: argument"}."""
+    job, pipeline = JOBS[name], pipelines[JOBS[name].kind]
+    found, student, model_class = set(), pipeline, type(getattr(pipeline.pipe, pipeline.model))
+    if job.student_scale:
+        parts = pipeline.pipe.components
+        parts["scheduler"] = ppdiffusers.LCMScheduler.from_config(parts["scheduler"].config)
+        if job.student_scale > 1:
+            module.save_weights(str(directory))
+            parts["unet"] = model_class.from_pretrained(f"{directory}/unet_target")
+        student = job.kind(pipeline.folders, **parts)
+    scheduler = student.pipe.scheduler
+    scheduler.set_timesteps(STEPS)
+    timesteps = scheduler.timesteps.tolist()
+
+    def fed(timestep, draws=RowDraws):
+        sample = {name: paddle.to_tensor(array[None]) for name, array in module.preprocess(ROW, draws(0, 0)).items()}
+        with paddle.no_grad(), recorded([m for m in module.children() if isinstance(m, model_class)]) as calls:
+            module(encode_each(module, sample), Given(timestep))
+        return calls  # of a distillation: student, teacher with and without caption, target
+
+    def compare(where, trained, inferred, but=()):
+        for name in (trained.keys() | inferred.keys()) - set(but):
+            one, other = (call.get(name, np.zeros(0)) for call in (trained, inferred))
+            if one.shape != other.shape or not np.allclose(one, other, rtol=1e-5, atol=1e-5):
+                found.add(f"{where}: {name}")
+
+    steps, with_caption = [fed(timestep) for timestep in timesteps], 1 if job.student_scale else 0
+    samples = [calls[0]["sample"] for calls in steps]
+    noise, alpha = Given(0).normal("noise", samples[0].shape[1:]), scheduler.alphas_cumprod[timesteps[-1]]
+    clean = (paddle.to_tensor(samples[-1]) - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+    for timestep, sample in zip(timesteps, samples):
+        theirs = scheduler.add_noise(clean, noise, paddle.to_tensor([timestep]))
+        compare("schedule", {"sample": sample}, {"sample": theirs.numpy()})
+
+    unguided, result = drawn(student, samples, clean, guidance_scale=job.student_scale or 1.0)
+    compare("end", {"picture": result}, {"picture": student.expected})
+    options = {"timesteps": timesteps} if job.student_scale else {}
+    guided, _ = drawn(pipeline, samples, clean, guidance_scale=SCALE, **options)
+    for calls, inferred, both in zip(steps, unguided, guided, strict=True):
+        nothing, caption = ({n: a[half, None] if len(a) == 2 else a for n, a in both.items()} for half in (0, 1))
+        compare("unguided", calls[0], inferred)
+        compare("guided", calls[with_caption], caption)
+        if job.student_scale:
+            compare("target", calls[3], inferred, but=("sample", "timestep"))
+            compare("without caption", calls[2], nothing)
+    compare("dropped caption", fed(timesteps[-1], NoCaption)[with_caption], nothing)
+    return found
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_training_feeds_the_model_what_its_pipeline_feeds_it(name, pipelines, tmp_path):
+    assert disagreements(name, build(name, pipelines), pipelines, tmp_path) == set()
+
+
+def encode_otherwise(name, change, module):
+    encode = module.encode
+    module.encode = lambda batch: (encoded := encode(batch)) | {name: change(encoded[name])}
+
+
+def leave_guidance_out(module):
+    module.with_guidance = lambda unet, noisy, timesteps, told, _: unet(noisy, timesteps, **told).sample
+
+
+@pytest.mark.parametrize(
+    "name, spoil, argument",
+    [
+        ("sdxl", lambda module: module.vae.register_to_config(scaling_factor=1.0), "picture"),
+        ("prior", lambda module: module.prior.clip_std.set_value(module.prior.clip_std * 2), "picture"),
+        ("decoder", partial(encode_otherwise, "latents", lambda latents: latents * 0.18), "picture"),
+        ("prior", partial(encode_otherwise, "text_mask", paddle.ones_like), "attention_mask"),
+        ("sdxl lora", partial(encode_otherwise, "time_ids", lambda ids: ids.flip(1)), "time_ids"),
+        ("lcm sd", leave_guidance_out, "timestep_cond"),
+    ],
+)
+def test_what_is_left_out_of_training_is_found(name, spoil, argument, pipelines, tmp_path):
+    module = build(name, pipelines)
+    spoil(module)
+    assert {place.split(": ")[1] for place in disagreements(name, module, pipelines, tmp_path)} == {argument}
