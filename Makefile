@@ -1,6 +1,7 @@
 # Needs Python 3.10, 3.11 or 3.12; another one than `python3`: make PYTHON=python3.11 demo
 PYTHON ?= python3
 PYTEST_FLAGS ?=
+JOB ?= decoder-lora
 UV_COMPILE = ../.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate
 
 # $(call make_venv,FOLDER,LOCK): the locks are complete, so pip resolves nothing
@@ -14,11 +15,12 @@ define make_venv
 @touch $@
 endef
 
-.PHONY: help demo toys test lint test-paddle26 parity torture venvs lock clean
+.PHONY: help demo toys gate test lint test-paddle26 parity torture venvs lock clean
 
 help:
-	@echo "make demo           train a tiny Kandinsky 2.2 decoder on the CPU and draw with it"
-	@echo "make toys           train the tiny models that the package ships, again (an hour)"
+	@echo "make demo           teach a tiny Kandinsky 2.2 a new look on the CPU, and draw with it (JOB=lcm-lora for another job)"
+	@echo "make gate           show that every job learns: writes docs/results.md (an hour)"
+	@echo "make toys           train the tiny models that the package ships, again (two hours)"
 	@echo "make test           the tests (PYTEST_FLAGS='tests/data -x' for some of them)"
 	@echo "make lint           ruff's checks and formatting"
 	@echo "make test-paddle26  the tests on Paddle 2.6"
@@ -29,7 +31,7 @@ help:
 	@echo "make clean          remove the environments and caches"
 
 demo: .venv/ready
-	.venv/bin/python examples/demo.py
+	.venv/bin/ppdiffusers-train demo --job $(JOB)
 
 # `make -j2 toys` trains two at a time. One thread each: the bits of a sum depend on how many share it.
 TOYS = outputs/toys
@@ -37,9 +39,10 @@ WEIGHTS = ppdiffusers_train/toy/weights
 RECIPE = MKL_NUM_THREADS=1 .venv/bin/python -m ppdiffusers_train.toy.train
 ENCODERS = $(TOYS)/vae_further/vae.safetensors $(TOYS)/movq_further/movq_shapes.safetensors \
 	$(TOYS)/clip_further/clip.safetensors
+PIPELINES = $(addprefix $(TOYS)/,$(addsuffix .safetensors,decoder prior sd))
 
-toys: $(ENCODERS)
-	cp $^ $(WEIGHTS)
+toys: $(PIPELINES)
+	cp $(PIPELINES) $(WEIGHTS)
 
 $(TOYS)/vae/vae.safetensors: .venv/ready
 	$(RECIPE)_vae --output_dir $(@D)
@@ -59,6 +62,18 @@ $(TOYS)/clip/clip.safetensors: .venv/ready
 
 $(TOYS)/clip_further/clip.safetensors: $(TOYS)/clip/clip.safetensors
 	$(RECIPE)_clip --output_dir $(@D) --start_from $< --seed 1 --max_train_steps 2000 --learning_rate 1e-3
+
+# What draws is trained between the encoders that the package has.
+$(TOYS)/encoders: $(ENCODERS)
+	cp $^ $(WEIGHTS)
+	touch $@
+
+$(TOYS)/%.safetensors: $(TOYS)/encoders
+	$(RECIPE)_pipelines $* --output_dir $(TOYS)
+
+gate: .venv/ready
+	.venv/bin/python -m pytest tests/gate -m slow -n 0 $(PYTEST_FLAGS)
+	.venv/bin/python -m tests.gate.report outputs/gate docs
 
 test: .venv/ready
 	.venv/bin/python -m pytest $(PYTEST_FLAGS)

@@ -5,6 +5,7 @@ ppdiffusers-train preview train_text_to_image_sdxl.py --pretrained_model_name_or
 ppdiffusers-train pack my-photos shards --shard_size 500MB
 ppdiffusers-train convert-lora my-lora --to diffusers --output my-lora-for-torch
 ppdiffusers-train toy-data shapes --count 1000 --size 32
+ppdiffusers-train demo --job lcm-lora
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -148,6 +149,15 @@ def toy_data(args) -> None:
     print(f"{args.output}: {args.count} pictures of {args.size} x {args.size} pixels, with captions")
 
 
+def demo(args) -> None:
+    """Train a tiny model and show what it learned."""
+    from ppdiffusers_train.toy.demo import run_demo
+
+    run_demo(
+        args.job, args.output_dir, *(["--max_train_steps", str(args.max_train_steps)] if args.max_train_steps else [])
+    )
+
+
 def stdout_for_result(json_wanted: bool):
     """Within, what anything prints goes to standard error where a machine reads standard output."""
     return contextlib.redirect_stdout(sys.stderr) if json_wanted else contextlib.nullcontext()
@@ -224,6 +234,7 @@ def build_parser():
     command.set_defaults(run=preview_training)
 
     from ppdiffusers_train.models.lora_files import FILES
+    from ppdiffusers_train.toy.jobs import JOBS
     from ppdiffusers_train.toy.shapes import LOOKS, SIZES
 
     command = commands.add_parser("convert-lora", help="rewrite a LoRA's file for another library")
@@ -246,6 +257,16 @@ def build_parser():
         help="only combinations of shape, colour and background that are never drawn otherwise",
     )
     command.set_defaults(run=toy_data)
+
+    command = commands.add_parser(
+        "demo", help="watch a job learn, on a CPU, in minutes",
+        description="Train a tiny pretrained model on pictures of shapes with the script of a job, and draw one "
+        "picture: what it learned from, what it drew before and after, and its loss.",
+    )  # fmt: skip
+    command.add_argument("--job", choices=JOBS, default="decoder-lora", help="which one")
+    command.add_argument("--output_dir", default="outputs/demo", metavar="DIR", help="where everything is written")
+    command.add_argument("--max_train_steps", type=positive_int, help="optimizer steps; default: enough to learn it")
+    command.set_defaults(run=demo)
     return parser
 
 

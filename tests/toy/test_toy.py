@@ -11,7 +11,7 @@ from ppdiffusers_train.toy.movq import WEIGHTS, load_movq
 from ppdiffusers_train.toy.shapes import SEEN, WORDINGS, caption
 from ppdiffusers_train.toy.tokenizer import build_tokenizer, learn_merges
 from ppdiffusers_train.toy.words import vocabulary
-from tests.conftest import PHOTOS, load_script
+from tests.conftest import PHOTOS
 
 
 def test_tokens_are_bytes_and_come_back_as_text(tmp_path):
@@ -85,16 +85,3 @@ def test_the_recipe_of_the_movq_runs(tmp_path):
         [f"--train_data_dir={PHOTOS}", "--max_train_steps=1", "--report_to=none", f"--output_dir={tmp_path}"]
     )
     assert (tmp_path / "movq.safetensors").stat().st_size == WEIGHTS.stat().st_size
-
-
-@pytest.mark.once
-def test_the_demo_writes_its_picture_and_says_what_comes_next(tmp_path, capsys):
-    from PIL import Image
-
-    from tests.conftest import ROOT
-
-    load_script(ROOT / "examples" / "demo.py").main([str(tmp_path), "2"])
-    said = capsys.readouterr().out
-    assert str(tmp_path / "demo.png") in said and "train_text_to_image_decoder.py --train_data_dir" in said
-    width, height = Image.open(tmp_path / "demo.png").size
-    assert width > 15 * 128 and height > 3 * 128

@@ -1,0 +1,97 @@
+"""Watch a job learn: on pictures of shapes, on a CPU, in minutes (`ppdiffusers-train demo`)."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ppdiffusers_train.reporting.quiet import quiet_libraries
+from ppdiffusers_train.reporting.trackers import read_scalars
+from ppdiffusers_train.toy.jobs import EXAMPLES, JOBS
+from ppdiffusers_train.toy.judge import accuracy, judge
+from ppdiffusers_train.toy.running import draw, load_pipeline, train, write_pretrained
+from ppdiffusers_train.toy.shapes import HELD_OUT, caption
+from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
+from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
+
+PICTURES = {"outlined": 24, "plain": 480}  # to learn a look from, or to be distilled on
+PROMPTS = [caption(content) for content in HELD_OUT[::2]]  # combinations that no training has had
+
+
+def run_demo(name: str, output, *flags: str) -> Path:
+    """Train one of `JOBS` and draw what it was, is, and learned from, into one picture.
+
+    Args:
+        output: folder; gets the pretrained pipelines, the data, the result and the picture.
+        flags: more flags of the training script.
+    Returns:
+        The picture's file.
+    """
+    quiet_libraries()
+    job, output = JOBS[name], Path(output)
+    look = "plain" if job.distils else "outlined"
+    data, result = output / look, output / name
+    print(f"1/3  writing tiny pretrained pipelines and {PICTURES[look]} {look} pictures", flush=True)
+    base = write_pretrained(job, output / "pretrained" / job.family)
+    if not data.exists():
+        write_shapes_folder(data, ShapesDataset(0, PICTURES[look], looks=(look,)))
+    print(f"2/3  training: {job.script}", flush=True)
+    train(job, base, data, result, *flags)
+    print("3/3  drawing with what it was and what it is", flush=True)
+    before = draw(load_pipeline(job, base), PROMPTS, **(job.drawing_before or job.drawing))
+    after = draw(load_pipeline(job, base, result), PROMPTS, **job.drawing)
+    picture = output / f"{name}.png"
+    learned_from = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))[:24]]
+    losses = read_scalars(result / "logs", "train/loss")
+    draw_figure(learned_from, {"before": before, "after": after}, losses).savefig(picture, dpi=100)
+    for when, images in (("before", before), ("after", after)):
+        right, looks = accuracy(images, PROMPTS)["all"], [judge(image).look for image in images]
+        print(f"     {when}: {right:.0%} show what was asked for, {looks.count('outlined') / len(looks):.0%} outlined")
+    print(f"\n{picture}\n{result}\n\n{what_next()}", flush=True)
+    return picture
+
+
+def draw_figure(learned_from: list, drawn: dict, losses: list):
+    """A figure of matplotlib: the training pictures, a row of pictures for each of `drawn`, and the loss."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.4))
+    left.suptitle(f"{len(learned_from)} of the training pictures")
+    show_pictures(left.subplots(6, 4), learned_from)
+    rows = right.subfigures(len(drawn) + 1, 1, height_ratios=[*[1.25] * len(drawn), 1])
+    for row, (when, images) in zip(rows, drawn.items()):
+        row.suptitle(when, x=0.01, ha="left", weight="bold")
+        titles = [prompt.replace(" on a ", "\non a ") for prompt in PROMPTS]
+        show_pictures(row.subplots(1, len(images)), images, titles)
+    axes = rows[-1].subplots()
+    axes.plot(range(1, len(losses) + 1), losses, color="0.8", lw=1)
+    window = max(1, len(losses) // 20)
+    mean = np.convolve(losses, np.ones(window) / window, "valid")
+    axes.plot(np.arange(len(mean)) + (window + 1) / 2, mean, color="tab:blue")
+    axes.set(xlabel="optimizer step", ylabel="loss", yscale="log")
+    return figure
+
+
+def show_pictures(axes, images, titles=()):
+    """Each image into one of the axes; titles above, where there are some."""
+    titles = list(titles) or [""] * len(images)
+    for place, image, title in zip(np.ravel(axes), images, titles):
+        place.imshow(np.asarray(image), interpolation="nearest")
+        place.set_title(title, fontsize=7)
+        place.axis("off")
+
+
+def what_next() -> str:
+    """The lines to type next: every other job, and your own images."""
+    lines = ["Next, every job in this way:"]
+    lines += [f"  ppdiffusers-train demo --job {name}" for name in JOBS]
+    lines += ["and with your own images, a folder with a metadata.jsonl:", "  ppdiffusers-train check YOUR_FOLDER"]
+    for job in JOBS.values():
+        model = {"sdxl": " --pretrained_model_name_or_path SDXL", "sd": " --pretrained_teacher_model SD"}
+        if job.distils:
+            model["sdxl"] = " --pretrained_teacher_model SDXL"
+        lines.append(
+            f"  python -u {EXAMPLES.name}/{job.script} --train_data_dir YOUR_FOLDER{model.get(job.family, '')}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""The pipelines of the world of shapes: Kandinsky 2.2 and Stable Diffusion that have learned to draw it.
+
+    write_kandinsky("kandinsky")  # kandinsky/prior and kandinsky/decoder, as the hub has them
+
+Every class and every path of the published models is there; `make toys` trains what is shipped.
+"""
+
+from pathlib import Path
+
+import paddle
+from ppdiffusers import DDIMScheduler, KandinskyV22Pipeline, StableDiffusionPipeline
+from ppdiffusers.transformers import CLIPTextModel
+
+from ppdiffusers_train.toy import kandinsky2_2, movq, sd, towers, vae
+from ppdiffusers_train.toy.shipped import FOLDER, load_weights
+from ppdiffusers_train.toy.tokenizer import build_tokenizer
+from ppdiffusers_train.toy.words import vocabulary
+
+PRIOR, DECODER, SD = (FOLDER / f"{name}.safetensors" for name in ("prior", "decoder", "sd"))
+
+CHANNELS = (32, 64)  # of the UNets, at 8x8 and 4x4 latents
+PRIOR_LAYERS = 4
+LATENT_SIZE = 8
+
+# All learn to predict velocity: what is to be drawn is decided at high noise, where epsilon hardly depends on it.
+PREDICTION_TYPE = "v_prediction"
+
+
+def write_kandinsky(directory, trained=True) -> tuple:
+    """Write a prior pipeline and a decoder pipeline.
+
+    Args:
+        directory: gets the folders `prior` and `decoder`.
+        trained: whether the prior and the UNet have learned; the encoders always have.
+    Returns:
+        The two folders: (prior, decoder).
+    """
+    prior_folder, decoder_folder = Path(directory) / "prior", Path(directory) / "decoder"
+    paddle.seed(0)
+    prior, unet = kandinsky2_2.build_prior(PRIOR_LAYERS), kandinsky2_2.build_unet(CHANNELS, LATENT_SIZE)
+    mean, std = towers.load_embedding_statistics()
+    prior.clip_mean.set_value(mean)
+    prior.clip_std.set_value(std)
+    if trained:
+        load_weights(prior, PRIOR)
+        load_weights(unet, DECODER)
+    tokenizer = build_tokenizer(prior_folder / "tokenizer", vocabulary())
+    kandinsky2_2.assemble_prior_pipeline(
+        tokenizer, towers.load_text_tower(tokenizer), towers.load_vision_tower(), prior
+    ).save_pretrained(str(prior_folder))
+    KandinskyV22Pipeline(
+        unet=unet, scheduler=kandinsky2_2.build_scheduler(PREDICTION_TYPE), movq=movq.load_movq(movq.SHAPES_WEIGHTS)
+    ).save_pretrained(str(decoder_folder))
+    return prior_folder, decoder_folder
+
+
+def write_sd(directory, trained=True) -> Path:
+    """Write a Stable Diffusion pipeline, and return its folder."""
+    directory = Path(directory)
+    paddle.seed(0)
+    unet = sd.build_unet(CHANNELS, LATENT_SIZE, towers.EMBEDDING)
+    if trained:
+        load_weights(unet, SD)
+    tokenizer = build_tokenizer(directory / "tokenizer", vocabulary())
+    StableDiffusionPipeline(
+        vae=vae.load_vae(),
+        text_encoder=towers.load_text_tower(tokenizer, CLIPTextModel),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(str(directory))
+    return directory
+
+
+def build_scheduler() -> DDIMScheduler:
+    """The published noise schedule, sampled without noise."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=PREDICTION_TYPE,
+    )
