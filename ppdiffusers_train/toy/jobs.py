@@ -29,8 +29,8 @@ class Job:
 
     @property
     def family(self) -> str:
-        """Which pipeline it trains: kandinsky or sd."""
-        return "kandinsky" if "kandinsky" in self.script else "sd"
+        """Which pipeline it trains: kandinsky, sd or sdxl."""
+        return "kandinsky" if "kandinsky" in self.script else "sdxl" if "sdxl" in self.script else "sd"
 
     @property
     def distils(self) -> bool:
@@ -82,6 +82,14 @@ JOBS = {
         LORA_RATE,
         "--max_train_steps=300",
     ),
+    "sdxl": _fine_tuning(
+        "sdxl/train_text_to_image_sdxl.py", "pipeline", SD_DRAWING, FULL_RATE, "--max_train_steps=300"
+    ),
+    "sdxl-lora": _fine_tuning(
+        "sdxl/train_text_to_image_lora_sdxl.py", "lora", SD_DRAWING, LORA_RATE, "--max_train_steps=300"
+    ),
     "lcm": _distillation("lcm/train_lcm_distill_sd_wds.py", "student", 3.0, FULL_RATE),
     "lcm-lora": _distillation("lcm/train_lcm_distill_lora_sd_wds.py", "student lora", 1.0, LORA_RATE),
+    "lcm-sdxl": _distillation("lcm/train_lcm_distill_sdxl_wds.py", "student", 3.0, FULL_RATE),
+    "lcm-sdxl-lora": _distillation("lcm/train_lcm_distill_lora_sdxl_wds.py", "student lora", 1.0, LORA_RATE),
 }

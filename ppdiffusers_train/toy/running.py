@@ -15,6 +15,7 @@ from ppdiffusers import (
     KandinskyV22CombinedPipeline,
     LCMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 
@@ -33,8 +34,9 @@ def write_pretrained(job: Job, folder, trained=True) -> dict:
             "pretrained_prior_model_name_or_path": str(prior),
             "pretrained_decoder_model_name_or_path": str(decoder),
         }
+    write = pretrained.write_sdxl if job.family == "sdxl" else pretrained.write_sd
     flag = "pretrained_teacher_model" if job.distils else "pretrained_model_name_or_path"
-    return {flag: str(pretrained.write_sd(folder, trained))}
+    return {flag: str(write(folder, trained))}
 
 
 def train(job: Job, base: dict, data, result, *more: str) -> None:
@@ -113,6 +115,7 @@ def combined(prior, decoder) -> KandinskyV22CombinedPipeline:
 PIPELINES = {
     "kandinsky": combined,
     "sd": StableDiffusionPipeline.from_pretrained,
+    "sdxl": StableDiffusionXLPipeline.from_pretrained,
 }
 USES = {
     "decoder": with_decoder,
@@ -120,6 +123,7 @@ USES = {
     "prior": with_prior,
     "prior lora": with_prior_lora,
     "pipeline": whole_pipeline,
+    "lora": with_lora,
     "student": with_student,
     "student lora": with_student_lora,
 }

@@ -35,6 +35,7 @@ TRAININGS = {
     "prior": _training("kandinsky2_2/train_text_to_image_prior.py", 2000, 32, 1e-3),
     "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 5000, 16, 1e-3),
     "sd": _training("your_own_job/train_text_to_image_sd.py", 5000, 16, 1e-3),
+    "sdxl": _training("sdxl/train_text_to_image_sdxl.py", 3000, 16, 1e-3),
 }
 
 
