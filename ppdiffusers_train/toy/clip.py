@@ -3,6 +3,7 @@
 from ppdiffusers.transformers import CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
 
 IMAGE_SIZE = 32
+POSITIONS = 77  # tokens that the text encoders have room for, as the published ones
 
 
 def text_config(tokenizer, width: int, layers: int, heads: int, **options) -> CLIPTextConfig:
@@ -13,7 +14,7 @@ def text_config(tokenizer, width: int, layers: int, heads: int, **options) -> CL
         intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        max_position_embeddings=tokenizer.model_max_length,
+        max_position_embeddings=POSITIONS,
         projection_dim=width,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,

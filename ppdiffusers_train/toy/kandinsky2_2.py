@@ -98,14 +98,14 @@ def build_prior_pipeline(tokenizer_directory) -> KandinskyV22PriorPipeline:
     return assemble_prior_pipeline(tokenizer, text_encoder, image_encoder, prior)
 
 
-def build_prior(layers=2) -> PriorTransformer:
-    """The prior at random weights, for captions of 77 tokens."""
+def build_prior(layers=2, tokens=77) -> PriorTransformer:
+    """The prior at random weights, for captions of this many tokens."""
     return PriorTransformer(
         num_attention_heads=4,
         attention_head_dim=EMBEDDING // 4,
         num_layers=layers,
         embedding_dim=EMBEDDING,
-        num_embeddings=77,
+        num_embeddings=tokens,
         additional_embeddings=4,
     )
 

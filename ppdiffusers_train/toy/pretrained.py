@@ -21,6 +21,7 @@ PRIOR, DECODER, SD, SDXL = (FOLDER / f"{name}.safetensors" for name in ("prior",
 CHANNELS = (32, 64)  # of the UNets, at 8x8 and 4x4 latents
 PRIOR_LAYERS = 4
 LATENT_SIZE = 8
+TOKENS = 24  # of a caption; the longest wording has 16
 
 # All learn to predict velocity: what is to be drawn is decided at high noise, where epsilon hardly depends on it.
 PREDICTION_TYPE = "v_prediction"
@@ -37,14 +38,14 @@ def write_kandinsky(directory, trained=True) -> tuple:
     """
     prior_folder, decoder_folder = Path(directory) / "prior", Path(directory) / "decoder"
     paddle.seed(0)
-    prior, unet = kandinsky2_2.build_prior(PRIOR_LAYERS), kandinsky2_2.build_unet(CHANNELS, LATENT_SIZE)
+    prior, unet = kandinsky2_2.build_prior(PRIOR_LAYERS, TOKENS), kandinsky2_2.build_unet(CHANNELS, LATENT_SIZE)
     mean, std = towers.load_embedding_statistics()
     prior.clip_mean.set_value(mean)
     prior.clip_std.set_value(std)
     if trained:
         load_weights(prior, PRIOR)
         load_weights(unet, DECODER)
-    tokenizer = build_tokenizer(prior_folder / "tokenizer", vocabulary())
+    tokenizer = build_tokenizer(prior_folder / "tokenizer", vocabulary(), TOKENS)
     kandinsky2_2.assemble_prior_pipeline(
         tokenizer, towers.load_text_tower(tokenizer), towers.load_vision_tower(), prior
     ).save_pretrained(str(prior_folder))
@@ -61,7 +62,7 @@ def write_sd(directory, trained=True) -> Path:
     unet = sd.build_unet(CHANNELS, LATENT_SIZE, towers.EMBEDDING)
     if trained:
         load_weights(unet, SD)
-    tokenizer = build_tokenizer(directory / "tokenizer", vocabulary())
+    tokenizer = build_tokenizer(directory / "tokenizer", vocabulary(), TOKENS)
     StableDiffusionPipeline(
         vae=vae.load_vae(),
         text_encoder=towers.load_text_tower(tokenizer, CLIPTextModel),
@@ -82,7 +83,7 @@ def write_sdxl(directory, trained=True) -> Path:
     unet = sdxl.build_unet(CHANNELS, LATENT_SIZE, towers.EMBEDDING)
     if trained:
         load_weights(unet, SDXL)
-    tokenizers = [build_tokenizer(directory / name, vocabulary()) for name in ("tokenizer", "tokenizer_2")]
+    tokenizers = [build_tokenizer(directory / name, vocabulary(), TOKENS) for name in ("tokenizer", "tokenizer_2")]
     StableDiffusionXLPipeline(
         vae=vae.load_vae(),
         text_encoder=towers.load_text_tower(tokenizers[0], CLIPTextModel),

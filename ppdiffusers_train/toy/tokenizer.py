@@ -50,11 +50,12 @@ def split_bytes(words) -> list:
     return split
 
 
-def build_tokenizer(directory, words=()) -> CLIPTokenizer:
+def build_tokenizer(directory, words=(), max_length=77) -> CLIPTokenizer:
     """Write the tokenizer's files into `directory` and load it from there.
 
     Args:
         words: words, or Chinese characters, that become one token each.
+        max_length: tokens of a caption, padded or cut to this length; the published tokenizers have 77.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ def build_tokenizer(directory, words=()) -> CLIPTokenizer:
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     (directory / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
     (directory / "tokenizer_config.json").write_text(
-        json.dumps({**special, "model_max_length": 77, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}),
+        json.dumps({**special, "model_max_length": max_length, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}),
         encoding="utf-8",
     )
     return CLIPTokenizer.from_pretrained(str(directory))

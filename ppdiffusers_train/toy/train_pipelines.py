@@ -32,10 +32,10 @@ def _training(script: str, steps: int, batch_size: int, learning_rate: float) ->
 
 
 TRAININGS = {
-    "prior": _training("kandinsky2_2/train_text_to_image_prior.py", 2000, 32, 1e-3),
-    "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 5000, 16, 1e-3),
-    "sd": _training("your_own_job/train_text_to_image_sd.py", 5000, 16, 1e-3),
-    "sdxl": _training("sdxl/train_text_to_image_sdxl.py", 3000, 16, 1e-3),
+    "prior": _training("kandinsky2_2/train_text_to_image_prior.py", 6000, 32, 1e-3),
+    "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 15000, 16, 1e-3),
+    "sd": _training("your_own_job/train_text_to_image_sd.py", 12000, 16, 1e-3),
+    "sdxl": _training("sdxl/train_text_to_image_sdxl.py", 8000, 16, 1e-3),
 }
 
 
@@ -51,7 +51,7 @@ def build_parser():
 def main(argv=None):
     own, more = build_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
     output, job = Path(own.output_dir), TRAININGS[own.name]
-    looks = ("plain", "outlined") if own.name == "decoder" else ("plain",)
+    looks = ("plain", "striped") if own.name == "decoder" else ("plain",)
     data, result = output / f"{own.name}_pictures", output / own.name
     if not data.exists():
         write_shapes_folder(data, ShapesDataset(0, PICTURES, looks=looks))
