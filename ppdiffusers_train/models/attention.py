@@ -1,5 +1,18 @@
 """Attention kernels."""
 
+from paddle.nn import functional
+
+
+def provide_joint_attention() -> None:
+    """Give Paddle the function that the joint attention of SD3's transformer calls, where ppdiffusers does not.
+
+    ppdiffusers 0.29.0 adds `scaled_dot_product_attention_` to Paddle only where there is a kernel for it, on cards;
+    elsewhere every forward pass of that transformer would end in an AttributeError. Paddle's own function without the
+    underscore takes the same arguments that are used there, and gives the same numbers.
+    """
+    if not hasattr(functional, "scaled_dot_product_attention_"):
+        functional.scaled_dot_product_attention_ = functional.scaled_dot_product_attention
+
 
 def enable_memory_efficient_attention(model) -> None:
     """Switch a model to Paddle's memory-efficient attention, or say that there is none here."""

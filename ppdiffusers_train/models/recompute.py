@@ -19,17 +19,23 @@ def enable_recompute(model) -> None:
 
 
 def enable_block_recompute(blocks) -> None:
-    """Recompute each of a transformer's blocks, for models that ppdiffusers gives no gradient checkpointing.
+    """Recompute each of a transformer's blocks, for models whose gradient checkpointing ppdiffusers lacks or breaks.
 
-    A block is called as `block(hidden_states, …)`. Where no gradient reaches its input, there is nothing to save.
+    The prior has none. SD3's (0.29.0) takes a block's two results for one, and fails at the second block. A block is
+    called as `block(hidden_states, …)`. Where no gradient reaches its input, there is nothing to save.
     """
     use_reentrant = not recomputes_without_reentrance()
 
     def recomputed(forward, hidden_states, **options):
         if hidden_states.stop_gradient or not paddle.is_grad_enabled():
             return forward(hidden_states, **options)
-        # Options are bound here: the reentrant way takes positional arguments only.
-        return recompute(lambda states: forward(states, **options), hidden_states, use_reentrant=use_reentrant)
+        # The reentrant way takes positional arguments only, and returns gradients to those alone.
+        tensors = {name: value for name, value in options.items() if isinstance(value, paddle.Tensor)}
+
+        def call(states, *values):
+            return forward(states, **{**options, **dict(zip(tensors, values))})
+
+        return recompute(call, hidden_states, *tensors.values(), use_reentrant=use_reentrant)
 
     for block in blocks:
         block.forward = partial(recomputed, block.forward)
