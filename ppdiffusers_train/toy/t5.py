@@ -1,4 +1,4 @@
-"""A tiny T5 encoder and its tokenizer, without downloads: any text is tokens of one byte each, chosen words are tokens."""
+"""A tiny T5 encoder and its tokenizer, without downloads: any text is tokens of one byte, chosen words are tokens."""
 
 import io
 import json
