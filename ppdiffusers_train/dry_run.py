@@ -11,7 +11,7 @@ from ppdiffusers_train.data.loader import stack
 from ppdiffusers_train.data.rows import with_one_caption
 from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.errors import BadSampleError, UserError
-from ppdiffusers_train.module import encode_each
+from ppdiffusers_train.module import choose_trainable, encode_each
 from ppdiffusers_train.runtime.memory import (
     Inventory,
     Options,
@@ -118,6 +118,7 @@ def inventory_of(module, row: dict, args) -> Inventory:
         changed = {"gradient_checkpointing": recompute, "aspect_ratio_buckets": False}
         small = argparse.Namespace(**{**vars(args), **changed})
         job = type(module)(small)
+        choose_trainable(job, small.trainable_modules)
         set_training_mode(job)
         meter, peaks = StepMeter(job.trainable_parameters()), []
         for small.resolution in sizes:

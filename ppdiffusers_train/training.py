@@ -18,7 +18,7 @@ from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches
 from ppdiffusers_train.data.order import SampleOrder, micro_batches
 from ppdiffusers_train.dry_run import describe_run
 from ppdiffusers_train.errors import RunError, UserError
-from ppdiffusers_train.module import encode_each
+from ppdiffusers_train.module import choose_trainable, encode_each
 from ppdiffusers_train.reporting.hub import check_hub_login, push_to_hub
 from ppdiffusers_train.reporting.progress import Progress
 from ppdiffusers_train.reporting.quiet import quiet_libraries
@@ -85,6 +85,8 @@ def launch_training_task(module, dataset, args) -> None:
     if args.resume_from_checkpoint:
         checkpoint, saved = find_checkpoint(args.resume_from_checkpoint, output_dir, say)
     settle_seed(args, saved)
+    for part, size in choose_trainable(module, args.trainable_modules).items():
+        say(f"--trainable_modules: {part}, {size:,} parameters, learns in full")
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size
     identity = run_identity(module, dataset, args, saved, samples_per_step)
     order = order_samples(module, dataset, identity["seed"], samples_per_step, say)

@@ -52,7 +52,7 @@ def freeze_unpublished_biases(transformer) -> None:
     """
     for layer in transformer.sublayers():
         if isinstance(layer, AdaLayerNormContinuous):
-            layer.norm.bias.stop_gradient = True
+            layer.norm.bias.stop_gradient = layer.norm.bias.stays_frozen = True
 
 
 def encode_prompts(text_encoder, text_encoder_2, text_encoder_3, input_ids, input_ids_2, input_ids_3, width) -> tuple:
