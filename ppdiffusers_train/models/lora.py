@@ -16,7 +16,7 @@ from ppdiffusers.models.lora import LoRACompatibleConv, LoRACompatibleLinear, Lo
 
 from ppdiffusers_train.draws import generator
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.models.lora_files import FILES, Update, write_lora
+from ppdiffusers_train.models.lora_files import FILES, Update, read_lora, write_lora
 from ppdiffusers_train.module import freeze, is_lora
 from ppdiffusers_train.tensor_files import read_tensors, write_tensors
 
@@ -68,11 +68,16 @@ def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, s
             lora.register_forward_pre_hook(
                 lambda lora, inputs: functional.dropout(inputs[0], dropout, training=lora.training)
             )
-        if hasattr(layer, "set_lora_layer"):
-            layer.set_lora_layer(lora)
-        else:
-            layer.lora_layer = lora
-            layer.register_forward_post_hook(lambda layer, inputs, output: output + layer.lora_layer(inputs[0]))
+        set_lora(layer, lora)
+
+
+def set_lora(layer, lora) -> None:
+    """Let a layer add what its LoRA layer gives: by itself where it can, else from outside."""
+    if hasattr(layer, "set_lora_layer"):
+        layer.set_lora_layer(lora)
+    else:
+        layer.lora_layer = lora
+        layer.register_forward_post_hook(lambda layer, inputs, output: output + layer.lora_layer(inputs[0]))
 
 
 def is_target(name: str, target: str) -> bool:
@@ -130,13 +135,13 @@ def save_lora(model, directory, save_format: str, **text_encoders) -> None:
     """
     updates, full = {}, {}
     # Readers expect this name for whatever has `load_attn_procs`, Kandinsky's prior, too.
-    name = "unet" if hasattr(model, "load_attn_procs") else "transformer"
-    for model_name, model in {name: model, **text_encoders}.items():
-        linear = {f"{n}.weight" for n, layer in model.named_sublayers() if isinstance(layer, paddle.nn.Linear)}
-        for name, parameter in full_parameters(model).items():
+    own_name = "unet" if hasattr(model, "load_attn_procs") else "transformer"
+    for model_name, part in {own_name: model, **text_encoders}.items():
+        linear = {f"{n}.weight" for n, layer in part.named_sublayers() if isinstance(layer, paddle.nn.Linear)}
+        for name, parameter in full_parameters(part).items():
             transposed = save_format != "ppdiffusers" and name in linear
             full[f"{model_name}.{name}"] = parameter.numpy().T if transposed else parameter.numpy()
-        for name, lora in lora_layers(model).items():
+        for name, lora in lora_layers(part).items():
             down, up = (weight.numpy() for weight in (lora.down.weight, lora.up.weight))
             matrices = (down.T, up.T) if down.ndim == 2 else (down, up)
             updates[f"{model_name}.{name}"] = Update(*matrices, lora.network_alpha)
@@ -174,6 +179,25 @@ def load_lora_weights(model, directory, **text_encoders) -> None:
         )
     for name, parameter in own.items():
         parameter.set_value(saved[name])
+
+
+@paddle.no_grad()
+def load_lora(transformer, directory) -> None:
+    """Set the LoRA layers of a result on a pipeline's transformer, and what has learned in full beside them.
+
+    `StableDiffusion3Pipeline.load_lora_weights` of ppdiffusers 0.29.0 does so only with `USE_PEFT_BACKEND=True` in the
+    environment, and then not with Paddle 3, whose `ParameterDict` has no `keys`.
+    """
+    layers, file = dict(transformer.named_sublayers()), Path(directory) / FILES["ppdiffusers"]
+    for name, update in read_lora(file).items():
+        lora = LoRALinearLayer(update.down.shape[1], update.up.shape[0], update.rank)
+        lora.down.weight.set_value(update.down.T)
+        lora.up.weight.set_value(update.up.T * update.scale)
+        set_lora(layers[name.removeprefix("transformer.")], lora)
+    if (Path(directory) / FULL_FILE).is_file():
+        own = transformer.state_dict()
+        for name, array in read_tensors(Path(directory) / FULL_FILE)[0].items():
+            own[name.removeprefix("transformer.")].set_value(array)
 
 
 def shape_or_missing(tensors: dict, name: str) -> str:

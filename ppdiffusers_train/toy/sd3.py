@@ -11,6 +11,7 @@ from ppdiffusers import (
 )
 from ppdiffusers.transformers import CLIPTextModelWithProjection
 
+from ppdiffusers_train.models.attention import provide_joint_attention
 from ppdiffusers_train.toy.clip import text_config
 from ppdiffusers_train.toy.t5 import build_t5, build_t5_tokenizer
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
@@ -27,6 +28,7 @@ def build_sd3(directory, layers=2, seed=0) -> Path:
         seed: of the random weights.
     """
     directory = Path(directory)
+    provide_joint_attention()
     paddle.seed(seed)
     tokenizers = [build_tokenizer(directory / name) for name in ("tokenizer", "tokenizer_2")]
     tokenizer_3 = build_t5_tokenizer(directory / "tokenizer_3")
