@@ -125,7 +125,7 @@ class SD3TrainingModule(DiffusionTrainingModule):
         self.weights = paddle.to_tensor(bell_weights(count * sigmas, count)) if bell else None
 
     def check_prompts(self):
-        """Refuse prompts that ppdiffusers' pipeline (0.29.0) would cut: it fails when it compares what is left with all."""
+        """Refuse prompts that ppdiffusers' pipeline (0.29.0) would cut: it fails when it looks for what is cut."""
         for prompt in self.args.validation_prompts or ():
             longest, limit = max(count_tokens(tokenizer, prompt) for tokenizer in self.tokenizers), self.text_length
             if longest >= limit:

@@ -29,13 +29,23 @@ def enable_block_recompute(blocks) -> None:
     def recomputed(forward, hidden_states, **options):
         if hidden_states.stop_gradient or not paddle.is_grad_enabled():
             return forward(hidden_states, **options)
-        # The reentrant way takes positional arguments only, and returns gradients to those alone.
+        # The reentrant way returns gradients to positional arguments only, and knows no result that is None, such as one
+        # of those of SD3's last block.
         tensors = {name: value for name, value in options.items() if isinstance(value, paddle.Tensor)}
+        missing = []
 
         def call(states, *values):
-            return forward(states, **{**options, **dict(zip(tensors, values))})
+            results = forward(states, **{**options, **dict(zip(tensors, values))})
+            if not isinstance(results, tuple):
+                return results
+            missing[:] = [result is None for result in results]
+            return tuple(result for result in results if result is not None)
 
-        return recompute(call, hidden_states, *tensors.values(), use_reentrant=use_reentrant)
+        found = recompute(call, hidden_states, *tensors.values(), use_reentrant=use_reentrant)
+        if not missing:
+            return found
+        found = iter(found if isinstance(found, (tuple, list)) else [found])
+        return tuple(None if is_none else next(found) for is_none in missing)
 
     for block in blocks:
         block.forward = partial(recomputed, block.forward)
