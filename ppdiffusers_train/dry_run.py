@@ -11,7 +11,7 @@ from ppdiffusers_train.data.loader import stack
 from ppdiffusers_train.data.rows import with_one_caption
 from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.errors import BadSampleError, UserError
-from ppdiffusers_train.module import choose_trainable, encode_each
+from ppdiffusers_train.module import encode_each
 from ppdiffusers_train.runtime.memory import (
     Inventory,
     Options,
@@ -22,6 +22,7 @@ from ppdiffusers_train.runtime.memory import (
     take_inventory,
 )
 from ppdiffusers_train.step import set_training_mode
+from ppdiffusers_train.trainable import choose_trainable
 
 MEASURED = (128, 192, 256)  # heights and widths in pixels; below, weights' gradients hide the activations
 CARDS = (8, 12, 16, 24, 40, 80)  # GB

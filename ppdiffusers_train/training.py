@@ -18,7 +18,7 @@ from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches
 from ppdiffusers_train.data.order import SampleOrder, micro_batches
 from ppdiffusers_train.dry_run import describe_run
 from ppdiffusers_train.errors import RunError, UserError
-from ppdiffusers_train.module import choose_trainable, encode_each
+from ppdiffusers_train.module import encode_each
 from ppdiffusers_train.reporting.hub import check_hub_login, push_to_hub
 from ppdiffusers_train.reporting.progress import Progress
 from ppdiffusers_train.reporting.quiet import quiet_libraries
@@ -40,6 +40,7 @@ from ppdiffusers_train.runtime.silu import repair_silu
 from ppdiffusers_train.state import TrainingState, build_training_state, check_schedule
 from ppdiffusers_train.step import backward, describe_failure, losses_by_file, seed_layers, set_training_mode
 from ppdiffusers_train.tensor_files import cast_files
+from ppdiffusers_train.trainable import choose_trainable
 
 
 def check_run(args) -> None:

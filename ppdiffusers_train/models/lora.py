@@ -17,8 +17,9 @@ from ppdiffusers.models.lora import LoRACompatibleConv, LoRACompatibleLinear, Lo
 from ppdiffusers_train.draws import generator
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.lora_files import FILES, Update, read_lora, write_lora
-from ppdiffusers_train.module import freeze, is_lora
+from ppdiffusers_train.module import freeze
 from ppdiffusers_train.tensor_files import read_tensors, write_tensors
+from ppdiffusers_train.trainable import is_lora
 
 ATTENTION_TARGETS = "to_q,to_k,to_v,to_out.0"
 ADDED_ATTENTION_TARGETS = f"{ATTENTION_TARGETS},add_k_proj,add_v_proj"  # the added ones are where an image enters

@@ -29,8 +29,8 @@ def enable_block_recompute(blocks) -> None:
     def recomputed(forward, hidden_states, **options):
         if hidden_states.stop_gradient or not paddle.is_grad_enabled():
             return forward(hidden_states, **options)
-        # The reentrant way returns gradients to positional arguments only, and knows no result that is None, such as one
-        # of those of SD3's last block.
+        # The reentrant way returns gradients to positional arguments only, and knows no result that is None: SD3's last
+        # block has one.
         tensors = {name: value for name, value in options.items() if isinstance(value, paddle.Tensor)}
         missing = []
 
