@@ -14,16 +14,20 @@ from ppdiffusers import (
     DiffusionPipeline,
     KandinskyV22CombinedPipeline,
     LCMScheduler,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.models.attention import provide_joint_attention
+from ppdiffusers_train.models.lora import load_lora
 from ppdiffusers_train.toy import pretrained
 from ppdiffusers_train.toy.jobs import EXAMPLES, RESOLUTION, Job
 
 BATCH = 50  # pictures that are drawn at once
+PIPELINES = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline, "sd3": StableDiffusion3Pipeline}
 
 
 def write_pretrained(job: Job, folder, trained=True) -> dict:
@@ -34,7 +38,7 @@ def write_pretrained(job: Job, folder, trained=True) -> dict:
             "pretrained_prior_model_name_or_path": str(prior),
             "pretrained_decoder_model_name_or_path": str(decoder),
         }
-    write = pretrained.write_sdxl if job.family == "sdxl" else pretrained.write_sd
+    write = {"sd": pretrained.write_sd, "sdxl": pretrained.write_sdxl, "sd3": pretrained.write_sd3}[job.family]
     flag = "pretrained_teacher_model" if job.distils else "pretrained_model_name_or_path"
     return {flag: str(write(folder, trained))}
 
@@ -68,7 +72,9 @@ def load_pipeline(job: Job, base: dict, result=None):
         if result and job.kind == "prior lora":
             pipe.prior_prior.load_attn_procs(str(result))
         return pipe
-    pipeline_class = StableDiffusionXLPipeline if job.family == "sdxl" else StableDiffusionPipeline
+    pipeline_class = PIPELINES[job.family]
+    if job.family == "sd3":
+        provide_joint_attention()
     if result and job.kind == "pipeline":
         return pipeline_class.from_pretrained(str(result))
     if result and job.kind == "student":
@@ -76,7 +82,9 @@ def load_pipeline(job: Job, base: dict, result=None):
         pipe = pipeline_class.from_pretrained(folders[0], unet=unet)
     else:
         pipe = pipeline_class.from_pretrained(folders[0])
-    if result and job.kind.endswith("lora"):
+    if result and job.kind.endswith("lora") and job.family == "sd3":
+        load_lora(pipe.transformer, result)
+    elif result and job.kind.endswith("lora"):
         pipe.load_lora_weights(str(result))
     if result and job.distils:
         pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)

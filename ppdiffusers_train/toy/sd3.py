@@ -18,6 +18,7 @@ from ppdiffusers_train.toy.tokenizer import build_tokenizer
 
 EMBEDDING = 32  # of each of CLIP's text encoders
 LARGEST_SIDE = 32  # of an image, in tokens
+SHIFT_FACTOR = 0.0609  # the published VAE's
 
 
 def build_sd3(directory, layers=2, seed=0) -> Path:
@@ -66,7 +67,7 @@ def build_vae() -> AutoencoderKL:
         norm_num_groups=8,
         sample_size=64,
         scaling_factor=1.5305,
-        shift_factor=0.0609,
+        shift_factor=SHIFT_FACTOR,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )

@@ -12,7 +12,7 @@ import ppdiffusers_train  # noqa: F401  (before paddle)
 import sys
 from pathlib import Path
 
-from ppdiffusers import PriorTransformer, UNet2DConditionModel
+from ppdiffusers import PriorTransformer, SD3Transformer2DModel, UNet2DConditionModel
 
 from ppdiffusers_train.argument_parser import ArgumentParser
 from ppdiffusers_train.errors import one_line_errors
@@ -37,7 +37,9 @@ TRAININGS = {
     "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 5000, 16, 1e-3),
     "sd": _training("your_own_job/train_text_to_image_sd.py", 5000, 16, 1e-3),
     "sdxl": _training("sdxl/train_text_to_image_sdxl.py", 4000, 16, 1e-3),
+    "sd3": _training("sd3/train_text_to_image_sd3.py", 5000, 16, 5e-4),
 }
+PARTS = {"prior": ("prior", PriorTransformer), "sd3": ("transformer", SD3Transformer2DModel)}  # of all others the UNet
 
 
 def build_parser():
@@ -56,7 +58,7 @@ def main(argv=None):
     if not data.exists():
         write_shapes_folder(data, ShapesDataset(0, PICTURES, looks=looks))
     train(job, write_pretrained(job, output / f"{own.name}_at_random", trained=False), data, result, *more)
-    part, model_class = ("prior", PriorTransformer) if own.name == "prior" else ("unet", UNet2DConditionModel)
+    part, model_class = PARTS.get(own.name, ("unet", UNet2DConditionModel))
     write_weights(output / f"{own.name}.safetensors", {"": model_class.from_pretrained(str(result / part))})
 
 

@@ -177,7 +177,7 @@ def held_out_prompts(count):
     ]
 
 
-DRAWING = {"decoder": KANDINSKY_DRAWING, "sd": SD_DRAWING, "sdxl": SD_DRAWING}
+DRAWING = {"decoder": KANDINSKY_DRAWING, "sd": SD_DRAWING, "sdxl": SD_DRAWING, "sd3": SD_DRAWING}
 
 
 @pytest.mark.parametrize("name", DRAWING)
