@@ -16,7 +16,7 @@ from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.rows import warn_of_small_images
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.errors import BadSampleError, UserError, one_line_errors
-from ppdiffusers_train.models.attention import enable_memory_efficient_attention
+from ppdiffusers_train.models.attention import announce_joint_attention
 from ppdiffusers_train.models.drawing import draw
 from ppdiffusers_train.models.recompute import enable_block_recompute
 from ppdiffusers_train.models.sd3 import SD3Folder, encode_prompts, freeze_unpublished_biases
@@ -104,7 +104,7 @@ class SD3TrainingModule(DiffusionTrainingModule):
         if args.gradient_checkpointing:
             enable_block_recompute(self.transformer.transformer_blocks)
         if args.enable_xformers_memory_efficient_attention:
-            enable_memory_efficient_attention(self.transformer)
+            announce_joint_attention()
 
     def read_schedule(self):
         """The table of timesteps, how often each is drawn, and how much its loss counts."""

@@ -22,6 +22,14 @@ def enable_memory_efficient_attention(model) -> None:
         announce_plain_attention(str(error).splitlines()[0][:80])
 
 
+def announce_joint_attention(flag: str = "--enable_xformers_memory_efficient_attention") -> None:
+    """Say that a flag changes nothing: joint attention takes Paddle's memory-efficient kernel wherever there is one.
+
+    ppdiffusers 0.29.0 would replace it by attention of one stream, and the forward pass would fail.
+    """
+    print(f"{flag}: no effect, joint attention is memory-efficient wherever Paddle has a kernel for it")
+
+
 def announce_plain_attention(reason: str, flag: str = "--enable_xformers_memory_efficient_attention") -> None:
     """Say that a flag changes nothing, and why."""
     print(f"{flag}: no effect, plain attention is used ({reason})")

@@ -60,6 +60,7 @@ def encode_prompts(text_encoder, text_encoder_2, text_encoder_3, input_ids, inpu
 
     CLIP's penultimate hidden states side by side, filled up with zeros to D; behind them T5's last hidden states, or
     zeros without T5; and CLIP's two projections (Esser et al. 2024, arXiv 2403.03206, section 4 and appendix B).
+    T5 computes in its own type whatever the run's precision: it overflows in float16.
 
     Args:
         text_encoder_3, input_ids_3: None without T5.
@@ -69,5 +70,8 @@ def encode_prompts(text_encoder, text_encoder_2, text_encoder_3, input_ids, inpu
     second = text_encoder_2(input_ids_2, output_hidden_states=True)
     clip = paddle.concat([first.hidden_states[-2], second.hidden_states[-2]], axis=-1)
     clip = functional.pad(clip, [0, width - clip.shape[-1]], data_format="NCL")
-    t5 = paddle.zeros_like(clip) if text_encoder_3 is None else text_encoder_3(input_ids_3)[0].astype(clip.dtype)
+    t5 = paddle.zeros_like(clip)
+    if text_encoder_3 is not None:
+        with paddle.amp.auto_cast(enable=False):
+            t5 = text_encoder_3(input_ids_3)[0].astype(clip.dtype)
     return paddle.concat([clip, t5], axis=1), paddle.concat([first[0], second[0]], axis=-1)

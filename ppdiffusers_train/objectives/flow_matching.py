@@ -49,7 +49,7 @@ def timestep_density(
     Raises:
         ValueError: names the parameter that makes no sense, what it is and what is expected.
     """
-    first, behind = int(begin * count), int(end * count)
+    first, behind = round(begin * count), round(end * count)
     if not 0 <= first < behind <= count:
         raise ValueError(
             f"min_timestep_boundary, max_timestep_boundary: {begin:g} and {end:g} leave no timestep of {count}; "

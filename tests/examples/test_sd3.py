@@ -16,6 +16,7 @@ from ppdiffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import Draws, RowDraws
+from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.lora import load_lora, lora_parameters
 from ppdiffusers_train.models.lora_files import read_lora, write_lora
 from ppdiffusers_train.models.recompute import enable_recompute
@@ -290,6 +291,17 @@ def test_the_shim_for_attention_can_go_when_ppdiffusers_defines_it_everywhere():
     sys.exit(3 if hasattr(functional, "scaled_dot_product_attention_") else 0)"""
     code = "\n".join(line.strip() for line in code.splitlines())
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_a_flag_that_changes_nothing_says_so(build_sd3_module, capsys):
+    build_sd3_module("sd3", "--enable_xformers_memory_efficient_attention")
+    assert "--enable_xformers_memory_efficient_attention: no effect, joint attention" in capsys.readouterr().out
+
+
+def test_no_program_reads_a_transformers_lora_in_the_layout_of_kohya(train_sd3, tmp_path):
+    updates = read_lora(train_sd3("lora_sd3", "--max_train_steps=1") / LORA_FILE)
+    with pytest.raises(UserError, match="the kohya layout is for UNets and their text encoders"):
+        write_lora(tmp_path / "lora.safetensors", updates, "kohya")
 
 
 def test_a_dry_run_counts_all_six_models(train_sd3, capsys):
