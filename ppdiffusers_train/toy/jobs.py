@@ -12,9 +12,9 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RESOLUTION = 32
 
 KANDINSKY_DRAWING = {"num_inference_steps": 25, "prior_num_inference_steps": 25}
-SD_DRAWING = {"num_inference_steps": 25, "guidance_scale": 5.0}
+SD_DRAWING = {"num_inference_steps": 25, "guidance_scale": 3.0}
 FEW_STEPS = 4
-DISTILLATION = ("--max_train_steps=400", "--train_batch_size=16", "--loss_type=huber", "--w_min=2", "--w_max=6")
+DISTILLATION = ("--max_train_steps=400", "--train_batch_size=16", "--loss_type=huber", "--w_min=1", "--w_max=4")
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Job:
     script: str
     flags: tuple
     drawing: dict
-    kind: str  # of the result: what a user does with it, see `pipeline`
+    kind: str  # of the result: how a user loads it, see `running.USES`
     drawing_before: dict = None  # of the pipeline as it was, where that differs
 
     @property
     def family(self) -> str:
-        """Which pipeline it trains: kandinsky, sdxl, sd3 or sd."""
-        return next((family for family in ("kandinsky", "sdxl", "sd3") if family in self.script), "sd")
+        """Which pipeline it trains: kandinsky, sd3 or sd."""
+        return next((family for family in ("kandinsky", "sd3") if family in self.script), "sd")
 
     @property
     def distils(self) -> bool:
@@ -82,18 +82,10 @@ JOBS = {
         LORA_RATE,
         "--max_train_steps=300",
     ),
-    "sdxl": _fine_tuning(
-        "sdxl/train_text_to_image_sdxl.py", "pipeline", SD_DRAWING, FULL_RATE, "--max_train_steps=300"
-    ),
-    "sdxl-lora": _fine_tuning(
-        "sdxl/train_text_to_image_lora_sdxl.py", "lora", SD_DRAWING, LORA_RATE, "--max_train_steps=300"
-    ),
     "sd3": _fine_tuning("sd3/train_text_to_image_sd3.py", "pipeline", SD_DRAWING, FULL_RATE, "--max_train_steps=300"),
     "sd3-lora": _fine_tuning(
-        "sd3/train_text_to_image_lora_sd3.py", "lora", SD_DRAWING, LORA_RATE, "--max_train_steps=300"
+        "sd3/train_text_to_image_lora_sd3.py", "transformer lora", SD_DRAWING, LORA_RATE, "--max_train_steps=300"
     ),
-    "lcm": _distillation("lcm/train_lcm_distill_sd_wds.py", "student", 6.0, FULL_RATE),
+    "lcm": _distillation("lcm/train_lcm_distill_sd_wds.py", "student", 3.0, FULL_RATE),
     "lcm-lora": _distillation("lcm/train_lcm_distill_lora_sd_wds.py", "student lora", 1.0, LORA_RATE),
-    "lcm-sdxl": _distillation("lcm/train_lcm_distill_sdxl_wds.py", "student", 6.0, FULL_RATE),
-    "lcm-sdxl-lora": _distillation("lcm/train_lcm_distill_lora_sdxl_wds.py", "student lora", 1.0, LORA_RATE),
 }

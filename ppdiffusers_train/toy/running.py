@@ -16,7 +16,6 @@ from ppdiffusers import (
     LCMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 
@@ -27,7 +26,6 @@ from ppdiffusers_train.toy import pretrained
 from ppdiffusers_train.toy.jobs import EXAMPLES, RESOLUTION, Job
 
 BATCH = 50  # pictures that are drawn at once
-PIPELINES = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline, "sd3": StableDiffusion3Pipeline}
 
 
 def write_pretrained(job: Job, folder, trained=True) -> dict:
@@ -38,8 +36,8 @@ def write_pretrained(job: Job, folder, trained=True) -> dict:
             "pretrained_prior_model_name_or_path": str(prior),
             "pretrained_decoder_model_name_or_path": str(decoder),
         }
-    write = {"sd": pretrained.write_sd, "sdxl": pretrained.write_sdxl, "sd3": pretrained.write_sd3}[job.family]
     flag = "pretrained_teacher_model" if job.distils else "pretrained_model_name_or_path"
+    write = pretrained.write_sd3 if job.family == "sd3" else pretrained.write_sd
     return {flag: str(write(folder, trained))}
 
 
@@ -60,34 +58,57 @@ def train(job: Job, base: dict, data, result, *more: str) -> None:
 def load_pipeline(job: Job, base: dict, result=None):
     """The pretrained pipeline, with what a run has made where its folder is given: the way a user loads it."""
     folders = list(base.values())
-    if job.family == "kandinsky":
-        prior, decoder = folders
-        if result and job.kind == "decoder":
-            decoder = result
-        if result and job.kind == "prior":
-            prior = result
-        pipe = combined(prior, decoder)
-        if result and job.kind == "decoder lora":
-            pipe.unet.load_attn_procs(str(result))
-        if result and job.kind == "prior lora":
-            pipe.prior_prior.load_attn_procs(str(result))
-        return pipe
-    pipeline_class = PIPELINES[job.family]
-    if job.family == "sd3":
-        provide_joint_attention()
-    if result and job.kind == "pipeline":
-        return pipeline_class.from_pretrained(str(result))
-    if result and job.kind == "student":
-        unet = UNet2DConditionModel.from_pretrained(f"{result}/unet_target")
-        pipe = pipeline_class.from_pretrained(folders[0], unet=unet)
-    else:
-        pipe = pipeline_class.from_pretrained(folders[0])
-    if result and job.kind.endswith("lora") and job.family == "sd3":
-        load_lora(pipe.transformer, result)
-    elif result and job.kind.endswith("lora"):
-        pipe.load_lora_weights(str(result))
-    if result and job.distils:
-        pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    if result is not None:
+        return USES[job.kind](PIPELINES[job.family], folders, str(result))
+    return PIPELINES[job.family](*folders)
+
+
+def with_decoder(load, folders, result):
+    return load(folders[0], result)
+
+
+def with_decoder_lora(load, folders, result):
+    pipe = load(*folders)
+    pipe.unet.load_attn_procs(result)
+    return pipe
+
+
+def with_prior(load, folders, result):
+    return load(result, folders[1])
+
+
+def with_prior_lora(load, folders, result):
+    pipe = load(*folders)
+    pipe.prior_prior.load_attn_procs(result)
+    return pipe
+
+
+def whole_pipeline(load, folders, result):
+    return load(result)
+
+
+def with_lora(load, folders, result):
+    pipe = load(*folders)
+    pipe.load_lora_weights(result)
+    return pipe
+
+
+def with_transformer_lora(load, folders, result):
+    pipe = load(*folders)
+    load_lora(pipe.transformer, result)
+    return pipe
+
+
+def with_student(load, folders, result):
+    return in_few_steps(load(*folders, unet=UNet2DConditionModel.from_pretrained(f"{result}/unet_target")))
+
+
+def with_student_lora(load, folders, result):
+    return in_few_steps(with_lora(load, folders, result))
+
+
+def in_few_steps(pipe):
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     return pipe
 
 
@@ -97,6 +118,29 @@ def combined(prior, decoder) -> KandinskyV22CombinedPipeline:
         f"prior_{name}": part for name, part in DiffusionPipeline.from_pretrained(str(prior)).components.items()
     }
     return KandinskyV22CombinedPipeline.from_pretrained(str(decoder), **prior_parts)
+
+
+def sd3(folder) -> StableDiffusion3Pipeline:
+    """A pipeline that draws on a CPU, too."""
+    provide_joint_attention()
+    return StableDiffusion3Pipeline.from_pretrained(folder)
+
+
+PIPELINES = {
+    "kandinsky": combined,
+    "sd3": sd3,
+    "sd": StableDiffusionPipeline.from_pretrained,
+}
+USES = {
+    "decoder": with_decoder,
+    "decoder lora": with_decoder_lora,
+    "prior": with_prior,
+    "prior lora": with_prior_lora,
+    "pipeline": whole_pipeline,
+    "transformer lora": with_transformer_lora,
+    "student": with_student,
+    "student lora": with_student_lora,
+}
 
 
 def draw(pipeline, prompts: list, seed: int = 0, **options) -> list:

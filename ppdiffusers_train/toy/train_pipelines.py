@@ -3,8 +3,8 @@
     python -m ppdiffusers_train.toy.train_pipelines decoder
 
 Each begins at random weights between the encoders that are shipped, and its result is shipped, too, as
-`weights/decoder.safetensors` and so on. The decoder learns from all looks, for it has to draw whatever an embedding
-says; the others learn to draw plain shapes, so that another look is something to be fine-tuned on.
+`weights/decoder.safetensors` and so on. The decoder learns from outlined shapes, too, for it has to draw whatever an
+embedding says; the others learn to draw plain ones, so that another look is something to be fine-tuned on.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -18,10 +18,9 @@ from ppdiffusers_train.argument_parser import ArgumentParser
 from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.toy.jobs import Job
 from ppdiffusers_train.toy.running import train, write_pretrained
-from ppdiffusers_train.toy.shapes import LOOKS
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
-from ppdiffusers_train.toy.shipped import write_weights
+from ppdiffusers_train.toy.shipped import load_weights, write_weights
 
 PICTURES = 6000
 COMMON = ("--encoded_cache", "--proportion_empty_prompts=0.1", "--lr_scheduler=cosine", "--lr_warmup_steps=100")
@@ -33,10 +32,9 @@ def _training(script: str, steps: int, batch_size: int, learning_rate: float) ->
 
 
 TRAININGS = {
-    "prior": _training("kandinsky2_2/train_text_to_image_prior.py", 3000, 32, 1e-3),
+    "prior": _training("kandinsky2_2/train_text_to_image_prior.py", 2000, 32, 1e-3),
     "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 5000, 16, 1e-3),
     "sd": _training("your_own_job/train_text_to_image_sd.py", 5000, 16, 1e-3),
-    "sdxl": _training("sdxl/train_text_to_image_sdxl.py", 4000, 16, 1e-3),
     "sd3": _training("sd3/train_text_to_image_sd3.py", 5000, 16, 5e-4),
 }
 PARTS = {"prior": ("prior", PriorTransformer), "sd3": ("transformer", SD3Transformer2DModel)}  # of all others the UNet
@@ -45,6 +43,7 @@ PARTS = {"prior": ("prior", PriorTransformer), "sd3": ("transformer", SD3Transfo
 def build_parser():
     parser = ArgumentParser(config=False, description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=TRAININGS, help="what to train")
+    parser.add_argument("--start_from", metavar="FILE", help="weights of another run, to go on from")
     parser.add_argument("--output_dir", default="outputs/toys", metavar="DIR", help="gets NAME.safetensors, and more")
     return parser
 
@@ -53,12 +52,18 @@ def build_parser():
 def main(argv=None):
     own, more = build_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
     output, job = Path(own.output_dir), TRAININGS[own.name]
-    looks = LOOKS if own.name == "decoder" else ("plain",)
+    looks = ("plain", "outlined") if own.name == "decoder" else ("plain",)
     data, result = output / f"{own.name}_pictures", output / own.name
     if not data.exists():
         write_shapes_folder(data, ShapesDataset(0, PICTURES, looks=looks))
-    train(job, write_pretrained(job, output / f"{own.name}_at_random", trained=False), data, result, *more)
     part, model_class = PARTS.get(own.name, ("unet", UNet2DConditionModel))
+    base = write_pretrained(job, output / f"{own.name}_start", trained=False)
+    if own.start_from:
+        folder = next(folder for folder in base.values() if Path(folder, part).is_dir())
+        load_weights(model_class.from_pretrained(f"{folder}/{part}"), own.start_from).save_pretrained(
+            f"{folder}/{part}"
+        )
+    train(job, base, data, result, *more)
     write_weights(output / f"{own.name}.safetensors", {"": model_class.from_pretrained(str(result / part))})
 
 

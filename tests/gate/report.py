@@ -34,12 +34,11 @@ COMPARED = {
         ("constant rate", "constant rate, EMA"),
     ),
     "The smallest batch": (
-        "One sample at a time, sixteen of them to a step (`--gradient_accumulation_steps 16`), should be as good as sixteen "
-        "at once.",
+        "One sample at a time, 16 to a step (`--gradient_accumulation_steps 16`), should do as well as all at once.",
         ("plain", "one sample at a time"),
     ),
     "Dropped captions": (
-        "Guidance needs to know what is drawn without a caption: with `--proportion_empty_prompts 0.1` it has been learned.",
+        "Guidance needs to know what is drawn without a caption: `--proportion_empty_prompts 0.1` teaches it.",
         ("no dropped captions", "plain"),
     ),
 }
