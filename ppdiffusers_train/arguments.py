@@ -17,7 +17,6 @@ from ppdiffusers_train.argument_parser import (
 
 __all__ = ["ArgumentParser", "Flag", "unit_float"]  # for scripts, beside the groups below
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_BIAS_STRATEGIES = ("none", "earlier", "later", "range")
 INTERPOLATION_MODES = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest-exact")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -68,6 +67,10 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
     group.add_argument("--max_train_steps", type=positive_int, help="optimizer steps; overrides the number of epochs")
     group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
     group.add_argument("--gradient_checkpointing", action=Flag, help="recompute activations: less memory, more time")
+    group.add_argument(
+        "--trainable_modules", metavar="PATTERNS", help="train these parts of the model in full, and else at most LoRA "
+        "layers: names of layers or parameters, separated by commas, * for anything: blocks.*.norm1,proj_out",
+    )  # fmt: skip
     group.add_argument(
         "--enable_xformers_memory_efficient_attention",
         action=Flag,
@@ -148,22 +151,20 @@ def add_kandinsky_arguments(parser):
     return group
 
 
-def add_sdxl_arguments(parser):
-    """The pipeline that Stable Diffusion XL is, and how its samples are prepared, read by its jobs."""
+def add_pipeline_arguments(parser, vae_help="folder or hub name of another VAE"):
+    """The pipeline that a job starts from, read by the jobs of Stable Diffusion XL and 3."""
     group = parser.add_argument_group("models")
     group.add_argument(
-        "--pretrained_model_name_or_path", required=True, help="folder or hub name of the SDXL pipeline to start from"
+        "--pretrained_model_name_or_path", required=True, help="folder or hub name of the pipeline to start from"
     )
-    group.add_argument(
-        "--pretrained_vae_model_name_or_path", help="folder or hub name of another VAE; SDXL's own overflows in fp16"
-    )
+    group.add_argument("--pretrained_vae_model_name_or_path", help=vae_help)
     group.add_argument("--revision", help="revision of the pipeline on the hub")
     group.add_argument("--variant", help="variant of the weights' files, such as fp16")
-    group.add_argument(
-        "--enable_npu_flash_attention", action=Flag, help="accepted for old commands; ppdiffusers has no such kernel"
-    )
-    group.add_argument("--prediction_type", choices=PREDICTION_TYPES, help="what the UNet predicts; default: as before")
+    return group
 
+
+def add_image_arguments(parser):
+    """How images are brought to the resolution, read by the same jobs."""
     group = parser.add_argument_group("images")
     group.add_argument(
         "--aspect_ratio_buckets",
@@ -242,10 +243,7 @@ def add_output_arguments(parser, output_dir):
     group = parser.add_argument_group("output and checkpoints")
     group.add_argument("--output_dir", default=output_dir, metavar="DIR", help="where everything is written")
     group.add_argument(
-        "--save_format",
-        choices=("ppdiffusers", "diffusers"),
-        default="ppdiffusers",
-        help="library for which the result is written",
+        "--save_format", choices=("ppdiffusers", "diffusers"), default="ppdiffusers", help="library to write it for"
     )
     group.add_argument(
         "--save_dtype",

@@ -22,6 +22,7 @@ from ppdiffusers_train.runtime.memory import (
     take_inventory,
 )
 from ppdiffusers_train.step import set_training_mode
+from ppdiffusers_train.trainable import choose_trainable
 
 MEASURED = (128, 192, 256)  # heights and widths in pixels; below, weights' gradients hide the activations
 CARDS = (8, 12, 16, 24, 40, 80)  # GB
@@ -118,6 +119,7 @@ def inventory_of(module, row: dict, args) -> Inventory:
         changed = {"gradient_checkpointing": recompute, "aspect_ratio_buckets": False}
         small = argparse.Namespace(**{**vars(args), **changed})
         job = type(module)(small)
+        choose_trainable(job, small.trainable_modules)
         set_training_mode(job)
         meter, peaks = StepMeter(job.trainable_parameters()), []
         for small.resolution in sizes:

@@ -40,6 +40,7 @@ from ppdiffusers_train.runtime.silu import repair_silu
 from ppdiffusers_train.state import TrainingState, build_training_state, check_schedule
 from ppdiffusers_train.step import backward, describe_failure, losses_by_file, seed_layers, set_training_mode
 from ppdiffusers_train.tensor_files import cast_files
+from ppdiffusers_train.trainable import choose_trainable
 
 
 def check_run(args) -> None:
@@ -85,6 +86,8 @@ def launch_training_task(module, dataset, args) -> None:
     if args.resume_from_checkpoint:
         checkpoint, saved = find_checkpoint(args.resume_from_checkpoint, output_dir, say)
     settle_seed(args, saved)
+    for part, size in choose_trainable(module, args.trainable_modules).items():
+        say(f"--trainable_modules: {part}, {size:,} parameters, learns in full")
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size
     identity = run_identity(module, dataset, args, saved, samples_per_step)
     order = order_samples(module, dataset, identity["seed"], samples_per_step, say)

@@ -87,6 +87,41 @@ def sdxl(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def sd3_jobs():
+    """The scripts of SD3 by name: `{"sd3": module, "lora_sd3": module}`."""
+    names = ("sd3", "lora_sd3")
+    return {name: load_script(ROOT / "examples" / "sd3" / f"train_text_to_image_{name}.py") for name in names}
+
+
+@pytest.fixture(scope="session")
+def sd3(tmp_path_factory):
+    """The folder of the tiny SD3."""
+    from ppdiffusers_train.reporting.quiet import quiet_libraries
+    from ppdiffusers_train.toy.sd3 import build_sd3
+
+    quiet_libraries()
+    return build_sd3(tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture
+def sd3_flags(sd3, photos, tmp_path):
+    """Flags of a short SD3 run; later flags win."""
+    return [f"--pretrained_model_name_or_path={sd3}", *short_run(photos)]
+
+
+@pytest.fixture
+def train_sd3(sd3_jobs, sd3_flags, tmp_path):
+    """`train_sd3("lora_sd3", *flags, out="out")` runs that script's `main` and returns its output folder."""
+    return runner(sd3_jobs, sd3_flags, tmp_path)
+
+
+@pytest.fixture
+def build_sd3_module(sd3_jobs, sd3_flags):
+    """`build_sd3_module("sd3", *flags)` is that script's training module."""
+    return builder(sd3_jobs, sd3_flags)
+
+
+@pytest.fixture(scope="session")
 def lcm_jobs():
     """The scripts of latent consistency distillation by name: `{"lora_sd": module, …}`."""
     names = ("sd", "sdxl", "lora_sd", "lora_sdxl")

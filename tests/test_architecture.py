@@ -24,15 +24,16 @@ MAY_IMPORT = {
     "runtime": {"errors"},
     "reporting": {"errors"},
     "data": {"draws", "errors", "module", "runtime"},
-    "models": {"draws", "errors", "module", "tensor_files"},
+    "models": {"draws", "errors", "module", "tensor_files", "trainable"},
     "cli": {"argument_parser", "data", "errors", "models", "preview", "toy"},
     "preview": {"arguments", "data", "errors", "models", "module", "reporting", "run", "runtime", "training"},
     "state": {"data", "runtime", "errors"},
     "run": {"runtime", "errors"},
-    "dry_run": {"data", "draws", "errors", "module", "runtime", "step"},
+    "dry_run": {"data", "draws", "errors", "module", "runtime", "step", "trainable"},
     "step": {"data", "draws", "runtime", "state"},
     "training": {"data", "draws", "dry_run", "errors", "module", "reporting", "run", "runtime", "state", "step"}
-    | {"tensor_files"},
+    | {"tensor_files", "trainable"},
+    "trainable": {"errors"},
 }
 
 

@@ -11,7 +11,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from ppdiffusers import KandinskyV22CombinedPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from ppdiffusers import (
+    KandinskyV22CombinedPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 
 from tests.conftest import ROOT, copy_photos
 from tests.distributed.test_ranks import environment, launch_command
@@ -22,9 +27,11 @@ SMALL_PICTURES = {
     KandinskyV22CombinedPipeline: {**SMALL_PICTURE, "prior_num_inference_steps": 2},
     StableDiffusionPipeline: SMALL_PICTURE,
     StableDiffusionXLPipeline: SMALL_PICTURE,
+    StableDiffusion3Pipeline: SMALL_PICTURE,
 }
 HUB = "kandinsky-community/kandinsky-2-2-{}"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
 SD = "runwayml/stable-diffusion-v1-5"
 CHECKPOINT = "checkpoint-15000"  # the last one of the README's run; here a run has two steps
 
@@ -115,11 +122,11 @@ def draw_small(monkeypatch):
 
 @pytest.mark.once
 def test_a_reader_can_type_all_of_it_in_this_order(
-    kandinsky_jobs, kandinsky, sdxl_jobs, sdxl, lcm_jobs, sd, tmp_path, monkeypatch, capsys
+    kandinsky_jobs, kandinsky, sdxl_jobs, sdxl, sd3_jobs, sd3, lcm_jobs, sd, tmp_path, monkeypatch, capsys
 ):
     """The commands start in a copy of the repository's folders, with two steps each, and four where a run goes on."""
     photos = copy_photos(tmp_path / "examples" / "data" / "photos", 7)
-    for folder in ("kandinsky2_2", "sdxl", "lcm"):
+    for folder in ("kandinsky2_2", "sdxl", "sd3", "lcm"):
         (tmp_path / "examples" / folder).mkdir()
     monkeypatch.chdir(tmp_path)
     draw_small(monkeypatch)
@@ -129,6 +136,8 @@ def test_a_reader_can_type_all_of_it_in_this_order(
     jobs = {script_name(name): (job, [*models, *small]) for name, job in kandinsky_jobs.items()}
     models = [f"--pretrained_model_name_or_path={sdxl}", f"--pretrained_vae_model_name_or_path={sdxl}"]
     jobs.update({script_name(name): (job, [*models, *small]) for name, job in sdxl_jobs.items()})
+    models = [f"--pretrained_model_name_or_path={sd3}"]
+    jobs.update({script_name(name): (job, [*models, *small]) for name, job in sd3_jobs.items()})
     for name, job in lcm_jobs.items():
         teacher = [f"--pretrained_teacher_model={sdxl if 'sdxl' in name else sd}"]
         vae = [f"--pretrained_vae_model_name_or_path={sdxl}"] if "sdxl" in name else []
@@ -147,7 +156,7 @@ def test_a_reader_can_type_all_of_it_in_this_order(
         if "--dry_run" in flags:
             assert "a dry run, nothing is loaded" in said and "all together" in said
             return
-        assert re.search("wrote the result to (kandi2|sdxl|lcm|my)-", said) and resumes == ("resumed from" in said)
+        assert re.search("wrote the result to (kandi2|sdxl|sd3|lcm|my)-", said) and resumes == ("resumed from" in said)
 
     def change_folder(words):
         here = (Path.cwd() / words[1]).resolve().relative_to(tmp_path)
@@ -166,7 +175,14 @@ def test_a_reader_can_type_all_of_it_in_this_order(
         "python": train,
         "ppdiffusers-train": run_tool,
     }
-    local = {HUB.format("prior"): prior, HUB.format("decoder"): decoder, SDXL: sdxl, SD: sd, CHECKPOINT: "checkpoint-2"}
+    local = {
+        HUB.format("prior"): prior,
+        HUB.format("decoder"): decoder,
+        SDXL: sdxl,
+        SD3: sd3,
+        SD: sd,
+        CHECKPOINT: "checkpoint-2",
+    }
     for language, code in code_blocks("README.md"):
         if language == "bash":
             for words in commands(code):
@@ -189,6 +205,7 @@ def test_a_reader_can_type_all_of_it_in_this_order(
     assert written >= {"robot-pokemon.png", "robot-pokemon-15000.png", "robot-pokemon-lora.png"}
     written = {path.name for path in (tmp_path / "examples" / "sdxl").iterdir()}
     assert written >= {"sdxl.png", "my-lora", "my-lora.png", "my-lora.safetensors"}
+    assert {"sd3.png", "sd3-lora.png"} <= {path.name for path in (tmp_path / "examples" / "sd3").iterdir()}
     lcm = tmp_path / "examples" / "lcm"
     assert {"sushi.png", "lcm-lora.png", "preview.png", "photo-shards"} <= {path.name for path in lcm.iterdir()}
     ema = tmp_path / "examples" / "kandinsky2_2" / "kandi2-decoder-ema"

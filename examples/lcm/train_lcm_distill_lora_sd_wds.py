@@ -14,7 +14,7 @@ from ppdiffusers import LCMScheduler
 
 from ppdiffusers_train.arguments import add_lora_arguments
 from ppdiffusers_train.data.dataset import build_dataset
-from ppdiffusers_train.errors import one_line_errors
+from ppdiffusers_train.errors import UserError, one_line_errors
 from ppdiffusers_train.models.drawing import draw
 from ppdiffusers_train.models.lora import (
     add_lora,
@@ -47,6 +47,8 @@ class LCMLoRATrainingModule(LCMTrainingModule):
 
     def build_networks(self):
         args = self.args
+        if args.trainable_modules:
+            raise UserError("--trainable_modules: without LoRA, the model is the teacher; nothing else of it may learn")
         self.unet = self.folder.load("unet")
         alpha = args.lora_alpha or args.lora_rank
         add_lora(self.unet, args.lora_target_modules, args.lora_rank, alpha, args.lora_dropout, args.seed or 0)

@@ -12,11 +12,13 @@ from ppdiffusers import DDPMScheduler
 
 from ppdiffusers_train.arguments import (
     ArgumentParser,
+    Flag,
     add_data_arguments,
     add_diffusion_arguments,
+    add_image_arguments,
     add_output_arguments,
+    add_pipeline_arguments,
     add_reporting_arguments,
-    add_sdxl_arguments,
     add_timestep_arguments,
     add_training_arguments,
     add_validation_arguments,
@@ -39,10 +41,17 @@ from ppdiffusers_train.objectives.noise_schedule import add_noise
 from ppdiffusers_train.objectives.timesteps import timestep_weights
 from ppdiffusers_train.training import check_run, launch_training_task
 
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
 
 def build_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    add_sdxl_arguments(parser)
+    group = add_pipeline_arguments(parser, "folder or hub name of another VAE; SDXL's own overflows in fp16")
+    group.add_argument(
+        "--enable_npu_flash_attention", action=Flag, help="accepted for old commands; ppdiffusers has no such kernel"
+    )
+    group.add_argument("--prediction_type", choices=PREDICTION_TYPES, help="what the UNet predicts; default: as before")
+    add_image_arguments(parser)
     add_data_arguments(parser)
     add_training_arguments(parser)
     add_diffusion_arguments(parser, noise_offset=True)

@@ -1,5 +1,18 @@
 """Attention kernels."""
 
+from paddle.nn import functional
+
+
+def provide_joint_attention() -> None:
+    """Give Paddle the function that the joint attention of SD3's transformer calls, where ppdiffusers does not.
+
+    ppdiffusers 0.29.0 adds `scaled_dot_product_attention_` to Paddle only where there is a kernel for it, on cards;
+    elsewhere every forward pass of that transformer would end in an AttributeError. Paddle's own function without the
+    underscore takes the same arguments that are used there, and gives the same numbers.
+    """
+    if not hasattr(functional, "scaled_dot_product_attention_"):
+        functional.scaled_dot_product_attention_ = functional.scaled_dot_product_attention
+
 
 def enable_memory_efficient_attention(model) -> None:
     """Switch a model to Paddle's memory-efficient attention, or say that there is none here."""
@@ -7,6 +20,14 @@ def enable_memory_efficient_attention(model) -> None:
         model.enable_xformers_memory_efficient_attention()
     except (NotImplementedError, ModuleNotFoundError, ValueError) as error:
         announce_plain_attention(str(error).splitlines()[0][:80])
+
+
+def announce_joint_attention(flag: str = "--enable_xformers_memory_efficient_attention") -> None:
+    """Say that a flag changes nothing: joint attention takes Paddle's memory-efficient kernel wherever there is one.
+
+    ppdiffusers 0.29.0 would replace it by attention of one stream, and the forward pass would fail.
+    """
+    print(f"{flag}: no effect, joint attention is memory-efficient wherever Paddle has a kernel for it")
 
 
 def announce_plain_attention(reason: str, flag: str = "--enable_xformers_memory_efficient_attention") -> None:

@@ -16,13 +16,15 @@ from ppdiffusers.models.lora import LoRACompatibleConv, LoRACompatibleLinear, Lo
 
 from ppdiffusers_train.draws import generator
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.models.lora_files import FILES, Update, write_lora
+from ppdiffusers_train.models.lora_files import FILES, Update, read_lora, write_lora
 from ppdiffusers_train.module import freeze
 from ppdiffusers_train.tensor_files import read_tensors, write_tensors
+from ppdiffusers_train.trainable import is_lora
 
 ATTENTION_TARGETS = "to_q,to_k,to_v,to_out.0"
 ADDED_ATTENTION_TARGETS = f"{ATTENTION_TARGETS},add_k_proj,add_v_proj"  # the added ones are where an image enters
 PARAMETERS_FILE = "lora_parameters.safetensors"
+FULL_FILE = "trainable_modules.safetensors"
 
 
 def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, seed: int = 0) -> None:
@@ -37,9 +39,10 @@ def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, s
         UserError: a target fits no layer, or `rank` is larger than a layer.
     """
     freeze(model)
-    layers = {n: m for n, m in model.named_sublayers() if isinstance(m, (LoRACompatibleLinear, LoRACompatibleConv))}
-    if not layers:  # a model of another library: its layers are added to from outside
-        layers = {name: layer for name, layer in model.named_sublayers() if isinstance(layer, paddle.nn.Linear)}
+    kinds = (LoRACompatibleLinear, LoRACompatibleConv)
+    if not hasattr(model, "load_attn_procs"):  # no reader that wants these: other layers are added to from outside
+        kinds = (paddle.nn.Linear, LoRACompatibleConv)
+    layers = {name: layer for name, layer in model.named_sublayers() if isinstance(layer, kinds)}
     wanted = [target.strip() for target in targets.split(",") if target.strip()]
     if not wanted:
         raise UserError(f"--lora_target_modules: {targets!r} names no layer")
@@ -66,11 +69,16 @@ def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, s
             lora.register_forward_pre_hook(
                 lambda lora, inputs: functional.dropout(inputs[0], dropout, training=lora.training)
             )
-        if hasattr(layer, "set_lora_layer"):
-            layer.set_lora_layer(lora)
-        else:
-            layer.lora_layer = lora
-            layer.register_forward_post_hook(lambda layer, inputs, output: output + layer.lora_layer(inputs[0]))
+        set_lora(layer, lora)
+
+
+def set_lora(layer, lora) -> None:
+    """Let a layer add what its LoRA layer gives: by itself where it can, else from outside."""
+    if hasattr(layer, "set_lora_layer"):
+        layer.set_lora_layer(lora)
+    else:
+        layer.lora_layer = lora
+        layer.register_forward_post_hook(lambda layer, inputs, output: output + layer.lora_layer(inputs[0]))
 
 
 def is_target(name: str, target: str) -> bool:
@@ -99,45 +107,67 @@ def lora_switched_off(model):
             layer.lora_layer = lora
 
 
-def lora_parameters(unet, **text_encoders) -> dict:
-    """`{"<layer>.lora.down.weight": parameter, "<layer>.lora.up.weight": parameter}` as Paddle lays them out; layers of
-    text encoders begin with the encoder's name."""
-    return {
-        f"{name}.lora.{part}.weight": getattr(lora, part).weight
-        for prefix, model in {"": unet, **{f"{name}.": encoder for name, encoder in text_encoders.items()}}.items()
-        for name, lora in ((f"{prefix}{layer}", lora) for layer, lora in lora_layers(model).items())
+def lora_parameters(model, **text_encoders) -> dict:
+    """`{"<layer>.lora.down.weight": parameter, "<layer>.lora.up.weight": parameter}` as Paddle lays them out, and those
+    that learn in full beside them; layers of text encoders begin with the encoder's name."""
+    models = {"": model, **{f"{name}.": encoder for name, encoder in text_encoders.items()}}
+    parameters = {
+        f"{prefix}{layer}.lora.{part}.weight": getattr(lora, part).weight
+        for prefix, model in models.items()
+        for layer, lora in lora_layers(model).items()
         for part in ("down", "up")
     }
+    full = {
+        f"{prefix}{name}": value for prefix, model in models.items() for name, value in full_parameters(model).items()
+    }
+    return {**parameters, **full}
 
 
-def save_lora(unet, directory, save_format: str, **text_encoders) -> None:
+def full_parameters(model) -> dict:
+    """{name: parameter} of those that learn and are no part of a LoRA layer."""
+    return {n: value for n, value in model.named_parameters() if not value.stop_gradient and not is_lora(n)}
+
+
+def save_lora(model, directory, save_format: str, **text_encoders) -> None:
     """Write LoRA layers into a file that the library `save_format` loads: `unet.load_attn_procs(directory)`, or with
-    layers of text encoders, given by name, too, `pipeline.load_lora_weights(directory)`."""
-    updates = {}
-    for model_name, model in {"unet": unet, **text_encoders}.items():
-        for name, lora in lora_layers(model).items():
+    layers of text encoders, given by name, or of SD3's transformer, `pipeline.load_lora_weights(directory)`.
+
+    What learns in full beside them goes into a second file, in the same layout, under the model's own names.
+    """
+    updates, full = {}, {}
+    # Readers expect this name for whatever has `load_attn_procs`, Kandinsky's prior, too.
+    own_name = "unet" if hasattr(model, "load_attn_procs") else "transformer"
+    for model_name, part in {own_name: model, **text_encoders}.items():
+        linear = {f"{n}.weight" for n, layer in part.named_sublayers() if isinstance(layer, paddle.nn.Linear)}
+        for name, parameter in full_parameters(part).items():
+            transposed = save_format != "ppdiffusers" and name in linear
+            full[f"{model_name}.{name}"] = parameter.numpy().T if transposed else parameter.numpy()
+        for name, lora in lora_layers(part).items():
             down, up = (weight.numpy() for weight in (lora.down.weight, lora.up.weight))
             matrices = (down.T, up.T) if down.ndim == 2 else (down, up)
             updates[f"{model_name}.{name}"] = Update(*matrices, lora.network_alpha)
     write_lora(Path(directory) / FILES[save_format], updates, save_format)
+    if full:
+        metadata = {"format": "pd" if save_format == "ppdiffusers" else "pt"}
+        write_tensors(Path(directory) / FULL_FILE, full, metadata)
 
 
-def save_lora_weights(unet, directory, **text_encoders) -> None:
+def save_lora_weights(model, directory, **text_encoders) -> None:
     """What a checkpoint holds: the file to load for inference, and the parameters as they are, to go on from."""
-    save_lora(unet, directory, "ppdiffusers", **text_encoders)
-    arrays = {name: parameter.numpy() for name, parameter in lora_parameters(unet, **text_encoders).items()}
+    save_lora(model, directory, "ppdiffusers", **text_encoders)
+    arrays = {name: parameter.numpy() for name, parameter in lora_parameters(model, **text_encoders).items()}
     write_tensors(Path(directory) / PARAMETERS_FILE, arrays, {"format": "pd"})
 
 
 @paddle.no_grad()
-def load_lora_weights(unet, directory, **text_encoders) -> None:
-    """Set the LoRA parameters to those of a checkpoint, in place.
+def load_lora_weights(model, directory, **text_encoders) -> None:
+    """Set what learns to what a checkpoint holds, in place.
 
     Raises:
         UserError: it holds LoRA layers of another model, rank or choice of layers.
     """
     file = Path(directory) / PARAMETERS_FILE
-    saved, own = read_tensors(file)[0], lora_parameters(unet, **text_encoders)
+    saved, own = read_tensors(file)[0], lora_parameters(model, **text_encoders)
     wrong = sorted(
         name
         for name in {*saved, *own}
@@ -150,6 +180,25 @@ def load_lora_weights(unet, directory, **text_encoders) -> None:
         )
     for name, parameter in own.items():
         parameter.set_value(saved[name])
+
+
+@paddle.no_grad()
+def load_lora(transformer, directory) -> None:
+    """Set the LoRA layers of a result on a pipeline's transformer, and what has learned in full beside them.
+
+    `StableDiffusion3Pipeline.load_lora_weights` of ppdiffusers 0.29.0 does so only with `USE_PEFT_BACKEND=True` in the
+    environment, and then not with Paddle 3, whose `ParameterDict` has no `keys`.
+    """
+    layers, file = dict(transformer.named_sublayers()), Path(directory) / FILES["ppdiffusers"]
+    for name, update in read_lora(file).items():
+        lora = LoRALinearLayer(update.down.shape[1], update.up.shape[0], update.rank)
+        lora.down.weight.set_value(update.down.T)
+        lora.up.weight.set_value(update.up.T * update.scale)
+        set_lora(layers[name.removeprefix("transformer.")], lora)
+    if (Path(directory) / FULL_FILE).is_file():
+        own = transformer.state_dict()
+        for name, array in read_tensors(Path(directory) / FULL_FILE)[0].items():
+            own[name.removeprefix("transformer.")].set_value(array)
 
 
 def shape_or_missing(tensors: dict, name: str) -> str:

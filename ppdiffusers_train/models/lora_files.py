@@ -19,6 +19,8 @@ FILES = {
     "diffusers": "pytorch_lora_weights.safetensors",
     "kohya": "lora.safetensors",
 }
+# What the matrices are called in a UNet, and in a transformer; text encoders have a third pair of names.
+NAMES = {"unet": ("lora.down", "lora.up"), "transformer": ("lora_A", "lora_B")}
 KOHYA_PREFIXES = {
     "lora_unet": "unet",
     "lora_te": "text_encoder",
@@ -79,12 +81,12 @@ def write_lora(file, updates: dict, file_format: str) -> None:
             arrays[f"{name}.alpha"] = np.float32(update.rank * update.scale)
     else:
         for layer, update in updates.items():
-            middle = "lora" if layer.startswith("unet.") else "lora_linear_layer"
-            for part, array in (("down", update.down), ("up", scaled(update.up, update.scale))):
+            down, up = NAMES.get(layer.split(".")[0], ("lora_linear_layer.down", "lora_linear_layer.up"))
+            for part, array in ((down, update.down), (up, scaled(update.up, update.scale))):
                 if file_format == "ppdiffusers":
                     array = array.T if array.ndim == 2 else array
                     array = array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
-                arrays[f"{layer}.{middle}.{part}.weight"] = array
+                arrays[f"{layer}.{part}.weight"] = array
         alphas = {update.alpha for update in updates.values()}
         if len(alphas) == 1 and alphas != {None}:
             metadata["lora_alpha"] = repr(alphas.pop())
@@ -116,7 +118,7 @@ def read_lora(file) -> dict:
                 down, up, float(found["alpha"]) if "alpha" in found else None
             )
             continue
-        name = layer if layer.startswith(("unet.", "text_encoder")) else f"unet.{layer}"
+        name = layer if layer.startswith(("unet.", "transformer.", "text_encoder")) else f"unet.{layer}"
         alpha = float(found["alpha"]) if "alpha" in found else None
         if recorded:  # the file's B is already scaled
             alpha, up = recorded, scaled(up, down.shape[0] / recorded)
@@ -148,7 +150,7 @@ def kohya_name(layer: str, has_second_encoder: bool) -> str:
         UserError: the layer is of a model that no program reads in this layout.
     """
     component, _, name = layer.partition(".")
-    if component == "unet" and not re.match(r"(down_blocks|mid_block|up_blocks|conv_|time_emb|add_emb)", name):
+    if component in NAMES and not re.match(r"(down_blocks|mid_block|up_blocks|conv_|time_emb|add_emb)", name):
         raise UserError(f"the kohya layout is for UNets and their text encoders; this file has the layer {name}")
     if component == "unet" and re.search(r"attentions\.\d+\.(to_|add_)", name):
         raise UserError(f"no program reads the kohya layout of Kandinsky's UNet; this file has the layer {name}")

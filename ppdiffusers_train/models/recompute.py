@@ -19,17 +19,33 @@ def enable_recompute(model) -> None:
 
 
 def enable_block_recompute(blocks) -> None:
-    """Recompute each of a transformer's blocks, for models that ppdiffusers gives no gradient checkpointing.
+    """Recompute each of a transformer's blocks, for models whose gradient checkpointing ppdiffusers lacks or breaks.
 
-    A block is called as `block(hidden_states, …)`. Where no gradient reaches its input, there is nothing to save.
+    The prior has none. SD3's (0.29.0) takes a block's two results for one, and fails at the second block. A block is
+    called as `block(hidden_states, …)`. Where no gradient reaches its input, there is nothing to save.
     """
     use_reentrant = not recomputes_without_reentrance()
 
     def recomputed(forward, hidden_states, **options):
         if hidden_states.stop_gradient or not paddle.is_grad_enabled():
             return forward(hidden_states, **options)
-        # Options are bound here: the reentrant way takes positional arguments only.
-        return recompute(lambda states: forward(states, **options), hidden_states, use_reentrant=use_reentrant)
+        # The reentrant way returns gradients to positional arguments only, and knows no result that is None: SD3's last
+        # block has one.
+        tensors = {name: value for name, value in options.items() if isinstance(value, paddle.Tensor)}
+        missing = []
+
+        def call(states, *values):
+            results = forward(states, **{**options, **dict(zip(tensors, values))})
+            if not isinstance(results, tuple):
+                return results
+            missing[:] = [result is None for result in results]
+            return tuple(result for result in results if result is not None)
+
+        found = recompute(call, hidden_states, *tensors.values(), use_reentrant=use_reentrant)
+        if not missing:
+            return found
+        found = iter(found if isinstance(found, (tuple, list)) else [found])
+        return tuple(None if is_none else next(found) for is_none in missing)
 
     for block in blocks:
         block.forward = partial(recomputed, block.forward)

@@ -48,10 +48,14 @@ class StableDiffusionFolder:
         return self.parts[part] or getattr(schedulers, self.base.class_name(part))
 
     def check_resolution(self, resolution: int) -> None:
-        """Raise a `UserError` unless images of `resolution` fit the VAE."""
-        factor = 2 ** (len(self.vae.config("vae")["block_out_channels"]) - 1)
+        """Raise a `UserError` unless images of `resolution` fit the models."""
+        factor = self.pixels_per_token()
         if resolution % factor:
             raise UserError(f"--resolution: {resolution} does not fit this VAE; expected a multiple of {factor}")
+
+    def pixels_per_token(self) -> int:
+        """Height and width, in pixels, of what becomes one number in the model's input."""
+        return 2 ** (len(self.vae.config("vae")["block_out_channels"]) - 1)
 
     def pipeline(self, **own):
         """The pipeline that draws; parts given by name are used, those that are None or not named are loaded."""
@@ -75,11 +79,12 @@ def encode_prompt(text_encoder, input_ids):
 
 
 def encode_images(vae, pixels):
-    """Pixels [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, h, w]: the mode of the VAE's distribution.
+    """Pixels [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], shifted and scaled as the VAE's configuration says: the
+    mode of its distribution.
 
     Computed in the VAE's own type whatever the run's precision: SDXL's VAE overflows in float16. The mode, not a draw:
     its deviation is far below the noise that training adds, and a cached sample must be a function of the image.
     """
     with paddle.amp.auto_cast(enable=False):
         latents = vae.encode(pixels.astype(vae.dtype)).latent_dist.mode()
-    return latents * vae.config.scaling_factor
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor

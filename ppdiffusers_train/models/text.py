@@ -7,12 +7,15 @@ import numpy as np
 from ppdiffusers_train.errors import UserError
 
 
-def tokenize(tokenizer, caption: str) -> tuple:
-    """A caption as the text encoder takes it: input_ids and attention_mask, int64 [L], cut or padded to L tokens."""
+def tokenize(tokenizer, caption: str, length=None) -> tuple:
+    """A caption as the text encoder takes it: input_ids and attention_mask, int64 [L], cut or padded to L tokens.
+
+    L is `length`, by default the longest that the tokenizer's own model takes.
+    """
     tokens = tokenizer(
         caption,
         padding="max_length",
-        max_length=tokenizer.model_max_length,
+        max_length=length or tokenizer.model_max_length,
         truncation=True,
         return_attention_mask=True,
     )

@@ -89,6 +89,7 @@ def what_next() -> str:
     lines += ["and with your own images, a folder with a metadata.jsonl:", "  ppdiffusers-train check YOUR_FOLDER"]
     for job in JOBS.values():
         model = {"sdxl": " --pretrained_model_name_or_path SDXL", "sd": " --pretrained_teacher_model SD"}
+        model["sd3"] = " --pretrained_model_name_or_path SD3"
         if job.distils:
             model["sdxl"] = " --pretrained_teacher_model SDXL"
         lines.append(

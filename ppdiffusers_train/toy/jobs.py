@@ -29,8 +29,8 @@ class Job:
 
     @property
     def family(self) -> str:
-        """Which pipeline it trains: kandinsky, sd or sdxl."""
-        return "kandinsky" if "kandinsky" in self.script else "sdxl" if "sdxl" in self.script else "sd"
+        """Which pipeline it trains: kandinsky, sdxl, sd3 or sd."""
+        return next((family for family in ("kandinsky", "sdxl", "sd3") if family in self.script), "sd")
 
     @property
     def distils(self) -> bool:
@@ -87,6 +87,10 @@ JOBS = {
     ),
     "sdxl-lora": _fine_tuning(
         "sdxl/train_text_to_image_lora_sdxl.py", "lora", SD_DRAWING, LORA_RATE, "--max_train_steps=300"
+    ),
+    "sd3": _fine_tuning("sd3/train_text_to_image_sd3.py", "pipeline", SD_DRAWING, FULL_RATE, "--max_train_steps=300"),
+    "sd3-lora": _fine_tuning(
+        "sd3/train_text_to_image_lora_sd3.py", "transformer lora", SD_DRAWING, LORA_RATE, "--max_train_steps=300"
     ),
     "lcm": _distillation("lcm/train_lcm_distill_sd_wds.py", "student", 3.0, FULL_RATE),
     "lcm-lora": _distillation("lcm/train_lcm_distill_lora_sd_wds.py", "student lora", 1.0, LORA_RATE),

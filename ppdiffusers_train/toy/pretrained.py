@@ -1,4 +1,4 @@
-"""The pipelines of the world of shapes: Kandinsky 2.2, Stable Diffusion and SDXL that have learned to draw it.
+"""The pipelines of the world of shapes: Kandinsky 2.2, Stable Diffusion, SDXL and SD3 that have learned to draw it.
 
     write_kandinsky("kandinsky")  # kandinsky/prior and kandinsky/decoder, as the hub has them
 
@@ -8,18 +8,27 @@ Every class and every path of the published models is there; `make toys` trains 
 from pathlib import Path
 
 import paddle
-from ppdiffusers import DDIMScheduler, KandinskyV22Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from ppdiffusers import (
+    DDIMScheduler,
+    KandinskyV22Pipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from ppdiffusers.transformers import CLIPTextModel
 
-from ppdiffusers_train.toy import kandinsky2_2, movq, sd, sdxl, towers, vae
+from ppdiffusers_train.models.attention import provide_joint_attention
+from ppdiffusers_train.toy import kandinsky2_2, movq, sd, sd3, sdxl, towers, vae
 from ppdiffusers_train.toy.shipped import FOLDER, load_weights
+from ppdiffusers_train.toy.t5 import build_t5, build_t5_tokenizer
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
 from ppdiffusers_train.toy.words import vocabulary
 
-PRIOR, DECODER, SD, SDXL = (FOLDER / f"{name}.safetensors" for name in ("prior", "decoder", "sd", "sdxl"))
+PRIOR, DECODER, SD, SDXL, SD3 = (FOLDER / f"{name}.safetensors" for name in ("prior", "decoder", "sd", "sdxl", "sd3"))
 
 CHANNELS = (32, 64)  # of the UNets, at 8x8 and 4x4 latents
 PRIOR_LAYERS = 4
+TRANSFORMER_LAYERS, TRANSFORMER_HEADS = 4, 6
 LATENT_SIZE = 8
 TOKENS = 24  # of a caption; the longest wording has 16
 
@@ -97,8 +106,35 @@ def write_sdxl(directory, trained=True) -> Path:
     return directory
 
 
+def write_sd3(directory, trained=True) -> Path:
+    """Write an SD3 pipeline, and return its folder. Two of its encoders are the one text tower; T5 has learned nothing,
+    and tells words apart by random numbers."""
+    directory = Path(directory)
+    provide_joint_attention()
+    paddle.seed(0)
+    transformer = sd3.build_transformer(TRANSFORMER_LAYERS, TRANSFORMER_HEADS, LATENT_SIZE, 4, towers.EMBEDDING)
+    if trained:
+        load_weights(transformer, SD3)
+    tokenizers = [build_tokenizer(directory / name, vocabulary(), TOKENS) for name in ("tokenizer", "tokenizer_2")]
+    tokenizer_3 = build_t5_tokenizer(directory / "tokenizer_3", vocabulary())
+    autoencoder = vae.load_vae()
+    autoencoder.register_to_config(shift_factor=sd3.SHIFT_FACTOR)
+    StableDiffusion3Pipeline(
+        vae=autoencoder,
+        text_encoder=towers.load_text_tower(tokenizers[0]),
+        text_encoder_2=towers.load_text_tower(tokenizers[1]),
+        text_encoder_3=build_t5(len(tokenizer_3), transformer.config.joint_attention_dim, layers=2, seed=0),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        tokenizer_3=tokenizer_3,
+        transformer=transformer,
+        scheduler=sd3.build_scheduler(),
+    ).save_pretrained(str(directory))
+    return directory
+
+
 def build_scheduler() -> DDIMScheduler:
-    """The published noise schedule of both, sampled without noise."""
+    """The published noise schedule of Stable Diffusion and SDXL, sampled without noise."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

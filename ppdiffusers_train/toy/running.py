@@ -14,12 +14,15 @@ from ppdiffusers import (
     DiffusionPipeline,
     KandinskyV22CombinedPipeline,
     LCMScheduler,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.models.attention import provide_joint_attention
+from ppdiffusers_train.models.lora import load_lora
 from ppdiffusers_train.toy import pretrained
 from ppdiffusers_train.toy.jobs import EXAMPLES, RESOLUTION, Job
 
@@ -34,7 +37,7 @@ def write_pretrained(job: Job, folder, trained=True) -> dict:
             "pretrained_prior_model_name_or_path": str(prior),
             "pretrained_decoder_model_name_or_path": str(decoder),
         }
-    write = pretrained.write_sdxl if job.family == "sdxl" else pretrained.write_sd
+    write = {"sd": pretrained.write_sd, "sdxl": pretrained.write_sdxl, "sd3": pretrained.write_sd3}[job.family]
     flag = "pretrained_teacher_model" if job.distils else "pretrained_model_name_or_path"
     return {flag: str(write(folder, trained))}
 
@@ -91,6 +94,12 @@ def with_lora(load, folders, result):
     return pipe
 
 
+def with_transformer_lora(load, folders, result):
+    pipe = load(*folders)
+    load_lora(pipe.transformer, result)
+    return pipe
+
+
 def with_student(load, folders, result):
     return in_few_steps(load(*folders, unet=UNet2DConditionModel.from_pretrained(f"{result}/unet_target")))
 
@@ -112,8 +121,15 @@ def combined(prior, decoder) -> KandinskyV22CombinedPipeline:
     return KandinskyV22CombinedPipeline.from_pretrained(str(decoder), **prior_parts)
 
 
+def sd3(folder) -> StableDiffusion3Pipeline:
+    """A pipeline that draws on a CPU, too."""
+    provide_joint_attention()
+    return StableDiffusion3Pipeline.from_pretrained(folder)
+
+
 PIPELINES = {
     "kandinsky": combined,
+    "sd3": sd3,
     "sd": StableDiffusionPipeline.from_pretrained,
     "sdxl": StableDiffusionXLPipeline.from_pretrained,
 }
@@ -124,6 +140,7 @@ USES = {
     "prior lora": with_prior_lora,
     "pipeline": whole_pipeline,
     "lora": with_lora,
+    "transformer lora": with_transformer_lora,
     "student": with_student,
     "student lora": with_student_lora,
 }

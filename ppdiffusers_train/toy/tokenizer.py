@@ -69,7 +69,9 @@ def build_tokenizer(directory, words=(), max_length=77) -> CLIPTokenizer:
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     (directory / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
     (directory / "tokenizer_config.json").write_text(
-        json.dumps({**special, "model_max_length": max_length, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}),
+        json.dumps(
+            {**special, "model_max_length": max_length, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
+        ),
         encoding="utf-8",
     )
     return CLIPTokenizer.from_pretrained(str(directory))

@@ -12,7 +12,7 @@ import ppdiffusers_train  # noqa: F401  (before paddle)
 import sys
 from pathlib import Path
 
-from ppdiffusers import PriorTransformer, UNet2DConditionModel
+from ppdiffusers import PriorTransformer, SD3Transformer2DModel, UNet2DConditionModel
 
 from ppdiffusers_train.argument_parser import ArgumentParser
 from ppdiffusers_train.errors import one_line_errors
@@ -36,7 +36,9 @@ TRAININGS = {
     "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 15000, 16, 1e-3),
     "sd": _training("your_own_job/train_text_to_image_sd.py", 12000, 16, 1e-3),
     "sdxl": _training("sdxl/train_text_to_image_sdxl.py", 8000, 16, 1e-3),
+    "sd3": _training("sd3/train_text_to_image_sd3.py", 8000, 16, 5e-4),
 }
+PARTS = {"prior": ("prior", PriorTransformer), "sd3": ("transformer", SD3Transformer2DModel)}  # of all others the UNet
 
 
 def build_parser():
@@ -55,7 +57,7 @@ def main(argv=None):
     data, result = output / f"{own.name}_pictures", output / own.name
     if not data.exists():
         write_shapes_folder(data, ShapesDataset(0, PICTURES, looks=looks))
-    part, model_class = ("prior", PriorTransformer) if own.name == "prior" else ("unet", UNet2DConditionModel)
+    part, model_class = PARTS.get(own.name, ("unet", UNet2DConditionModel))
     base = write_pretrained(job, output / f"{own.name}_start", trained=False)
     if own.start_from:
         folder = next(folder for folder in base.values() if Path(folder, part).is_dir())

@@ -181,6 +181,12 @@ def build_sdxl(folder: Path) -> None:
     sdxl.build_sdxl(folder / "sdxl")
 
 
+def build_sd3(folder: Path) -> None:
+    from ppdiffusers_train.toy import sd3
+
+    sd3.build_sd3(folder / "sd3")
+
+
 def build_sd(folder: Path) -> None:
     from ppdiffusers_train.toy import sd
 
@@ -202,6 +208,7 @@ MODEL_FLAGS = {
     "prior": "pretrained_prior_model_name_or_path",
     "decoder": "pretrained_decoder_model_name_or_path",
     "sdxl": "pretrained_model_name_or_path",
+    "sd3": "pretrained_model_name_or_path",
     "sd": "pretrained_teacher_model",
 }
 # name: (script, what builds its models, its data, what of its result to compare)
@@ -215,6 +222,12 @@ JOBS = {
     "lora_sdxl": (
         ROOT / "examples" / "sdxl" / "train_text_to_image_lora_sdxl.py",
         build_sdxl,
+        encoded_folder,
+        lambda folder: tensors(folder / "paddle_lora_weights.safetensors"),
+    ),
+    "lora_sd3": (
+        ROOT / "examples" / "sd3" / "train_text_to_image_lora_sd3.py",
+        build_sd3,
         encoded_folder,
         lambda folder: tensors(folder / "paddle_lora_weights.safetensors"),
     ),

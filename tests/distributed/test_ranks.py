@@ -39,7 +39,8 @@ def script(name):
     """The file of a job."""
     if "lcm" in name:
         return LCM / f"train_{name}_wds.py"
-    return (ROOT / "examples" / "sdxl" if "sdxl" in name else KANDINSKY) / f"train_text_to_image_{name}.py"
+    folder = next((family for family in ("sdxl", "sd3") if family in name), KANDINSKY.name)
+    return ROOT / "examples" / folder / f"train_text_to_image_{name}.py"
 
 
 def launch(folder, jobs, form=("--nproc_per_node", "2"), **more):
@@ -68,15 +69,16 @@ def base_flags(kandinsky, photos):
 
 
 LCM_JOBS = ("lcm_distill_sd", "lcm_distill_lora_sd")
-JOBS = ("decoder", "prior", "decoder_lora", "sdxl", "lora_sdxl", *LCM_JOBS)
+JOBS = ("decoder", "prior", "decoder_lora", "sdxl", "lora_sdxl", "sd3", "lora_sd3", *LCM_JOBS)
 
 
 @pytest.fixture(scope="module")
-def runs(base_flags, kandinsky_jobs, sdxl, sdxl_jobs, sd, lcm_jobs, photos, tmp_path_factory):
+def runs(base_flags, kandinsky_jobs, sdxl, sdxl_jobs, sd3, sd3_jobs, sd, lcm_jobs, photos, tmp_path_factory):
     """A folder with runs of one process (`one-…`) and of two (`two-…`), and some that changed in between."""
     root = tmp_path_factory.mktemp("runs")
     of_sdxl = [f"--pretrained_model_name_or_path={sdxl}", "--random_flip", "--cache_variants=2", *base_flags[2:]]
     of_sdxl += [f"--max_train_steps={STEPS_OF_SDXL}"]
+    of_sd3 = [f"--pretrained_model_name_or_path={sd3}", *of_sdxl[1:], "--gradient_checkpointing"]
     shards = photo_shards(photos, root / "shards")
     of_lcm = [
         f"--pretrained_teacher_model={sd}",
@@ -93,12 +95,12 @@ def runs(base_flags, kandinsky_jobs, sdxl, sdxl_jobs, sd, lcm_jobs, photos, tmp_
     def flags(out, *more):
         if "lcm" in out:
             return [*of_lcm, f"--output_dir={root / out}", *more]
-        models = of_sdxl if "sdxl" in out else base_flags
+        models = of_sdxl if "sdxl" in out else of_sd3 if "sd3" in out else base_flags
         return [*models, f"--output_dir={root / out}", f"--encoded_cache_dir={root / 'cache'}", *more]
 
     of_lcm_by_name = {f"lcm_distill_{name}": job for name, job in lcm_jobs.items()}
     for name in JOBS:
-        {**kandinsky_jobs, **sdxl_jobs, **of_lcm_by_name}[name].main(flags(f"one-{name}", *ONE))
+        {**kandinsky_jobs, **sdxl_jobs, **sd3_jobs, **of_lcm_by_name}[name].main(flags(f"one-{name}", *ONE))
     kandinsky_jobs["prior"].main(flags("changed", *ONE, "--max_train_steps=10"))
     latest = "--resume_from_checkpoint=latest"
     root.joinpath("said").write_text(
@@ -120,7 +122,7 @@ def runs(base_flags, kandinsky_jobs, sdxl, sdxl_jobs, sd, lcm_jobs, photos, tmp_
 def learned(name, folder):
     if "lora" in name:
         return tensors(folder / "paddle_lora_weights.safetensors")
-    return weights(folder, "prior" if name == "prior" else "unet")
+    return weights(folder, {"prior": "prior", "sd3": "transformer"}.get(name, "unet"))
 
 
 def assert_close(one, other, tolerance=1e-6):
@@ -134,7 +136,7 @@ def test_two_processes_accumulating_two_batches_of_one_equal_one_with_four(runs,
     """Seven samples: every other window is short, and the ranks' shares of it differ."""
     assert_close(learned(name, runs / f"one-{name}"), learned(name, runs / f"two-{name}"))
     assert scalars(runs / f"one-{name}") == pytest.approx(scalars(runs / f"two-{name}"), rel=1e-4)
-    steps = STEPS_OF_SDXL if "sdxl" in name else STEPS_OF_LCM if "lcm" in name else STEPS
+    steps = STEPS_OF_SDXL if "sd" in name and "lcm" not in name else STEPS_OF_LCM if "lcm" in name else STEPS
     assert len(scalars(runs / f"two-{name}")) == steps
     if name == "lcm_distill_sd":
         assert_close(weights(runs / f"one-{name}", "unet_target"), weights(runs / f"two-{name}", "unet_target"))

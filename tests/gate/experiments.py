@@ -68,7 +68,7 @@ def new_look(name: str, folder: Path) -> dict:
 def share_that_learns(name: str, base: dict, result: Path) -> float:
     """The number of LoRA's parameters beside that of the model that it changes."""
     pipe = load_pipeline(JOBS[name], base)
-    model = pipe.prior_prior if "prior" in name else pipe.unet
+    model = pipe.prior_prior if "prior" in name else pipe.transformer if "sd3" in name else pipe.unet
     learned = sum(update.down.size + update.up.size for update in read_lora(result / FILES["ppdiffusers"]).values())
     return learned / sum(parameter.size for parameter in model.parameters())
 

@@ -1,0 +1,77 @@
+"""Stable Diffusion 3 on disk, and what its text encoders make of a caption."""
+
+import paddle
+from paddle.nn import functional
+from ppdiffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from ppdiffusers.models.normalization import AdaLayerNormContinuous
+from ppdiffusers.transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from ppdiffusers_train.models.attention import provide_joint_attention
+from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder
+
+T5_PARTS = {"text_encoder_3": T5EncoderModel, "tokenizer_3": T5Tokenizer}
+
+
+class SD3Folder(StableDiffusionFolder):
+    """The folder of an SD3 pipeline, with a VAE from elsewhere where one is given.
+
+    Args:
+        t5: whether the third text encoder is used; without it, the pipeline is one with `text_encoder_3=None`.
+    """
+
+    pipeline_class = StableDiffusion3Pipeline
+    parts = {
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModelWithProjection,
+        "tokenizer": CLIPTokenizer,
+        "text_encoder_2": CLIPTextModelWithProjection,
+        "tokenizer_2": CLIPTokenizer,
+        **T5_PARTS,
+        "transformer": SD3Transformer2DModel,
+        "scheduler": None,  # its class is the one that the pipeline's model_index.json names
+    }
+    options = {}
+    kept_settings = ()
+
+    def __init__(self, *names, t5=True, **options):
+        provide_joint_attention()
+        if not t5:
+            self.parts = {name: part for name, part in self.parts.items() if name not in T5_PARTS}
+            self.options = dict.fromkeys(T5_PARTS)
+        super().__init__(*names, **options)
+
+    def pixels_per_token(self) -> int:
+        """Height and width, in pixels, of what becomes one token of the transformer."""
+        return super().pixels_per_token() * self.base.config("transformer")["patch_size"]
+
+
+def freeze_unpublished_biases(transformer) -> None:
+    """Take out of training the biases that ppdiffusers 0.29.0 gives to norms which have none in the published model.
+
+    They are zero, and stay so: diffusers has no place for them, so what they learned would be lost there.
+    """
+    for layer in transformer.sublayers():
+        if isinstance(layer, AdaLayerNormContinuous):
+            layer.norm.bias.stop_gradient = layer.norm.bias.stays_frozen = True
+
+
+def encode_prompts(text_encoder, text_encoder_2, text_encoder_3, input_ids, input_ids_2, input_ids_3, width) -> tuple:
+    """Token ids [B, L] of the three tokenizers -> prompt embeddings [B, 2L, D], pooled embedding [B, P1 + P2].
+
+    CLIP's penultimate hidden states side by side, filled up with zeros to D; behind them T5's last hidden states, or
+    zeros without T5; and CLIP's two projections (Esser et al. 2024, arXiv 2403.03206, section 4 and appendix B).
+    T5 computes in its own type whatever the run's precision: it overflows in float16.
+
+    Args:
+        text_encoder_3, input_ids_3: None without T5.
+        width: D, the transformer's `joint_attention_dim`.
+    """
+    first = text_encoder(input_ids, output_hidden_states=True)
+    second = text_encoder_2(input_ids_2, output_hidden_states=True)
+    clip = paddle.concat([first.hidden_states[-2], second.hidden_states[-2]], axis=-1)
+    clip = functional.pad(clip, [0, width - clip.shape[-1]], data_format="NCL")
+    t5 = paddle.zeros_like(clip)
+    if text_encoder_3 is not None:
+        with paddle.amp.auto_cast(enable=False):
+            t5 = text_encoder_3(input_ids_3)[0].astype(clip.dtype)
+    return paddle.concat([clip, t5], axis=1), paddle.concat([first[0], second[0]], axis=-1)
