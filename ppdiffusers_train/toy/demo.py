@@ -14,7 +14,7 @@ from ppdiffusers_train.toy.shapes import HELD_OUT, caption
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
 
-PICTURES = {"outlined": 24, "plain": 480}  # to learn a look from, or to be distilled on
+LOOK_PICTURES, DISTILLATION_PICTURES = 24, 480
 PROMPTS = [caption(content) for content in HELD_OUT[::2]]  # combinations that no training has had
 
 
@@ -29,24 +29,24 @@ def run_demo(name: str, output, *flags: str) -> Path:
     """
     quiet_libraries()
     job, output = JOBS[name], Path(output)
-    look = "plain" if job.distils else "outlined"
+    look, count = job.look, DISTILLATION_PICTURES if job.distils else LOOK_PICTURES
     data, result = output / look, output / name
-    print(f"1/3  writing tiny pretrained pipelines and {PICTURES[look]} {look} pictures", flush=True)
+    print(f"1/3  writing tiny pretrained pipelines and {count} {look} pictures", flush=True)
     base = write_pretrained(job, output / "pretrained" / job.family)
     if not data.exists():
-        write_shapes_folder(data, ShapesDataset(0, PICTURES[look], looks=(look,)))
+        write_shapes_folder(data, ShapesDataset(0, count, looks=(look,)))
     print(f"2/3  training: {job.script}", flush=True)
     train(job, base, data, result, *flags)
     print("3/3  drawing with what it was and what it is", flush=True)
     before = draw(load_pipeline(job, base), PROMPTS, **(job.drawing_before or job.drawing))
     after = draw(load_pipeline(job, base, result), PROMPTS, **job.drawing)
     picture = output / f"{name}.png"
-    learned_from = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))[:24]]
+    learned_from = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))[:LOOK_PICTURES]]
     losses = read_scalars(result / "logs", "train/loss")
     draw_figure(learned_from, {"before": before, "after": after}, losses).savefig(picture, dpi=100)
     for when, images in (("before", before), ("after", after)):
         right, looks = accuracy(images, PROMPTS)["all"], [judge(image).look for image in images]
-        print(f"     {when}: {right:.0%} show what was asked for, {looks.count('outlined') / len(looks):.0%} outlined")
+        print(f"     {when}: {right:.0%} show what was asked for, {looks.count(look) / len(looks):.0%} {look}")
     print(f"\n{picture}\n{result}\n\n{what_next()}", flush=True)
     return picture
 
@@ -59,11 +59,12 @@ def draw_figure(learned_from: list, drawn: dict, losses: list):
     left, right = figure.subfigures(1, 2, width_ratios=(1, 2.4))
     left.suptitle(f"{len(learned_from)} of the training pictures")
     show_pictures(left.subplots(6, 4), learned_from)
-    rows = right.subfigures(len(drawn) + 1, 1, height_ratios=[*[1.25] * len(drawn), 1])
+    rows = right.subfigures(len(drawn) + 1, 1, height_ratios=[1.35, *[1] * len(drawn)])
+    titles = [prompt.replace(" on a ", "\non a\n") for prompt in PROMPTS]
     for row, (when, images) in zip(rows, drawn.items()):
-        row.suptitle(when, x=0.01, ha="left", weight="bold")
-        titles = [prompt.replace(" on a ", "\non a ") for prompt in PROMPTS]
+        row.supylabel(when, weight="bold")
         show_pictures(row.subplots(1, len(images)), images, titles)
+        titles = ()  # above the first row alone
     axes = rows[-1].subplots()
     axes.plot(range(1, len(losses) + 1), losses, color="0.8", lw=1)
     window = max(1, len(losses) // 20)
@@ -78,7 +79,7 @@ def show_pictures(axes, images, titles=()):
     titles = list(titles) or [""] * len(images)
     for place, image, title in zip(np.ravel(axes), images, titles):
         place.imshow(np.asarray(image), interpolation="nearest")
-        place.set_title(title, fontsize=7)
+        place.set_title(title, fontsize=8)
         place.axis("off")
 
 

@@ -1,8 +1,9 @@
 """One short run of every job on the pretrained pipelines of shapes: which script, which flags, how its result draws.
 
-A fine-tuning job learns from pictures in another look, outlined, than the pipelines draw in. Distillation learns from
-pictures as they are drawn anyway, and shows in how few steps they come out. Nothing heavy is imported here: the command
-line reads the jobs' names.
+A fine-tuning job learns from pictures in a look that the pipeline does not draw. Kandinsky's decoder draws the look
+that an embedding tells, if it knows it. It knows stripes, which the prior has to learn to ask for, and not outlines.
+Distillation learns from pictures as they are drawn anyway, and shows in how few steps they come out. Nothing heavy is
+imported here: the command line reads the jobs' names.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ RESOLUTION = 32
 KANDINSKY_DRAWING = {"num_inference_steps": 25, "prior_num_inference_steps": 25}
 SD_DRAWING = {"num_inference_steps": 25, "guidance_scale": 3.0}
 FEW_STEPS = 4
-DISTILLATION = ("--max_train_steps=400", "--train_batch_size=16", "--loss_type=huber", "--w_min=1", "--w_max=4")
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Job:
 
     script: str
     flags: tuple
-    drawing: dict
+    drawing: dict  # arguments of a pipeline's call
     kind: str  # of the result: how a user loads it, see `running.USES`
+    look: str  # of the pictures that it learns from
     drawing_before: dict = None  # of the pipeline as it was, where that differs
 
     @property
@@ -50,50 +51,37 @@ class Job:
         ]
 
 
-def _fine_tuning(script: str, kind: str, drawing: dict, *flags: str) -> Job:
-    return Job(script, ("--train_batch_size=8", "--encoded_cache", *flags), drawing, kind)
-
-
-def _distillation(script: str, kind: str, guidance: float, *flags: str) -> Job:
-    drawing = {"num_inference_steps": FEW_STEPS, "guidance_scale": guidance}
-    before = {**SD_DRAWING, "num_inference_steps": FEW_STEPS}
-    return Job(script, (*DISTILLATION, "--encoded_cache", *flags), drawing, kind, before)
-
-
 FULL_RATE, LORA_RATE = "--learning_rate=5e-4", "--learning_rate=2e-3"
+
+
+def _fine_tuning(script: str, kind: str, look: str = "outlined") -> Job:
+    drawing = KANDINSKY_DRAWING if "kandinsky" in script else SD_DRAWING
+    rate = LORA_RATE if "lora" in kind else FULL_RATE
+    flags = (rate, "--max_train_steps=300", "--train_batch_size=8", "--encoded_cache")
+    return Job(script, flags, drawing, kind, look)
+
+
+def _distillation(script: str, kind: str) -> Job:
+    rate, guidance = (LORA_RATE, 1.0) if "lora" in kind else (FULL_RATE, 3.0)
+    flags = (rate, "--max_train_steps=400", "--train_batch_size=16", "--encoded_cache", "--loss_type=huber")
+    drawing, before = (
+        {"num_inference_steps": FEW_STEPS, "guidance_scale": scale}
+        for scale in (guidance, SD_DRAWING["guidance_scale"])
+    )
+    return Job(script, (*flags, "--w_min=1", "--w_max=4"), drawing, kind, "plain", before)
+
+
 JOBS = {
-    "decoder": _fine_tuning(
-        "kandinsky2_2/train_text_to_image_decoder.py", "decoder", KANDINSKY_DRAWING, FULL_RATE, "--max_train_steps=300"
-    ),
-    "decoder-lora": _fine_tuning(
-        "kandinsky2_2/train_text_to_image_decoder_lora.py",
-        "decoder lora",
-        KANDINSKY_DRAWING,
-        LORA_RATE,
-        "--max_train_steps=300",
-    ),
-    "prior": _fine_tuning(
-        "kandinsky2_2/train_text_to_image_prior.py", "prior", KANDINSKY_DRAWING, FULL_RATE, "--max_train_steps=300"
-    ),
-    "prior-lora": _fine_tuning(
-        "kandinsky2_2/train_text_to_image_prior_lora.py",
-        "prior lora",
-        KANDINSKY_DRAWING,
-        LORA_RATE,
-        "--max_train_steps=300",
-    ),
-    "sdxl": _fine_tuning(
-        "sdxl/train_text_to_image_sdxl.py", "pipeline", SD_DRAWING, FULL_RATE, "--max_train_steps=300"
-    ),
-    "sdxl-lora": _fine_tuning(
-        "sdxl/train_text_to_image_lora_sdxl.py", "lora", SD_DRAWING, LORA_RATE, "--max_train_steps=300"
-    ),
-    "sd3": _fine_tuning("sd3/train_text_to_image_sd3.py", "pipeline", SD_DRAWING, FULL_RATE, "--max_train_steps=300"),
-    "sd3-lora": _fine_tuning(
-        "sd3/train_text_to_image_lora_sd3.py", "transformer lora", SD_DRAWING, LORA_RATE, "--max_train_steps=300"
-    ),
-    "lcm": _distillation("lcm/train_lcm_distill_sd_wds.py", "student", 3.0, FULL_RATE),
-    "lcm-lora": _distillation("lcm/train_lcm_distill_lora_sd_wds.py", "student lora", 1.0, LORA_RATE),
-    "lcm-sdxl": _distillation("lcm/train_lcm_distill_sdxl_wds.py", "student", 3.0, FULL_RATE),
-    "lcm-sdxl-lora": _distillation("lcm/train_lcm_distill_lora_sdxl_wds.py", "student lora", 1.0, LORA_RATE),
+    "decoder": _fine_tuning("kandinsky2_2/train_text_to_image_decoder.py", "decoder"),
+    "decoder-lora": _fine_tuning("kandinsky2_2/train_text_to_image_decoder_lora.py", "decoder lora"),
+    "prior": _fine_tuning("kandinsky2_2/train_text_to_image_prior.py", "prior", look="striped"),
+    "prior-lora": _fine_tuning("kandinsky2_2/train_text_to_image_prior_lora.py", "prior lora", look="striped"),
+    "sdxl": _fine_tuning("sdxl/train_text_to_image_sdxl.py", "pipeline"),
+    "sdxl-lora": _fine_tuning("sdxl/train_text_to_image_lora_sdxl.py", "lora"),
+    "sd3": _fine_tuning("sd3/train_text_to_image_sd3.py", "pipeline"),
+    "sd3-lora": _fine_tuning("sd3/train_text_to_image_lora_sd3.py", "transformer lora"),
+    "lcm": _distillation("lcm/train_lcm_distill_sd_wds.py", "student"),
+    "lcm-lora": _distillation("lcm/train_lcm_distill_lora_sd_wds.py", "student lora"),
+    "lcm-sdxl": _distillation("lcm/train_lcm_distill_sdxl_wds.py", "student"),
+    "lcm-sdxl-lora": _distillation("lcm/train_lcm_distill_lora_sdxl_wds.py", "student lora"),
 }

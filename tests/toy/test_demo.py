@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ppdiffusers_train.toy import jobs
-from ppdiffusers_train.toy.demo import PICTURES, PROMPTS
+from ppdiffusers_train.toy.demo import DISTILLATION_PICTURES, LOOK_PICTURES, PROMPTS
 from ppdiffusers_train.toy.judge import parse_caption
 from ppdiffusers_train.toy.shapes import is_held_out
 from tests.conftest import load_script
@@ -27,12 +27,12 @@ def test_the_demo_draws_one_picture_and_says_what_comes_next(name, tmp_path, cap
     assert len(np.unique(np.asarray(Image.open(tmp_path / f"{name}.png")).reshape(-1, 4), axis=0)) > 500
     for other, job in jobs.JOBS.items():
         assert f"ppdiffusers-train demo --job {other}\n" in said and f"examples/{job.script} --train_data_dir" in said
-    shares = re.findall(r"(before|after): (\d+)% show what was asked for, (\d+)% outlined", said)
+    shares = re.findall(r"(before|after): (\d+)% show what was asked for, (\d+)% (?:outlined|plain)", said)
     assert [when for when, *_ in shares] == ["before", "after"]
     if name == "decoder-lora":
         assert int(shares[0][1]) >= 90 and int(shares[0][2]) == 0, "the pretrained pipeline draws what it is asked for"
-    look = "plain" if name == "lcm-lora" else "outlined"
-    assert len(list((tmp_path / look).glob("*.png"))) == PICTURES[look]
+    pictures = DISTILLATION_PICTURES if name == "lcm-lora" else LOOK_PICTURES
+    assert len(list((tmp_path / jobs.JOBS[name].look).glob("*.png"))) == pictures
 
 
 @pytest.mark.parametrize("name", jobs.JOBS)
