@@ -89,7 +89,7 @@ def write_sdxl(directory, trained=True) -> Path:
     """Write an SDXL pipeline, and return its folder. Both of its encoders are the one text tower."""
     directory = Path(directory)
     paddle.seed(0)
-    unet = sdxl.build_unet(CHANNELS, LATENT_SIZE, towers.EMBEDDING)
+    unet = sdxl.build_unet(CHANNELS, LATENT_SIZE, towers.EMBEDDING, layers=1)
     if trained:
         load_weights(unet, SDXL)
     tokenizers = [build_tokenizer(directory / name, vocabulary(), TOKENS) for name in ("tokenizer", "tokenizer_2")]

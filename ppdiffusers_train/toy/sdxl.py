@@ -55,8 +55,12 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def build_unet(channels=(16, 32), sample_size=16, embedding=EMBEDDING) -> UNet2DConditionModel:
-    """A UNet that takes both encoders' tokens, the pooled text and the six time ids."""
+def build_unet(channels=(16, 32), sample_size=16, embedding=EMBEDDING, layers=2) -> UNet2DConditionModel:
+    """A UNet that takes both encoders' tokens, the pooled text and the six time ids.
+
+    Args:
+        layers: of each transformer, at all but the highest resolution.
+    """
     lower = len(channels) - 1
     return UNet2DConditionModel(
         sample_size=sample_size,
@@ -64,7 +68,7 @@ def build_unet(channels=(16, 32), sample_size=16, embedding=EMBEDDING) -> UNet2D
         up_block_types=("CrossAttnUpBlock2D",) * lower + ("UpBlock2D",),
         block_out_channels=channels,
         layers_per_block=1,
-        transformer_layers_per_block=[1] + [2] * lower,
+        transformer_layers_per_block=[1] + [layers] * lower,
         attention_head_dim=[2] + [4] * lower,
         cross_attention_dim=2 * embedding,
         use_linear_projection=True,

@@ -30,8 +30,8 @@ def measure(pipeline, drawing: dict, prompts=PROMPTS) -> dict:
 def pretrained(family: str, folder: Path) -> dict:
     """How a shipped pipeline draws captions whose combination it has never seen."""
     job = JOBS[FAMILIES[family]]
-    drawing = {**SD_DRAWING, "num_inference_steps": 50} if job.distils else job.drawing
-    images = draw(load_pipeline(job, write_pretrained(job, folder / family)), PROMPTS, **drawing)
+    pipeline = load_pipeline(job, write_pretrained(job, folder / family))
+    images = draw(pipeline, PROMPTS, **(SD_DRAWING if job.distils else job.drawing))
     sheet = [images[start : start + 20] for start in range(0, 100, 20)]
     captioned_grid(sheet, [""] * len(sheet), scale=2).save(folder / f"pretrained-{family}.png")
     looks = [judge(image).look for image in images]
@@ -43,9 +43,9 @@ def pretrained(family: str, folder: Path) -> dict:
 
 
 def new_look(name: str, folder: Path) -> dict:
-    """What fine-tuning on 24 outlined pictures changes."""
+    """What fine-tuning on 24 pictures in a new look changes."""
     job, base = run_job(name, folder)
-    figures = {"before": measure(load_pipeline(job, base), job.drawing)}
+    figures = {"before": run(f"pretrained {job.family}", folder)}
     figures["after"] = measure(load_pipeline(job, base, folder / name), job.drawing)
     if job.kind.endswith("lora"):
         figures["share of parameters"] = share_that_learns(name, base, folder / name)
@@ -76,10 +76,9 @@ def share_that_learns(name: str, base: dict, result: Path) -> float:
 def few_steps(name: str, folder: Path) -> dict:
     """What distillation makes of drawing in four steps."""
     job, base = run_job(name, folder)
-    teacher = load_pipeline(job, base)
     return {
-        "teacher, 50 steps": measure(teacher, {**SD_DRAWING, "num_inference_steps": 50}),
-        "teacher, 4 steps": measure(teacher, job.drawing_before),
+        "teacher, 50 steps": run(f"pretrained {job.family}", folder),
+        "teacher, 4 steps": measure(load_pipeline(job, base), job.drawing_before),
         "student, 4 steps": measure(load_pipeline(job, base, folder / name), job.drawing),
     }
 
@@ -98,6 +97,7 @@ FROM_START = Job(
     ("--encoded_cache", "--train_batch_size=16", "--max_train_steps=1000", "--learning_rate=1e-3"),
     SD_DRAWING,
     "pipeline",
+    "plain",
 )
 DROPOUT = "--proportion_empty_prompts=0.1"
 COSINE = ("--lr_scheduler=cosine", "--lr_warmup_steps=50")
