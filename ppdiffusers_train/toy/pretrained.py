@@ -9,8 +9,8 @@ from pathlib import Path
 
 import paddle
 from ppdiffusers import (
-    PNDMScheduler,
     KandinskyV22Pipeline,
+    PNDMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,

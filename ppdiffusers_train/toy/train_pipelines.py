@@ -28,7 +28,7 @@ COMMON = ("--encoded_cache", "--proportion_empty_prompts=0.1", "--lr_scheduler=c
 
 def _training(script: str, steps: int, batch_size: int, learning_rate: float) -> Job:
     length = (f"--max_train_steps={steps}", f"--train_batch_size={batch_size}", f"--learning_rate={learning_rate}")
-    return Job(script, (*COMMON, *length), drawing={}, kind="pipeline")
+    return Job(script, (*COMMON, *length), drawing={}, kind="pipeline", look="plain")
 
 
 TRAININGS = {
@@ -53,7 +53,7 @@ def build_parser():
 def main(argv=None):
     own, more = build_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
     output, job = Path(own.output_dir), TRAININGS[own.name]
-    looks = ("plain", "striped") if own.name == "decoder" else ("plain",)
+    looks = (job.look, "striped") if own.name == "decoder" else (job.look,)
     data, result = output / f"{own.name}_pictures", output / own.name
     if not data.exists():
         write_shapes_folder(data, ShapesDataset(0, PICTURES, looks=looks))

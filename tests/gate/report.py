@@ -21,8 +21,8 @@ outlined, striped). All captions, English and Chinese, name combinations that no
 """
 NEW_LOOK = """## A new look
 
-Fine-tuned on 24 pictures; the pretrained pipelines draw plain ones. The new look is outlined; for the prior, striped: the
-decoder has learned plain and striped shapes and draws the one that the prior's embedding tells.
+Fine-tuned on 24 pictures; the pretrained pipelines draw plain ones. The new look is outlined; for the prior, striped:
+the decoder has learned plain and striped shapes and draws the one that the prior's embedding tells.
 """
 OPTIONS = """## What options do
 
