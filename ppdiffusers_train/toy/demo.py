@@ -1,5 +1,6 @@
 """Watch a job learn: on pictures of shapes, on a CPU, in minutes (`ppdiffusers-train demo`)."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +56,12 @@ def draw_figure(learned_from: list, drawn: dict, losses: list):
     """A figure of matplotlib: the training pictures, a row of pictures for each of `drawn`, and the loss."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 6), layout="constrained")
+    figure = Figure(figsize=(14, 5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 2.4))
     left.suptitle(f"{len(learned_from)} of the training pictures")
     show_pictures(left.subplots(6, 4), learned_from)
-    rows = right.subfigures(len(drawn) + 1, 1, height_ratios=[1.35, *[1] * len(drawn)])
-    titles = [prompt.replace(" on a ", "\non a\n") for prompt in PROMPTS]
+    rows = right.subfigures(len(drawn) + 1, 1, height_ratios=[1.4, *[1] * len(drawn)])
+    titles = [textwrap.fill(prompt, width=15) for prompt in PROMPTS]
     for row, (when, images) in zip(rows, drawn.items()):
         row.supylabel(when, weight="bold")
         show_pictures(row.subplots(1, len(images)), images, titles)

@@ -23,7 +23,7 @@ def test_the_demo_draws_one_picture_and_says_what_comes_next(name, tmp_path, cap
     said = capsys.readouterr().out
     assert f"{tmp_path / name}.png" in said
     width, height = Image.open(tmp_path / f"{name}.png").size
-    assert width == 1400 and height == 600
+    assert width == 1400 and height == 500
     assert len(np.unique(np.asarray(Image.open(tmp_path / f"{name}.png")).reshape(-1, 4), axis=0)) > 500
     for other, job in jobs.JOBS.items():
         assert f"ppdiffusers-train demo --job {other}\n" in said and f"examples/{job.script} --train_data_dir" in said
