@@ -10,7 +10,7 @@ import inspect
 import json
 import shutil
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +43,9 @@ class Prior:
 
     def draw(self, **options):
         return self.pipe(ROW["caption"], output_type="np", num_inference_steps=STEPS, **options).image_embeds
+
+    def noised(self, clean, timestep, noise):
+        return self.pipe.scheduler.add_noise(clean, noise, paddle.to_tensor([timestep]))
 
     @cached_property
     def embeds(self):
@@ -95,6 +98,32 @@ class SDXLWithoutZeros(SDXL):
     folder = "sdxl without zeros"  # which knows no prompt as an empty text
 
 
+class Entries(ppdiffusers.FlowMatchEulerDiscreteScheduler):
+    """Visits entries of its table. Where the table is shifted, the library's own steps lie between them."""
+
+    def set_timesteps(self, steps):
+        self.__init__(**self.config)
+        entries = np.linspace(0, len(self) - 1, steps).astype(int).tolist()
+        self.timesteps = self.timesteps[entries]
+        self.sigmas = paddle.concat([self.sigmas[entries], paddle.zeros([1])])
+
+
+class SD3(SD):
+    model, kind, folder, parts = "transformer", ppdiffusers.StableDiffusion3Pipeline, "sd3", {}
+
+    def __init__(self, folders):
+        super().__init__(folders, **self.parts)
+        self.pipe.scheduler = Entries.from_config(self.pipe.scheduler.config)
+
+    def noised(self, clean, timestep, noise):
+        self.pipe.scheduler.set_timesteps(STEPS)  # or it would go on from the step where it is
+        return self.pipe.scheduler.scale_noise(clean, timestep, noise)
+
+
+class SD3WithoutT5(SD3):
+    parts = dict.fromkeys(("text_encoder_3", "tokenizer_3"))
+
+
 class Job(NamedTuple):
     """A script below examples/ and the pipeline that draws with its result.
 
@@ -108,6 +137,7 @@ class Job(NamedTuple):
 
 
 KANDINSKY, XL, LCM = "kandinsky2_2/train_text_to_image", "sdxl/train_text_to_image", "lcm/train_lcm_distill"
+MMDIT = "sd3/train_text_to_image"
 JOBS = {
     "prior": Job(f"{KANDINSKY}_prior", Prior),
     "prior lora": Job(f"{KANDINSKY}_prior_lora", Prior),
@@ -118,6 +148,10 @@ JOBS = {
     "sdxl without zeros": Job(f"{XL}_sdxl", SDXLWithoutZeros),
     "sdxl lora": Job(f"{XL}_lora_sdxl", SDXL),
     "sdxl lora of all": Job(f"{XL}_lora_sdxl", SDXL, flags=("--train_text_encoder",)),
+    "sd3": Job(f"{MMDIT}_sd3", SD3),
+    "sd3 without t5": Job(f"{MMDIT}_sd3", SD3WithoutT5, flags=("--no_t5",)),
+    "sd3 lora": Job(f"{MMDIT}_lora_sd3", SD3),
+    "sd3 lora without t5": Job(f"{MMDIT}_lora_sd3", SD3WithoutT5, flags=("--no_t5",)),
     "lcm sd": Job(f"{LCM}_sd_wds", SD, SCALE),
     "lcm sd lora": Job(f"{LCM}_lora_sd_wds", SD, 1.0),
     "lcm sdxl": Job(f"{LCM}_sdxl_wds", SDXL, SCALE),
@@ -133,18 +167,19 @@ def encoded_and_decoded(autoencoder):
 
 
 @pytest.fixture(scope="module")
-def pipelines(kandinsky, sd, sdxl, tmp_path_factory):
+def pipelines(kandinsky, sd, sdxl, sd3, tmp_path_factory):
     """The tiny pipelines by kind; the prior has statistics that change embeddings, as the published one has."""
     prior, without_zeros = (tmp_path_factory.mktemp(name) / name for name in ("prior", "sdxl"))
     shutil.copytree(kandinsky[0], prior)
     generator, arrays = np.random.default_rng(0), weights(prior, "prior")
     arrays["clip_mean"] += generator.normal(size=arrays["clip_mean"].shape)
-    arrays["clip_std"] *= generator.uniform(0.5, 2, arrays["clip_std"].shape)
+    arrays["clip_std"] *= generator.uniform(1, 2, arrays["clip_std"].shape)
     save_file(arrays, prior / "prior" / "diffusion_paddle_model.safetensors", {"format": "pd"})
     index = shutil.copytree(sdxl, without_zeros) / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "force_zeros_for_empty_prompt": False}))
     folders = {"prior": prior, "decoder": kandinsky[1], "sd": sd, "sdxl": sdxl, "sdxl without zeros": without_zeros}
-    return {kind: kind(folders) for kind in (Prior, Decoder, SD, SDXL, SDXLWithoutZeros)}
+    folders["sd3"] = sd3
+    return {kind: kind(folders) for kind in {job.kind for job in JOBS.values()}}
 
 
 def build(name, pipelines):
@@ -178,40 +213,65 @@ class Given(NamedTuple):
     def integers(self, name, low, high):
         return paddle.to_tensor([(self.timestep + 1) * high // 1000 - 1])  # a solver counts only its own steps
 
+    def categorical(self, name, density):
+        table = ppdiffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).timesteps  # SD3's
+        return (table == self.timestep).nonzero().flatten()
+
     def uniform(self, name, low, high):
         return paddle.to_tensor([SCALE - 1])
+
+
+@contextmanager
+def wrapped(models, wrapper):
+    """Calls of `models` are `wrapper(forward, *args, **kwargs)`."""
+    forwards = [model.forward for model in models]
+    for model, forward in zip(models, forwards):
+        model.forward = wraps(forward)(partial(wrapper, forward))
+    try:
+        yield
+    finally:
+        for model, forward in zip(models, forwards):
+            model.forward = forward
 
 
 @contextmanager
 def recorded(models):
     """The calls of `models`, in order: {name of an argument: array}, an empty one for None."""
     calls = []
-    for model in models:
-        model.forward = partial(record, calls, model.forward)
-    try:
+    with wrapped(models, partial(record, calls)):
         yield calls
-    finally:
-        for model in models:
-            del model.forward
 
 
 def record(calls, forward, *args, **kwargs):
     bound = inspect.signature(forward).bind(*args, **kwargs)
     bound.apply_defaults()
-    (_, sample), (_, timestep), *others = bound.arguments.items()
-    call = {"sample": sample, "timestep": paddle.to_tensor(timestep).reshape([-1])}
+    (_, sample), *others = bound.arguments.items()
+    call = {"sample": sample}
     for name, value in others:
         call |= value if isinstance(value, dict) else {name: value} if name != "return_dict" else {}
+    call["timestep"] = paddle.to_tensor(call["timestep"]).reshape([-1])
     calls.append({name: np.asarray([] if value is None else value) for name, value in call.items()})
     return forward(*args, **kwargs)
 
 
-def drawn(pipeline, samples, clean, **options):
-    """What a pipeline feeds its model where it gets `samples` step by step, and what it makes of `clean` at the end."""
-    tensors = [paddle.to_tensor(sample) for sample in (*samples, clean)]
-    options["callback_on_step_end"] = lambda pipe, step, *_: {"latents": tensors[step + 1]}
+def keep(answers, forward, *args, **kwargs):
+    output = forward(*args, **kwargs)
+    answers.append(output[0])
+    return output
+
+
+def replace(answer, forward, *args, **kwargs):
+    output = forward(*args, **kwargs)
+    paddle.assign(answer, output[0])
+    return output
+
+
+def drawn(pipeline, samples, **options):
+    """What a pipeline feeds its model, and what it draws, where it gets `samples` step by step as far as there are."""
+    first, *later = [paddle.to_tensor(sample) for sample in samples]
+    options["callback_on_step_end"] = lambda pipe, step, *_: {"latents": later[step]} if step < len(later) else {}
     with recorded([getattr(pipeline.pipe, pipeline.model)]) as calls:
-        return calls, np.asarray(pipeline.draw(latents=tensors[0], **options))
+        return calls, np.asarray(pipeline.draw(latents=first, **options))
 
 
 def disagreements(name, module, pipelines, directory):
@@ -243,16 +303,17 @@ def disagreements(name, module, pipelines, directory):
 
     steps, with_caption = [fed(timestep) for timestep in timesteps], 1 if job.student_scale else 0
     samples = [calls[0]["sample"] for calls in steps]
-    noise, alpha = Given(0).normal("noise", samples[0].shape[1:]), scheduler.alphas_cumprod[timesteps[-1]]
-    clean = (paddle.to_tensor(samples[-1]) - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+    noise = Given(0).normal("noise", samples[0].shape[1:])
+    none, last = paddle.zeros_like(noise), timesteps[-1]
+    clean = (paddle.to_tensor(samples[-1]) - student.noised(none, last, noise)) / student.noised(none + 1, last, none)
     for timestep, sample in zip(timesteps, samples):
-        theirs = scheduler.add_noise(clean, noise, paddle.to_tensor([timestep]))
-        compare("schedule", {"sample": sample}, {"sample": theirs.numpy()})
+        compare("schedule", {"sample": sample}, {"sample": student.noised(clean, timestep, noise).numpy()})
 
-    unguided, result = drawn(student, samples, clean, guidance_scale=job.student_scale or 1.0)
+    samples.append(clean.numpy())
+    unguided, result = drawn(student, samples, guidance_scale=job.student_scale or 1.0)
     compare("end", {"picture": result}, {"picture": student.expected})
     options = {"timesteps": timesteps} if job.student_scale else {}
-    guided, _ = drawn(pipeline, samples, clean, guidance_scale=SCALE, **options)
+    guided, _ = drawn(pipeline, samples, guidance_scale=SCALE, **options)
     for calls, inferred, both in zip(steps, unguided, guided, strict=True):
         nothing, caption = ({n: a[half, None] if len(a) == 2 else a for n, a in both.items()} for half in (0, 1))
         compare("unguided", calls[0], inferred)
@@ -260,7 +321,7 @@ def disagreements(name, module, pipelines, directory):
         if job.student_scale:
             compare("target", calls[3], inferred, but=("sample", "timestep"))
             compare("without caption", calls[2], nothing)
-    compare("dropped caption", fed(timesteps[-1], NoCaption)[with_caption], nothing)
+    compare("dropped caption", fed(last, NoCaption)[with_caption], nothing)
     return found
 
 
@@ -269,9 +330,31 @@ def test_training_feeds_the_model_what_its_pipeline_feeds_it(name, pipelines, tm
     assert disagreements(name, build(name, pipelines), pipelines, tmp_path) == set()
 
 
+@pytest.mark.parametrize("name", ["prior", "decoder", "sd", "sdxl", "sd3"])
+def test_what_training_wants_the_model_to_say_leads_its_pipeline_to_the_image(name, pipelines):
+    module, pipeline = build(name, pipelines), pipelines[JOBS[name].kind]
+    pipeline.pipe.scheduler.set_timesteps(STEPS)
+    timestep = pipeline.pipe.scheduler.timesteps[-1].item()
+    sample = {name: paddle.to_tensor(array[None]) for name, array in module.preprocess(ROW, RowDraws(0, 0)).items()}
+    said = []
+    with recorded([model := getattr(module, pipeline.model)]) as calls, wrapped([model], partial(keep, said)):
+        loss = module(encode_each(module, sample), Given(timestep))
+    (gradient,) = paddle.grad(loss, said)
+    wanted = said[0] - 2 * loss / (gradient**2).sum() * gradient  # there the mean of squares is zero
+    with wrapped([getattr(pipeline.pipe, pipeline.model)], partial(replace, wanted)):
+        _, result = drawn(pipeline, [calls[0]["sample"]] * STEPS, guidance_scale=1.0)
+    # In float32, UnCLIP's scheduler knows its smallest β to three digits.
+    assert np.allclose(result, pipeline.expected, atol=5e-3 if name == "prior" else 1e-5)
+
+
 def encode_otherwise(name, change, module):
     encode = module.encode
     module.encode = lambda batch: (encoded := encode(batch)) | {name: change(encoded[name])}
+
+
+def leave_t5_out(embeds):
+    clip, t5 = embeds.chunk(2, axis=1)
+    return paddle.concat([clip, paddle.zeros_like(t5)], axis=1)
 
 
 def leave_guidance_out(module):
@@ -282,6 +365,9 @@ def leave_guidance_out(module):
     "name, spoil, argument",
     [
         ("sdxl", lambda module: module.vae.register_to_config(scaling_factor=1.0), "picture"),
+        ("sd3", lambda module: module.vae.register_to_config(scaling_factor=1.0), "picture"),
+        ("sd3 lora", lambda module: module.vae.register_to_config(shift_factor=0.0), "picture"),
+        ("sd3", partial(encode_otherwise, "prompt_embeds", leave_t5_out), "encoder_hidden_states"),
         ("prior", lambda module: module.prior.clip_std.set_value(module.prior.clip_std * 2), "picture"),
         ("decoder", partial(encode_otherwise, "latents", lambda latents: latents * 0.18), "picture"),
         ("prior", partial(encode_otherwise, "text_mask", paddle.ones_like), "attention_mask"),
