@@ -5,7 +5,7 @@ ppdiffusers-train preview train_text_to_image_sdxl.py --pretrained_model_name_or
 ppdiffusers-train pack my-photos shards --shard_size 500MB
 ppdiffusers-train convert-lora my-lora --to diffusers --output my-lora-for-torch
 ppdiffusers-train toy-data shapes --count 1000 --size 32
-ppdiffusers-train demo --job lcm-lora
+ppdiffusers-train demo --job prior-lora
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)

@@ -15,7 +15,7 @@ from ppdiffusers_train.toy.shapes import HELD_OUT, caption
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
 
-LOOK_PICTURES, DISTILLATION_PICTURES = 24, 480
+LEARNED_FROM = 24  # pictures
 PROMPTS = [caption(content) for content in HELD_OUT[::2]]  # combinations that no training has had
 
 
@@ -30,19 +30,19 @@ def run_demo(name: str, output, *flags: str) -> Path:
     """
     quiet_libraries()
     job, output = JOBS[name], Path(output)
-    look, count = job.look, DISTILLATION_PICTURES if job.distils else LOOK_PICTURES
+    look = job.look
     data, result = output / look, output / name
-    print(f"1/3  writing tiny pretrained pipelines and {count} {look} pictures", flush=True)
+    print(f"1/3  writing tiny pretrained pipelines and {LEARNED_FROM} {look} pictures", flush=True)
     base = write_pretrained(job, output / "pretrained" / job.family)
     if not data.exists():
-        write_shapes_folder(data, ShapesDataset(0, count, looks=(look,)))
+        write_shapes_folder(data, ShapesDataset(0, LEARNED_FROM, looks=(look,)))
     print(f"2/3  training: {job.script}", flush=True)
     train(job, base, data, result, *flags)
     print("3/3  drawing with what it was and what it is", flush=True)
-    before = draw(load_pipeline(job, base), PROMPTS, **(job.drawing_before or job.drawing))
+    before = draw(load_pipeline(job, base), PROMPTS, **job.drawing)
     after = draw(load_pipeline(job, base, result), PROMPTS, **job.drawing)
     picture = output / f"{name}.png"
-    learned_from = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))[:LOOK_PICTURES]]
+    learned_from = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))]
     losses = read_scalars(result / "logs", "train/loss")
     draw_figure(learned_from, {"before": before, "after": after}, losses).savefig(picture, dpi=100)
     for when, images in (("before", before), ("after", after)):
@@ -90,11 +90,6 @@ def what_next() -> str:
     lines += [f"  ppdiffusers-train demo --job {name}" for name in JOBS]
     lines += ["and with your own images, a folder with a metadata.jsonl:", "  ppdiffusers-train check YOUR_FOLDER"]
     for job in JOBS.values():
-        model = {"sdxl": " --pretrained_model_name_or_path SDXL", "sd": " --pretrained_teacher_model SD"}
-        model["sd3"] = " --pretrained_model_name_or_path SD3"
-        if job.distils:
-            model["sdxl"] = " --pretrained_teacher_model SDXL"
-        lines.append(
-            f"  python -u {EXAMPLES.name}/{job.script} --train_data_dir YOUR_FOLDER{model.get(job.family, '')}"
-        )
+        model = " --pretrained_model_name_or_path SD3" if job.family == "sd3" else ""
+        lines.append(f"  python -u {EXAMPLES.name}/{job.script} --train_data_dir YOUR_FOLDER{model}")
     return "\n".join(lines)

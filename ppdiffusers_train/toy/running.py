@@ -13,11 +13,7 @@ import paddle
 from ppdiffusers import (
     DiffusionPipeline,
     KandinskyV22CombinedPipeline,
-    LCMScheduler,
     StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 
 from ppdiffusers_train.errors import UserError
@@ -37,9 +33,7 @@ def write_pretrained(job: Job, folder, trained=True) -> dict:
             "pretrained_prior_model_name_or_path": str(prior),
             "pretrained_decoder_model_name_or_path": str(decoder),
         }
-    write = {"sd": pretrained.write_sd, "sdxl": pretrained.write_sdxl, "sd3": pretrained.write_sd3}[job.family]
-    flag = "pretrained_teacher_model" if job.distils else "pretrained_model_name_or_path"
-    return {flag: str(write(folder, trained))}
+    return {"pretrained_model_name_or_path": str(pretrained.write_sd3(folder, trained))}
 
 
 def train(job: Job, base: dict, data, result, *more: str) -> None:
@@ -88,28 +82,9 @@ def whole_pipeline(load, folders, result):
     return load(result)
 
 
-def with_lora(load, folders, result):
-    pipe = load(*folders)
-    pipe.load_lora_weights(result)
-    return pipe
-
-
 def with_transformer_lora(load, folders, result):
     pipe = load(*folders)
     load_lora(pipe.transformer, result)
-    return pipe
-
-
-def with_student(load, folders, result):
-    return in_few_steps(load(*folders, unet=UNet2DConditionModel.from_pretrained(f"{result}/unet_target")))
-
-
-def with_student_lora(load, folders, result):
-    return in_few_steps(with_lora(load, folders, result))
-
-
-def in_few_steps(pipe):
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     return pipe
 
 
@@ -130,8 +105,6 @@ def sd3(folder) -> StableDiffusion3Pipeline:
 PIPELINES = {
     "kandinsky": combined,
     "sd3": sd3,
-    "sd": StableDiffusionPipeline.from_pretrained,
-    "sdxl": StableDiffusionXLPipeline.from_pretrained,
 }
 USES = {
     "decoder": with_decoder,
@@ -139,10 +112,7 @@ USES = {
     "prior": with_prior,
     "prior lora": with_prior_lora,
     "pipeline": whole_pipeline,
-    "lora": with_lora,
     "transformer lora": with_transformer_lora,
-    "student": with_student,
-    "student lora": with_student_lora,
 }
 
 

@@ -3,8 +3,8 @@
     python -m ppdiffusers_train.toy.train_pipelines decoder
 
 Each begins at random weights between the encoders that are shipped, and its result is shipped, too, as
-`weights/decoder.safetensors` and so on. The decoder learns from outlined shapes, too, for it has to draw whatever an
-embedding says; the others learn to draw plain ones, so that another look is something to be fine-tuned on.
+`weights/decoder.safetensors` and so on. They learn from plain shapes, so that another look is something to be
+fine-tuned on; the decoder from striped ones, too, so that there is another one for a prior to ask for.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -32,11 +32,9 @@ def _training(script: str, steps: int, batch_size: int, learning_rate: float) ->
 
 
 TRAININGS = {
-    "prior": _training("kandinsky2_2/train_text_to_image_prior.py", 6000, 32, 1e-3),
-    "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 15000, 16, 1e-3),
-    "sd": _training("your_own_job/train_text_to_image_sd.py", 12000, 16, 1e-3),
-    "sdxl": _training("sdxl/train_text_to_image_sdxl.py", 8000, 16, 1e-3),
-    "sd3": _training("sd3/train_text_to_image_sd3.py", 8000, 16, 5e-4),
+    "prior": _training("kandinsky2_2/train_text_to_image_prior.py", 6000, 32, 2e-3),
+    "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 15000, 16, 2e-3),
+    "sd3": _training("sd3/train_text_to_image_sd3.py", 6000, 16, 2e-3),
 }
 PARTS = {"prior": ("prior", PriorTransformer), "sd3": ("transformer", SD3Transformer2DModel)}  # of all others the UNet
 
