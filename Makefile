@@ -1,7 +1,7 @@
 # Needs Python 3.10, 3.11 or 3.12; another one than `python3`: make PYTHON=python3.11 demo
 PYTHON ?= python3
 PYTEST_FLAGS ?=
-JOB ?= decoder-lora
+JOB ?= prior-lora
 UV_COMPILE = ../.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate
 
 # $(call make_venv,FOLDER,LOCK): the locks are complete, so pip resolves nothing
@@ -18,7 +18,7 @@ endef
 .PHONY: help demo toys test lint test-paddle26 parity torture venvs lock clean
 
 help:
-	@echo "make demo           teach a tiny Kandinsky 2.2 a new look on the CPU, and draw with it (JOB=prior-lora for another job)"
+	@echo "make demo           teach a tiny Kandinsky 2.2 a new look on the CPU, and draw with it (JOB=prior for another job)"
 	@echo "make toys           train the tiny models that the package ships, again (two hours)"
 	@echo "make test           the tests (PYTEST_FLAGS='tests/data -x' for some of them)"
 	@echo "make lint           ruff's checks and formatting"
