@@ -83,17 +83,22 @@ def test_the_logit_of_a_logit_normal_time_is_normal():
     narrow = timestep_density("logit-normal", T, logit_mean=1.0, logit_std=0.5)
     median = 1 / (1 + math.exp(-1.0))
     assert cumulative(narrow, round(median, 3)) == pytest.approx(0.5, abs=1e-3), "a mean above 0 prefers noise"
+    assert cumulative(timestep_density("logit-normal", T, logit_std=0.05), 0.5) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 1.29, LARGEST_MODE_SCALE])
 def test_the_mode_density_is_that_of_its_mapping_of_uniform_numbers(scale):
     u = (np.arange(200_000) + 0.5) / 200_000
     times = 1 - u - scale * (np.cos(np.pi / 2 * u) ** 2 - 1 + u)
-    counts = np.histogram(times, bins=20, range=(0, 1))[0][::-1] / len(u)
     density = timestep_density("mode", T, mode_scale=scale)
     assert density.sum() == pytest.approx(1) and (density >= 0).all()
-    assert np.abs(density.reshape(20, -1).sum(1) - counts).max() < 1e-3
+    for time in np.arange(0.05, 1, 0.05):
+        assert cumulative(density, time) == pytest.approx((times < time).mean(), abs=2e-5)
     assert np.allclose(timestep_density("mode", T, mode_scale=0.0), 1 / T)
+
+
+def test_a_mode_without_scale_is_the_papers_best():
+    assert np.array_equal(timestep_density("mode", T), timestep_density("mode", T, mode_scale=1.29))
 
 
 def test_drawn_timesteps_follow_the_density():
@@ -122,6 +127,7 @@ def test_bell_weights_by_hand():
         (("logit-normal", T, 0, 1, 0, 0), "logit_std: 0 is not above 0"),
         (("logit-normal", T, 0, 0.1, -40), "logit-normal has no weight there"),
         (("mode", T, 0, 1, 0, 1, 2), "mode_scale: 2 is not from -1 to 1.7519"),
+        (("mode", T, 0, 1, 0, 1, -1.1), "mode_scale: -1.1 is not from -1"),
         (("sigma", T), "none of uniform, logit-normal, mode"),
     ],
 )
