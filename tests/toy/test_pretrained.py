@@ -185,7 +185,7 @@ def test_a_pretrained_pipeline_draws_what_it_has_never_seen_together(name, tmp_p
     for trained in (True, False):
         pipeline = load_pipeline(job, write_pretrained(job, tmp_path / str(trained), trained))
         shares.append(accuracy(draw_with(pipeline, prompts, **job.drawing), prompts)["all"])
-    assert shares[0] >= 0.85 and shares[1] <= 0.1
+    assert shares[0] >= 0.75 and shares[1] <= 0.1
 
 
 def test_the_towers_are_small_and_so_are_the_files():
