@@ -1,8 +1,7 @@
 """One short run of every job on the pretrained pipelines of shapes: which script, which flags, how its result draws.
 
-A fine-tuning job learns from pictures in a look that the pipeline does not draw. Kandinsky's decoder draws the look
-that an embedding tells, if it knows it. It knows stripes, which the prior has to learn to ask for, and not outlines.
-Nothing heavy is imported here: the command line reads the jobs' names.
+A job learns from pictures in a look that the pipeline does not draw. Kandinsky's decoder has learned to draw stripes,
+too, and its prior learns to ask for them. Nothing heavy is imported here: the command line reads the jobs' names.
 """
 
 from dataclasses import dataclass
@@ -54,8 +53,6 @@ def _fine_tuning(script: str, kind: str, look: str = "outlined") -> Job:
 
 
 JOBS = {
-    "decoder": _fine_tuning("kandinsky2_2/train_text_to_image_decoder.py", "decoder"),
-    "decoder-lora": _fine_tuning("kandinsky2_2/train_text_to_image_decoder_lora.py", "decoder lora"),
     "prior": _fine_tuning("kandinsky2_2/train_text_to_image_prior.py", "prior", look="striped"),
     "prior-lora": _fine_tuning("kandinsky2_2/train_text_to_image_prior_lora.py", "prior lora", look="striped"),
     "sd3": _fine_tuning("sd3/train_text_to_image_sd3.py", "pipeline"),

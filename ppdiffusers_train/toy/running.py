@@ -1,9 +1,9 @@
 """Running the jobs of `jobs.py`, and drawing with what they started from and made.
 
-job = JOBS["decoder-lora"]
+job = JOBS["prior-lora"]
 base = write_pretrained(job, "demo/pretrained")
-train(job, base, "demo/outlined", "demo/decoder-lora")
-images = draw(load_pipeline(job, base, "demo/decoder-lora"), prompts, **job.drawing)
+train(job, base, "demo/striped", "demo/prior-lora")
+images = draw(load_pipeline(job, base, "demo/prior-lora"), prompts, **job.drawing)
 """
 
 import runpy
@@ -58,16 +58,6 @@ def load_pipeline(job: Job, base: dict, result=None):
     return PIPELINES[job.family](*folders)
 
 
-def with_decoder(load, folders, result):
-    return load(folders[0], result)
-
-
-def with_decoder_lora(load, folders, result):
-    pipe = load(*folders)
-    pipe.unet.load_attn_procs(result)
-    return pipe
-
-
 def with_prior(load, folders, result):
     return load(result, folders[1])
 
@@ -107,8 +97,6 @@ PIPELINES = {
     "sd3": sd3,
 }
 USES = {
-    "decoder": with_decoder,
-    "decoder lora": with_decoder_lora,
     "prior": with_prior,
     "prior lora": with_prior_lora,
     "pipeline": whole_pipeline,

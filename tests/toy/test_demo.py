@@ -54,4 +54,4 @@ def test_the_prompts_are_combinations_that_training_never_has():
 def test_a_job_that_does_not_exist_gets_one_line(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["demo", "--job=lora"])
-    assert end.value.code == 2 and "decoder-lora" in capsys.readouterr().err
+    assert end.value.code == 2 and "prior-lora" in capsys.readouterr().err

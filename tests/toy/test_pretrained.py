@@ -178,7 +178,7 @@ def held_out_prompts(count):
     ]
 
 
-@pytest.mark.parametrize("name", ["decoder", "sd3"])
+@pytest.mark.parametrize("name", ["prior", "sd3"])
 def test_a_pretrained_pipeline_draws_what_it_has_never_seen_together(name, tmp_path):
     job, prompts = JOBS[name], held_out_prompts(20)
     shares = []
