@@ -8,7 +8,7 @@ from PIL import Image
 
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.trackers import read_scalars
-from ppdiffusers_train.toy.jobs import EXAMPLES, JOBS
+from ppdiffusers_train.toy.jobs import DRAWING, EXAMPLES, JOBS
 from ppdiffusers_train.toy.judge import accuracy, judge
 from ppdiffusers_train.toy.running import draw, load_pipeline, train, write_pretrained
 from ppdiffusers_train.toy.shapes import HELD_OUT, caption
@@ -33,14 +33,14 @@ def run_demo(name: str, output, *flags: str) -> Path:
     look = job.look
     data, result = output / look, output / name
     print(f"1/3  writing tiny pretrained pipelines and {LEARNED_FROM} {look} pictures", flush=True)
-    base = write_pretrained(job, output / "pretrained" / job.family)
+    base = write_pretrained(output / "pretrained")
     if not data.exists():
         write_shapes_folder(data, ShapesDataset(0, LEARNED_FROM, looks=(look,)))
     print(f"2/3  training: {job.script}", flush=True)
     train(job, base, data, result, *flags)
     print("3/3  drawing with what it was and what it is", flush=True)
-    before = draw(load_pipeline(job, base), PROMPTS, **job.drawing)
-    after = draw(load_pipeline(job, base, result), PROMPTS, **job.drawing)
+    before = draw(load_pipeline(job, base), PROMPTS, **DRAWING)
+    after = draw(load_pipeline(job, base, result), PROMPTS, **DRAWING)
     picture = output / f"{name}.png"
     learned_from = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))]
     losses = read_scalars(result / "logs", "train/loss")
@@ -90,6 +90,5 @@ def what_next() -> str:
     lines += [f"  ppdiffusers-train demo --job {name}" for name in JOBS]
     lines += ["and with your own images, a folder with a metadata.jsonl:", "  ppdiffusers-train check YOUR_FOLDER"]
     for job in JOBS.values():
-        model = " --pretrained_model_name_or_path SD3" if job.family == "sd3" else ""
-        lines.append(f"  python -u {EXAMPLES.name}/{job.script} --train_data_dir YOUR_FOLDER{model}")
+        lines.append(f"  python -u {EXAMPLES.name}/{job.script} --train_data_dir YOUR_FOLDER")
     return "\n".join(lines)

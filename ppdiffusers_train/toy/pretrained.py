@@ -1,4 +1,4 @@
-"""The pipelines of the world of shapes: Kandinsky 2.2 and SD3 that have learned to draw it.
+"""The pipelines of the world of shapes: Kandinsky 2.2 that has learned to draw it.
 
     write_kandinsky("kandinsky")  # kandinsky/prior and kandinsky/decoder, as the hub has them
 
@@ -8,27 +8,21 @@ Every class and every path of the published models is there; `make toys` trains 
 from pathlib import Path
 
 import paddle
-from ppdiffusers import (
-    KandinskyV22Pipeline,
-    StableDiffusion3Pipeline,
-)
+from ppdiffusers import KandinskyV22Pipeline
 
-from ppdiffusers_train.models.attention import provide_joint_attention
-from ppdiffusers_train.toy import kandinsky2_2, movq, sd3, towers, vae
+from ppdiffusers_train.toy import kandinsky2_2, movq, towers
 from ppdiffusers_train.toy.shipped import FOLDER, load_weights
-from ppdiffusers_train.toy.t5 import build_t5, build_t5_tokenizer
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
 from ppdiffusers_train.toy.words import vocabulary
 
-PRIOR, DECODER, SD3 = (FOLDER / f"{name}.safetensors" for name in ("prior", "decoder", "sd3"))
+PRIOR, DECODER = (FOLDER / f"{name}.safetensors" for name in ("prior", "decoder"))
 
-CHANNELS = (32, 64)  # of the UNets, at 8x8 and 4x4 latents
+CHANNELS = (32, 64)  # of the UNet, at 8x8 and 4x4 latents
 PRIOR_LAYERS = 4
-TRANSFORMER_LAYERS, TRANSFORMER_HEADS = 4, 6
 LATENT_SIZE = 8
 TOKENS = 24  # of a caption; the longest wording has 16
 
-# All learn to predict velocity: what is to be drawn is decided at high noise, where epsilon hardly depends on it.
+# The decoder predicts velocity: what is to be drawn is decided at high noise, where epsilon hardly depends on it.
 PREDICTION_TYPE = "v_prediction"
 
 
@@ -58,30 +52,3 @@ def write_kandinsky(directory, trained=True) -> tuple:
         unet=unet, scheduler=kandinsky2_2.build_scheduler(PREDICTION_TYPE), movq=movq.load_movq(movq.SHAPES_WEIGHTS)
     ).save_pretrained(str(decoder_folder))
     return prior_folder, decoder_folder
-
-
-def write_sd3(directory, trained=True) -> Path:
-    """Write an SD3 pipeline, and return its folder. Two of its encoders are the one text tower; T5 has learned nothing,
-    and tells words apart by random numbers."""
-    directory = Path(directory)
-    provide_joint_attention()
-    paddle.seed(0)
-    transformer = sd3.build_transformer(TRANSFORMER_LAYERS, TRANSFORMER_HEADS, LATENT_SIZE, 4, towers.EMBEDDING)
-    if trained:
-        load_weights(transformer, SD3)
-    tokenizers = [build_tokenizer(directory / name, vocabulary(), TOKENS) for name in ("tokenizer", "tokenizer_2")]
-    tokenizer_3 = build_t5_tokenizer(directory / "tokenizer_3", vocabulary())
-    autoencoder = vae.load_vae()
-    autoencoder.register_to_config(shift_factor=sd3.SHIFT_FACTOR)
-    StableDiffusion3Pipeline(
-        vae=autoencoder,
-        text_encoder=towers.load_text_tower(tokenizers[0]),
-        text_encoder_2=towers.load_text_tower(tokenizers[1]),
-        text_encoder_3=build_t5(len(tokenizer_3), transformer.config.joint_attention_dim, layers=2, seed=0),
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
-        tokenizer_3=tokenizer_3,
-        transformer=transformer,
-        scheduler=sd3.build_scheduler(),
-    ).save_pretrained(str(directory))
-    return directory

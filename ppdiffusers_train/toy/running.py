@@ -1,39 +1,28 @@
 """Running the jobs of `jobs.py`, and drawing with what they started from and made.
 
 job = JOBS["prior-lora"]
-base = write_pretrained(job, "demo/pretrained")
+base = write_pretrained("demo/pretrained")
 train(job, base, "demo/striped", "demo/prior-lora")
-images = draw(load_pipeline(job, base, "demo/prior-lora"), prompts, **job.drawing)
+images = draw(load_pipeline(job, base, "demo/prior-lora"), prompts, **DRAWING)
 """
 
 import runpy
 import sys
 
 import paddle
-from ppdiffusers import (
-    DiffusionPipeline,
-    KandinskyV22CombinedPipeline,
-    StableDiffusion3Pipeline,
-)
+from ppdiffusers import DiffusionPipeline, KandinskyV22CombinedPipeline
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.models.attention import provide_joint_attention
-from ppdiffusers_train.models.lora import load_lora
 from ppdiffusers_train.toy import pretrained
 from ppdiffusers_train.toy.jobs import EXAMPLES, RESOLUTION, Job
 
 BATCH = 50  # pictures that are drawn at once
 
 
-def write_pretrained(job: Job, folder, trained=True) -> dict:
+def write_pretrained(folder, trained=True) -> dict:
     """Write the pipelines that a job starts from; returns the flags that name them."""
-    if job.family == "kandinsky":
-        prior, decoder = pretrained.write_kandinsky(folder, trained)
-        return {
-            "pretrained_prior_model_name_or_path": str(prior),
-            "pretrained_decoder_model_name_or_path": str(decoder),
-        }
-    return {"pretrained_model_name_or_path": str(pretrained.write_sd3(folder, trained))}
+    prior, decoder = pretrained.write_kandinsky(folder, trained)
+    return {"pretrained_prior_model_name_or_path": str(prior), "pretrained_decoder_model_name_or_path": str(decoder)}
 
 
 def train(job: Job, base: dict, data, result, *more: str) -> None:
@@ -50,58 +39,24 @@ def train(job: Job, base: dict, data, result, *more: str) -> None:
         sys.path.remove(str(script.parent))
 
 
-def load_pipeline(job: Job, base: dict, result=None):
+def load_pipeline(job: Job, base: dict, result=None) -> KandinskyV22CombinedPipeline:
     """The pretrained pipeline, with what a run has made where its folder is given: the way a user loads it."""
-    folders = list(base.values())
-    if result is not None:
-        return USES[job.kind](PIPELINES[job.family], folders, str(result))
-    return PIPELINES[job.family](*folders)
-
-
-def with_prior(load, folders, result):
-    return load(result, folders[1])
-
-
-def with_prior_lora(load, folders, result):
-    pipe = load(*folders)
-    pipe.prior_prior.load_attn_procs(result)
-    return pipe
-
-
-def whole_pipeline(load, folders, result):
-    return load(result)
-
-
-def with_transformer_lora(load, folders, result):
-    pipe = load(*folders)
-    load_lora(pipe.transformer, result)
+    prior, decoder = base.values()
+    if result is None:
+        return combined(prior, decoder)
+    if not job.lora:
+        return combined(result, decoder)
+    pipe = combined(prior, decoder)
+    pipe.prior_prior.load_attn_procs(str(result))
     return pipe
 
 
 def combined(prior, decoder) -> KandinskyV22CombinedPipeline:
-    """A decoder's folder, or that of a whole pipeline, with the parts of a prior's."""
+    """A decoder's folder with the parts of a prior's."""
     prior_parts = {
         f"prior_{name}": part for name, part in DiffusionPipeline.from_pretrained(str(prior)).components.items()
     }
     return KandinskyV22CombinedPipeline.from_pretrained(str(decoder), **prior_parts)
-
-
-def sd3(folder) -> StableDiffusion3Pipeline:
-    """A pipeline that draws on a CPU, too."""
-    provide_joint_attention()
-    return StableDiffusion3Pipeline.from_pretrained(folder)
-
-
-PIPELINES = {
-    "kandinsky": combined,
-    "sd3": sd3,
-}
-USES = {
-    "prior": with_prior,
-    "prior lora": with_prior_lora,
-    "pipeline": whole_pipeline,
-    "transformer lora": with_transformer_lora,
-}
 
 
 def draw(pipeline, prompts: list, seed: int = 0, **options) -> list:

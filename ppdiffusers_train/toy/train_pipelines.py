@@ -12,7 +12,7 @@ import ppdiffusers_train  # noqa: F401  (before paddle)
 import sys
 from pathlib import Path
 
-from ppdiffusers import PriorTransformer, SD3Transformer2DModel, UNet2DConditionModel
+from ppdiffusers import PriorTransformer, UNet2DConditionModel
 
 from ppdiffusers_train.argument_parser import ArgumentParser
 from ppdiffusers_train.errors import one_line_errors
@@ -28,15 +28,14 @@ COMMON = ("--encoded_cache", "--proportion_empty_prompts=0.1", "--lr_scheduler=c
 
 def _training(script: str, steps: int, batch_size: int, learning_rate: float) -> Job:
     length = (f"--max_train_steps={steps}", f"--train_batch_size={batch_size}", f"--learning_rate={learning_rate}")
-    return Job(script, (*COMMON, *length), drawing={}, kind="pipeline", look="plain")
+    return Job(script, (*COMMON, *length), look="plain", lora=False)
 
 
 TRAININGS = {
     "prior": _training("kandinsky2_2/train_text_to_image_prior.py", 6000, 32, 2e-3),
     "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 15000, 16, 2e-3),
-    "sd3": _training("sd3/train_text_to_image_sd3.py", 6000, 16, 2e-3),
 }
-PARTS = {"prior": ("prior", PriorTransformer), "sd3": ("transformer", SD3Transformer2DModel)}  # of all others the UNet
+PARTS = {"prior": ("prior", PriorTransformer), "decoder": ("unet", UNet2DConditionModel)}
 
 
 def build_parser():
@@ -55,8 +54,8 @@ def main(argv=None):
     data, result = output / f"{own.name}_pictures", output / own.name
     if not data.exists():
         write_shapes_folder(data, ShapesDataset(0, PICTURES, looks=looks))
-    part, model_class = PARTS.get(own.name, ("unet", UNet2DConditionModel))
-    base = write_pretrained(job, output / f"{own.name}_start", trained=False)
+    part, model_class = PARTS[own.name]
+    base = write_pretrained(output / f"{own.name}_start", trained=False)
     if own.start_from:
         folder = next(folder for folder in base.values() if Path(folder, part).is_dir())
         load_weights(model_class.from_pretrained(f"{folder}/{part}"), own.start_from).save_pretrained(
