@@ -45,8 +45,8 @@ def test_a_shift_of_three_puts_the_middle_at_three_quarters():
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_table_and_noising_are_those_of_the_scheduler(shift):
     scheduler, sigmas = FlowMatchEulerDiscreteScheduler(shift=shift), shifted_sigmas(T, shift)
-    assert np.abs(scheduler.sigmas.numpy() - sigmas).max() < 1e-7
-    assert np.abs(scheduler.timesteps.numpy() - T * sigmas).max() < 1e-4
+    assert np.abs(scheduler.sigmas.numpy() - sigmas).max() < 2e-7  # two roundings of float32
+    assert np.abs(scheduler.timesteps.numpy() - T * sigmas).max() < 2e-4
     sample, noise = paddle.randn([1, 4, 2, 2]), paddle.randn([1, 4, 2, 2])
     for index in (0, 10, 500, 999):
         scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
