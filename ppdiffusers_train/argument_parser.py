@@ -7,8 +7,6 @@ import os
 import re
 import sys
 
-import yaml
-
 # Types: what a flag accepts. argparse turns the message into one line that names the flag.
 
 
@@ -101,6 +99,8 @@ class ArgumentParser(argparse.ArgumentParser):
         return f"; did you mean {matches[0]}?" if matches else "; --help lists them"
 
     def _config_arguments(self, path):
+        import yaml  # here: most commands have no such file, and `--help` should be fast
+
         try:
             with open(path, encoding="utf-8") as file:
                 values = yaml.safe_load(file) or {}

@@ -30,6 +30,9 @@ from ppdiffusers_train.argument_parser import (
     seed,
 )
 from ppdiffusers_train.errors import UserError, one_line_errors
+from ppdiffusers_train.models.lora_libraries import FILES
+from ppdiffusers_train.toy.jobs import JOBS
+from ppdiffusers_train.toy.looks import LOOKS, SIZES
 
 MIXED = "mixed"  # all looks in turn
 
@@ -103,7 +106,7 @@ def preview_training(args) -> int:
 
 def convert_lora(args) -> None:
     """Rewrite a LoRA's file for another library."""
-    from ppdiffusers_train.models.lora_files import FILES, read_lora, scaled, write_lora
+    from ppdiffusers_train.models.lora_files import read_lora, scaled, write_lora
 
     source = Path(args.source)
     if source.is_dir():
@@ -124,7 +127,6 @@ def convert_lora(args) -> None:
 
 def toy_data(args) -> None:
     """Draw training data from the world of shapes, as a folder or as shards."""
-    from ppdiffusers_train.toy.shapes import LOOKS
     from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
     from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
 
@@ -232,10 +234,6 @@ def build_parser():
         "command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="the training script and its flags"
     )
     command.set_defaults(run=preview_training)
-
-    from ppdiffusers_train.models.lora_files import FILES
-    from ppdiffusers_train.toy.jobs import JOBS
-    from ppdiffusers_train.toy.shapes import LOOKS, SIZES
 
     command = commands.add_parser("convert-lora", help="rewrite a LoRA's file for another library")
     command.add_argument("source", help="the file, or a folder with one: what a LoRA script or another trainer wrote")

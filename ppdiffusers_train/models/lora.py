@@ -16,7 +16,8 @@ from ppdiffusers.models.lora import LoRACompatibleConv, LoRACompatibleLinear, Lo
 
 from ppdiffusers_train.draws import generator
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.models.lora_files import FILES, Update, read_lora, write_lora
+from ppdiffusers_train.models.lora_files import Update, read_lora, write_lora
+from ppdiffusers_train.models.lora_libraries import FILES
 from ppdiffusers_train.module import freeze
 from ppdiffusers_train.tensor_files import read_tensors, write_tensors
 from ppdiffusers_train.trainable import is_lora

@@ -14,11 +14,6 @@ import numpy as np
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.tensor_files import read_tensors, write_tensors
 
-FILES = {
-    "ppdiffusers": "paddle_lora_weights.safetensors",
-    "diffusers": "pytorch_lora_weights.safetensors",
-    "kohya": "lora.safetensors",
-}
 # What the matrices are called in a UNet, and in a transformer; text encoders have a third pair of names.
 NAMES = {"unet": ("lora.down", "lora.up"), "transformer": ("lora_A", "lora_B")}
 KOHYA_PREFIXES = {

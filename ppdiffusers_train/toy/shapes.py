@@ -13,10 +13,9 @@ import numpy as np
 from PIL import Image
 
 from ppdiffusers_train.draws import generator
+from ppdiffusers_train.toy.looks import LOOKS
 
 SHAPES = ("circle", "square", "triangle", "cross")
-LOOKS = ("plain", "outlined", "striped")
-SIZES = (32, 64)
 
 # RGB. Every colour is far from every background and from the other colours, also when they are blurred into each other.
 COLOURS = {

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppdiffusers_train.cli import main
-from ppdiffusers_train.models.lora_files import FILES, WORDS, Update, from_kohya_name, kohya_name, read_lora, write_lora
+from ppdiffusers_train.models.lora_files import WORDS, Update, from_kohya_name, kohya_name, read_lora, write_lora
+from ppdiffusers_train.models.lora_libraries import FILES
 from ppdiffusers_train.tensor_files import read_tensors, write_tensors
 
 LAYERS = [

@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.toy.judge import accuracy, confusion_table, judge, parse_caption
+from ppdiffusers_train.toy.looks import SIZES
 from ppdiffusers_train.toy.shapes import (
     BACKGROUNDS,
     COLOURS,
     CONTENTS,
     LOOKS,
     SHAPES,
-    SIZES,
     WORDINGS,
     Content,
     Scene,

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from ppdiffusers_train.arguments import ArgumentParser, add_data_arguments
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.toy import shapes_dataset, shapes_folder
+from ppdiffusers_train.toy.looks import SIZES
 from ppdiffusers_train.toy.shapes import (
     ARM,
     BACKGROUNDS,
@@ -30,7 +31,6 @@ from ppdiffusers_train.toy.shapes import (
     RADIUS,
     SEEN,
     SHAPES,
-    SIZES,
     STROKE,
     WORDINGS,
     caption,

@@ -1,0 +1,7 @@
+"""The libraries that LoRA files are written for. Nothing heavy is imported here: the command line reads their names."""
+
+FILES = {
+    "ppdiffusers": "paddle_lora_weights.safetensors",
+    "diffusers": "pytorch_lora_weights.safetensors",
+    "kohya": "lora.safetensors",
+}

@@ -1,0 +1,147 @@
+"""What each job is to show on the world of shapes: runs of the real scripts, their pictures read by the judge."""
+
+from ppdiffusers_train import cli
+
+import json
+from pathlib import Path
+
+from ppdiffusers_train.models.lora_files import read_lora
+from ppdiffusers_train.models.lora_libraries import FILES
+from ppdiffusers_train.reporting.images import captioned_grid
+from ppdiffusers_train.toy.demo import run_demo
+from ppdiffusers_train.toy.jobs import JOBS, SD_DRAWING, Job
+from ppdiffusers_train.toy.judge import NAMES, accuracy, confusion_table, judge
+from ppdiffusers_train.toy.running import draw, load_pipeline, train, write_pretrained
+from ppdiffusers_train.toy.shapes import HELD_OUT, LOOKS, WORDINGS, caption
+from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
+from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
+
+ALL_WORDINGS = [wording for wordings in WORDINGS.values() for wording in wordings]
+PROMPTS = [caption(content, ALL_WORDINGS[number % len(ALL_WORDINGS)]) for number in range(10) for content in HELD_OUT]
+FAMILIES = {"kandinsky": "decoder", "sd": "lcm", "sdxl": "sdxl", "sd3": "sd3"}  # a job that starts from it
+
+
+def measure(pipeline, drawing: dict, prompts=PROMPTS) -> dict:
+    """Shares of pictures with the shape, colour and background asked for, with all three, and in each look."""
+    images = draw(pipeline, prompts, **drawing)
+    looks = [judge(image).look for image in images]
+    return {**accuracy(images, prompts), **{look: looks.count(look) / len(looks) for look in LOOKS}}
+
+
+def pretrained(family: str, folder: Path) -> dict:
+    """How a shipped pipeline draws captions whose combination it has never seen."""
+    job = JOBS[FAMILIES[family]]
+    pipeline = load_pipeline(job, write_pretrained(job, folder / family))
+    images = draw(pipeline, PROMPTS, **(SD_DRAWING if job.distils else job.drawing))
+    sheet = [images[start : start + 20] for start in range(0, 100, 20)]
+    captioned_grid(sheet, [""] * len(sheet), scale=2).save(folder / f"pretrained-{family}.png")
+    looks = [judge(image).look for image in images]
+    return {
+        **accuracy(images, PROMPTS),
+        **{look: looks.count(look) / len(looks) for look in LOOKS},
+        "confusion": {field: confusion_table(images, PROMPTS, field) for field in NAMES},
+    }
+
+
+def new_look(name: str, folder: Path) -> dict:
+    """What fine-tuning on 24 pictures in a new look changes."""
+    job, base = run_job(name, folder)
+    figures = {"before": run(f"pretrained {job.family}", folder)}
+    figures["after"] = measure(load_pipeline(job, base, folder / name), job.drawing)
+    if job.kind.endswith("lora"):
+        figures["share of parameters"] = share_that_learns(name, base, folder / name)
+        for scale in (0.5, 0.0):
+            scaled = folder / f"{name}-times-{scale}"
+            cli.main(
+                ["convert-lora", str(folder / name), "--to", "ppdiffusers", "--scale", str(scale)]
+                + ["--output", str(scaled / FILES["ppdiffusers"])]
+            )
+            figures[f"scale {scale}"] = measure(load_pipeline(job, base, scaled), job.drawing)
+        some = PROMPTS[:8]
+        unchanged, original = (
+            draw(load_pipeline(job, base, result), some, **job.drawing)
+            for result in (folder / f"{name}-times-0.0", None)
+        )
+        figures["scale 0 is the base"] = [a.tobytes() for a in unchanged] == [b.tobytes() for b in original]
+    return figures
+
+
+def share_that_learns(name: str, base: dict, result: Path) -> float:
+    """The number of LoRA's parameters beside that of the model that it changes."""
+    pipe = load_pipeline(JOBS[name], base)
+    model = pipe.prior_prior if "prior" in name else pipe.transformer if "sd3" in name else pipe.unet
+    learned = sum(update.down.size + update.up.size for update in read_lora(result / FILES["ppdiffusers"]).values())
+    return learned / sum(parameter.size for parameter in model.parameters())
+
+
+def few_steps(name: str, folder: Path) -> dict:
+    """What distillation makes of drawing in four steps."""
+    job, base = run_job(name, folder)
+    return {
+        "teacher, 50 steps": run(f"pretrained {job.family}", folder),
+        "teacher, 4 steps": measure(load_pipeline(job, base), job.drawing_before),
+        "student, 4 steps": measure(load_pipeline(job, base, folder / name), job.drawing),
+    }
+
+
+def run_job(name: str, folder: Path) -> tuple:
+    """The job and the flags that name what it started from, after `run_demo` has trained it into `folder`."""
+    run_demo(name, folder)
+    job = JOBS[name]
+    return job, write_pretrained(job, folder / "pretrained" / job.family)
+
+
+# What options do to a training from the start: Stable Diffusion's UNet, on plain pictures.
+
+FROM_START = Job(
+    "your_own_job/train_text_to_image_sd.py",
+    ("--encoded_cache", "--train_batch_size=16", "--max_train_steps=1000", "--learning_rate=1e-3"),
+    SD_DRAWING,
+    "pipeline",
+    "plain",
+)
+DROPOUT = "--proportion_empty_prompts=0.1"
+COSINE = ("--lr_scheduler=cosine", "--lr_warmup_steps=50")
+RUNS = {
+    "plain": (*COSINE, DROPOUT),
+    "min-SNR": (*COSINE, DROPOUT, "--snr_gamma=5.0"),
+    "no dropped captions": COSINE,
+    "constant rate": (DROPOUT, "--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=50"),
+    "constant rate, EMA": (DROPOUT, "--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=50", "--use_ema"),
+    "one sample at a time": (*COSINE, DROPOUT, "--train_batch_size=1", "--gradient_accumulation_steps=16"),
+}
+GUIDANCE = (1.0, 3.0, 5.0, 7.5)
+
+
+def options(folder: Path) -> dict:
+    """{run: {guidance scale: figures}} of short trainings from the same random weights that differ in an option."""
+    data, count = folder / "plain", 2000
+    if not data.exists():
+        write_shapes_folder(data, ShapesDataset(0, count, looks=("plain",)))
+    base = write_pretrained(FROM_START, folder / "random", trained=False)
+    figures = {}
+    for name, flags in RUNS.items():
+        result = folder / name.replace(" ", "-").replace(",", "")
+        train(FROM_START, base, data, result, *flags, f"--encoded_cache_dir={folder / 'encoded'}")
+        pipeline = load_pipeline(FROM_START, base, result)
+        figures[name] = {
+            str(scale): measure(pipeline, {**SD_DRAWING, "guidance_scale": scale}, PROMPTS[:100]) for scale in GUIDANCE
+        }
+    return figures
+
+
+EXPERIMENTS = {
+    **{f"pretrained {family}": lambda folder, family=family: pretrained(family, folder) for family in FAMILIES},
+    **{name: lambda folder, name=name: (few_steps if JOBS[name].distils else new_look)(name, folder) for name in JOBS},
+    "options": lambda folder: options(folder / "options"),
+}
+
+
+def run(name: str, folder: Path) -> dict:
+    """The figures of an experiment, also written to `folder/NAME.json`; those that are there already are read."""
+    file = folder / f"{name}.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        figures = EXPERIMENTS[name](folder)
+        file.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -1,0 +1,50 @@
+"""Every job learns what it is for: `make gate`, most of an hour, writes the figures of docs/results.md."""
+
+import ppdiffusers_train  # noqa: F401
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ppdiffusers_train.toy.jobs import JOBS
+from tests.gate import experiments
+
+pytestmark = pytest.mark.slow
+FOLDER = Path(os.environ.get("GATE_DIR", "outputs/gate"))
+
+
+@pytest.mark.parametrize("family", experiments.FAMILIES)
+def test_a_pretrained_pipeline_draws_combinations_that_it_has_never_seen(family):
+    figures = experiments.run(f"pretrained {family}", FOLDER)
+    assert figures["all"] >= 0.95 and figures["plain"] >= 0.95
+
+
+@pytest.mark.parametrize("name", [name for name, job in JOBS.items() if not job.distils])
+def test_fine_tuning_changes_the_look_and_keeps_what_is_shown(name):
+    figures = experiments.run(name, FOLDER)
+    before, after, look = figures["before"], figures["after"], JOBS[name].look
+    assert before[look] <= 0.05 and after[look] >= 0.9
+    assert after["shape"] >= 0.9 and after["colour"] >= 0.9
+    if JOBS[name].kind.endswith("lora"):
+        assert figures["share of parameters"] < 0.05
+        assert figures["scale 0 is the base"]
+        assert before[look] < figures["scale 0.5"][look] < after[look]
+
+
+@pytest.mark.parametrize("name", [name for name, job in JOBS.items() if job.distils])
+def test_a_student_draws_in_four_steps_what_its_teacher_draws_in_fifty(name):
+    figures = experiments.run(name, FOLDER)
+    teacher, student = figures["teacher, 50 steps"]["all"], figures["student, 4 steps"]["all"]
+    assert student >= 0.95 * teacher and figures["teacher, 4 steps"]["all"] < student - 0.2
+
+
+def test_options_do_what_they_are_for():
+    figures = experiments.run("options", FOLDER)
+
+    def right(run, scale):
+        return figures[run][scale]["all"]
+
+    assert right("constant rate, EMA", "5.0") > right("constant rate", "5.0")
+    assert right("plain", "5.0") > right("no dropped captions", "5.0")
+    assert right("one sample at a time", "5.0") == pytest.approx(right("plain", "5.0"), abs=0.1)
