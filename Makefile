@@ -15,10 +15,11 @@ define make_venv
 @touch $@
 endef
 
-.PHONY: help demo toys test lint test-paddle26 parity torture venvs lock clean
+.PHONY: help demo toys gate test lint test-paddle26 parity torture venvs lock clean
 
 help:
-	@echo "make demo           teach a tiny Kandinsky 2.2 a new look on the CPU, and draw with it (JOB=prior for another job)"
+	@echo "make demo           teach a tiny Kandinsky 2.2 a new look on the CPU, and draw with it (JOB=lcm-lora for another job)"
+	@echo "make gate           show that every job learns: writes docs/results.md (an hour)"
 	@echo "make toys           train the tiny models that the package ships, again (two hours)"
 	@echo "make test           the tests (PYTEST_FLAGS='tests/data -x' for some of them)"
 	@echo "make lint           ruff's checks and formatting"
@@ -38,7 +39,7 @@ WEIGHTS = ppdiffusers_train/toy/weights
 RECIPE = MKL_NUM_THREADS=1 .venv/bin/python -m ppdiffusers_train.toy.train
 ENCODERS = $(TOYS)/vae_further/vae.safetensors $(TOYS)/movq_further/movq_shapes.safetensors \
 	$(TOYS)/clip_further/clip.safetensors
-PIPELINES = $(addprefix $(TOYS)/,$(addsuffix .safetensors,decoder prior))
+PIPELINES = $(addprefix $(TOYS)/,$(addsuffix .safetensors,decoder prior sd sdxl sd3))
 
 toys: $(PIPELINES)
 	cp $(PIPELINES) $(WEIGHTS)
@@ -69,6 +70,10 @@ $(TOYS)/encoders: $(ENCODERS)
 
 $(TOYS)/%.safetensors: $(TOYS)/encoders
 	$(RECIPE)_pipelines $* --output_dir $(TOYS)
+
+gate: .venv/ready
+	.venv/bin/python -m pytest tests/gate -m slow -n 0 $(PYTEST_FLAGS)
+	.venv/bin/python -m tests.gate.report outputs/gate docs
 
 test: .venv/ready
 	.venv/bin/python -m pytest $(PYTEST_FLAGS)

@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.module import encode_each
+from ppdiffusers_train.toy.sd3 import build_scheduler
 from tests.conftest import PHOTOS, ROOT, load_script, module_class, short_run, weights
 
 STEPS, SCALE = 3, 7.5
@@ -214,8 +215,7 @@ class Given(NamedTuple):
         return paddle.to_tensor([(self.timestep + 1) * high // 1000 - 1])  # a solver counts only its own steps
 
     def categorical(self, name, density):
-        table = ppdiffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).timesteps  # SD3's
-        return (table == self.timestep).nonzero().flatten()
+        return (build_scheduler().timesteps == self.timestep).nonzero().flatten()  # SD3's table
 
     def uniform(self, name, low, high):
         return paddle.to_tensor([SCALE - 1])

@@ -109,19 +109,29 @@ def lora_switched_off(model):
 
 
 def lora_parameters(model, **text_encoders) -> dict:
-    """`{"<layer>.lora.down.weight": parameter, "<layer>.lora.up.weight": parameter}` as Paddle lays them out, and those
-    that learn in full beside them; layers of text encoders begin with the encoder's name."""
-    models = {"": model, **{f"{name}.": encoder for name, encoder in text_encoders.items()}}
-    parameters = {
+    """`{"<layer>.lora.down.weight": parameter, "<layer>.lora.up.weight": parameter}` as Paddle lays them out; layers of
+    text encoders begin with the encoder's name."""
+    return {
         f"{prefix}{layer}.lora.{part}.weight": getattr(lora, part).weight
-        for prefix, model in models.items()
+        for prefix, model in by_prefix(model, text_encoders)
         for layer, lora in lora_layers(model).items()
         for part in ("down", "up")
     }
+
+
+def learning_parameters(model, **text_encoders) -> dict:
+    """LoRA's parameters, and those that learn in full beside them."""
     full = {
-        f"{prefix}{name}": value for prefix, model in models.items() for name, value in full_parameters(model).items()
+        f"{prefix}{name}": value
+        for prefix, model in by_prefix(model, text_encoders)
+        for name, value in full_parameters(model).items()
     }
-    return {**parameters, **full}
+    return {**lora_parameters(model, **text_encoders), **full}
+
+
+def by_prefix(model, text_encoders: dict) -> list:
+    """[(beginning of its parameters' names, model)]."""
+    return [("", model), *((f"{name}.", encoder) for name, encoder in text_encoders.items())]
 
 
 def full_parameters(model) -> dict:
@@ -156,7 +166,7 @@ def save_lora(model, directory, save_format: str, **text_encoders) -> None:
 def save_lora_weights(model, directory, **text_encoders) -> None:
     """What a checkpoint holds: the file to load for inference, and the parameters as they are, to go on from."""
     save_lora(model, directory, "ppdiffusers", **text_encoders)
-    arrays = {name: parameter.numpy() for name, parameter in lora_parameters(model, **text_encoders).items()}
+    arrays = {name: parameter.numpy() for name, parameter in learning_parameters(model, **text_encoders).items()}
     write_tensors(Path(directory) / PARAMETERS_FILE, arrays, {"format": "pd"})
 
 
@@ -168,7 +178,7 @@ def load_lora_weights(model, directory, **text_encoders) -> None:
         UserError: it holds LoRA layers of another model, rank or choice of layers.
     """
     file = Path(directory) / PARAMETERS_FILE
-    saved, own = read_tensors(file)[0], lora_parameters(model, **text_encoders)
+    saved, own = read_tensors(file)[0], learning_parameters(model, **text_encoders)
     wrong = sorted(
         name
         for name in {*saved, *own}

@@ -8,14 +8,14 @@ from PIL import Image
 
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.trackers import read_scalars
-from ppdiffusers_train.toy.jobs import DRAWING, EXAMPLES, JOBS
+from ppdiffusers_train.toy.jobs import EXAMPLES, JOBS
 from ppdiffusers_train.toy.judge import accuracy, judge
 from ppdiffusers_train.toy.running import draw, load_pipeline, train, write_pretrained
 from ppdiffusers_train.toy.shapes import HELD_OUT, caption
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
 
-LEARNED_FROM = 24  # pictures
+LOOK_PICTURES, DISTILLATION_PICTURES = 24, 480
 PROMPTS = [caption(content) for content in HELD_OUT[::2]]  # combinations that no training has had
 
 
@@ -30,19 +30,19 @@ def run_demo(name: str, output, *flags: str) -> Path:
     """
     quiet_libraries()
     job, output = JOBS[name], Path(output)
-    look = job.look
+    look, count = job.look, DISTILLATION_PICTURES if job.distils else LOOK_PICTURES
     data, result = output / look, output / name
-    print(f"1/3  writing tiny pretrained pipelines and {LEARNED_FROM} {look} pictures", flush=True)
-    base = write_pretrained(output / "pretrained")
+    print(f"1/3  writing tiny pretrained pipelines and {count} {look} pictures", flush=True)
+    base = write_pretrained(job, output / "pretrained" / job.family)
     if not data.exists():
-        write_shapes_folder(data, ShapesDataset(0, LEARNED_FROM, looks=(look,)))
+        write_shapes_folder(data, ShapesDataset(0, count, looks=(look,)))
     print(f"2/3  training: {job.script}", flush=True)
     train(job, base, data, result, *flags)
     print("3/3  drawing with what it was and what it is", flush=True)
-    before = draw(load_pipeline(job, base), PROMPTS, **DRAWING)
-    after = draw(load_pipeline(job, base, result), PROMPTS, **DRAWING)
+    before = draw(load_pipeline(job, base), PROMPTS, **(job.drawing_before or job.drawing))
+    after = draw(load_pipeline(job, base, result), PROMPTS, **job.drawing)
     picture = output / f"{name}.png"
-    learned_from = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))]
+    learned_from = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))[:LOOK_PICTURES]]
     losses = read_scalars(result / "logs", "train/loss")
     draw_figure(learned_from, {"before": before, "after": after}, losses).savefig(picture, dpi=100)
     for when, images in (("before", before), ("after", after)):
@@ -90,5 +90,7 @@ def what_next() -> str:
     lines += [f"  ppdiffusers-train demo --job {name}" for name in JOBS]
     lines += ["and with your own images, a folder with a metadata.jsonl:", "  ppdiffusers-train check YOUR_FOLDER"]
     for job in JOBS.values():
-        lines.append(f"  python -u {EXAMPLES.name}/{job.script} --train_data_dir YOUR_FOLDER")
+        # Kandinsky's scripts know the published models themselves.
+        models = "" if job.family == "kandinsky" else "".join(f" --{flag} YOUR_MODEL" for flag in job.model_flags)
+        lines.append(f"  python -u {EXAMPLES.name}/{job.script} --train_data_dir YOUR_FOLDER{models}")
     return "\n".join(lines)

@@ -1,7 +1,9 @@
 """One short run of every job on the pretrained pipelines of shapes: which script, which flags, how its result draws.
 
-A job learns from pictures in a look that the pipeline does not draw. Kandinsky's decoder has learned to draw stripes,
-too, and its prior learns to ask for them. Nothing heavy is imported here: the command line reads the jobs' names.
+A fine-tuning job learns from pictures in a look that the pipeline draws only when a caption names it; their captions
+do not. Kandinsky's decoder draws the look that an embedding tells, if it knows it. It knows stripes, which the prior
+has to learn to ask for, and not outlines. Distillation learns from pictures as they are drawn anyway, and shows in how
+few steps they come out. Nothing heavy is imported here: the command line reads the jobs' names.
 """
 
 from dataclasses import dataclass
@@ -10,17 +12,38 @@ from pathlib import Path
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RESOLUTION = 32
 
-DRAWING = {"num_inference_steps": 25, "prior_num_inference_steps": 25, "guidance_scale": 2.0}
+KANDINSKY_DRAWING = {"num_inference_steps": 25, "prior_num_inference_steps": 25}
+SD_DRAWING = {"num_inference_steps": 50, "guidance_scale": 3.0}
+FEW_STEPS = 4
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training script, its flags, and what it learns from."""
+    """A training script, its flags, and how its result is used."""
 
     script: str
     flags: tuple
+    drawing: dict  # arguments of a pipeline's call
+    kind: str  # of the result: how a user loads it, see `running.USES`
     look: str  # of the pictures that it learns from
-    lora: bool  # whether the result is one
+    drawing_before: dict = None  # of the pipeline as it was, where that differs
+
+    @property
+    def family(self) -> str:
+        """Which pipeline it trains: kandinsky, sdxl, sd3 or sd."""
+        return next((family for family in ("kandinsky", "sdxl", "sd3") if family in self.script), "sd")
+
+    @property
+    def distils(self) -> bool:
+        """Whether the aim is to need fewer steps, not to learn a look."""
+        return self.kind.startswith("student")
+
+    @property
+    def model_flags(self) -> tuple:
+        """The flags that name the pipelines it starts from."""
+        if self.family == "kandinsky":
+            return "pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path"
+        return ("pretrained_teacher_model" if self.distils else "pretrained_model_name_or_path",)
 
     def command(self, base: dict, data, result, *more: str) -> list:
         """The flags of a run on the folder `data` into the folder `result`."""
@@ -35,12 +58,37 @@ class Job:
         ]
 
 
-SHORT = ("--max_train_steps=300", "--train_batch_size=8", "--encoded_cache")
+FULL_RATE, LORA_RATE = "--learning_rate=5e-4", "--learning_rate=2e-3"
+
+
+def _fine_tuning(script: str, kind: str, look: str = "outlined") -> Job:
+    drawing = KANDINSKY_DRAWING if "kandinsky" in script else SD_DRAWING
+    rate = LORA_RATE if "lora" in kind else FULL_RATE
+    flags = (rate, "--max_train_steps=300", "--train_batch_size=8", "--encoded_cache")
+    return Job(script, flags, drawing, kind, look)
+
+
+def _distillation(script: str, kind: str) -> Job:
+    rate, guidance = (LORA_RATE, 1.0) if "lora" in kind else (FULL_RATE, 3.0)
+    flags = (rate, "--max_train_steps=400", "--train_batch_size=16", "--encoded_cache", "--loss_type=huber")
+    drawing, before = (
+        {"num_inference_steps": FEW_STEPS, "guidance_scale": scale}
+        for scale in (guidance, SD_DRAWING["guidance_scale"])
+    )
+    return Job(script, (*flags, "--w_min=1", "--w_max=4"), drawing, kind, "plain", before)
+
+
 JOBS = {
-    "prior": Job(
-        "kandinsky2_2/train_text_to_image_prior.py", ("--learning_rate=5e-4", *SHORT), look="striped", lora=False
-    ),
-    "prior-lora": Job(
-        "kandinsky2_2/train_text_to_image_prior_lora.py", ("--learning_rate=2e-3", *SHORT), look="striped", lora=True
-    ),
+    "decoder": _fine_tuning("kandinsky2_2/train_text_to_image_decoder.py", "decoder"),
+    "decoder-lora": _fine_tuning("kandinsky2_2/train_text_to_image_decoder_lora.py", "decoder lora"),
+    "prior": _fine_tuning("kandinsky2_2/train_text_to_image_prior.py", "prior", look="striped"),
+    "prior-lora": _fine_tuning("kandinsky2_2/train_text_to_image_prior_lora.py", "prior lora", look="striped"),
+    "sdxl": _fine_tuning("sdxl/train_text_to_image_sdxl.py", "pipeline"),
+    "sdxl-lora": _fine_tuning("sdxl/train_text_to_image_lora_sdxl.py", "lora"),
+    "sd3": _fine_tuning("sd3/train_text_to_image_sd3.py", "pipeline"),
+    "sd3-lora": _fine_tuning("sd3/train_text_to_image_lora_sd3.py", "transformer lora"),
+    "lcm": _distillation("lcm/train_lcm_distill_sd_wds.py", "student"),
+    "lcm-lora": _distillation("lcm/train_lcm_distill_lora_sd_wds.py", "student lora"),
+    "lcm-sdxl": _distillation("lcm/train_lcm_distill_sdxl_wds.py", "student"),
+    "lcm-sdxl-lora": _distillation("lcm/train_lcm_distill_lora_sdxl_wds.py", "student lora"),
 }

@@ -3,6 +3,7 @@
 import json
 
 from ppdiffusers_train.toy.shapes import LOOKS, sample
+from ppdiffusers_train.toy.words import name_look
 
 
 class ShapesDataset:
@@ -14,10 +15,20 @@ class ShapesDataset:
         size: height and width of the pictures, in pixels.
         looks: the rows have them in turn.
         held_out: whether to draw the combinations that training never has.
+        name_looks: whether a caption names the look of its picture where it is not plain.
     """
 
-    def __init__(self, seed: int, count: int, size: int = 32, looks=LOOKS, held_out: bool = False):
+    def __init__(
+        self,
+        seed: int,
+        count: int,
+        size: int = 32,
+        looks=LOOKS,
+        held_out: bool = False,
+        name_looks: bool = False,
+    ):
         self.seed, self.count, self.size, self.looks, self.held_out = seed, count, size, tuple(looks), held_out
+        self.name_looks = name_looks
 
     def __len__(self):
         return self.count
@@ -30,7 +41,10 @@ class ShapesDataset:
         """Row `index` with all that it shows: a `shapes.Sample`."""
         if not 0 <= index < self.count:
             raise IndexError(index)
-        return sample(self.seed, index, self.size, self.looks[index % len(self.looks)], self.held_out)
+        drawn = sample(self.seed, index, self.size, self.looks[index % len(self.looks)], self.held_out)
+        if self.name_looks and drawn.scene.look != "plain":
+            return drawn._replace(caption=name_look(drawn.caption, drawn.scene.look))
+        return drawn
 
     def name(self, index: int) -> str:
         """How to call row `index` in a message."""
@@ -38,4 +52,4 @@ class ShapesDataset:
 
     def digest(self) -> str:
         """What tells this data from other data of as many samples."""
-        return json.dumps([self.seed, self.size, self.looks, self.held_out])
+        return json.dumps([self.seed, self.size, self.looks, self.held_out, self.name_looks])

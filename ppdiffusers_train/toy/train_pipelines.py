@@ -3,8 +3,10 @@
     python -m ppdiffusers_train.toy.train_pipelines decoder
 
 Each begins at random weights between the encoders that are shipped, and its result is shipped, too, as
-`weights/decoder.safetensors` and so on. They learn from plain shapes, so that another look is something to be
-fine-tuned on; the decoder from striped ones, too, so that there is another one for a prior to ask for.
+`weights/decoder.safetensors` and so on. Those with text encoders of their own see pictures in every look; a caption
+names the look unless it is plain, so that a caption without one means a plain shape, and another look by default is
+something to be fine-tuned on. Kandinsky's prior learns to ask for plain shapes, its decoder to draw plain and striped
+ones.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -12,7 +14,7 @@ import ppdiffusers_train  # noqa: F401  (before paddle)
 import sys
 from pathlib import Path
 
-from ppdiffusers import PriorTransformer, UNet2DConditionModel
+from ppdiffusers import PriorTransformer, SD3Transformer2DModel, UNet2DConditionModel
 
 from ppdiffusers_train.argument_parser import ArgumentParser
 from ppdiffusers_train.errors import one_line_errors
@@ -22,20 +24,25 @@ from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
 from ppdiffusers_train.toy.shipped import load_weights, write_weights
 
-PICTURES = 6000
 COMMON = ("--encoded_cache", "--proportion_empty_prompts=0.1", "--lr_scheduler=cosine", "--lr_warmup_steps=100")
 
 
-def _training(script: str, steps: int, batch_size: int, learning_rate: float) -> Job:
-    length = (f"--max_train_steps={steps}", f"--train_batch_size={batch_size}", f"--learning_rate={learning_rate}")
-    return Job(script, (*COMMON, *length), look="plain", lora=False)
+def _training(script: str, steps: int, batch_size: int = 16) -> Job:
+    length = (f"--max_train_steps={steps}", f"--train_batch_size={batch_size}", "--learning_rate=2e-3")
+    return Job(script, (*COMMON, *length), drawing={}, kind="pipeline", look="plain")
 
 
 TRAININGS = {
-    "prior": _training("kandinsky2_2/train_text_to_image_prior.py", 6000, 32, 2e-3),
-    "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 15000, 16, 2e-3),
+    "prior": _training("kandinsky2_2/train_text_to_image_prior.py", 6000, batch_size=32),
+    "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 15000),
+    "sd": _training("your_own_job/train_text_to_image_sd.py", 12000),
+    "sdxl": _training("sdxl/train_text_to_image_sdxl.py", 9000),
+    "sd3": _training("sd3/train_text_to_image_sd3.py", 12000),
 }
-PARTS = {"prior": ("prior", PriorTransformer), "decoder": ("unet", UNet2DConditionModel)}
+SEEN_LOOKS = {"prior": ("plain",), "decoder": ("plain", "striped")}
+ALL_LOOKS = ("plain", "outlined", "plain", "striped")
+PICTURES = 6000
+PARTS = {"prior": ("prior", PriorTransformer), "sd3": ("transformer", SD3Transformer2DModel)}  # of all others the UNet
 
 
 def build_parser():
@@ -50,12 +57,12 @@ def build_parser():
 def main(argv=None):
     own, more = build_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
     output, job = Path(own.output_dir), TRAININGS[own.name]
-    looks = (job.look, "striped") if own.name == "decoder" else (job.look,)
     data, result = output / f"{own.name}_pictures", output / own.name
     if not data.exists():
-        write_shapes_folder(data, ShapesDataset(0, PICTURES, looks=looks))
-    part, model_class = PARTS[own.name]
-    base = write_pretrained(output / f"{own.name}_start", trained=False)
+        looks = SEEN_LOOKS.get(own.name, ALL_LOOKS)
+        write_shapes_folder(data, ShapesDataset(0, PICTURES, looks=looks, name_looks=True))
+    part, model_class = PARTS.get(own.name, ("unet", UNet2DConditionModel))
+    base = write_pretrained(job, output / f"{own.name}_start", trained=False)
     if own.start_from:
         folder = next(folder for folder in base.values() if Path(folder, part).is_dir())
         load_weights(model_class.from_pretrained(f"{folder}/{part}"), own.start_from).save_pretrained(

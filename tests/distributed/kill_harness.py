@@ -99,8 +99,8 @@ def complete(output_dir: Path) -> dict:
 
 
 def torture(job, flags: list, folder: Path, kills: int, ranks: int, longest: float, seed: int = 0) -> int:
-    """Kill a run `kills` times, each within `longest` seconds, and let it end; returns how many of the kills found a
-    run that had begun to train."""
+    """Kill a run `kills` times and let it end: within `longest` seconds, and, in every second run, only after it has
+    written its checkpoints. Returns how many of the kills found a run that had written one."""
     chance, done, useful = random.Random(seed), 0, 0
     flags = [*flags, f"--output_dir={folder}", "--resume_from_checkpoint=latest", "--checkpointing_steps=1"]
     before = complete(folder)
@@ -109,7 +109,7 @@ def torture(job, flags: list, folder: Path, kills: int, ranks: int, longest: flo
         share, more = folder / f"checkpoint-{STEPS_PER_KILL * (done + 1)}", chance.uniform(0, 0.1)
         ended = end(
             start(job, flags, ranks, folder.parent / "log"),
-            chance.uniform(0.2, longest),
+            600 if done % 2 else chance.uniform(0.2, longest),
             lambda share=share, more=more: share.exists() and not time.sleep(more),
         )
         now = complete(folder)

@@ -17,7 +17,7 @@ from ppdiffusers_train.draws import generator
 from ppdiffusers_train.models.text import tokenize
 from ppdiffusers_train.toy import movq, towers, train_clip, train_movq_shapes, train_pipelines, train_vae, vae
 from ppdiffusers_train.toy.clip import build_image_processor
-from ppdiffusers_train.toy.jobs import DRAWING, JOBS
+from ppdiffusers_train.toy.jobs import JOBS, KANDINSKY_DRAWING, SD_DRAWING
 from ppdiffusers_train.toy.judge import accuracy, judge
 from ppdiffusers_train.toy.running import draw as draw_with
 from ppdiffusers_train.toy.running import load_pipeline, write_pretrained
@@ -178,13 +178,18 @@ def held_out_prompts(count):
     ]
 
 
-def test_the_pretrained_pipeline_draws_what_it_has_never_seen_together(tmp_path):
-    prompts = held_out_prompts(20)
+DRAWING = {"decoder": KANDINSKY_DRAWING, "sd": SD_DRAWING, "sdxl": SD_DRAWING}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_pretrained_pipeline_draws_what_it_has_never_seen_together(name, tmp_path):
+    """A glance; `make gate` measures."""
+    job, prompts = JOBS["lcm" if name == "sd" else name], held_out_prompts(20)
     shares = []
     for trained in (True, False):
-        pipeline = load_pipeline(JOBS["prior"], write_pretrained(tmp_path / str(trained), trained))
-        shares.append(accuracy(draw_with(pipeline, prompts, **DRAWING), prompts)["all"])
-    assert shares[0] >= 0.75 and shares[1] <= 0.1
+        pipeline = load_pipeline(job, write_pretrained(job, tmp_path / str(trained), trained))
+        shares.append(accuracy(draw_with(pipeline, prompts, **DRAWING[name]), prompts)["all"])
+    assert shares[0] >= 0.85 and shares[1] <= 0.1
 
 
 def test_the_towers_are_small_and_so_are_the_files():

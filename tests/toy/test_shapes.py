@@ -240,8 +240,23 @@ def test_the_dataset_has_the_samples_of_its_seed_with_looks_in_turn():
 
 def test_the_datasets_digest_tells_its_data_from_others():
     others = (ShapesDataset(1, 7), ShapesDataset(0, 7, 64), ShapesDataset(0, 7, looks=("plain",)))
-    digests = {rows.digest() for rows in (ShapesDataset(0, 7), *others, ShapesDataset(0, 7, held_out=True))}
-    assert len(digests) == 5 and ShapesDataset(0, 7).digest() in digests
+    others += (ShapesDataset(0, 7, held_out=True), ShapesDataset(0, 7, name_looks=True))
+    digests = {rows.digest() for rows in (ShapesDataset(0, 7), *others)}
+    assert len(digests) == 6 and ShapesDataset(0, 7).digest() in digests
+
+
+def test_captions_name_the_look_if_asked_to_and_a_plain_shape_has_none():
+    rows, named = (ShapesDataset(0, 60, name_looks=choice) for choice in (False, True))
+    words = set()
+    for index, look in zip(range(60), itertools.cycle(LOOKS)):
+        own, other = rows[index]["caption"], named[index]["caption"]
+        assert other.startswith(own) and rows[index]["image"].tobytes() == named[index]["image"].tobytes()
+        words.add((look, other.removeprefix(own)))
+    assert words == {("plain", "")} | {
+        (look, word)
+        for look, *both in [("outlined", ", outlined", "，空心"), ("striped", ", striped", "，条纹")]
+        for word in both
+    }
 
 
 def test_drawing_and_judging_need_no_paddle():
