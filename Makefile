@@ -39,7 +39,7 @@ WEIGHTS = ppdiffusers_train/toy/weights
 RECIPE = MKL_NUM_THREADS=1 .venv/bin/python -m ppdiffusers_train.toy.train
 ENCODERS = $(TOYS)/vae_further/vae.safetensors $(TOYS)/movq_further/movq_shapes.safetensors \
 	$(TOYS)/clip_further/clip.safetensors
-PIPELINES = $(addprefix $(TOYS)/,$(addsuffix .safetensors,decoder prior sd sdxl sd3))
+PIPELINES = $(addprefix $(TOYS)/,$(addsuffix .safetensors,decoder prior sd sd3))
 
 toys: $(PIPELINES)
 	cp $(PIPELINES) $(WEIGHTS)

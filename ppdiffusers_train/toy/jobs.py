@@ -30,8 +30,8 @@ class Job:
 
     @property
     def family(self) -> str:
-        """Which pipeline it trains: kandinsky, sdxl, sd3 or sd."""
-        return next((family for family in ("kandinsky", "sdxl", "sd3") if family in self.script), "sd")
+        """Which pipeline it trains: kandinsky, sd3 or sd."""
+        return next((family for family in ("kandinsky", "sd3") if family in self.script), "sd")
 
     @property
     def distils(self) -> bool:
@@ -79,16 +79,10 @@ def _distillation(script: str, kind: str) -> Job:
 
 
 JOBS = {
-    "decoder": _fine_tuning("kandinsky2_2/train_text_to_image_decoder.py", "decoder"),
-    "decoder-lora": _fine_tuning("kandinsky2_2/train_text_to_image_decoder_lora.py", "decoder lora"),
     "prior": _fine_tuning("kandinsky2_2/train_text_to_image_prior.py", "prior", look="striped"),
     "prior-lora": _fine_tuning("kandinsky2_2/train_text_to_image_prior_lora.py", "prior lora", look="striped"),
-    "sdxl": _fine_tuning("sdxl/train_text_to_image_sdxl.py", "pipeline"),
-    "sdxl-lora": _fine_tuning("sdxl/train_text_to_image_lora_sdxl.py", "lora"),
     "sd3": _fine_tuning("sd3/train_text_to_image_sd3.py", "pipeline"),
     "sd3-lora": _fine_tuning("sd3/train_text_to_image_lora_sd3.py", "transformer lora"),
     "lcm": _distillation("lcm/train_lcm_distill_sd_wds.py", "student"),
     "lcm-lora": _distillation("lcm/train_lcm_distill_lora_sd_wds.py", "student lora"),
-    "lcm-sdxl": _distillation("lcm/train_lcm_distill_sdxl_wds.py", "student"),
-    "lcm-sdxl-lora": _distillation("lcm/train_lcm_distill_lora_sdxl_wds.py", "student lora"),
 }

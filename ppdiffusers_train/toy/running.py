@@ -1,9 +1,9 @@
 """Running the jobs of `jobs.py`, and drawing with what they started from and made.
 
-job = JOBS["decoder-lora"]
+job = JOBS["prior-lora"]
 base = write_pretrained(job, "demo/pretrained")
-train(job, base, "demo/outlined", "demo/decoder-lora")
-images = draw(load_pipeline(job, base, "demo/decoder-lora"), prompts, **job.drawing)
+train(job, base, "demo/striped", "demo/prior-lora")
+images = draw(load_pipeline(job, base, "demo/prior-lora"), prompts, **job.drawing)
 """
 
 import runpy
@@ -16,7 +16,6 @@ from ppdiffusers import (
     LCMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 
@@ -59,16 +58,6 @@ def load_pipeline(job: Job, base: dict, result=None):
     return PIPELINES[job.family](*folders)
 
 
-def with_decoder(load, folders, result):
-    return load(folders[0], result)
-
-
-def with_decoder_lora(load, folders, result):
-    pipe = load(*folders)
-    pipe.unet.load_attn_procs(result)
-    return pipe
-
-
 def with_prior(load, folders, result):
     return load(result, folders[1])
 
@@ -83,12 +72,6 @@ def whole_pipeline(load, folders, result):
     return load(result)
 
 
-def with_lora(load, folders, result):
-    pipe = load(*folders)
-    pipe.load_lora_weights(result)
-    return pipe
-
-
 def with_transformer_lora(load, folders, result):
     pipe = load(*folders)
     load_lora(pipe.transformer, result)
@@ -100,7 +83,9 @@ def with_student(load, folders, result):
 
 
 def with_student_lora(load, folders, result):
-    return in_few_steps(with_lora(load, folders, result))
+    pipe = load(*folders)
+    pipe.load_lora_weights(result)
+    return in_few_steps(pipe)
 
 
 def in_few_steps(pipe):
@@ -126,15 +111,11 @@ PIPELINES = {
     "kandinsky": combined,
     "sd3": sd3,
     "sd": StableDiffusionPipeline.from_pretrained,
-    "sdxl": StableDiffusionXLPipeline.from_pretrained,
 }
 USES = {
-    "decoder": with_decoder,
-    "decoder lora": with_decoder_lora,
     "prior": with_prior,
     "prior lora": with_prior_lora,
     "pipeline": whole_pipeline,
-    "lora": with_lora,
     "transformer lora": with_transformer_lora,
     "student": with_student,
     "student lora": with_student_lora,

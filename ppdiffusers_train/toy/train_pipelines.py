@@ -36,7 +36,6 @@ TRAININGS = {
     "prior": _training("kandinsky2_2/train_text_to_image_prior.py", 6000, batch_size=32),
     "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 15000),
     "sd": _training("your_own_job/train_text_to_image_sd.py", 12000),
-    "sdxl": _training("sdxl/train_text_to_image_sdxl.py", 9000),
     "sd3": _training("sd3/train_text_to_image_sd3.py", 12000),
 }
 SEEN_LOOKS = {"prior": ("plain",), "decoder": ("plain", "striped")}

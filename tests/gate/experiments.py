@@ -18,7 +18,7 @@ from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
 
 ALL_WORDINGS = [wording for wordings in WORDINGS.values() for wording in wordings]
 PROMPTS = [caption(content, ALL_WORDINGS[number % len(ALL_WORDINGS)]) for number in range(10) for content in HELD_OUT]
-FAMILIES = {"kandinsky": "decoder", "sd": "lcm", "sdxl": "sdxl", "sd3": "sd3"}  # a job that starts from it
+FAMILIES = {"kandinsky": "prior", "sd": "lcm", "sd3": "sd3"}  # a job that starts from it
 
 
 def measure(pipeline, drawing: dict, prompts=PROMPTS) -> dict:

