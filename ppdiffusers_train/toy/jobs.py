@@ -12,7 +12,7 @@ from pathlib import Path
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RESOLUTION = 32
 
-KANDINSKY_DRAWING = {"num_inference_steps": 25, "prior_num_inference_steps": 25}
+KANDINSKY_DRAWING = {"num_inference_steps": 25, "prior_num_inference_steps": 25, "guidance_scale": 2.0}
 SD_DRAWING = {"num_inference_steps": 50, "guidance_scale": 3.0}
 FEW_STEPS = 4
 
