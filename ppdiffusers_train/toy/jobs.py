@@ -69,13 +69,18 @@ def _fine_tuning(script: str, kind: str, look: str = "outlined") -> Job:
 
 
 def _distillation(script: str, kind: str) -> Job:
-    rate, guidance = (LORA_RATE, 1.0) if "lora" in kind else (FULL_RATE, 3.0)
-    flags = (rate, "--max_train_steps=400", "--train_batch_size=16", "--encoded_cache", "--loss_type=huber")
+    # A LoRA is not told the guidance scale: it learns one, that of its teacher.
+    rate, scales, guidance = (
+        ("--learning_rate=2e-4", ("--w_min=1", "--w_max=2"), 1.0)
+        if "lora" in kind
+        else (FULL_RATE, ("--w_min=1", "--w_max=4"), 3.0)
+    )
+    flags = (rate, *scales, "--max_train_steps=300", "--train_batch_size=16", "--encoded_cache", "--loss_type=huber")
     drawing, before = (
         {"num_inference_steps": FEW_STEPS, "guidance_scale": scale}
         for scale in (guidance, SD_DRAWING["guidance_scale"])
     )
-    return Job(script, (*flags, "--w_min=1", "--w_max=4"), drawing, kind, "plain", before)
+    return Job(script, flags, drawing, kind, "plain", before)
 
 
 JOBS = {
