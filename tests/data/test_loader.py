@@ -1,7 +1,6 @@
 import ppdiffusers_train  # noqa: F401
 
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -67,11 +66,12 @@ def test_a_bad_sample_is_left_out_and_told_with_its_own_message(num_workers):
 
 
 def test_an_abandoned_loader_ends_its_threads():
-    before = threading.active_count()
+    others = set(threading.enumerate())
     batches = iterate_batches(PreprocessedSamples(Rows(), preprocess, SampleOrder(3, 6)), [[0]] * 100, 2)
     next(batches)
+    own = set(threading.enumerate()) - others
+    assert own, "the loader works in threads of its own"
     batches.close()
-    deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    for thread in own:
+        thread.join(timeout=5)
+    assert not any(thread.is_alive() for thread in own)
