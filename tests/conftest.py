@@ -323,3 +323,14 @@ def scalars(output_dir, tag="train/loss", logging_dir="logs"):
 def weights(folder, name="unet"):
     """The weights that a model's `save_pretrained` wrote, as NumPy arrays."""
     return tensors(folder / name / "diffusion_paddle_model.safetensors")
+
+
+def held_out_prompts(count):
+    """Captions in all wordings of combinations that no training has had."""
+    from ppdiffusers_train.toy.shapes import HELD_OUT, WORDINGS, caption
+
+    wordings = [wording for several in WORDINGS.values() for wording in several]
+    return [
+        caption(HELD_OUT[number % len(HELD_OUT)], wordings[number // len(HELD_OUT) % len(wordings)])
+        for number in range(count)
+    ]

@@ -9,7 +9,7 @@ from PIL import Image
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.trackers import read_scalars
 from ppdiffusers_train.toy.jobs import EXAMPLES, JOBS
-from ppdiffusers_train.toy.judge import accuracy, judge
+from ppdiffusers_train.toy.judge import accuracy, look_shares
 from ppdiffusers_train.toy.running import draw, load_pipeline, train, write_pretrained
 from ppdiffusers_train.toy.shapes import HELD_OUT, caption
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
@@ -46,8 +46,8 @@ def run_demo(name: str, output, *flags: str) -> Path:
     losses = read_scalars(result / "logs", "train/loss")
     draw_figure(learned_from, {"before": before, "after": after}, losses).savefig(picture, dpi=100)
     for when, images in (("before", before), ("after", after)):
-        right, looks = accuracy(images, PROMPTS)["all"], [judge(image).look for image in images]
-        print(f"     {when}: {right:.0%} show what was asked for, {looks.count(look) / len(looks):.0%} {look}")
+        right, shares = accuracy(images, PROMPTS)["all"], look_shares(images)
+        print(f"     {when}: {right:.0%} show what was asked for, {shares[look]:.0%} {look}")
     print(f"\n{picture}\n{result}\n\n{what_next()}", flush=True)
     return picture
 

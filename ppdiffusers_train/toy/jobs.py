@@ -39,6 +39,11 @@ class Job:
         return self.kind.startswith("student")
 
     @property
+    def pretrained_drawing(self) -> dict:
+        """Arguments of a call of the pipeline that it starts from, as many steps as that needs."""
+        return SD_DRAWING if self.distils else self.drawing
+
+    @property
     def model_flags(self) -> tuple:
         """The flags that name the pipelines it starts from."""
         if self.family == "kandinsky":
@@ -69,18 +74,12 @@ def _fine_tuning(script: str, kind: str, look: str = "outlined") -> Job:
 
 
 def _distillation(script: str, kind: str) -> Job:
-    # A LoRA is not told the guidance scale: it learns one, that of its teacher.
-    rate, scales, guidance = (
-        ("--learning_rate=2e-4", ("--w_min=1", "--w_max=2"), 1.0)
-        if "lora" in kind
-        else (FULL_RATE, ("--w_min=1", "--w_max=4"), 3.0)
-    )
-    flags = (rate, *scales, "--max_train_steps=300", "--train_batch_size=16", "--encoded_cache", "--loss_type=huber")
-    drawing, before = (
-        {"num_inference_steps": FEW_STEPS, "guidance_scale": scale}
-        for scale in (guidance, SD_DRAWING["guidance_scale"])
-    )
-    return Job(script, flags, drawing, kind, "plain", before)
+    flags = ("--max_train_steps=300", "--train_batch_size=16", "--encoded_cache", "--loss_type=huber", "--w_min=1")
+    before = {**SD_DRAWING, "num_inference_steps": FEW_STEPS}
+    if "lora" in kind:  # it is not told the guidance scale, but learns its teacher's
+        flags += ("--learning_rate=2e-4", "--w_max=2")
+        return Job(script, flags, {**before, "guidance_scale": 1.0}, kind, "plain", before)
+    return Job(script, (*flags, FULL_RATE, "--w_max=4"), before, kind, "plain", before)
 
 
 JOBS = {

@@ -90,6 +90,12 @@ def accuracy(pictures, prompts) -> dict:
     return {**dict(zip(Content._fields, right.mean(0).tolist())), "all": float(right.all(1).mean())}
 
 
+def look_shares(pictures) -> dict:
+    """Shares of pictures in each of `LOOKS`."""
+    seen = [judge(picture).look for picture in pictures]
+    return {look: seen.count(look) / len(seen) for look in LOOKS}
+
+
 def confusion_table(pictures, prompts, field: str) -> dict:
     """How often what was asked for was seen as what, in one field of `Content`: {asked: {seen or "nothing": count}}."""
     table = {name: dict.fromkeys([*NAMES[field], NOTHING], 0) for name in NAMES[field]}

@@ -12,7 +12,6 @@ from ppdiffusers import (
     KandinskyV22Pipeline,
     PNDMScheduler,
     StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
 )
 from ppdiffusers.transformers import CLIPTextModel
 
@@ -63,30 +62,26 @@ def write_kandinsky(directory, trained=True) -> tuple:
     return prior_folder, decoder_folder
 
 
-def write_sd(directory, trained=True) -> Path:
-    """Write a Stable Diffusion pipeline, and return its folder."""
+def write_sd(directory, trained=True) -> tuple:
+    """Write a Stable Diffusion pipeline, and return its folder, alone in a tuple."""
     directory = Path(directory)
     paddle.seed(0)
     unet = sd.build_unet(CHANNELS, LATENT_SIZE, towers.EMBEDDING)
     if trained:
         load_weights(unet, SD)
     tokenizer = build_tokenizer(directory / "tokenizer", vocabulary(), TOKENS)
-    StableDiffusionPipeline(
-        vae=vae.load_vae(),
-        text_encoder=towers.load_text_tower(tokenizer, CLIPTextModel),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(str(directory))
-    return directory
+    text_encoder = towers.load_text_tower(tokenizer, CLIPTextModel)
+    sd.assemble_pipeline(vae.load_vae(), text_encoder, tokenizer, unet, build_scheduler()).save_pretrained(
+        str(directory)
+    )
+    return (directory,)
 
 
-def write_sd3(directory, trained=True) -> Path:
-    """Write an SD3 pipeline, and return its folder. Two of its encoders are the one text tower; T5 has learned nothing,
-    and tells words apart by random numbers."""
+def write_sd3(directory, trained=True) -> tuple:
+    """Write an SD3 pipeline, and return its folder, alone in a tuple.
+
+    Two of its encoders are the one text tower; T5 has learned nothing, and tells words apart by random numbers.
+    """
     directory = Path(directory)
     provide_joint_attention()
     paddle.seed(0)
@@ -108,7 +103,7 @@ def write_sd3(directory, trained=True) -> Path:
         transformer=transformer,
         scheduler=sd3.build_scheduler(),
     ).save_pretrained(str(directory))
-    return directory
+    return (directory,)
 
 
 def build_scheduler() -> PNDMScheduler:

@@ -30,9 +30,7 @@ BATCH = 50  # pictures that are drawn at once
 
 def write_pretrained(job: Job, folder, trained=True) -> dict:
     """Write the pipelines that a job starts from; returns the flags that name them."""
-    write = getattr(pretrained, f"write_{job.family}")
-    written = write(folder, trained)
-    folders = written if isinstance(written, tuple) else (written,)
+    folders = WRITERS[job.family](folder, trained)
     return dict(zip(job.model_flags, map(str, folders), strict=True))
 
 
@@ -107,6 +105,7 @@ def sd3(folder) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline.from_pretrained(folder)
 
 
+WRITERS = {"kandinsky": pretrained.write_kandinsky, "sd3": pretrained.write_sd3, "sd": pretrained.write_sd}
 PIPELINES = {
     "kandinsky": combined,
     "sd3": sd3,

@@ -24,17 +24,25 @@ def build_sd(directory, channels=(16, 32), seed=0, prediction_type="epsilon") ->
     tokenizer = build_tokenizer(directory / "tokenizer")
     scheduler = build_scheduler()
     scheduler.register_to_config(prediction_type=prediction_type)
-    StableDiffusionPipeline(
-        vae=build_vae(),
-        text_encoder=CLIPTextModel(text_config(tokenizer, EMBEDDING, layers=2, heads=2)),
+    text_encoder = CLIPTextModel(text_config(tokenizer, EMBEDDING, layers=2, heads=2))
+    assemble_pipeline(build_vae(), text_encoder, tokenizer, build_unet(channels), scheduler).save_pretrained(
+        str(directory)
+    )
+    return directory
+
+
+def assemble_pipeline(vae, text_encoder, tokenizer, unet, scheduler) -> StableDiffusionPipeline:
+    """A pipeline of these parts, without a safety checker."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=build_unet(channels),
+        unet=unet,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(str(directory))
-    return directory
+    )
 
 
 def build_unet(channels=(16, 32), sample_size=16, embedding=EMBEDDING) -> UNet2DConditionModel:

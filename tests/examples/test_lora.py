@@ -151,8 +151,7 @@ def test_save_format_diffusers_writes_torch_layout_which_both_libraries_load(tra
     assert same(ours, {key: array.T for key, array in theirs.items()})
     pipe = combined()
     pipe.unet.load_attn_procs(str(folder), from_diffusers=True)
-    loaded = {f"unet.{key}": p.numpy() for key, p in lora_parameters(pipe.unet).items()}
-    assert same(loaded, ours)
+    assert same({f"unet.{key}": p.numpy() for key, p in lora_parameters(pipe.unet).items()}, ours)
 
 
 def test_mistakes_get_one_line_and_status_two(train, capsys):

@@ -10,35 +10,32 @@ from ppdiffusers_train.models.lora_libraries import FILES
 from ppdiffusers_train.reporting.images import captioned_grid
 from ppdiffusers_train.toy.demo import run_demo
 from ppdiffusers_train.toy.jobs import JOBS, SD_DRAWING, Job
-from ppdiffusers_train.toy.judge import NAMES, accuracy, confusion_table, judge
+from ppdiffusers_train.toy.judge import NAMES, accuracy, confusion_table, look_shares
 from ppdiffusers_train.toy.running import draw, load_pipeline, train, write_pretrained
-from ppdiffusers_train.toy.shapes import HELD_OUT, LOOKS, WORDINGS, caption
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
+from tests.conftest import held_out_prompts
 
-ALL_WORDINGS = [wording for wordings in WORDINGS.values() for wording in wordings]
-PROMPTS = [caption(content, ALL_WORDINGS[number % len(ALL_WORDINGS)]) for number in range(10) for content in HELD_OUT]
+PROMPTS = held_out_prompts(200)
 FAMILIES = {"kandinsky": "prior", "sd": "lcm", "sd3": "sd3"}  # a job that starts from it
 
 
 def measure(pipeline, drawing: dict, prompts=PROMPTS) -> dict:
     """Shares of pictures with the shape, colour and background asked for, with all three, and in each look."""
     images = draw(pipeline, prompts, **drawing)
-    looks = [judge(image).look for image in images]
-    return {**accuracy(images, prompts), **{look: looks.count(look) / len(looks) for look in LOOKS}}
+    return {**accuracy(images, prompts), **look_shares(images)}
 
 
 def pretrained(family: str, folder: Path) -> dict:
     """How a shipped pipeline draws captions whose combination it has never seen."""
     job = JOBS[FAMILIES[family]]
     pipeline = load_pipeline(job, write_pretrained(job, folder / family))
-    images = draw(pipeline, PROMPTS, **(SD_DRAWING if job.distils else job.drawing))
+    images = draw(pipeline, PROMPTS, **job.pretrained_drawing)
     sheet = [images[start : start + 20] for start in range(0, 100, 20)]
     captioned_grid(sheet, [""] * len(sheet), scale=2).save(folder / f"pretrained-{family}.png")
-    looks = [judge(image).look for image in images]
     return {
         **accuracy(images, PROMPTS),
-        **{look: looks.count(look) / len(looks) for look in LOOKS},
+        **look_shares(images),
         "confusion": {field: confusion_table(images, PROMPTS, field) for field in NAMES},
     }
 

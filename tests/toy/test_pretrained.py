@@ -17,7 +17,7 @@ from ppdiffusers_train.draws import generator
 from ppdiffusers_train.models.text import tokenize
 from ppdiffusers_train.toy import movq, towers, train_clip, train_movq_shapes, train_pipelines, train_vae, vae
 from ppdiffusers_train.toy.clip import build_image_processor
-from ppdiffusers_train.toy.jobs import JOBS, KANDINSKY_DRAWING, SD_DRAWING
+from ppdiffusers_train.toy.jobs import JOBS
 from ppdiffusers_train.toy.judge import accuracy, judge
 from ppdiffusers_train.toy.running import draw as draw_with
 from ppdiffusers_train.toy.running import load_pipeline, write_pretrained
@@ -38,7 +38,7 @@ from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.shipped import FOLDER
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
 from ppdiffusers_train.toy.words import vocabulary
-from tests.conftest import ROOT, tensors
+from tests.conftest import ROOT, held_out_prompts, tensors
 
 SEED = 7  # of pictures that no recipe has seen
 
@@ -169,23 +169,12 @@ def test_the_recorded_statistics_are_those_of_the_worlds_embeddings():
     assert np.abs(normalised.mean(0)).max() < 0.3 and np.abs(normalised.std(0) - 1).max() < 0.3
 
 
-def held_out_prompts(count):
-    """Captions in all wordings of combinations that no training has had."""
-    wordings = [wording for several in WORDINGS.values() for wording in several]
-    return [
-        caption(HELD_OUT[number % len(HELD_OUT)], wordings[number // len(HELD_OUT) % len(wordings)])
-        for number in range(count)
-    ]
-
-
-DRAWING = {"prior": KANDINSKY_DRAWING, "lcm": SD_DRAWING, "sd3": SD_DRAWING}
-
-
 @pytest.mark.once
-@pytest.mark.parametrize("name", DRAWING)
+@pytest.mark.parametrize("name", ["prior", "lcm", "sd3"])
 def test_a_pretrained_pipeline_draws_what_it_has_never_seen_together(name, tmp_path):
     """A glance; `make gate` measures."""
-    job, prompts, drawing = JOBS[name], held_out_prompts(20), {**DRAWING[name], "num_inference_steps": 25}
+    job, prompts = JOBS[name], held_out_prompts(20)
+    drawing = {**job.pretrained_drawing, "num_inference_steps": 25}
     shares = []
     for trained in (True, False):
         pipeline = load_pipeline(job, write_pretrained(job, tmp_path / str(trained), trained))
