@@ -19,7 +19,9 @@ from ppdiffusers import (
 )
 
 from tests.conftest import ROOT, copy_photos
-from tests.distributed.test_ranks import environment, launch_command
+from tests.distributed.launching import environment, launch_command
+
+pytestmark = pytest.mark.once  # what it runs has tests of its own
 
 READMES = ("README.md", "README_zh.md")
 SMALL_PICTURE = {"height": 64, "width": 64, "num_inference_steps": 2}
@@ -120,7 +122,6 @@ def draw_small(monkeypatch):
         )
 
 
-@pytest.mark.once
 def test_a_reader_can_type_all_of_it_in_this_order(
     kandinsky_jobs, kandinsky, sdxl_jobs, sdxl, sd3_jobs, sd3, lcm_jobs, sd, tmp_path, monkeypatch, capsys
 ):

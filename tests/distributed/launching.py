@@ -1,0 +1,105 @@
+"""How tests start runs of two processes on this CPU, with Paddle's launcher."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tests.conftest import KANDINSKY, LCM, ROOT, tensors, weights
+
+WORKER = Path(__file__).with_name("worker.py")
+STEPS = 20
+# Some gradients are zero but for rounding, of which AdamW makes full steps; an epsilon above it keeps those still.
+COMMON = ["--learning_rate=1e-3", "--adam_epsilon=1e-4", f"--max_train_steps={STEPS}", "--checkpointing_steps=10"]
+ONE = ["--train_batch_size=2", "--gradient_accumulation_steps=2"]
+TWO = ["--train_batch_size=1", "--gradient_accumulation_steps=2"]
+
+
+def launch_command(*arguments, form=("--nproc_per_node", "2"), log_dir="log"):
+    return [sys.executable, "-m", "paddle.distributed.launch", *form, "--log_dir", str(log_dir), *map(str, arguments)]
+
+
+def environment(**more):
+    names = ("PADDLE_", "FLAGS_", "MKL_NUM")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+    return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **more}
+
+
+def script(name):
+    """The file of a job."""
+    if "lcm" in name:
+        return LCM / f"train_{name}_wds.py"
+    folder = next((family for family in ("sdxl", "sd3") if family in name), KANDINSKY.name)
+    return ROOT / "examples" / folder / f"train_text_to_image_{name}.py"
+
+
+def launch(folder, jobs, form=("--nproc_per_node", "2"), **more):
+    """Run [(name of a job, flags)] one after another on two ranks; returns what rank 0 and the launcher said."""
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = [[str(script(name)), list(map(str, flags))] for name, flags in jobs]
+    (folder / "jobs.json").write_text(json.dumps(spec))
+    done = subprocess.run(
+        launch_command(WORKER, folder / "jobs.json", form=form, log_dir=folder / "log"),
+        env=environment(**more), capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    everything = done.stdout + done.stderr + "".join(path.read_text() for path in folder.glob("log/workerlog.*"))
+    assert done.returncode == 0 and "ended with status" not in everything, everything
+    return done.stdout
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def ranks_of(launcher):
+    """Process numbers of a launcher's ranks, in order."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    ranks = {}
+    for child in map(int, children):
+        variables = Path(f"/proc/{child}/environ").read_bytes().decode(errors="replace").split("\0")
+        rank = next((v.split("=")[1] for v in variables if v.startswith("PADDLE_TRAINER_ID=")), None)
+        if rank is not None:
+            ranks[int(rank)] = child
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+@contextlib.contextmanager
+def endless_run(base_flags, tmp_path, *flags):
+    """A run of two processes that has begun to write checkpoints: (its launcher, its two ranks' numbers)."""
+    flags = [*base_flags, *TWO, f"--output_dir={tmp_path / 'out'}", "--max_train_steps=100000", *flags]
+    with open(tmp_path / "said", "w") as said:
+        command = launch_command(script("prior"), *flags, log_dir=tmp_path / "log")
+        launcher = subprocess.Popen(command, env=environment(), stdout=said, stderr=said)
+    ranks = []
+    try:
+        wait_for(lambda: (tmp_path / "out" / "checkpoint-10").is_dir())
+        ranks = ranks_of(launcher.pid)
+        yield launcher, ranks
+    finally:
+        launcher.kill()
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):  # the launcher has ended it
+                os.kill(rank, signal.SIGKILL)
+
+
+def learned(name, folder):
+    """What a job has written of its learning."""
+    if "lora" in name:
+        return tensors(folder / "paddle_lora_weights.safetensors")
+    return weights(folder, {"prior": "prior", "sd3": "transformer"}.get(name, "unet"))
+
+
+def assert_close(one, other, tolerance=1e-6):
+    """That two dictionaries of arrays hold the same numbers."""
+    assert one.keys() == other.keys()
+    worst = max(np.abs(one[name] - other[name]).max() for name in one)
+    assert worst < tolerance, worst

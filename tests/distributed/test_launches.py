@@ -1,0 +1,109 @@
+"""Starting two processes with Paddle's launcher, and what they do when one of them is stopped, hangs or fails."""
+
+import ppdiffusers_train  # noqa: F401
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import same
+from tests.distributed.launching import (
+    ONE,
+    TWO,
+    assert_close,
+    endless_run,
+    environment,
+    launch,
+    launch_command,
+    learned,
+    script,
+)
+
+
+def test_the_guides_form_of_the_command_and_a_bad_sample_and_the_cache(base_flags, tmp_path, photos, kandinsky_jobs):
+    """`--gpus 0,1`, with the environment that makes CPUs stand in for cards. The bad sample is skipped on both ranks
+    alike, and the two fill one cache."""
+    data = shutil.copytree(photos, tmp_path / "data")
+    sorted(data.glob("*.jpg"))[2].write_bytes(b"no picture")
+    flags = [*base_flags, f"--train_data_dir={data}", "--max_train_steps=6", "--max_bad_samples=1"]
+    cache = f"--encoded_cache_dir={tmp_path / 'cache'}"
+    said = launch(
+        tmp_path,
+        [
+            ("prior", [*flags, *TWO, f"--output_dir={tmp_path / 'two'}"]),
+            ("prior", [*flags, *TWO, f"--output_dir={tmp_path / 'cached'}", cache]),
+        ],
+        form=("--gpus", "0,1"), CUDA_VISIBLE_DEVICES="0,1", PADDLE_DISTRI_BACKEND="gloo",
+    )  # fmt: skip
+    kandinsky_jobs["prior"].main([*flags, *ONE, f"--output_dir={tmp_path / 'one'}"])
+    assert said.count("skipped, 1 of at most 1 bad samples: ") == 2
+    assert_close(learned("prior", tmp_path / "one"), learned("prior", tmp_path / "two"))
+    assert same(learned("prior", tmp_path / "two"), learned("prior", tmp_path / "cached"))
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 6
+
+
+@pytest.mark.once
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(base_flags, tmp_path):
+    with endless_run(base_flags, tmp_path) as (launcher, ranks):
+        os.kill(ranks[1], signal.SIGTERM)
+        launcher.wait(60)
+    newest = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    said = [(tmp_path / "log" / f"workerlog.{rank}").read_text() for rank in (0, 1)]
+    assert f"SIGTERM: wrote {newest}" in said[0], "".join(said)
+    assert json.loads((newest / "state.json").read_text())["step"] == int(newest.name.split("-")[1])
+    assert launcher.returncode != 0
+
+
+@pytest.mark.once
+def test_a_rank_that_hangs_is_told_by_the_one_that_waits(base_flags, tmp_path):
+    with endless_run(base_flags, tmp_path, "--collective_timeout=3") as (launcher, ranks):
+        os.kill(ranks[1], signal.SIGSTOP)
+        start = time.monotonic()
+        launcher.wait(60)
+        assert time.monotonic() - start < 40
+    said = (tmp_path / "log" / "workerlog.0").read_text()
+    assert "rank 0 of 2, step " in said and ": waited 3 s for " in said and "another rank hangs or has ended" in said
+
+
+@pytest.mark.once
+def test_the_rank_that_fails_ends_the_others_and_has_the_last_word(base_flags, tmp_path):
+    flags = [*base_flags, *TWO, f"--output_dir={tmp_path / 'out'}", "--max_train_steps=100000"]
+    start = time.monotonic()
+    done = subprocess.run(
+        launch_command(Path(__file__).with_name("fails_on_rank_one.py"), *flags, log_dir=tmp_path / "log"),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode != 0 and time.monotonic() - start < 60
+    assert done.stdout.splitlines()[-1] == "rank 1: OSError: the card has fallen off the bus"
+    said = [(tmp_path / "log" / f"workerlog.{rank}").read_text() for rank in (0, 1)]
+    assert "Traceback" in said[1] and said[1].endswith("OSError: the card has fallen off the bus\n")
+    ended = "rank 0 of 2, step 3: another rank has ended while this one waited for "
+    assert "Traceback" not in said[0] and (ended in said[0] or "error" not in said[0]), said[0]
+
+
+@pytest.mark.once
+def test_a_mistake_is_said_once_and_last(base_flags, tmp_path):
+    flags = [*base_flags, f"--output_dir={tmp_path / 'out'}", "--train_data_dir=nowhere"]
+    done = subprocess.run(
+        launch_command(script("prior"), *flags, log_dir=tmp_path / "log"),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith("train_text_to_image_prior.py: error: --train_data_dir: ") and "nowhere" in lines[-1]
+    assert "Exit code" in lines[-2] and done.returncode != 0
+
+
+@pytest.mark.once
+def test_processes_started_for_cards_that_are_not_there_are_told_how_to_start(base_flags, tmp_path):
+    done = subprocess.run(
+        [sys.executable, script("prior"), *base_flags, f"--output_dir={tmp_path / 'out'}"],
+        env=environment(PADDLE_TRAINERS_NUM="2", PADDLE_TRAINER_ID="0"), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2 and "2 processes were started for cards" in done.stderr.splitlines()[-1]
