@@ -23,7 +23,7 @@ help:
 	@echo "make toys           train the tiny models that the package ships, again (two hours)"
 	@echo "make test           the tests (PYTEST_FLAGS='tests/data -x' for some of them)"
 	@echo "make lint           ruff's checks and formatting"
-	@echo "make test-paddle26  the tests on Paddle 2.6"
+	@echo "make test-paddle26  those tests on Paddle 2.6 whose outcome may depend on Paddle"
 	@echo "make parity         the comparisons with the PyTorch reference"
 	@echo "make torture        kill runs 200 times and resume them"
 	@echo "make venvs          the three environments of the above, without running anything"

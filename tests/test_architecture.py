@@ -7,6 +7,8 @@ import pytest
 
 from tests.conftest import ROOT, load_script
 
+pytestmark = pytest.mark.once  # no Paddle in it
+
 PACKAGE = ROOT / "ppdiffusers_train"
 LIBRARY = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = [path for path in sorted((ROOT / "examples").glob("*/train_*.py"))]

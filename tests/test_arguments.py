@@ -8,6 +8,8 @@ from ppdiffusers_train.arguments import (
     add_validation_arguments,
 )
 
+pytestmark = pytest.mark.once  # no Paddle in it
+
 
 @pytest.fixture
 def parser():

@@ -53,6 +53,7 @@ def jobs(kandinsky_jobs, sdxl_jobs, lcm_jobs, kandinsky, sdxl, sd, photos, tmp_p
     }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", [*KANDINSKY_JOBS, *SDXL_JOBS, *LCM_JOBS])
 def test_every_script_says_what_it_would_do_without_any_weights(jobs, name, tmp_path, capsys):
     job, flags, bare = jobs[name]
@@ -122,6 +123,7 @@ def test_the_estimate_is_within_fifteen_percent_of_what_a_run_takes(
     assert estimate == pytest.approx(max(peaks.peaks), rel=0.15)
 
 
+@pytest.mark.once
 def test_polynomials_are_carried_on_exactly():
     pixels = np.float64([8, 16, 24, 100]) ** 2
     one, other = 7 + 3 * pixels + 0.5 * pixels**2, 5000 + pixels
@@ -129,6 +131,7 @@ def test_polynomials_are_carried_on_exactly():
     assert extrapolate([8], [[3, 9, 4]], 8).tolist() == [3, 9, 4]
 
 
+@pytest.mark.once
 def test_the_highest_of_all_stretches_counts_with_what_rises_above_its_ends():
     def peaks(pixels):
         """Two stretches: one ends with 10 bytes a pixel and needs no more, one needs 4 more on the way to none."""

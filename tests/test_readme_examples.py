@@ -10,6 +10,8 @@ import pytest
 from tests.conftest import ROOT, copy_photos, load_script
 from tests.test_readme import SD, code_blocks, commands, draw_small, read
 
+pytestmark = pytest.mark.once  # what it runs has tests of its own
+
 READMES = ("examples/README.md", "examples/README_zh.md")
 FOLDER = ROOT / "examples" / "your_own_job"
 

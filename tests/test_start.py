@@ -9,6 +9,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.once  # what is imported is the same
+
 OWN = "ppdiffusers_train"
 COMMANDS = next(action for action in cli.build_parser()._actions if action.choices).choices
 ANSWER = """

@@ -7,6 +7,8 @@ import pytest
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.tensor_files import first_dtype, read_tensors, write_tensors
 
+pytestmark = pytest.mark.once  # no Paddle in it
+
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", ml_dtypes.bfloat16, "int64", "int32"])
 def test_arrays_keep_type_shape_and_bits(tmp_path, dtype):

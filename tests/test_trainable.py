@@ -37,6 +37,7 @@ def test_beside_lora_the_layers_of_all_models_that_learn_stay_trainable(build_sd
     assert lora < learning(module) and {name.split(".")[1] for name in full} == {"conv_out", "text_projection"}
 
 
+@pytest.mark.once
 def test_a_pattern_that_fits_nothing_is_refused_with_what_there_is(build):
     for pattern in ("conv_inn", "conv_in,", "movq.encoder"):
         with pytest.raises(UserError, match="fits nothing that can learn; there are unet.conv_in, unet.time_proj"):

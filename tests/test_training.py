@@ -75,6 +75,7 @@ def data(photos, tmp_path):
     return folder
 
 
+@pytest.mark.once
 def test_bad_samples_are_named_once_counted_and_skipped_alike_with_any_number_of_workers(train, data, capsys):
     flags = [f"--train_data_dir={data}", "--max_train_steps=8", "--max_bad_samples=2", "--checkpointing_steps=8"]
     runs = [train("prior", *flags, f"--dataloader_num_workers={count}", out=str(count)) for count in (0, 3)]
@@ -105,6 +106,7 @@ def test_gradients_are_those_of_the_mean_too(train, data):
     assert all(np.allclose(moments[0][n], moments[1][n], atol=1e-5) for n in moments[0] if "moment1" in n)
 
 
+@pytest.mark.once
 def test_one_bad_sample_too_many_ends_the_run_with_its_name(train, data, capsys):
     with pytest.raises(SystemExit) as stopped:
         train("prior", f"--train_data_dir={data}", "--max_train_steps=8", "--max_bad_samples=1")
@@ -113,6 +115,7 @@ def test_one_bad_sample_too_many_ends_the_run_with_its_name(train, data, capsys)
     assert ".jpg (row" in message and "(2 bad samples, --max_bad_samples is 1)" in message
 
 
+@pytest.mark.once
 def test_bad_samples_are_found_while_encoding_too(train, data, tmp_path, capsys):
     flags = [f"--train_data_dir={data}", "--max_train_steps=8", "--max_bad_samples=2"]
     online = train("prior", *flags, out="online")
@@ -138,6 +141,7 @@ def no_file_above(size):
 BETWEEN = 800_000
 
 
+@pytest.mark.once
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_no_other(train, capsys):
     train("prior", "--max_train_steps=1", "--checkpointing_steps=1")
     flags = ["--max_train_steps=3", "--checkpointing_steps=1", "--resume_from_checkpoint=latest", "--report_to=none"]
@@ -150,6 +154,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_no_other(tra
     assert same(weights(out, "prior"), weights(train("prior", "--max_train_steps=3", out="whole"), "prior"))
 
 
+@pytest.mark.once
 def test_on_save_error_continue_goes_on_to_the_result(train, capsys):
     with no_file_above(BETWEEN):
         out = train("prior", "--checkpointing_steps=1", "--on_save_error=continue", "--report_to=none")
@@ -158,6 +163,7 @@ def test_on_save_error_continue_goes_on_to_the_result(train, capsys):
     assert weights(out, "prior")
 
 
+@pytest.mark.once
 def test_a_result_that_cannot_be_written_is_told_and_the_checkpoint_is_there_to_go_on_from(train, capsys, tmp_path):
     flags = ["--max_train_steps=1", "--checkpointing_steps=1", "--report_to=none"]
     with no_file_above(400_000), pytest.raises(SystemExit) as stopped:
@@ -166,6 +172,7 @@ def test_a_result_that_cannot_be_written_is_told_and_the_checkpoint_is_there_to_
     assert stopped.value.code == 1 and "the result cannot be written to" in message
 
 
+@pytest.mark.once
 def test_an_output_folder_that_vanishes_is_made_again(train, kandinsky_jobs, monkeypatch, tmp_path):
     job = kandinsky_jobs["prior"]
     monkeypatch.setattr(
@@ -175,6 +182,7 @@ def test_an_output_folder_that_vanishes_is_made_again(train, kandinsky_jobs, mon
     assert weights(out, "prior")
 
 
+@pytest.mark.once
 def test_the_command_is_kept_and_no_token(train, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py", "--hub_token", "hf_secret", "--seed", "0"])
     out = train("prior", "--hub_token=hf_secret", "--max_train_steps=1", "--checkpointing_steps=1")

@@ -361,6 +361,7 @@ def leave_guidance_out(module):
     module.with_guidance = lambda unet, noisy, timesteps, told, _: unet(noisy, timesteps, **told).sample
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "name, spoil, argument",
     [

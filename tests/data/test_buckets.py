@@ -1,9 +1,12 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ppdiffusers_train.data.buckets import bucket_sizes, describe_buckets, nearest_bucket
 from ppdiffusers_train.data.order import SampleOrder, grouped, micro_batches
+
+pytestmark = pytest.mark.once  # no Paddle in it
 
 resolutions = st.integers(1, 24).map(lambda count: 64 * count)
 

@@ -41,6 +41,7 @@ def test_a_cached_run_ends_in_the_same_bits_as_one_that_encodes_online(train_dec
     assert len(entries) == 7
 
 
+@pytest.mark.once
 def test_a_second_run_encodes_nothing(cached, capsys):
     entries = cached()[1]
     capsys.readouterr()
@@ -48,6 +49,7 @@ def test_a_second_run_encodes_nothing(cached, capsys):
     assert "0 of 7 samples are still to be encoded" in capsys.readouterr().out
 
 
+@pytest.mark.once
 def test_a_new_image_costs_one_encoding_and_a_changed_one_too(cached, tmp_path):
     data = copy_photos(tmp_path / "three", 3)
     before = cached(f"--train_data_dir={data}")[1]
@@ -63,6 +65,7 @@ def test_a_new_image_costs_one_encoding_and_a_changed_one_too(cached, tmp_path):
     assert len(changed) == 5 and after.items() <= changed.items()
 
 
+@pytest.mark.once
 def test_another_resolution_or_encoder_never_meets_an_old_entry(cached, kandinsky, tmp_path):
     before = cached()[1]
     resized = cached("--resolution=32", out="small")[1]
@@ -83,6 +86,7 @@ def edit_weights(file):
     save_file(arrays, file, metadata={"format": "pd"})
 
 
+@pytest.mark.once
 def test_an_interrupted_cache_goes_on(cached, tmp_path):
     entries = cached()[1]
     lost = sorted(entries)[:3]
@@ -95,6 +99,7 @@ def test_an_interrupted_cache_goes_on(cached, tmp_path):
     assert same(weights(tmp_path / "cached"), weights(tmp_path / "again"))
 
 
+@pytest.mark.once
 def test_a_damaged_entry_is_named(cached, capsys):
     for file in cached()[1]:
         file.write_bytes(b"?")
@@ -103,6 +108,7 @@ def test_a_damaged_entry_is_named(cached, capsys):
     assert stopped.value.code == 2 and "delete it, and it is encoded again" in capsys.readouterr().err
 
 
+@pytest.mark.once
 def test_two_processes_fill_one_cache_together(decoder_flags, tmp_path, train_decoder):
     online = train_decoder()
 
@@ -117,6 +123,7 @@ def test_two_processes_fill_one_cache_together(decoder_flags, tmp_path, train_de
     assert same(weights(tmp_path / "a"), weights(online)) and same(weights(tmp_path / "b"), weights(online))
 
 
+@pytest.mark.once
 def test_ranks_share_out_the_entries_alike_while_others_are_written(tmp_path):
     class Pictures:
         name, captions, image_digest = str, staticmethod(lambda row: ["a"]), staticmethod(lambda row: bytes([row]))
@@ -138,6 +145,7 @@ def test_validation_loads_the_freed_encoders_and_draws_the_same(train_decoder, c
     assert pictures[0] == pictures[1] and same(weights(online), weights(output_dir))
 
 
+@pytest.mark.once
 def test_variants_of_a_job_that_crops_nothing_are_announced_and_not_kept(cached, capsys):
     assert len(cached("--cache_variants=3")[1]) == 7
     assert "--cache_variants 3: no effect" in capsys.readouterr().out
@@ -160,6 +168,7 @@ class Cropping(DiffusionTrainingModule):
         return {"crop": self.encoder(batch["crop"]), "length": batch["length"]}
 
 
+@pytest.mark.once
 def test_variants_differ_and_belong_to_the_content(tmp_path):
     draws = [Entry(tmp_path, b"image", 0, "caption", variant).draws().uniform("crop_left") for variant in range(4)]
     assert len(set(draws)) == 4

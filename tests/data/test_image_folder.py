@@ -15,6 +15,8 @@ from ppdiffusers_train.data.rows import reading
 from ppdiffusers_train.errors import BadSampleError, UserError
 from tests.conftest import PHOTOS, copy_photos
 
+pytestmark = pytest.mark.once  # no Paddle in it
+
 
 def dataset_of(*flags, seed=None):
     parser = argparse.ArgumentParser()

@@ -10,6 +10,8 @@ from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches
 from ppdiffusers_train.data.order import SampleOrder
 from ppdiffusers_train.errors import BadSampleError
 
+pytestmark = pytest.mark.once  # no Paddle in it
+
 
 class Rows:
     """Six rows whose images are as wide as their number; row 4 may be broken."""

@@ -1,9 +1,12 @@
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ppdiffusers_train.data.order import SampleOrder, micro_batches
+
+pytestmark = pytest.mark.once  # no Paddle in it
 
 sizes = st.integers(1, 40)
 

@@ -1,7 +1,10 @@
 import numpy as np
+import pytest
 from PIL import Image
 
 from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels
+
+pytestmark = pytest.mark.once  # no Paddle in it
 
 
 def test_the_centred_square_is_kept():

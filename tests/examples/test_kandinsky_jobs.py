@@ -68,6 +68,7 @@ def test_a_dropped_caption_is_what_guidance_knows_as_none(build, photos, kandins
         )
 
 
+@pytest.mark.once
 def test_full_job_and_lora_share_one_cache(train, tmp_path):
     for name in ("prior", "prior_lora"):
         train(name, f"--encoded_cache_dir={tmp_path / 'cache'}", out=name)
@@ -93,6 +94,7 @@ def test_gradient_checkpointing_keeps_less_from_the_forward_for_the_backward(bui
     assert less < 0.8 * plain
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["prior", "prior_lora", "decoder_lora"])
 def test_the_guides_command_runs(kandinsky_jobs, name):
     """Every flag of the guide is one of ours."""
@@ -105,6 +107,7 @@ def test_the_guides_command_runs(kandinsky_jobs, name):
     assert (args.max_train_steps, args.adam_weight_decay, args.train_batch_size) == (15000, 0.0, 1)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "name, flag",
     [("prior", "decoder"), ("decoder_lora", "prior")],
@@ -118,6 +121,7 @@ def test_a_folder_of_the_other_pipeline_is_refused(train, kandinsky, capsys, nam
     assert stopped.value.code == 2 and f"--pretrained_{flag}_model_name_or_path: {str(other)!r} has no part" in last
 
 
+@pytest.mark.once
 def test_lora_and_full_checkpoints_are_not_mixed_up(train, capsys):
     checkpoint = train("prior", "--checkpointing_steps=2", out="full") / "checkpoint-2"
     with pytest.raises(SystemExit) as stopped:
@@ -127,6 +131,7 @@ def test_lora_and_full_checkpoints_are_not_mixed_up(train, capsys):
     assert "its job is KandinskyPriorTrainingModule, here it is KandinskyPriorLoRATrainingModule" in said
 
 
+@pytest.mark.once
 def test_a_seed_that_was_drawn_is_the_one_that_a_resumed_run_has(train, decoder_flags):
     decoder_flags.remove("--seed=0")
     out = train("decoder_lora", "--max_train_steps=1", "--checkpointing_steps=1")

@@ -66,6 +66,7 @@ def learned(name, folder):
     return tensors(folder / LORA_FILES[0]) if "lora" in name else weights(folder)
 
 
+@pytest.mark.once
 def test_the_guides_command_runs(lcm_jobs):
     words = """--pretrained_teacher_model=runwayml/stable-diffusion-v1-5 --output_dir=x --mixed_precision=fp16
         --resolution=512 --learning_rate=1e-6 --loss_type=huber --ema_decay=0.95 --adam_weight_decay=0.0
@@ -90,6 +91,7 @@ def test_the_student_starts_as_its_teacher_where_guidance_has_no_effect(build, n
         assert np.allclose(student.numpy(), module.teacher_predicts(noisy, times, condition).numpy(), atol=1e-6)
 
 
+@pytest.mark.once
 def test_a_teacher_whose_file_says_nothing_of_guidance_gets_a_student_that_is_told_it(build, sd, tmp_path):
     """As the published configurations, which are older than the setting."""
     folder = shutil.copytree(sd, tmp_path / "old")
@@ -182,6 +184,7 @@ def test_every_flag_of_the_distillation_changes_the_loss(train):
     assert huber[0] != huber[1]
 
 
+@pytest.mark.once
 def test_samples_may_be_encoded_together(build, monkeypatch):
     one, three = build("sd"), build("sd", "--vae_encode_batch_size=3")
     rows = build_dataset(one.args)
@@ -192,6 +195,7 @@ def test_samples_may_be_encoded_together(build, monkeypatch):
     assert all(np.allclose(alone[name].numpy(), together[name].numpy(), atol=1e-5) for name in alone)
 
 
+@pytest.mark.once
 def test_another_vae_encodes_the_images(build, tmp_path):
     vae = build_sd(tmp_path, seed=1) / "vae"
     own, other = build("sd"), build("sd", f"--pretrained_vae_model_name_or_path={vae}")
@@ -217,6 +221,7 @@ def test_what_is_frozen_takes_the_low_type_but_target_and_teacher(build, monkeyp
     assert {names[id(model)] for model, _ in lowered} == low and {dtype for _, dtype in lowered} == {"float16"}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("flags, told", [([], (90, 120)), (["--use_fix_crop_and_size"], (64, 64))])
 def test_sizes_are_told_as_height_and_width(build, flags, told):
     from PIL import Image
@@ -272,6 +277,7 @@ def test_a_lora_result_draws_in_four_steps_and_its_files_hold_alpha(train, sd, s
     assert image.size == (64, 64)
 
 
+@pytest.mark.once
 def test_the_teacher_is_switched_back_on_after_an_error(build):
     module = build("lora_sd")
     with pytest.raises(RuntimeError), lora_switched_off(module.unet):
@@ -281,6 +287,7 @@ def test_the_teacher_is_switched_back_on_after_an_error(build):
                and type(layer).__name__.startswith("LoRACompatible") and layer.lora_layer)  # fmt: skip
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "flag, message",
     [

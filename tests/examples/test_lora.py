@@ -102,6 +102,7 @@ def test_training_starts_at_the_base_model(train, name):
     assert scalars(train(name, "--max_train_steps=1")) == full
 
 
+@pytest.mark.once
 @BOTH
 def test_the_base_model_stays_untouched(train, kandinsky, name):
     folder = {"decoder_lora": kandinsky[1], "prior_lora": kandinsky[0]}[name]
@@ -109,12 +110,14 @@ def test_the_base_model_stays_untouched(train, kandinsky, name):
     assert (train(name) / LORA_FILE).is_file() and same(before, weights(folder, NETS[name]))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("flag", ["--lora_rank", "--rank"])
 def test_the_rank_is_the_inner_size(train, flag):
     arrays = tensors(train("prior_lora", f"{flag}=3", "--max_train_steps=1") / LORA_FILE)
     assert {array.shape[1] for key, array in arrays.items() if ".down." in key} == {3}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("flag", ["--lora_alpha=1", "--lora_dropout=0.5", "--seed=1"])
 def test_each_flag_changes_training(train, flag):
     runs = [scalars(train("prior_lora", *flags, "--max_train_steps=3", out=str(len(flags)))) for flags in ([], [flag])]
@@ -129,6 +132,7 @@ def test_dropout_is_off_where_nothing_is_trained(build):
     assert np.array_equal(answer(module.prior, "prior_lora"), answer(module.prior, "prior_lora"))
 
 
+@pytest.mark.once
 def test_target_modules_choose_the_layers(build, train):
     module = build("decoder_lora", "--lora_target_modules=to_q,add_v_proj,conv1")
     names = {layer.split(".")[-1] for layer in lora_layers(module.unet)}
@@ -154,6 +158,7 @@ def test_save_format_diffusers_writes_torch_layout_which_both_libraries_load(tra
     assert same({f"unet.{key}": p.numpy() for key, p in lora_parameters(pipe.unet).items()}, ours)
 
 
+@pytest.mark.once
 def test_mistakes_get_one_line_and_status_two(train, capsys):
     checkpoint = train("prior_lora", "--checkpointing_steps=2", out="rank4") / "checkpoint-2"
     cases = {

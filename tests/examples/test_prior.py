@@ -96,6 +96,7 @@ def captioned(folder, captions):
     return data
 
 
+@pytest.mark.once
 def test_of_several_captions_each_sample_draws_one(train, tmp_path):
     data = captioned(tmp_path / "data", [["a", "a long caption"], ["b", "something else"]])
     runs = {
@@ -108,12 +109,14 @@ def test_of_several_captions_each_sample_draws_one(train, tmp_path):
     assert scalars(train("prior", f"--train_data_dir={single}", "--max_train_steps=6", out="s")) != runs["online"]
 
 
+@pytest.mark.once
 def test_long_captions_are_counted(train, tmp_path, capsys):
     data = captioned(tmp_path / "data", ["word " * 30, "short", "x" * 76, "y" * 75])
     train("prior", f"--train_data_dir={data}")
     assert "2 captions are longer than 77 tokens and are cut, for example of " in capsys.readouterr().out
 
 
+@pytest.mark.once
 def test_mistakes_get_one_line_and_status_two(train, kandinsky, tmp_path, capsys):
     zero = shutil.copytree(kandinsky[0], tmp_path / "zero")
     file = zero / "prior" / "diffusion_paddle_model.safetensors"

@@ -87,6 +87,7 @@ def test_without_t5_the_result_is_a_pipeline_without_it(train_sd3, sd3, tmp_path
     assert not embeds[77:].any() and embeds[:77].any(), "zeros stand where T5's states would"
 
 
+@pytest.mark.once
 def test_every_flag_of_the_guide_is_one_of_ours(sd3_jobs):
     words = ["--pretrained_model_name_or_path=x", "--weighting_scheme=logit_normal", "--max_timestep_boundary=0.5"]
     args = sd3_jobs["lora_sd3"].build_parser().parse_args(words)
@@ -160,6 +161,7 @@ def test_the_loss_is_the_weighted_error_of_the_velocity(build_sd3_module):
     assert loss == pytest.approx(expected, rel=1e-5) and loss != pytest.approx(float(errors.mean()), rel=1e-2)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("scheme", ["uniform", "mode", "bell"])
 def test_each_scheme_and_the_boundaries_change_what_is_trained(train_sd3, scheme):
     one = scalars(train_sd3("sd3", "--max_train_steps=1", out="one"))
@@ -195,6 +197,7 @@ def read_names(module):
     return {name.rsplit(".lora.", 1)[0] for name in lora_parameters(module.transformer)}
 
 
+@pytest.mark.once
 def test_modules_learn_in_full_alone(train_sd3, sd3, capsys):
     out = train_sd3("sd3", "--trainable_modules=proj_out,transformer_blocks.*.norm1")
     said = capsys.readouterr().out
@@ -226,6 +229,7 @@ def test_modules_learn_in_full_beside_lora_and_are_loaded_and_resumed(train_sd3,
     )
 
 
+@pytest.mark.once
 def test_parts_that_no_model_has_and_those_that_only_encode_are_refused(train_sd3, capsys):
     for pattern in ("to_x", "vae.decoder"):
         message = refused(capsys, lambda pattern=pattern: train_sd3("sd3", f"--trainable_modules={pattern}"))
@@ -259,6 +263,7 @@ def test_seven_steps_equal_three_and_four_more_bit_for_bit(train_sd3, name):
     assert same(learned(name, whole), learned(name, parts))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", JOBS)
 def test_validation_changes_no_number(train_sd3, name):
     plain = train_sd3(name, out="plain")
@@ -293,17 +298,20 @@ def test_the_shim_for_attention_can_go_when_ppdiffusers_defines_it_everywhere():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+@pytest.mark.once
 def test_a_flag_that_changes_nothing_says_so(build_sd3_module, capsys):
     build_sd3_module("sd3", "--enable_xformers_memory_efficient_attention")
     assert "--enable_xformers_memory_efficient_attention: no effect, joint attention" in capsys.readouterr().out
 
 
+@pytest.mark.once
 def test_no_program_reads_a_transformers_lora_in_the_layout_of_kohya(train_sd3, tmp_path):
     updates = read_lora(train_sd3("lora_sd3", "--max_train_steps=1") / LORA_FILE)
     with pytest.raises(UserError, match="the kohya layout is for UNets and their text encoders"):
         write_lora(tmp_path / "lora.safetensors", updates, "kohya")
 
 
+@pytest.mark.once
 def test_a_dry_run_counts_all_six_models(train_sd3, capsys):
     train_sd3("lora_sd3", "--dry_run", "--trainable_modules=proj_out")
     said = capsys.readouterr().out
@@ -358,6 +366,7 @@ else:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.once
 def test_a_file_of_lora_layers_is_read_back_from_both_libraries_layouts(train_sd3, tmp_path):
     out = train_sd3("lora_sd3", "--learning_rate=1e-2", "--lora_alpha=6")
     updates = read_lora(out / LORA_FILE)
@@ -379,6 +388,7 @@ def refused(capsys, run):
     return capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "flag, message",
     [
@@ -397,6 +407,7 @@ def test_a_mistake_is_one_line(train_sd3, capsys, flag, message):
     assert message in refused(capsys, lambda: train_sd3("sd3", *flag.split()))
 
 
+@pytest.mark.once
 def test_a_prompt_at_which_the_pipeline_would_fail_is_refused(train_sd3, sd3, capsys):
     with pytest.raises(ValueError):
         load_pipeline(sd3)("a " * 77, height=64, width=64, num_inference_steps=1)
@@ -404,6 +415,7 @@ def test_a_prompt_at_which_the_pipeline_would_fail_is_refused(train_sd3, sd3, ca
     assert "…" in message and "tokens; expected below 77" in message
 
 
+@pytest.mark.once
 def test_a_pipeline_without_t5_is_told_apart(train_sd3, sd3, capsys, tmp_path):
     base = shutil.copytree(sd3, tmp_path / "base")
     shutil.rmtree(base / "text_encoder_3")
@@ -411,6 +423,7 @@ def test_a_pipeline_without_t5_is_told_apart(train_sd3, sd3, capsys, tmp_path):
     assert "has no part 'text_encoder_3'; it has scheduler, text_encoder" in message
 
 
+@pytest.mark.once
 def test_buckets_and_small_images(train_sd3, capsys, tmp_path):
     data = copy_photos(tmp_path / "data", 5)
     Image.new("RGB", (50, 40)).save(sorted(data.glob("*.jpg"))[1])

@@ -73,6 +73,7 @@ def test_a_new_prediction_type_is_trained_and_written_for_inference(train_sdxl):
     assert len(set(losses.values())) == 3
 
 
+@pytest.mark.once
 def test_the_guides_command_runs(sdxl_jobs):
     """Every flag of the guide is one of ours."""
     words = """--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0
@@ -98,6 +99,7 @@ def ruler(width, height):
     return Image.fromarray(np.uint8(np.stack([x, y, 0 * x], axis=-1)))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("flags", [[], ["--random_flip"], ["--center_crop"], ["--center_crop", "--random_flip"]])
 def test_time_ids_tell_the_files_size_and_the_crop_that_was_taken(build_sdxl_module, flags):
     module, seen = build_sdxl_module("sdxl", *flags), set()
@@ -115,6 +117,7 @@ def test_time_ids_tell_the_files_size_and_the_crop_that_was_taken(build_sdxl_mod
     assert len(seen) == (2 if "--random_flip" in flags else 1) * 2 if "--center_crop" in flags else len(seen) > 15
 
 
+@pytest.mark.once
 def test_the_cached_latents_are_those_of_the_crop_that_their_time_ids_name(
     train_sdxl, build_sdxl_module, photos, tmp_path
 ):
@@ -148,6 +151,7 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(build_sdxl_module, sdx
     assert ids.tolist() == [[3, 4, 5, 6, 64, 64]], "the order is the pipeline's"
 
 
+@pytest.mark.once
 def test_captions_are_dropped_as_often_as_asked_and_become_the_empty_prompt(build_sdxl_module):
     module = build_sdxl_module("sdxl", "--proportion_empty_prompts=0.3", "--center_crop")
     row = {"image": ruler(64, 64), "caption": "a cat", "name": "x"}
@@ -195,6 +199,7 @@ def test_without_anything_random_cached_and_online_runs_are_the_same_to_the_bit(
         assert scalars(cached) == scalars(online) and same(learned(name, cached), learned(name, online))
 
 
+@pytest.mark.once
 def test_variants_keep_crops_and_flips_apart(train_sdxl, capsys):
     flags = ["--random_flip", "--proportion_empty_prompts=0.5", "--max_train_steps=1"]
     out = train_sdxl("sdxl", *flags, "--cache_variants=3")
@@ -204,6 +209,7 @@ def test_variants_keep_crops_and_flips_apart(train_sdxl, capsys):
     assert "--cache_variants 1: each sample keeps one crop" in capsys.readouterr().out
 
 
+@pytest.mark.once
 def test_another_vae_never_meets_the_old_ones_latents(train_sdxl, sdxl, tmp_path):
     vae = shutil.copytree(sdxl / "vae", tmp_path / "vae")
     arrays = load_file(vae / "diffusion_paddle_model.safetensors")
@@ -234,6 +240,7 @@ def test_seven_steps_equal_three_and_four_more_bit_for_bit(train_sdxl, flags):
     assert same(learned(name, whole), learned(name, parts))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", JOBS)
 def test_validation_changes_no_number(train_sdxl, name):
     plain = train_sdxl(name, out="plain")
@@ -252,6 +259,7 @@ def test_gradient_checkpointing_keeps_less_from_the_forward_for_the_backward(bui
     assert all(np.allclose(one, other, rtol=1e-3, atol=1e-6) for one, other in zip(expected, gradients, strict=True))
 
 
+@pytest.mark.once
 def test_scale_lr_multiplies_by_the_samples_of_a_step(train_sdxl):
     flags = ["--scale_lr", "--gradient_accumulation_steps=3", "--learning_rate=1e-4", "--max_train_steps=1"]
     assert scalars(train_sdxl("lora_sdxl", *flags), "train/learning_rate") == pytest.approx([6e-4])
@@ -319,6 +327,7 @@ def refused(capsys, run, status=2):
     return capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "flag, message",
     [
@@ -340,6 +349,7 @@ def test_a_mistake_is_one_line(train_sdxl, capsys, flag, message):
     assert message in refused(capsys, lambda: train_sdxl("sdxl", *flag.split()))
 
 
+@pytest.mark.once
 def test_a_vae_folder_that_is_none_is_refused(train_sdxl, sdxl, capsys):
     flag = f"--pretrained_vae_model_name_or_path={sdxl / 'unet'}"
     assert "is a UNet2DConditionModel; expected AutoencoderKL" in refused(capsys, lambda: train_sdxl("sdxl", flag))
@@ -347,6 +357,7 @@ def test_a_vae_folder_that_is_none_is_refused(train_sdxl, sdxl, capsys):
     assert "has no configuration" in refused(capsys, lambda: train_sdxl("sdxl", flag))
 
 
+@pytest.mark.once
 def test_a_stable_diffusion_of_another_kind_is_refused(train_sdxl, sdxl, capsys, tmp_path):
     other = shutil.copytree(sdxl, tmp_path / "sd15")
     shutil.rmtree(other / "text_encoder_2")
@@ -354,6 +365,7 @@ def test_a_stable_diffusion_of_another_kind_is_refused(train_sdxl, sdxl, capsys,
     assert "has no part 'text_encoder_2'; it has scheduler, text_encoder" in message
 
 
+@pytest.mark.once
 def test_small_images_are_enlarged_and_counted_or_refused(train_sdxl, capsys, tmp_path):
     data = copy_photos(tmp_path / "data", 5)
     Image.new("RGB", (50, 40)).save(sorted(data.glob("*.jpg"))[1])
@@ -437,6 +449,7 @@ def test_the_result_has_the_type_that_is_asked_for_and_no_base_file_is_touched(t
     assert "--save_dtype bfloat16: ppdiffusers cannot read such files; expected float32 or float16" in message
 
 
+@pytest.mark.once
 def test_the_loss_of_each_file_is_reported_under_its_name(train_sdxl, photos):
     out = train_sdxl("lora_sdxl", "--debug_loss", "--train_batch_size=1", "--gradient_accumulation_steps=7")
     losses = {file.name: scalars(out, f"loss_for/{file} (row {row})") for row, file in enumerate(photo_files(photos))}
@@ -449,11 +462,13 @@ def photo_files(folder):
     return sorted(folder.glob("*.jpg"))
 
 
+@pytest.mark.once
 def test_flags_without_effect_say_so(train_sdxl, capsys):
     train_sdxl("sdxl", "--enable_npu_flash_attention", "--max_train_steps=1")
     assert "--enable_npu_flash_attention: no effect, plain attention is used (" in capsys.readouterr().out
 
 
+@pytest.mark.once
 def test_a_cache_of_other_models_is_named_and_left_alone(train_sdxl, tmp_path, capsys):
     cache = f"--encoded_cache_dir={tmp_path / 'cache'}"
     train_sdxl("sdxl", cache, "--max_train_steps=1")

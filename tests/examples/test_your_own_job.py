@@ -86,6 +86,7 @@ def mean_loss(module):
 # What it is.
 
 
+@pytest.mark.once
 def test_it_has_at_most_120_lines_and_stands_on_the_library_alone():
     code = SCRIPT.read_text(encoding="utf-8")
     assert len(code.splitlines()) <= 120
@@ -93,6 +94,7 @@ def test_it_has_at_most_120_lines_and_stands_on_the_library_alone():
     assert {name.split(".")[0] for name in modules} == {"ppdiffusers", "ppdiffusers_train"}
 
 
+@pytest.mark.once
 def test_its_flags_mean_what_those_of_the_sdxl_script_mean(job, sdxl_jobs):
     ours, theirs = (
         {action.dest: action for action in script.build_parser()._actions} for script in (job, sdxl_jobs["sdxl"])
@@ -150,6 +152,7 @@ def test_samples_are_encoded_as_the_pipeline_does_it(build, sd, photos):
     assert np.allclose(encoded["latents"].numpy(), latents.numpy(), atol=1e-5)
 
 
+@pytest.mark.once
 def test_captions_are_dropped_as_often_as_asked_and_become_the_empty_prompt(build):
     module, row = build("--proportion_empty_prompts=0.3"), {"image": Image.new("RGB", (32, 32)), "caption": "a cat"}
     tokens = [module.preprocess(row, RowDraws(0, position))["input_ids"].tolist() for position in range(200)]
@@ -191,6 +194,7 @@ def test_a_resumed_run_ends_in_the_same_bits(train):
     assert same(weights(whole), weights(resumed))
 
 
+@pytest.mark.once
 def test_the_cache_and_validation_pictures_change_no_bit(train):
     plain = train("--center_crop", out="plain")
     flags = ["--encoded_cache", "--validation_prompts", "a cat", "a dog", "--validation_inference_steps=1"]
@@ -200,6 +204,7 @@ def test_the_cache_and_validation_pictures_change_no_bit(train):
     assert scalars(plain) == scalars(other) and same(weights(plain), weights(other))
 
 
+@pytest.mark.once
 def test_a_dry_run_tells_what_learns_and_writes_nothing(train, capsys):
     out = train("--dry_run")
     said = capsys.readouterr().out
@@ -207,6 +212,7 @@ def test_a_dry_run_tells_what_learns_and_writes_nothing(train, capsys):
     assert not out.exists() or not list(out.iterdir())
 
 
+@pytest.mark.once
 def test_a_mistake_is_one_line(train, capsys):
     with pytest.raises(SystemExit) as stopped:
         train("--resolution=66")

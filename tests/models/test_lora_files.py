@@ -13,6 +13,8 @@ from ppdiffusers_train.models.lora_files import WORDS, Update, from_kohya_name, 
 from ppdiffusers_train.models.lora_libraries import FILES
 from ppdiffusers_train.tensor_files import read_tensors, write_tensors
 
+pytestmark = pytest.mark.once  # no Paddle in it
+
 LAYERS = [
     "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q",
     "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0",

@@ -105,6 +105,7 @@ def test_pickled_weights_load_with_a_line_that_names_the_file(kandinsky, tmp_pat
     assert all(np.array_equal(value, arrays(loaded)[name]) for name, value in arrays(unet).items())
 
 
+@pytest.mark.once
 def test_an_alias_finds_a_part_of_a_combined_pipeline(tmp_path, kandinsky):
     combined = shutil.copytree(kandinsky[1], tmp_path / "combined")
     shutil.copytree(kandinsky[0] / "prior", combined / "prior_prior")
@@ -119,6 +120,7 @@ def test_weights_that_cannot_be_loaded_are_named(kandinsky, tmp_path):
         folder(cut, "unet").load("unet", UNet2DConditionModel)
 
 
+@pytest.mark.once
 def test_of_a_repository_only_one_kind_of_weights_is_downloaded():
     files = [
         "model_index.json", "README.md", "unet/config.json", "unet/diffusion_pytorch_model.bin",
@@ -134,6 +136,7 @@ def test_of_a_repository_only_one_kind_of_weights_is_downloaded():
     assert "unet/diffusion_pytorch_model.safetensors" not in files_to_download(paddle_too, ["unet"])
 
 
+@pytest.mark.once
 def test_of_a_repository_the_wanted_variant_is_downloaded_where_there_is_one():
     files = [
         "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
@@ -158,6 +161,7 @@ def test_a_variant_s_weights_are_those_that_are_loaded_and_exported(kandinsky, t
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", half.name}
 
 
+@pytest.mark.once
 def test_linking_copies_where_the_disk_cannot_link(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_text("x")

@@ -11,6 +11,8 @@ from ppdiffusers_train.reporting.hub import check_hub_login, push_to_hub
 from tests.conftest import weights
 from tests.fake_hub import FakeHub
 
+pytestmark = pytest.mark.once  # no tensor in what is uploaded and downloaded
+
 
 def use_endpoint(monkeypatch, url):
     """What the environment variable HF_ENDPOINT does, which the library reads when it is imported."""

@@ -1,6 +1,9 @@
+import pytest
 from PIL import Image
 
 from ppdiffusers_train.reporting.images import LINE, MARGIN, captioned_grid
+
+pytestmark = pytest.mark.once  # no Paddle in it
 
 COLOURS = [["red", "green"], ["blue", "white"]]
 

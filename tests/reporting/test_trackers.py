@@ -10,6 +10,8 @@ from PIL import Image
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.reporting.trackers import open_trackers, tracker_names
 
+pytestmark = pytest.mark.once  # no Paddle in it
+
 
 def report(directory, name):
     with open_trackers(name, directory, "project", {"learning_rate": 1e-3, "prompts": ["a"]}) as trackers:

@@ -17,6 +17,8 @@ from ppdiffusers_train.runtime.checkpoint import (
     written_whole,
 )
 
+pytestmark = pytest.mark.once  # files only
+
 
 def write(folder):
     (folder / "unet").mkdir()
