@@ -325,6 +325,7 @@ def disagreements(name, module, pipelines, directory):
     return found
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", JOBS)
 def test_training_feeds_the_model_what_its_pipeline_feeds_it(name, pipelines, tmp_path):
     assert disagreements(name, build(name, pipelines), pipelines, tmp_path) == set()

@@ -172,6 +172,7 @@ def test_warm_up_starts_at_zero_and_ends_at_the_learning_rate(train_decoder):
     assert scalars(output_dir, "train/learning_rate") == pytest.approx([0, 5e-4, 1e-3, 1e-3])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "name, expected",
     [

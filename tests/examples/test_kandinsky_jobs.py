@@ -40,6 +40,7 @@ def test_twelve_steps_equal_five_and_seven_more_bit_for_bit(train, name):
     assert not same(learned(name, checkpoints[0]), learned(name, whole)), "the result is the average"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", JOBS)
 def test_validation_and_the_cache_change_no_number(train, name, tmp_path):
     plain = train(name, "--max_train_steps=4", out="plain")

@@ -190,6 +190,7 @@ def test_biased_timesteps_are_drawn_more_often(build_sdxl_module):
 # The loop.
 
 
+@pytest.mark.once
 def test_without_anything_random_cached_and_online_runs_are_the_same_to_the_bit(train_sdxl, tmp_path):
     flags = ["--center_crop", "--max_train_steps=4"]
     for name in JOBS:
@@ -394,6 +395,7 @@ def shapes(tmp_path):
     return f"--train_data_dir={data}"
 
 
+@pytest.mark.once
 def test_buckets_keep_the_shape_tell_it_to_the_unet_and_never_mix_in_a_batch(train_sdxl, sdxl_jobs, shapes, capsys):
     module_class, seen = sdxl_jobs["sdxl"].SDXLTrainingModule, []
     original = module_class.forward

@@ -111,6 +111,7 @@ def test_its_flags_mean_what_those_of_the_sdxl_script_mean(job, sdxl_jobs):
 # What it learns from.
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("gamma", [None, 5.0])
 def test_the_loss_is_the_squared_error_that_a_reader_would_write_down(build, kind, gamma, tmp_path):
