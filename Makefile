@@ -4,12 +4,15 @@ PYTEST_FLAGS ?=
 JOB ?= prior-lora
 UV_COMPILE = ../.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate
 
-# $(call make_venv,FOLDER,LOCK): the locks are complete, so pip resolves nothing
+# $(call make_venv,FOLDER,LOCK[,BASE]): the locks are complete, so pip resolves nothing. What the environment BASE has in the
+# same version is used from there.
+packages_of = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 define make_venv
 @$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
 	{ echo "Python 3.10, 3.11 or 3.12 is needed: make PYTHON=python3.11 ..."; exit 1; }
 @echo "Installing $(2) into $(1) (2 GB or more; takes some minutes, the first time only)"
 @$(PYTHON) -m venv $(1)
+$(if $(3),@echo "$(call packages_of,$(3))" > "$(call packages_of,$(1))/base.pth")
 @$(1)/bin/python -m pip install -q --no-compile --no-deps -r $(2)
 @$(1)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 @touch $@
@@ -101,8 +104,8 @@ venvs: .venv/ready .venv-paddle26/ready .venv-parity/ready
 .venv-paddle26/ready: requirements/paddle26.txt setup.py
 	$(call make_venv,.venv-paddle26,requirements/paddle26.txt)
 
-.venv-parity/ready: requirements/parity.txt setup.py
-	$(call make_venv,.venv-parity,requirements/parity.txt)
+.venv-parity/ready: requirements/parity.txt setup.py .venv/ready
+	$(call make_venv,.venv-parity,requirements/parity.txt,.venv)
 
 # Keeps the versions that are already locked where the .in files allow it.
 lock:
