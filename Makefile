@@ -1,6 +1,8 @@
 # Needs Python 3.10, 3.11 or 3.12; another one than `python3`: make PYTHON=python3.11 demo
 PYTHON ?= python3
 PYTEST_FLAGS ?=
+# Two tests run at a time, a thread each: with two each, threads wait for one another more than they compute.
+PYTEST = MKL_NUM_THREADS=1 $(1)/bin/python -m pytest $(2) $(PYTEST_FLAGS)
 JOB ?= prior-lora
 UV_COMPILE = ../.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate
 
@@ -79,17 +81,17 @@ gate: .venv/ready
 	.venv/bin/python -m tests.gate.report outputs/gate docs
 
 test: .venv/ready
-	.venv/bin/python -m pytest $(PYTEST_FLAGS)
+	$(call PYTEST,.venv)
 
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
 test-paddle26: .venv-paddle26/ready
-	.venv-paddle26/bin/python -m pytest -m "not slow and not once and not torture" $(PYTEST_FLAGS)
+	$(call PYTEST,.venv-paddle26,-m "not slow and not once and not torture")
 
 parity: .venv-parity/ready
-	.venv-parity/bin/python -m pytest tests/parity $(PYTEST_FLAGS)
+	$(call PYTEST,.venv-parity,tests/parity)
 
 torture: .venv/ready
 	.venv/bin/python -m tests.distributed.kill_harness --kills 120 --double_kills 30
