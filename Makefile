@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTEST_FLAGS ?=
 # Two tests run at a time, a thread each: with two each, threads wait for one another more than they compute.
 PYTEST = MKL_NUM_THREADS=1 $(1)/bin/python -m pytest $(2) $(PYTEST_FLAGS)
-JOB ?= prior-lora
+JOB ?= decoder-lora
 UV_COMPILE = ../.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate
 
 # $(call make_venv,FOLDER,LOCK[,BASE]): the locks are complete, so pip resolves nothing. What the environment BASE has in the
@@ -43,8 +43,8 @@ TOYS = outputs/toys
 WEIGHTS = ppdiffusers_train/toy/weights
 RECIPE = MKL_NUM_THREADS=1 .venv/bin/python -m ppdiffusers_train.toy.train
 ENCODERS = $(TOYS)/vae_further/vae.safetensors $(TOYS)/movq_further/movq_shapes.safetensors \
-	$(TOYS)/clip_further/clip.safetensors
-PIPELINES = $(addprefix $(TOYS)/,$(addsuffix .safetensors,decoder prior sd sd3))
+	$(TOYS)/vision/clip.safetensors
+PIPELINES = $(addprefix $(TOYS)/,$(addsuffix .safetensors,decoder prior sd further/sdxl sd3))
 
 toys: $(PIPELINES)
 	cp $(PIPELINES) $(WEIGHTS)
@@ -68,6 +68,9 @@ $(TOYS)/clip/clip.safetensors: .venv/ready
 $(TOYS)/clip_further/clip.safetensors: $(TOYS)/clip/clip.safetensors
 	$(RECIPE)_clip --output_dir $(@D) --start_from $< --seed 1 --max_train_steps 2000 --learning_rate 1e-3
 
+$(TOYS)/vision/clip.safetensors: $(TOYS)/clip_further/clip.safetensors
+	$(RECIPE)_vision --output_dir $(@D) --start_from $<
+
 # What draws is trained between the encoders that the package has.
 $(TOYS)/encoders: $(ENCODERS)
 	cp $^ $(WEIGHTS)
@@ -76,8 +79,14 @@ $(TOYS)/encoders: $(ENCODERS)
 $(TOYS)/%.safetensors: $(TOYS)/encoders
 	$(RECIPE)_pipelines $* --output_dir $(TOYS)
 
+$(TOYS)/decoder.safetensors: $(TOYS)/decoder_of_all_looks.safetensors
+	$(RECIPE)_pipelines decoder --output_dir $(TOYS) --start_from $<
+
+$(TOYS)/further/sdxl.safetensors: $(TOYS)/sdxl.safetensors
+	$(RECIPE)_pipelines sdxl --output_dir $(@D) --start_from $< --seed 1 --max_train_steps 6000 --learning_rate 1e-3
+
 gate: .venv/ready
-	.venv/bin/python -m pytest tests/gate -m slow -n 0 $(PYTEST_FLAGS)
+	.venv/bin/python -m pytest tests/gate -m slow --dist loadgroup $(PYTEST_FLAGS)
 	.venv/bin/python -m tests.gate.report outputs/gate docs
 
 test: .venv/ready

@@ -5,7 +5,7 @@ ppdiffusers-train preview train_text_to_image_sdxl.py --pretrained_model_name_or
 ppdiffusers-train pack my-photos shards --shard_size 500MB
 ppdiffusers-train convert-lora my-lora --to diffusers --output my-lora-for-torch
 ppdiffusers-train toy-data shapes --count 1000 --size 32
-ppdiffusers-train demo --job prior-lora
+ppdiffusers-train demo --job lcm-lora
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -261,7 +261,7 @@ def build_parser():
         description="Train a tiny pretrained model on pictures of shapes with the script of a job, and draw one "
         "picture: what it learned from, what it drew before and after, and its loss.",
     )  # fmt: skip
-    command.add_argument("--job", choices=JOBS, default="prior-lora", help="which one")
+    command.add_argument("--job", choices=JOBS, default="decoder-lora", help="which one")
     command.add_argument("--output_dir", default="outputs/demo", metavar="DIR", help="where everything is written")
     command.add_argument("--max_train_steps", type=positive_int, help="optimizer steps; default: enough to learn it")
     command.set_defaults(run=demo)

@@ -1,9 +1,11 @@
 """One short run of every job on the pretrained pipelines of shapes: which script, which flags, how its result draws.
 
 A fine-tuning job learns from pictures in a look that the pipeline draws only when a caption names it; their captions
-do not. Kandinsky's decoder draws the look that an embedding tells, if it knows it. It knows stripes, which the prior
-has to learn to ask for, and not outlines. Distillation learns from pictures as they are drawn anyway, and shows in how
-few steps they come out. Nothing heavy is imported here: the command line reads the jobs' names.
+do not. In Kandinsky, embeddings tell striped shapes from plain ones, and the prior can learn to ask for them. They do
+not tell outlined shapes from plain ones; which of the two it draws, the decoder can learn. Distillation learns from
+pictures as they are drawn anyway, and shows in how few steps they come out.
+
+Nothing heavy is imported here: the command line reads the jobs' names.
 """
 
 from dataclasses import dataclass
@@ -12,8 +14,14 @@ from pathlib import Path
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RESOLUTION = 32
 
-KANDINSKY_DRAWING = {"num_inference_steps": 25, "prior_num_inference_steps": 25, "guidance_scale": 2.0}
-SD_DRAWING = {"num_inference_steps": 50, "guidance_scale": 3.0}
+KANDINSKY_DRAWING = {
+    "num_inference_steps": 25,
+    "prior_num_inference_steps": 25,
+    "guidance_scale": 2.0,
+    "prior_guidance_scale": 2.0,
+}
+DRAWING = {"num_inference_steps": 25, "guidance_scale": 3.0}
+TEACHER_DRAWING = {**DRAWING, "num_inference_steps": 50}
 FEW_STEPS = 4
 
 
@@ -30,8 +38,8 @@ class Job:
 
     @property
     def family(self) -> str:
-        """Which pipeline it trains: kandinsky, sd3 or sd."""
-        return next((family for family in ("kandinsky", "sd3") if family in self.script), "sd")
+        """Which pipeline it trains: kandinsky, sdxl, sd3 or sd."""
+        return next((family for family in ("kandinsky", "sdxl", "sd3") if family in self.script), "sd")
 
     @property
     def distils(self) -> bool:
@@ -41,7 +49,7 @@ class Job:
     @property
     def pretrained_drawing(self) -> dict:
         """Arguments of a call of the pipeline that it starts from, as many steps as that needs."""
-        return SD_DRAWING if self.distils else self.drawing
+        return TEACHER_DRAWING if self.distils else self.drawing
 
     @property
     def model_flags(self) -> tuple:
@@ -64,18 +72,19 @@ class Job:
 
 
 FULL_RATE, LORA_RATE = "--learning_rate=5e-4", "--learning_rate=2e-3"
+SLOWER = ("--rank=16", "--learning_rate=1e-3", "--lr_scheduler=cosine", "--lr_warmup_steps=20")
 
 
-def _fine_tuning(script: str, kind: str, look: str = "outlined") -> Job:
-    drawing = KANDINSKY_DRAWING if "kandinsky" in script else SD_DRAWING
+def _fine_tuning(script: str, kind: str, *more: str, look: str = "outlined") -> Job:
+    drawing = KANDINSKY_DRAWING if "kandinsky" in script else DRAWING
     rate = LORA_RATE if "lora" in kind else FULL_RATE
-    flags = (rate, "--max_train_steps=300", "--train_batch_size=8", "--encoded_cache")
+    flags = (rate, "--max_train_steps=300", "--train_batch_size=8", "--encoded_cache", *more)
     return Job(script, flags, drawing, kind, look)
 
 
 def _distillation(script: str, kind: str) -> Job:
     flags = ("--max_train_steps=300", "--train_batch_size=16", "--encoded_cache", "--loss_type=huber", "--w_min=1")
-    before = {**SD_DRAWING, "num_inference_steps": FEW_STEPS}
+    before = {**DRAWING, "num_inference_steps": FEW_STEPS}
     if "lora" in kind:  # it is not told the guidance scale, but learns its teacher's
         flags += ("--learning_rate=2e-4", "--w_max=2")
         return Job(script, flags, {**before, "guidance_scale": 1.0}, kind, "plain", before)
@@ -83,10 +92,16 @@ def _distillation(script: str, kind: str) -> Job:
 
 
 JOBS = {
+    "decoder": _fine_tuning("kandinsky2_2/train_text_to_image_decoder.py", "decoder"),
+    "decoder-lora": _fine_tuning("kandinsky2_2/train_text_to_image_decoder_lora.py", "decoder lora", *SLOWER),
     "prior": _fine_tuning("kandinsky2_2/train_text_to_image_prior.py", "prior", look="striped"),
     "prior-lora": _fine_tuning("kandinsky2_2/train_text_to_image_prior_lora.py", "prior lora", look="striped"),
+    "sdxl": _fine_tuning("sdxl/train_text_to_image_sdxl.py", "pipeline"),
+    "sdxl-lora": _fine_tuning("sdxl/train_text_to_image_lora_sdxl.py", "lora"),
     "sd3": _fine_tuning("sd3/train_text_to_image_sd3.py", "pipeline"),
     "sd3-lora": _fine_tuning("sd3/train_text_to_image_lora_sd3.py", "transformer lora"),
     "lcm": _distillation("lcm/train_lcm_distill_sd_wds.py", "student"),
     "lcm-lora": _distillation("lcm/train_lcm_distill_lora_sd_wds.py", "student lora"),
+    "lcm-sdxl": _distillation("lcm/train_lcm_distill_sdxl_wds.py", "student"),
+    "lcm-sdxl-lora": _distillation("lcm/train_lcm_distill_lora_sdxl_wds.py", "student lora"),
 }

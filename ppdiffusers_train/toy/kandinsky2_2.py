@@ -60,16 +60,22 @@ def build_scheduler(prediction_type="epsilon") -> DDPMScheduler:
     )
 
 
-def build_unet(channels=(32, 64), sample_size=16) -> UNet2DConditionModel:
-    """The decoder's UNet: image embeddings enter as time embedding and, through added keys and values, as tokens."""
-    lower = len(channels) - 1
+def build_unet(channels=(32, 64), sample_size=16, attends=()) -> UNet2DConditionModel:
+    """The decoder's UNet: image embeddings enter as time embedding and, through added keys and values, as tokens.
+
+    Args:
+        attends: whether there is attention, at each resolution; without it, at all but the highest.
+    """
+    attends = attends or (False,) + (True,) * (len(channels) - 1)
     unet = UNet2DConditionModel(
         sample_size=sample_size,
         in_channels=4,
         out_channels=8,
-        down_block_types=("ResnetDownsampleBlock2D",) + ("SimpleCrossAttnDownBlock2D",) * lower,
+        down_block_types=tuple("SimpleCrossAttnDownBlock2D" if here else "ResnetDownsampleBlock2D" for here in attends),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        up_block_types=("SimpleCrossAttnUpBlock2D",) * lower + ("ResnetUpsampleBlock2D",),
+        up_block_types=tuple(
+            "SimpleCrossAttnUpBlock2D" if here else "ResnetUpsampleBlock2D" for here in reversed(attends)
+        ),
         block_out_channels=channels,
         layers_per_block=1,
         cross_attention_dim=EMBEDDING,

@@ -1,4 +1,4 @@
-"""The pipelines of the world of shapes: Kandinsky 2.2, Stable Diffusion and SD3 that have learned to draw it.
+"""The pipelines of the world of shapes: Kandinsky 2.2, Stable Diffusion, SDXL and SD3 that have learned to draw it.
 
     write_kandinsky("kandinsky")  # kandinsky/prior and kandinsky/decoder, as the hub has them
 
@@ -12,19 +12,21 @@ from ppdiffusers import (
     KandinskyV22Pipeline,
     PNDMScheduler,
     StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
 )
 from ppdiffusers.transformers import CLIPTextModel
 
 from ppdiffusers_train.models.attention import provide_joint_attention
-from ppdiffusers_train.toy import kandinsky2_2, movq, sd, sd3, towers, vae
+from ppdiffusers_train.toy import kandinsky2_2, movq, sd, sd3, sdxl, towers, vae
 from ppdiffusers_train.toy.shipped import FOLDER, load_weights
 from ppdiffusers_train.toy.t5 import build_t5, build_t5_tokenizer
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
 from ppdiffusers_train.toy.words import vocabulary
 
-PRIOR, DECODER, SD, SD3 = (FOLDER / f"{name}.safetensors" for name in ("prior", "decoder", "sd", "sd3"))
+PRIOR, DECODER, SD, SDXL, SD3 = (FOLDER / f"{name}.safetensors" for name in ("prior", "decoder", "sd", "sdxl", "sd3"))
 
 CHANNELS = (32, 64)  # of the UNets, at 8x8 and 4x4 latents
+ATTENDS = (True, False)  # there; 8x8 latents are few enough for attention, without which shapes come out worse
 PRIOR_LAYERS = 4
 TRANSFORMER_LAYERS, TRANSFORMER_HEADS = 4, 6
 LATENT_SIZE = 8
@@ -45,7 +47,8 @@ def write_kandinsky(directory, trained=True) -> tuple:
     """
     prior_folder, decoder_folder = Path(directory) / "prior", Path(directory) / "decoder"
     paddle.seed(0)
-    prior, unet = kandinsky2_2.build_prior(PRIOR_LAYERS, TOKENS), kandinsky2_2.build_unet(CHANNELS, LATENT_SIZE)
+    prior = kandinsky2_2.build_prior(PRIOR_LAYERS, TOKENS)
+    unet = kandinsky2_2.build_unet(CHANNELS, LATENT_SIZE, ATTENDS)
     mean, std = towers.load_embedding_statistics()
     prior.clip_mean.set_value(mean)
     prior.clip_std.set_value(std)
@@ -74,6 +77,27 @@ def write_sd(directory, trained=True) -> tuple:
     sd.assemble_pipeline(vae.load_vae(), text_encoder, tokenizer, unet, build_scheduler()).save_pretrained(
         str(directory)
     )
+    return (directory,)
+
+
+def write_sdxl(directory, trained=True) -> tuple:
+    """Write an SDXL pipeline, and return its folder, alone in a tuple. Both of its encoders are the one text tower."""
+    directory = Path(directory)
+    paddle.seed(0)
+    unet = sdxl.build_unet(CHANNELS, LATENT_SIZE, towers.EMBEDDING, layers=1, attends=ATTENDS)
+    if trained:
+        load_weights(unet, SDXL)
+    tokenizers = [build_tokenizer(directory / name, vocabulary(), TOKENS) for name in ("tokenizer", "tokenizer_2")]
+    StableDiffusionXLPipeline(
+        vae=vae.load_vae(),
+        text_encoder=towers.load_text_tower(tokenizers[0], CLIPTextModel),
+        text_encoder_2=towers.load_text_tower(tokenizers[1]),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=unet,
+        scheduler=build_scheduler(),
+        add_watermarker=False,
+    ).save_pretrained(str(directory))
     return (directory,)
 
 

@@ -1,9 +1,9 @@
 """Running the jobs of `jobs.py`, and drawing with what they started from and made.
 
-job = JOBS["prior-lora"]
+job = JOBS["decoder-lora"]
 base = write_pretrained(job, "demo/pretrained")
-train(job, base, "demo/striped", "demo/prior-lora")
-images = draw(load_pipeline(job, base, "demo/prior-lora"), prompts, **job.drawing)
+train(job, base, "demo/outlined", "demo/decoder-lora")
+images = draw(load_pipeline(job, base, "demo/decoder-lora"), prompts, **job.drawing)
 """
 
 import runpy
@@ -16,6 +16,7 @@ from ppdiffusers import (
     LCMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 
@@ -56,6 +57,16 @@ def load_pipeline(job: Job, base: dict, result=None):
     return PIPELINES[job.family](*folders)
 
 
+def with_decoder(load, folders, result):
+    return load(folders[0], result)
+
+
+def with_decoder_lora(load, folders, result):
+    pipe = load(*folders)
+    pipe.unet.load_attn_procs(result)
+    return pipe
+
+
 def with_prior(load, folders, result):
     return load(result, folders[1])
 
@@ -70,6 +81,12 @@ def whole_pipeline(load, folders, result):
     return load(result)
 
 
+def with_lora(load, folders, result):
+    pipe = load(*folders)
+    pipe.load_lora_weights(result)
+    return pipe
+
+
 def with_transformer_lora(load, folders, result):
     pipe = load(*folders)
     load_lora(pipe.transformer, result)
@@ -81,9 +98,7 @@ def with_student(load, folders, result):
 
 
 def with_student_lora(load, folders, result):
-    pipe = load(*folders)
-    pipe.load_lora_weights(result)
-    return in_few_steps(pipe)
+    return in_few_steps(with_lora(load, folders, result))
 
 
 def in_few_steps(pipe):
@@ -105,16 +120,25 @@ def sd3(folder) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline.from_pretrained(folder)
 
 
-WRITERS = {"kandinsky": pretrained.write_kandinsky, "sd3": pretrained.write_sd3, "sd": pretrained.write_sd}
+WRITERS = {
+    "kandinsky": pretrained.write_kandinsky,
+    "sd3": pretrained.write_sd3,
+    "sd": pretrained.write_sd,
+    "sdxl": pretrained.write_sdxl,
+}
 PIPELINES = {
     "kandinsky": combined,
     "sd3": sd3,
     "sd": StableDiffusionPipeline.from_pretrained,
+    "sdxl": StableDiffusionXLPipeline.from_pretrained,
 }
 USES = {
+    "decoder": with_decoder,
+    "decoder lora": with_decoder_lora,
     "prior": with_prior,
     "prior lora": with_prior_lora,
     "pipeline": whole_pipeline,
+    "lora": with_lora,
     "transformer lora": with_transformer_lora,
     "student": with_student,
     "student lora": with_student_lora,

@@ -55,17 +55,19 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def build_unet(channels=(16, 32), sample_size=16, embedding=EMBEDDING, layers=2) -> UNet2DConditionModel:
+def build_unet(channels=(16, 32), sample_size=16, embedding=EMBEDDING, layers=2, attends=()) -> UNet2DConditionModel:
     """A UNet that takes both encoders' tokens, the pooled text and the six time ids.
 
     Args:
         layers: of each transformer, at all but the highest resolution.
+        attends: whether there is attention, at each resolution; without it, at all but the highest.
     """
     lower = len(channels) - 1
+    attends = attends or (False,) + (True,) * lower
     return UNet2DConditionModel(
         sample_size=sample_size,
-        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * lower,
-        up_block_types=("CrossAttnUpBlock2D",) * lower + ("UpBlock2D",),
+        down_block_types=tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends),
+        up_block_types=tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)),
         block_out_channels=channels,
         layers_per_block=1,
         transformer_layers_per_block=[1] + [layers] * lower,

@@ -137,14 +137,20 @@ class CLIPTrainingModule(DiffusionTrainingModule):
 
 def draw_anywhere(content, draws, name: str) -> tuple:
     """A picture of `content` in some place, size and look, a caption, the look's number, and that which is named."""
-    radius = draws.uniform(f"{name}_radius", *RADIUS)
-    x, y = (draws.uniform(f"{name}_{axis}", MARGIN + radius, 1 - MARGIN - radius) for axis in "xy")
-    look = draws.integers(f"{name}_look", 0, len(LOOKS))
+    scene = draw_scene(content, draws, name)
+    look = LOOKS.index(scene.look)
     wordings = WORDINGS[list(WORDINGS)[draws.integers(f"{name}_language", 0, len(WORDINGS))]]
     text = caption(content, wordings[draws.integers(f"{name}_wording", 0, len(wordings))])
     named = draws.happens(f"{name}_names_look", NAMED_LOOKS)
-    image = Image.fromarray(draw(Scene(content, LOOKS[look], x, y, radius), IMAGE_SIZE))
-    return image, name_look(text, LOOKS[look]) if named else text, look, look if named else -1
+    image = Image.fromarray(draw(scene, IMAGE_SIZE))
+    return image, name_look(text, scene.look) if named else text, look, look if named else -1
+
+
+def draw_scene(content, draws, name: str) -> Scene:
+    """`content` in some place, size and look."""
+    radius = draws.uniform(f"{name}_radius", *RADIUS)
+    x, y = (draws.uniform(f"{name}_{axis}", MARGIN + radius, 1 - MARGIN - radius) for axis in "xy")
+    return Scene(content, LOOKS[draws.integers(f"{name}_look", 0, len(LOOKS))], x, y, radius)
 
 
 def find(similarities, fits):

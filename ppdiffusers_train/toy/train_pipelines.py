@@ -5,8 +5,8 @@
 Each begins at random weights between the encoders that are shipped, and its result is shipped, too, as
 `weights/decoder.safetensors` and so on. Those with text encoders of their own see pictures in every look; a caption
 names the look unless it is plain, so that a caption without one means a plain shape, and another look by default is
-something to be fine-tuned on. Kandinsky's prior learns to ask for plain shapes, its decoder to draw plain and striped
-ones.
+something to be fine-tuned on. Kandinsky's prior learns to ask for plain shapes. Its decoder learns all looks, and then,
+going on from there, without the outlined one, which no embedding tells: what is left is what fine-tuning brings back.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -19,6 +19,7 @@ from ppdiffusers import PriorTransformer, SD3Transformer2DModel, UNet2DCondition
 from ppdiffusers_train.argument_parser import ArgumentParser
 from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.toy.jobs import Job
+from ppdiffusers_train.toy.looks import LOOKS
 from ppdiffusers_train.toy.running import train, write_pretrained
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
@@ -27,18 +28,24 @@ from ppdiffusers_train.toy.shipped import load_weights, write_weights
 COMMON = ("--encoded_cache", "--proportion_empty_prompts=0.1", "--lr_scheduler=cosine", "--lr_warmup_steps=100")
 
 
-def _training(script: str, steps: int, batch_size: int = 16) -> Job:
-    length = (f"--max_train_steps={steps}", f"--train_batch_size={batch_size}", "--learning_rate=2e-3")
+def _training(script: str, steps: int, batch_size: int = 16, learning_rate: float = 2e-3) -> Job:
+    length = (f"--max_train_steps={steps}", f"--train_batch_size={batch_size}", f"--learning_rate={learning_rate}")
     return Job(script, (*COMMON, *length), drawing={}, kind="pipeline", look="plain")
 
 
 TRAININGS = {
     "prior": _training("kandinsky2_2/train_text_to_image_prior.py", 6000, batch_size=32),
-    "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 15000),
+    "decoder_of_all_looks": _training("kandinsky2_2/train_text_to_image_decoder.py", 10000),
+    "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 1500, learning_rate=1e-3),
     "sd": _training("your_own_job/train_text_to_image_sd.py", 12000),
+    "sdxl": _training("sdxl/train_text_to_image_sdxl.py", 9000),
     "sd3": _training("sd3/train_text_to_image_sd3.py", 12000),
 }
-SEEN_LOOKS = {"prior": ("plain",), "decoder": ("plain", "striped")}
+SEEN_LOOKS = {
+    "prior": ("plain",),
+    "decoder_of_all_looks": LOOKS,
+    "decoder": ("plain", "striped"),
+}
 ALL_LOOKS = ("plain", "outlined", "plain", "striped")
 PICTURES = 6000
 PARTS = {"prior": ("prior", PriorTransformer), "sd3": ("transformer", SD3Transformer2DModel)}  # of all others the UNet
@@ -47,7 +54,7 @@ PARTS = {"prior": ("prior", PriorTransformer), "sd3": ("transformer", SD3Transfo
 def build_parser():
     parser = ArgumentParser(config=False, description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=TRAININGS, help="what to train")
-    parser.add_argument("--start_from", metavar="FILE", help="weights of another run, to go on from")
+    parser.add_argument("--start_from", metavar="FILE", help="weights of another run, to go on from, with new pictures")
     parser.add_argument("--output_dir", default="outputs/toys", metavar="DIR", help="gets NAME.safetensors, and more")
     return parser
 
@@ -59,7 +66,8 @@ def main(argv=None):
     data, result = output / f"{own.name}_pictures", output / own.name
     if not data.exists():
         looks = SEEN_LOOKS.get(own.name, ALL_LOOKS)
-        write_shapes_folder(data, ShapesDataset(0, PICTURES, looks=looks, name_looks=True))
+        pictures = ShapesDataset(1 if own.start_from else 0, PICTURES, looks=looks, name_looks=True)
+        write_shapes_folder(data, pictures)
     part, model_class = PARTS.get(own.name, ("unet", UNet2DConditionModel))
     base = write_pretrained(job, output / f"{own.name}_start", trained=False)
     if own.start_from:

@@ -9,7 +9,7 @@ from ppdiffusers_train.models.lora_files import read_lora
 from ppdiffusers_train.models.lora_libraries import FILES
 from ppdiffusers_train.reporting.images import captioned_grid
 from ppdiffusers_train.toy.demo import run_demo
-from ppdiffusers_train.toy.jobs import JOBS, SD_DRAWING, Job
+from ppdiffusers_train.toy.jobs import DRAWING, JOBS, Job
 from ppdiffusers_train.toy.judge import NAMES, accuracy, confusion_table, look_shares
 from ppdiffusers_train.toy.running import draw, load_pipeline, train, write_pretrained
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
@@ -17,10 +17,11 @@ from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
 from tests.conftest import held_out_prompts
 
 PROMPTS = held_out_prompts(200)
-FAMILIES = {"kandinsky": "prior", "sd": "lcm", "sd3": "sd3"}  # a job that starts from it
+SOME = PROMPTS[::3]  # 67 with each content and each wording; a look or an option is seen in as many
+FAMILIES = {"kandinsky": "decoder", "sd": "lcm", "sdxl": "lcm-sdxl", "sd3": "sd3"}  # a job that starts from it
 
 
-def measure(pipeline, drawing: dict, prompts=PROMPTS) -> dict:
+def measure(pipeline, drawing: dict, prompts) -> dict:
     """Shares of pictures with the shape, colour and background asked for, with all three, and in each look."""
     images = draw(pipeline, prompts, **drawing)
     return {**accuracy(images, prompts), **look_shares(images)}
@@ -29,7 +30,7 @@ def measure(pipeline, drawing: dict, prompts=PROMPTS) -> dict:
 def pretrained(family: str, folder: Path) -> dict:
     """How a shipped pipeline draws captions whose combination it has never seen."""
     job = JOBS[FAMILIES[family]]
-    pipeline = load_pipeline(job, write_pretrained(job, folder / family))
+    pipeline = load_pipeline(job, write_pretrained(job, folder / "pretrained" / family))
     images = draw(pipeline, PROMPTS, **job.pretrained_drawing)
     sheet = [images[start : start + 20] for start in range(0, 100, 20)]
     captioned_grid(sheet, [""] * len(sheet), scale=2).save(folder / f"pretrained-{family}.png")
@@ -44,23 +45,27 @@ def new_look(name: str, folder: Path) -> dict:
     """What fine-tuning on 24 pictures in a new look changes."""
     job, base = run_job(name, folder)
     figures = {"before": run(f"pretrained {job.family}", folder)}
-    figures["after"] = measure(load_pipeline(job, base, folder / name), job.drawing)
+    figures["after"] = measure(load_pipeline(job, base, folder / name), job.drawing, SOME)
     if job.kind.endswith("lora"):
         figures["share of parameters"] = share_that_learns(name, base, folder / name)
-        for scale in (0.5, 0.0):
-            scaled = folder / f"{name}-times-{scale}"
-            cli.main(
-                ["convert-lora", str(folder / name), "--to", "ppdiffusers", "--scale", str(scale)]
-                + ["--output", str(scaled / FILES["ppdiffusers"])]
-            )
-            figures[f"scale {scale}"] = measure(load_pipeline(job, base, scaled), job.drawing)
-        some = PROMPTS[:8]
+        half = load_pipeline(job, base, scaled_lora(folder / name, 0.5))
+        figures["scale 0.5"] = measure(half, job.drawing, SOME)
         unchanged, original = (
-            draw(load_pipeline(job, base, result), some, **job.drawing)
-            for result in (folder / f"{name}-times-0.0", None)
+            draw(load_pipeline(job, base, result), SOME[:8], **job.drawing)
+            for result in (scaled_lora(folder / name, 0.0), None)
         )
         figures["scale 0 is the base"] = [a.tobytes() for a in unchanged] == [b.tobytes() for b in original]
     return figures
+
+
+def scaled_lora(result: Path, scale: float) -> Path:
+    """A folder beside `result` with its LoRA times `scale`."""
+    scaled = result.with_name(f"{result.name}-times-{scale}")
+    cli.main(
+        ["convert-lora", str(result), "--to", "ppdiffusers", "--scale", str(scale)]
+        + ["--output", str(scaled / FILES["ppdiffusers"])]
+    )
+    return scaled
 
 
 def share_that_learns(name: str, base: dict, result: Path) -> float:
@@ -76,8 +81,8 @@ def few_steps(name: str, folder: Path) -> dict:
     job, base = run_job(name, folder)
     return {
         "teacher, 50 steps": run(f"pretrained {job.family}", folder),
-        "teacher, 4 steps": measure(load_pipeline(job, base), job.drawing_before),
-        "student, 4 steps": measure(load_pipeline(job, base, folder / name), job.drawing),
+        "teacher, 4 steps": measure(load_pipeline(job, base), job.drawing_before, PROMPTS),
+        "student, 4 steps": measure(load_pipeline(job, base, folder / name), job.drawing, PROMPTS),
     }
 
 
@@ -93,7 +98,7 @@ def run_job(name: str, folder: Path) -> tuple:
 FROM_START = Job(
     "your_own_job/train_text_to_image_sd.py",
     ("--encoded_cache", "--train_batch_size=16", "--max_train_steps=1000", "--learning_rate=1e-3"),
-    SD_DRAWING,
+    DRAWING,
     "pipeline",
     "plain",
 )
@@ -107,7 +112,7 @@ RUNS = {
     "constant rate, EMA": (DROPOUT, "--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=50", "--use_ema"),
     "one sample at a time": (*COSINE, DROPOUT, "--train_batch_size=1", "--gradient_accumulation_steps=16"),
 }
-GUIDANCE = (1.0, 3.0, 5.0, 7.5)
+GUIDANCE = (1.0, 3.0, 7.5)
 
 
 def options(folder: Path) -> dict:
@@ -122,7 +127,7 @@ def options(folder: Path) -> dict:
         train(FROM_START, base, data, result, *flags, f"--encoded_cache_dir={folder / 'encoded'}")
         pipeline = load_pipeline(FROM_START, base, result)
         figures[name] = {
-            str(scale): measure(pipeline, {**SD_DRAWING, "guidance_scale": scale}, PROMPTS[:100]) for scale in GUIDANCE
+            str(scale): measure(pipeline, {**DRAWING, "guidance_scale": scale}, SOME) for scale in GUIDANCE
         }
     return figures
 

@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 from ppdiffusers_train.toy.jobs import JOBS
-from tests.gate.experiments import FAMILIES, GUIDANCE
+from tests.gate.experiments import FAMILIES, GUIDANCE, PROMPTS, SOME
 
-INTRODUCTION = """# What each job learns, measured
+INTRODUCTION = f"""# What each job learns, measured
 
 `make gate` writes this page. It trains every job on [the world of shapes](../ppdiffusers_train/toy/shapes.py), on a
-CPU, with the script that trains the published models, draws 200 pictures with the result, and has them read by
+CPU, with the script that trains the published models, draws pictures with the result, and has them read by
 [a judge](../ppdiffusers_train/toy/judge.py) that is a program: shape, colour, background, and the look (plain,
-outlined, striped). All captions, English and Chinese, name combinations that no training has had.
+outlined, striped). There are {len(PROMPTS)} pictures for pretrained and distilled pipelines, {len(SOME)} for each new
+look and each option. All captions, English and Chinese, name combinations that no training has had.
 [tests/gate/test_gate.py](../tests/gate/test_gate.py) has the bounds that these figures must keep.
 """
 NEW_LOOK = """## A new look
@@ -25,10 +26,10 @@ Fine-tuned on 24 pictures in one look, whose captions do not name it. Before, a 
 shape; after, it should get one in the new look. That is outlined; for the prior striped, as Kandinsky's decoder has
 learned plain and striped shapes and draws the one that the prior's embedding tells.
 """
-OPTIONS = """## What options do
+OPTIONS = f"""## What options do
 
-Stable Diffusion's UNet from random weights, 1000 steps of 16 plain pictures. Of 100 pictures, the share with shape,
-colour and background right, by guidance scale.
+Stable Diffusion's UNet from random weights, 1000 steps of 16 plain pictures. Of {len(SOME)} pictures, the share with
+shape, colour and background right, by guidance scale.
 """
 COMPARED = {
     "Min-SNR": (

@@ -15,7 +15,16 @@ from ppdiffusers.transformers import CLIPTextModel
 from ppdiffusers_train.data.transforms import normalize_pixels
 from ppdiffusers_train.draws import generator
 from ppdiffusers_train.models.text import tokenize
-from ppdiffusers_train.toy import movq, towers, train_clip, train_movq_shapes, train_pipelines, train_vae, vae
+from ppdiffusers_train.toy import (
+    movq,
+    towers,
+    train_clip,
+    train_movq_shapes,
+    train_pipelines,
+    train_vae,
+    train_vision,
+    vae,
+)
 from ppdiffusers_train.toy.clip import build_image_processor
 from ppdiffusers_train.toy.jobs import JOBS
 from ppdiffusers_train.toy.judge import accuracy, judge
@@ -169,8 +178,20 @@ def test_the_recorded_statistics_are_those_of_the_worlds_embeddings():
     assert np.abs(normalised.mean(0)).max() < 0.3 and np.abs(normalised.std(0) - 1).max() < 0.3
 
 
+@paddle.no_grad()
+def test_an_outlined_shape_is_a_plain_one_to_the_vision_tower_and_a_striped_one_is_not():
+    tower, scenes = towers.load_vision_tower(), [sample(SEED, index).scene for index in range(100)]
+    plain, outlined, striped = (
+        tower(vision_pixels([Image.fromarray(draw(scene._replace(look=look), 32)) for scene in scenes]))[0].numpy()
+        for look in ("plain", "outlined", "striped")
+    )
+    variance = plain.var(0).mean()
+    assert np.square(outlined - plain).mean() < 0.05 * variance
+    assert np.square(striped - plain).mean() > 0.2 * variance
+
+
 @pytest.mark.once
-@pytest.mark.parametrize("name", ["prior", "lcm", "sd3"])
+@pytest.mark.parametrize("name", ["decoder", "lcm", "sdxl", "sd3"])
 def test_a_pretrained_pipeline_draws_what_it_has_never_seen_together(name, tmp_path):
     """A glance; `make gate` measures."""
     job, prompts = JOBS[name], held_out_prompts(20)
@@ -189,13 +210,20 @@ def test_the_towers_are_small_and_so_are_the_files():
     assert sum(path.stat().st_size for path in FOLDER.glob("*.safetensors")) < 25_000_000
 
 
-RECIPES = {vae.WEIGHTS: train_vae, movq.SHAPES_WEIGHTS: train_movq_shapes, towers.WEIGHTS: train_clip}
+RECIPES = {
+    train_vae: vae.WEIGHTS,
+    train_movq_shapes: movq.SHAPES_WEIGHTS,
+    train_clip: towers.WEIGHTS,
+    train_vision: towers.WEIGHTS,
+}
 
 
-@pytest.mark.parametrize("shipped", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_goes_on_where_it_was_stopped_and_writes_what_is_shipped(shipped, tmp_path):
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__.rpartition(".")[2])
+def test_a_recipe_goes_on_where_it_was_stopped_and_writes_what_is_shipped(recipe, tmp_path):
+    shipped = RECIPES[recipe]
+
     def run(out, *flags):
-        RECIPES[shipped].main([f"--output_dir={tmp_path / out}", "--train_batch_size=4", "--report_to=none", *flags])
+        recipe.main([f"--output_dir={tmp_path / out}", "--train_batch_size=4", "--report_to=none", *flags])
         return tensors(tmp_path / out / shipped.name)
 
     steps = ("--max_train_steps=2", "--checkpointing_steps=1")
@@ -213,7 +241,9 @@ def test_a_pipelines_recipe_writes_what_is_shipped(name, tmp_path, monkeypatch):
     train_pipelines.main(
         [name, f"--output_dir={tmp_path}", "--max_train_steps=1", "--train_batch_size=2", "--report_to=none"]
     )
-    written, shipped = (tensors(folder / f"{name}.safetensors") for folder in (tmp_path, FOLDER))
+    stage_of = {"decoder_of_all_looks": "decoder"}
+    written = tensors(tmp_path / f"{name}.safetensors")
+    shipped = tensors(FOLDER / f"{stage_of.get(name, name)}.safetensors")
     assert {name: array.shape for name, array in written.items()} == {n: a.shape for n, a in shipped.items()}
 
 
