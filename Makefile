@@ -4,6 +4,7 @@ PYTEST_FLAGS ?=
 # Two tests run at a time, a thread each: with two each, threads wait for one another more than they compute.
 PYTEST = MKL_NUM_THREADS=1 $(1)/bin/python -m pytest $(2) $(PYTEST_FLAGS)
 JOB ?= decoder-lora
+BENCH_FLAGS ?= --details
 UV_COMPILE = ../.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate
 
 # $(call make_venv,FOLDER,LOCK[,BASE]): the locks are complete, so pip resolves nothing. What the environment BASE has in the
@@ -20,7 +21,7 @@ $(if $(3),@echo "$(call packages_of,$(3))" > "$(call packages_of,$(1))/base.pth"
 @touch $@
 endef
 
-.PHONY: help demo toys gate test lint test-paddle26 parity torture venvs lock clean
+.PHONY: help demo toys gate test lint test-paddle26 parity bench torture venvs lock clean
 
 help:
 	@echo "make demo           teach a tiny Kandinsky 2.2 a new look on the CPU, and draw with it (JOB=lcm-lora for another job)"
@@ -30,6 +31,7 @@ help:
 	@echo "make lint           ruff's checks and formatting"
 	@echo "make test-paddle26  those tests on Paddle 2.6 whose outcome may depend on Paddle"
 	@echo "make parity         the comparisons with the PyTorch reference"
+	@echo "make bench          how fast jobs train beside PyTorch: writes docs/performance.md (hours; BENCH_FLAGS='--jobs prior')"
 	@echo "make torture        kill runs 200 times and resume them"
 	@echo "make venvs          the three environments of the above, without running anything"
 	@echo "make lock           write the requirements*.txt again from the .in files"
@@ -38,10 +40,11 @@ help:
 demo: .venv/ready
 	.venv/bin/ppdiffusers-train demo --job $(JOB)
 
-# `make -j2 toys` trains two at a time. One thread each: the bits of a sum depend on how many share it.
+# `make -j2 toys` trains two at a time. One thread each and Paddle's own functions: the bits of a sum depend on how many
+# share it, and in which order.
 TOYS = outputs/toys
 WEIGHTS = ppdiffusers_train/toy/weights
-RECIPE = MKL_NUM_THREADS=1 .venv/bin/python -m ppdiffusers_train.toy.train
+RECIPE = MKL_NUM_THREADS=1 PPDIFFUSERS_TRAIN_CPU_LEVERS=none .venv/bin/python -m ppdiffusers_train.toy.train
 ENCODERS = $(TOYS)/vae_further/vae.safetensors $(TOYS)/movq_further/movq_shapes.safetensors \
 	$(TOYS)/vision/clip.safetensors
 PIPELINES = $(addprefix $(TOYS)/,$(addsuffix .safetensors,decoder prior sd further/sdxl sd3))
@@ -101,6 +104,9 @@ test-paddle26: .venv-paddle26/ready
 
 parity: .venv-parity/ready
 	$(call PYTEST,.venv-parity,tests/parity)
+
+bench: .venv-parity/ready
+	.venv-parity/bin/python benchmarks/speed.py $(BENCH_FLAGS)
 
 torture: .venv/ready
 	.venv/bin/python -m tests.distributed.kill_harness --kills 120 --double_kills 30

@@ -24,6 +24,9 @@ class DiffusionTrainingModule(nn.Layer):
     encode_batch_size = 1
     """How many samples `encode` gets at once."""
 
+    can_compile_encode = False
+    """Whether Paddle can trace `encode`: a CPU then runs it faster, on data large enough to be worth it."""
+
     buckets = ()
     """[(height, width)] of the sizes that samples are brought to; empty where all samples fit into one batch."""
 

@@ -34,7 +34,9 @@ from ppdiffusers_train.run import (
     versions,
 )
 from ppdiffusers_train.runtime.checkpoint import find_checkpoint, replace_children, require_writable, write_checkpoint
+from ppdiffusers_train.runtime.cpu_levers import COMPILE_FROM_ROWS, CompiledEncode, can_compile, pull_levers
 from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
+from ppdiffusers_train.runtime.flops import FlopCounter, peak_tflops
 from ppdiffusers_train.runtime.signals import StopRequest
 from ppdiffusers_train.runtime.silu import repair_silu
 from ppdiffusers_train.state import TrainingState, build_training_state, check_schedule
@@ -79,6 +81,7 @@ def launch_training_task(module, dataset, args) -> None:
         RunError: the run cannot go on: a loss is not a number, a file cannot be written.
     """
     repair_silu()
+    pull_levers()
     ranks = start_ranks(args.sharding_degree, args.collective_timeout)
     output_dir = Path(args.output_dir)
     say = print if ranks.is_main else lambda message: None
@@ -122,6 +125,8 @@ def launch_training_task(module, dataset, args) -> None:
     if args.encoded_cache_dir:
         samples = encode_dataset(module, dataset, order, args, ranks, state.precision, state.bad_samples, say)
         encode = None
+    elif can_compile(module) and len(dataset) >= COMPILE_FROM_ROWS:
+        module.encode = CompiledEncode(module)
     batches = iterate_batches(
         samples, [positions for _, share in steps for positions in share], args.dataloader_num_workers
     )
@@ -136,12 +141,18 @@ def launch_training_task(module, dataset, args) -> None:
                 info["arguments"],
             )
         )
-        progress = on_exit.enter_context(Progress(state.step, total_steps, visible=ranks.is_main))
+        # What recomputes would be counted twice.
+        peak = None if args.gradient_checkpointing else args.peak_tflops or peak_tflops(state.precision.enabled)
+        progress = on_exit.enter_context(
+            Progress(state.step, total_steps, visible=ranks.is_main, peak_tflops=peak and peak * ranks.world_size)
+        )
         stop = on_exit.enter_context(StopRequest())
         for window, share in steps:
             ranks.step = state.step
             seed_layers(order.seed, state.step, ranks.rank)
-            parts = [backward(module, encode, next(batches), positions, window, state, ranks) for positions in share]
+            with FlopCounter(enabled=progress.counts_next) as counter:
+                parts = [backward(module, encode, next(batches), p, window, state, ranks) for p in share]
+            progress.counted(counter.total, sum(len(part.positions) for part in parts))
             ranks.average_gradients(state.parameters.values())
             # All that the ranks have to agree on, in one sum; and one look at the device per step.
             bad, signal = sum(len(part.errors) for part in parts), float(bool(stop.received))

@@ -51,6 +51,7 @@ class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
     """The UNet learns to denoise MoVQ latents, given the CLIP embedding of the same image."""
 
     encoders = ("movq", "image_encoder")
+    can_compile_encode = True
 
     def __init__(self, args):
         super().__init__()

@@ -54,6 +54,7 @@ class KandinskyPriorTrainingModule(DiffusionTrainingModule):
     """The prior learns to predict an image's normalised CLIP embedding from a noisy one and the caption."""
 
     encoders = ("image_encoder", "text_encoder")
+    can_compile_encode = True
 
     def __init__(self, args):
         super().__init__()

@@ -77,6 +77,7 @@ class LCMTrainingModule(DiffusionTrainingModule):
     """The student learns that wherever on the teacher's path it starts, it must end at the same image."""
 
     encoders = ("vae", "text_encoder")
+    can_compile_encode = True
     always_float32 = ("teacher", "target_unet")
 
     def __init__(self, args):

@@ -67,6 +67,7 @@ class SDXLTrainingModule(DiffusionTrainingModule):
     """The UNet learns to denoise VAE latents, given the caption, the image's size, and the crop that was taken."""
 
     encoders = ("vae", "text_encoder", "text_encoder_2")
+    can_compile_encode = True
 
     def __init__(self, args):
         super().__init__()

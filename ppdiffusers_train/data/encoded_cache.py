@@ -2,8 +2,9 @@
 
     <encoded_cache_dir>/<encoders>/<first two digits of the sample>/<sample>.safetensors
 
-`<encoders>` is a hash of the code, the settings and the weights that encode, `<sample>` one of the image's bytes, the
-caption and the variant: an entry never has to be invalidated, because what it was made of is its name. A file is
+`<encoders>` is a hash of the code, the settings and the weights that encode, with `-compiled` behind it where they were
+compiled (`runtime/cpu_levers.py`); `<sample>` is one of the image's bytes, the caption and the variant. An entry never
+has to be invalidated, because what it was made of is its name. A file is
 written under another name and renamed, so that a cache interrupted anywhere goes on, and several processes can fill
 and read one at the same time. Files are mapped into memory, where all ranks of a machine share them.
 """
@@ -27,13 +28,14 @@ from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.errors import BadSampleError
 from ppdiffusers_train.module import encode_each
 from ppdiffusers_train.runtime.checkpoint import require_writable, sync
+from ppdiffusers_train.runtime.cpu_levers import COMPILE_FROM_ROWS, CompiledEncode, can_compile
 
 
 def encode_dataset(module, dataset, order, args, ranks, precision, bad_samples, say):
     """Fill the cache with what it lacks of `dataset`, free the module's encoders, and return the `EncodedSamples`."""
     folder = Path(args.encoded_cache_dir)
     require_writable(folder, "--encoded_cache_dir")
-    root, folder = folder, folder / encoders_digest(module, precision)
+    root, (folder, is_compiled) = folder, encoders_folder(folder, module, precision, len(dataset))
     if not folder.exists() and any(root.iterdir()):
         say(f"{root}: what is there comes of other models, settings or code; it stays, and is not used")
     ranks.gather(None)  # before anyone makes the folder
@@ -52,6 +54,8 @@ def encode_dataset(module, dataset, order, args, ranks, precision, bad_samples, 
     batches = iterate_batches(
         Entries(share, dataset, module.preprocess), [[i] for i in range(len(share))], args.dataloader_num_workers
     )
+    if is_compiled and share:
+        module.encode = CompiledEncode(module)
     found = {}
     for entry in tqdm(share, desc="encoding", unit="sample", disable=not (ranks.is_main and share)):
         batch, errors = next(batches)
@@ -65,6 +69,18 @@ def encode_dataset(module, dataset, order, args, ranks, precision, bad_samples, 
     for name in module.encoders:
         setattr(module, name, None)
     return samples
+
+
+def encoders_folder(root: Path, module, precision, rows: int) -> tuple:
+    """(the cache's folder of these encoders, whether they are compiled for it).
+
+    Compiled ones round differently, so a cache that was begun one way goes on that way, also when its data has grown.
+    """
+    plain = root / encoders_digest(module, precision)
+    compiled = plain.with_name(f"{plain.name}-compiled")
+    if can_compile(module) and not plain.exists() and (compiled.exists() or rows >= COMPILE_FROM_ROWS):
+        return compiled, True
+    return plain, False
 
 
 def encoders_digest(module, precision) -> str:

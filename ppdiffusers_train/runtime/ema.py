@@ -19,7 +19,12 @@ def ema_decay(update: int, max_decay: float = 0.9999) -> float:
 def move_average(averages, parameters, decay: float) -> None:
     """θ⁻ ← μ θ⁻ + (1 - μ) θ, in place, of parameters in the same order."""
     for average, parameter in zip(averages, parameters, strict=True):
-        average.set_value(decay * average + (1 - decay) * parameter.astype("float32"))
+        replace(average, decay * average + (1 - decay) * parameter.astype("float32"))
+
+
+def replace(tensor, value) -> None:
+    """Give a tensor another one's numbers, on its device: `set_value` goes by NumPy in Paddle 2.6, for each tensor."""
+    paddle.assign(value, output=tensor)
 
 
 class EMA:
@@ -46,7 +51,7 @@ class EMA:
         for name, average in self.averages.items():
             parameter = self.parameters[name]
             value = masters.get(parameter.name, parameter).astype("float32")
-            average.set_value(decay * average + (1 - decay) * value)
+            replace(average, decay * average + (1 - decay) * value)
 
     @contextlib.contextmanager
     def applied(self):

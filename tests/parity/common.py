@@ -8,7 +8,9 @@ import torch
 
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import RowDraws
+from ppdiffusers_train.runtime.cpu_levers import pull_levers
 
+pull_levers()  # as every run does
 torch.set_num_threads(1)  # its threads wait for each other at every tiny layer, for long where the processor is shared
 
 

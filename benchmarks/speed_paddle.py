@@ -1,0 +1,144 @@
+"""The sides of `speed.py` that compute with Paddle, as processes that it starts.
+
+    python benchmarks/speed_paddle.py loop|cache|plain|profile --script SCRIPT [--compile] [--samples FILE] -- FLAGS
+
+loop: the script's own run. cache: fills its cache and says what that took; with `--samples`, it also writes what
+`preprocess` makes of each. plain: a bare loop over the same module, online, encoding the batch together: with one
+thread and without levers a model of PaddleMIX's script as a user runs it. profile: the loop's step, by kernel.
+"""
+
+import ppdiffusers_train  # noqa: F401  (before paddle)
+from ppdiffusers_train import training
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from ppdiffusers_train.data import encoded_cache
+from ppdiffusers_train.data.dataset import build_dataset
+from ppdiffusers_train.draws import Draws, RowDraws
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from speed_gate import Gate, answer, peak_mb  # noqa: E402
+
+from tests.conftest import load_script, module_class  # noqa: E402
+
+PROFILED_STEPS = 3
+
+
+def loop(module, dataset, args) -> None:
+    """The script's run, a few steps at a time."""
+    gate, after_step = Gate(), module.after_step
+
+    def step():
+        after_step()
+        gate.after_step()
+
+    module.after_step = step
+    gate.wait()
+    training.launch_training_task(module, dataset, args)
+
+
+def cache(module, dataset, args, samples) -> None:
+    """Fill the cache, and answer with the seconds that it took."""
+    if samples:
+        rows = [module.preprocess(dataset[row], RowDraws(0, row)) for row in range(len(dataset))]
+        np.savez(samples, **{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    encode = training.encode_dataset
+
+    def timed(*arguments):
+        start = time.perf_counter()
+        encoded = encode(*arguments)
+        answer(seconds=time.perf_counter() - start, samples=len(dataset), peak_mb=peak_mb())
+        return encoded
+
+    training.encode_dataset = timed
+    training.launch_training_task(module, dataset, args)
+
+
+def plain(module, args, samples) -> None:
+    """What any script does: encode, loss, backward, clip, AdamW, one batch after the other."""
+    arrays = dict(np.load(samples))
+    count = len(next(iter(arrays.values())))
+    parameters = module.trainable_parameters()
+    clip = paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm)
+    optimizer = paddle.optimizer.AdamW(1e-4, parameters=parameters, weight_decay=0.0, grad_clip=clip)
+    gate, step = Gate(), 0
+    gate.wait()
+    while True:
+        rows = (np.arange(args.train_batch_size) + step * args.train_batch_size) % count
+        with paddle.no_grad():
+            encoded = module.encode({name: paddle.to_tensor(array[rows]) for name, array in arrays.items()})
+        loss = module(encoded, Draws(0, rows.tolist()))
+        loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        loss.item()
+        step += 1
+        gate.after_step()
+
+
+def profile(module, dataset, args) -> None:
+    """Answer with the milliseconds of a step that each kernel takes, forward and backward together."""
+    from paddle.profiler import Profiler, ProfilerTarget, profiler_statistic
+
+    profiler, after_step, taken = Profiler(targets=[ProfilerTarget.CPU]), module.after_step, []
+
+    def step():
+        after_step()
+        taken.append(None)
+        if len(taken) == 2:  # the first steps allocate
+            profiler.start()
+        if len(taken) == 2 + PROFILED_STEPS:
+            profiler.stop()
+
+    module.after_step = step
+    args.max_train_steps = 2 + PROFILED_STEPS
+    training.launch_training_task(module, dataset, args)
+    events = profiler_statistic.StatisticData(
+        profiler.profiler_result.get_data(), profiler.profiler_result.get_extra_info()
+    ).event_summary.items
+    times = {}
+    for name, event in events.items():
+        kind = kind_of(name)
+        times[kind] = times.get(kind, 0.0) + event.cpu_time / 1e6 / PROFILED_STEPS
+    answer(milliseconds=times)
+
+
+def kind_of(name: str) -> str:
+    """`Conv2dGradNodeFinal`, `conv2d dygraph`, `conv2d_grad` -> "conv2d"."""
+    name = name.split()[0].split("::")[-1].lower()
+    return name.removeprefix("global_").replace("gradnodefinal", "").replace("gradnode", "").removesuffix("_grad")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("loop", "cache", "plain", "profile"))
+    parser.add_argument("--script", required=True)
+    parser.add_argument("--compile", action="store_true", help="encoders, however little the data")
+    parser.add_argument("--samples", help="file of preprocessed samples")
+    split = sys.argv.index("--")
+    own, flags = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    for part in (training, encoded_cache):
+        part.COMPILE_FROM_ROWS = 0 if own.compile else float("inf")
+    job = load_script(Path(own.script))
+    args = job.build_parser().parse_args(flags)
+    training.check_run(args)
+    dataset, module = build_dataset(args), module_class(job)(args)
+    if own.what == "loop":
+        loop(module, dataset, args)
+    elif own.what == "cache":
+        cache(module, dataset, args, own.samples)
+    elif own.what == "plain":
+        plain(module, args, own.samples)
+    else:
+        profile(module, dataset, args)
+
+
+if __name__ == "__main__":
+    main()

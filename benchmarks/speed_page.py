@@ -1,0 +1,114 @@
+"""docs/performance.md from the figures of `speed.py`.
+
+python benchmarks/speed_page.py    writes the page anew from docs/performance.json
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+HEAD = Path(__file__).with_name("speed_page.md")
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+JOBS = {
+    "decoder": "Kandinsky 2.2 decoder, full",
+    "prior": "Kandinsky 2.2 prior, full",
+    "sdxl": "SDXL, full",
+    "lcm_lora": "LCM LoRA (Stable Diffusion)",
+}
+SIZES = ("0.5", "1", "2")
+MISSING = "not measured yet"
+
+
+def page(figures: dict) -> str:
+    """The page; a row whose figures are missing says so."""
+    text = HEAD.read_text(encoding="utf-8")
+    for name, table in (("jobs", jobs), ("levers", levers), ("profile", profile), ("start", start)):
+        text = text.replace(f"{{{name}}}", table(figures))
+    return text
+
+
+def table(header: list, rows: list) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def jobs(figures: dict) -> str:
+    header = ["job, size", "torch", "cached", "online", "Paddle as it comes", "cached : torch", "online : torch"]
+    header += ["cached : as it comes", "cache, once", "steps that pay it"]
+    rows = []
+    for job, title in JOBS.items():
+        for size in SIZES:
+            found = figures.get(job, {}).get(size)
+            name = f"{title}, ×{size}"
+            rows.append([name, *(job_row(found) if found else [MISSING, *[""] * (len(header) - 2)])])
+    return table(header, rows)
+
+
+def job_row(found: dict) -> list:
+    sides, cache = found["sides"], found["cache"]
+    cells = [
+        f"{statistics.median(sides[side]['seconds']):.2f} s, {sides[side]['peak_mb'] / 1000:.2f} GB"
+        for side in ("torch", "cached", "online", "as it comes")
+    ]
+    cells += [
+        ratio(sides["torch"], sides["cached"]),
+        ratio(sides["torch"], sides["online"]),
+        ratio(sides["as it comes"], sides["cached"]),
+    ]
+    saved = statistics.median(sides["torch"]["seconds"]) - statistics.median(sides["cached"]["seconds"])
+    pays = f"{cache['seconds'] / saved:.0f}" if saved > 0 else "–"
+    return [*cells, f"{cache['seconds'] / cache['samples']:.2f} s a sample", f"{pays} (for {cache['samples']} samples)"]
+
+
+def ratio(slow: dict, fast: dict) -> str:
+    """How many times as fast, the median of the turns with the smallest and the largest."""
+    found = [one / other for one, other in zip(slow["seconds"], fast["seconds"])]
+    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+
+
+def levers(figures: dict) -> str:
+    rows = []
+    for job, title in JOBS.items():
+        found = figures.get(job, {}).get("1", {}).get("levers")
+        if not found:
+            rows.append([title, MISSING, "", "", ""])
+            continue
+        both = "conv_bias,linear_bias"
+        cells = [time_ratio(found[name], found["none"]) for name in ("conv_bias", "linear_bias", both)]
+        compiled = time_ratio(found["online, compiled encoders"], found["online, plain encoders"])
+        rows.append([title, *cells, compiled])
+    return table(["time of a step, ×1", "conv_bias", "linear_bias", "both", "compiled encoders, online"], rows)
+
+
+def time_ratio(one: dict, other: dict) -> str:
+    return f"{statistics.median(a / b for a, b in zip(one['seconds'], other['seconds'])):.2f}"
+
+
+def profile(figures: dict) -> str:
+    rows = []
+    for job, title in JOBS.items():
+        found = figures.get(job, {}).get("1", {}).get("profile")
+        if not found:
+            rows.append([title, MISSING, "", ""])
+            continue
+        largest = sorted(found["none"], key=found["none"].get, reverse=True)[:8]
+        for number, kernel in enumerate(largest):
+            times = [f"{found[which].get(kernel, 0.0):.0f}" for which in ("none", "levers")]
+            rows.append(["" if number else title, kernel, *times])
+    return table(["job, ×1", "kernel", "before, ms a step", "after, ms a step"], rows)
+
+
+def start(figures: dict) -> str:
+    found = figures.get("decoder", {}).get("1", {}).get("start")
+    rows = [[name, f"{seconds:.2f} s"] for name, seconds in found.items()] if found else [[MISSING, ""]]
+    return table(["decoder, ×1", "in a process of its own"], rows)
+
+
+def main():
+    file = DOCS / "performance.json"
+    figures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    (DOCS / "performance.md").write_text(page(figures), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""What makes Paddle's CPU kernels faster, and leaves the results as they are. Nothing here touches a run on a card.
+
+    PPDIFFUSERS_TRAIN_CPU_LEVERS=conv_bias,linear_bias,compiled_encoders    the default: all of them
+    PPDIFFUSERS_TRAIN_CPU_LEVERS=none                                       Paddle as it comes
+
+docs/performance.md has what each of them gains.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import paddle
+from paddle import (
+    matmul,  # by its own name: what counts products of a model must not count those in here
+    nn,
+)
+from paddle.autograd import PyLayer
+from paddle.nn import functional
+
+from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.runtime.cpu import usable_cores
+
+VARIABLE = "PPDIFFUSERS_TRAIN_CPU_LEVERS"
+LEVERS = ("conv_bias", "linear_bias", "compiled_encoders")
+# Compiling the encoders costs as much as encoding some dozens of samples. The rule looks at the data alone: a run that
+# goes on, or has other cards, encodes as the one before.
+COMPILE_FROM_ROWS = 1000
+
+
+def levers() -> tuple:
+    """The levers that are on: none on a card, else what the environment says.
+
+    Raises:
+        UserError: it names another lever.
+    """
+    if not paddle.get_device().startswith("cpu"):
+        return ()
+    names = [name.strip() for name in os.environ.get(VARIABLE, ",".join(LEVERS)).split(",")]
+    unknown = set(names) - {*LEVERS, "none", ""}
+    if unknown:
+        raise UserError(f"{VARIABLE}: there is no {min(unknown)!r}; expected some of {', '.join(LEVERS)}, or none")
+    return tuple(name for name in LEVERS if name in names)
+
+
+def pull_levers() -> None:
+    """Put the levers that are on in the place of Paddle's functions; once is enough, and more change nothing."""
+    on = levers()
+    for lever, owner, name, replacement_for in replacements():
+        original = getattr(owner, name)
+        if lever in on and not hasattr(original, "replaced"):
+            replacement = replacement_for(original)
+            replacement.replaced = original
+            setattr(owner, name, replacement)
+
+
+def release_levers() -> None:
+    """Put Paddle's own functions back."""
+    for _, owner, name, _ in replacements():
+        function = getattr(owner, name)
+        setattr(owner, name, getattr(function, "replaced", function))
+
+
+def replacements() -> tuple:
+    """(lever, where a function of Paddle stands, its name, what makes its replacement)."""
+    return (
+        ("conv_bias", functional.conv, "_conv_nd", replacement_for_conv_nd),  # of nn.Conv2D
+        ("conv_bias", functional, "conv2d", replacement_for_conv2d),  # of ppdiffusers' residual blocks
+        ("linear_bias", functional, "linear", replacement_for_linear),
+    )
+
+
+def add_to_planes(x, bias):
+    """[B, C, H, W] + [C], the bias as [C, 1, 1].
+
+    Paddle adds it as [1, C, 1, 1], for which its CPU kernels, of the sum and of the bias' gradient, work out the place
+    of each number by itself; with fewer dimensions than the other side they go through whole planes. The same bits.
+    """
+    return x + bias.reshape([-1, 1, 1])
+
+
+def replacement_for_conv_nd(original):
+    """Paddle's function behind its layers of convolution, with a bias of `add_to_planes`."""
+
+    def conv_nd(
+        x, weight, bias=None, stride=1, padding=0, padding_algorithm=None, dilation=1, groups=1, data_format="NCHW",
+        channel_dim=1, op_type="conv2d", *arguments, **options,
+    ):  # fmt: skip
+        rest = (stride, padding, padding_algorithm, dilation, groups, data_format, channel_dim, op_type, *arguments)
+        if bias is None or op_type != "conv2d" or data_format != "NCHW" or not paddle.in_dynamic_mode():
+            return original(x, weight, bias, *rest, **options)
+        return add_to_planes(original(x, weight, None, *rest, **options), bias)
+
+    return conv_nd
+
+
+def replacement_for_conv2d(original):
+    """Paddle's function for convolutions without a layer, with a bias of `add_to_planes`."""
+
+    def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, data_format="NCHW", name=None):
+        rest = (stride, padding, dilation, groups, data_format, name)
+        if bias is None or data_format != "NCHW" or not paddle.in_dynamic_mode():
+            return original(x, weight, bias, *rest)
+        return add_to_planes(original(x, weight, None, *rest), bias)
+
+    return conv2d
+
+
+class AddBias(PyLayer):
+    """[…, N] + [N], whose gradient for the bias is a product of ones [1, M] with the other one's [M, N].
+
+    Paddle's is a sum over the first axes, which its kernel takes a number at a time, with one thread. The order of the
+    sum differs, so it is the same up to rounding.
+    """
+
+    @staticmethod
+    def forward(ctx, x, bias):
+        return x + bias
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows = gradient.reshape([-1, gradient.shape[-1]])
+        ones = paddle.ones([1, rows.shape[0]], dtype=rows.dtype)
+        return gradient, matmul(ones, rows).reshape([-1])
+
+
+def replacement_for_linear(original):
+    """A linear layer with the bias of `AddBias`, where a gradient for it will be asked for."""
+
+    def linear(x, weight, bias=None, name=None):
+        learns = bias is not None and not bias.stop_gradient and paddle.is_grad_enabled()
+        if not learns or not paddle.in_dynamic_mode():
+            return original(x, weight, bias, name)
+        return AddBias.apply(original(x, weight, None), bias)
+
+    return linear
+
+
+def can_compile(module) -> bool:
+    """Whether `module.encode` may be compiled here: its job allows it, and all samples have one shape.
+
+    Paddle needs its newer graph, PIR: the engine of 2.6 fails on CLIP ("could not create a primitive descriptor").
+    """
+    return (
+        "compiled_encoders" in levers()
+        and paddle.framework.use_pir_api()
+        and module.can_compile_encode
+        and module.encode_batch_size == 1
+        and not module.buckets
+    )
+
+
+class CompiledEncode:
+    """Stands in for `module.encode`: the encoders' graph, run by Paddle's inference engine with oneDNN's kernels.
+
+    oneDNN's convolutions and products are faster than those of Paddle's dynamic graph, and the engine fuses what
+    follows them. The same up to rounding, 3e-6 of the largest number. It is compiled at the first batch, whose shapes
+    all others must have. The engine has weights of its own, so the module's encoders are freed then.
+    """
+
+    def __init__(self, module):
+        self.module, self.predictor, self.names = module, None, []
+
+    def __call__(self, batch: dict) -> dict:
+        if self.predictor is None:
+            self.compile(batch)
+        for name in self.predictor.get_input_names():
+            self.predictor.get_input_handle(name).copy_from_cpu(batch[name].numpy())
+        self.predictor.run()
+        outputs = map(self.predictor.get_output_handle, self.predictor.get_output_names())
+        return {name: paddle.to_tensor(output.copy_to_cpu()) for name, output in zip(self.names, outputs, strict=True)}
+
+    def compile(self, batch: dict) -> None:
+        """Trace `encode` on the shapes of a batch, and hand the graph over to the engine."""
+        spec = {name: paddle.static.InputSpec(x.shape, dtype_name(x), name) for name, x in batch.items()}
+        graph = EncodeGraph(self.module)
+        release_levers()  # they are for the dynamic graph
+        with tempfile.TemporaryDirectory() as folder, paddle.no_grad():
+            file = Path(folder) / "encode"
+            paddle.jit.save(paddle.jit.to_static(graph, input_spec=[spec], full_graph=True), str(file))
+            self.names = graph.output_names
+            for name in self.module.encoders:
+                setattr(self.module, name, None)
+            del graph
+            self.predictor = create_predictor(file)
+        pull_levers()
+
+
+class EncodeGraph(nn.Layer):
+    """`module.encode` as a layer with the encoders' parameters alone, from named tensors to a list."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.encoders = nn.LayerList([getattr(module, name) for name in module.encoders])
+        self.encode, self.output_names = type(module).encode.__get__(module), None
+        self.eval()
+
+    def forward(self, batch):
+        encoded = self.encode(batch)
+        self.output_names = list(encoded)
+        return [paddle.assign(encoded[name]) for name in encoded]  # a result that is an input is no result to Paddle
+
+
+def create_predictor(file: Path):
+    """Paddle's inference engine for what `paddle.jit.save` wrote under a name without ending."""
+    config = paddle.inference.Config(str(file.with_suffix(".json")), str(file.with_suffix(".pdiparams")))
+    config.disable_gpu()
+    config.disable_glog_info()
+    config.enable_mkldnn()
+    threads = os.environ.get("OMP_NUM_THREADS") or os.environ.get("MKL_NUM_THREADS") or usable_cores()
+    config.set_cpu_math_library_num_threads(int(threads))
+    return paddle.inference.create_predictor(config)
+
+
+def dtype_name(tensor) -> str:
+    """`paddle.float32` -> "float32", in any Paddle."""
+    return str(tensor.dtype).removeprefix("paddle.")

@@ -1,0 +1,208 @@
+"""The levers leave the results as they are, and can be switched off. benchmarks/speed.py measures what they gain."""
+
+import ppdiffusers_train  # noqa: F401
+
+import numpy as np
+import paddle
+import pytest
+from paddle import nn
+from paddle.nn import functional
+
+from ppdiffusers_train.data.encoded_cache import encoders_folder
+from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.module import encode_each
+from ppdiffusers_train.runtime import cpu_levers
+from ppdiffusers_train.runtime.cpu_levers import (
+    LEVERS,
+    VARIABLE,
+    CompiledEncode,
+    can_compile,
+    levers,
+    pull_levers,
+    release_levers,
+)
+from ppdiffusers_train.runtime.precision import Precision
+from tests.conftest import encode, weights
+
+needs_pir = pytest.mark.skipif(not paddle.framework.use_pir_api(), reason="this Paddle's engine fails on the encoders")
+EPSILON = float(np.finfo(np.float32).eps)
+
+
+@pytest.fixture(autouse=True)
+def released(monkeypatch):
+    """No lever before the test and none after it; the environment is the default's."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    release_levers()
+    yield
+    release_levers()
+
+
+def results(model, x):
+    """The output, and the gradients of its square for the input and for the parameters that learn."""
+    x = paddle.to_tensor(x)
+    x.stop_gradient = False
+    y = model(x)
+    (y * y).sum().backward()
+    learning = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
+    found = [y.numpy(), x.grad.numpy(), *(parameter.grad.numpy() for parameter in learning)]
+    model.clear_gradients()
+    return found
+
+
+def with_and_without(lever, model, x, monkeypatch):
+    plain = results(model, x)
+    monkeypatch.setenv(VARIABLE, lever)
+    pull_levers()
+    return plain, results(model, x)
+
+
+def normal(*shape):
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"groups": 2}, {"bias_attr": False}], ids=str)
+def test_the_bias_of_a_convolution_gives_the_same_bits(options, monkeypatch):
+    paddle.seed(0)
+    model = nn.Conv2D(4, 6, 3, **options)
+    if model.bias is not None:
+        model.bias.set_value(normal(6))
+    plain, levered = with_and_without("conv_bias", model, normal(2, 4, 9, 9), monkeypatch)
+    assert functional.conv._conv_nd.replaced and len(plain) == (3 if model.bias is None else 4)
+    assert all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
+
+
+@pytest.mark.parametrize("padding", [1, "SAME"])
+def test_so_does_that_of_a_convolution_without_a_layer(padding, monkeypatch):
+    class Convolution(nn.Conv2D):
+        def forward(self, x):
+            return functional.conv2d(x, self.weight, self.bias, 1, padding)
+
+    paddle.seed(0)
+    model = Convolution(4, 6, 3)
+    model.bias.set_value(normal(6))
+    plain, levered = with_and_without("conv_bias", model, normal(2, 4, 9, 9), monkeypatch)
+    assert functional.conv2d.replaced
+    assert all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
+
+
+def test_convolutions_of_other_layouts_are_left_to_paddle(monkeypatch):
+    model = nn.Conv1D(4, 6, 3)
+    plain, levered = with_and_without("conv_bias", model, normal(2, 4, 9), monkeypatch)
+    assert all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (2, 1, 3, 8)], ids=str)
+def test_the_bias_of_a_linear_layer_is_the_same_up_to_rounding_of_its_gradient(shape, monkeypatch):
+    paddle.seed(0)
+    model = nn.Linear(8, 6)
+    model.bias.set_value(normal(6))
+    plain, levered = with_and_without("linear_bias", model, normal(*shape), monkeypatch)
+    assert functional.linear.replaced
+    *same, bias = zip(plain, levered, strict=True)
+    assert all(np.allclose(one, other, rtol=4 * EPSILON, atol=4 * EPSILON) for one, other in same)
+    terms = int(np.prod(shape[:-1]))
+    assert np.abs(bias[0] - bias[1]).max() <= 2 * terms * EPSILON * np.abs(bias[0]).max()
+
+
+def test_a_linear_layer_whose_bias_does_not_learn_is_left_to_paddle(monkeypatch):
+    model = nn.Linear(8, 6)
+    model.bias.stop_gradient = True
+    plain, levered = with_and_without("linear_bias", model, normal(5, 8), monkeypatch)
+    assert len(plain) == 3 and all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
+
+
+def test_all_levers_are_on_unless_the_environment_names_fewer(monkeypatch):
+    assert levers() == LEVERS
+    monkeypatch.setenv(VARIABLE, "linear_bias, conv_bias")
+    assert levers() == ("conv_bias", "linear_bias")
+    monkeypatch.setenv(VARIABLE, "none")
+    assert levers() == ()
+    pull_levers()
+    assert not hasattr(functional.linear, "replaced") and not hasattr(functional.conv._conv_nd, "replaced")
+    monkeypatch.setenv(VARIABLE, "conv_bais")
+    with pytest.raises(UserError, match="conv_bais"):
+        levers()
+
+
+def test_levers_are_pulled_once_and_released():
+    originals = functional.linear, functional.conv._conv_nd
+    pull_levers()
+    pulled = functional.linear, functional.conv._conv_nd
+    pull_levers()
+    assert (functional.linear, functional.conv._conv_nd) == pulled != originals
+    release_levers()
+    assert (functional.linear, functional.conv._conv_nd) == originals
+
+
+@needs_pir
+@pytest.mark.parametrize("job", ["decoder", "prior"])
+def test_compiled_encoders_give_the_same_up_to_rounding(build, job):
+    assert_compiled_encodes_alike(build(job))
+
+
+@needs_pir
+def test_those_of_sdxl_too(build_sdxl_module):
+    assert_compiled_encodes_alike(build_sdxl_module("sdxl"))
+
+
+def assert_compiled_encodes_alike(module):
+    from ppdiffusers_train.data.dataset import build_dataset
+
+    rows = build_dataset(module.args)
+    plain = encode(module, rows, [0, 1, 2])
+    assert can_compile(module)
+    module.encode = CompiledEncode(module)
+    compiled = encode(module, rows, [0, 1, 2])
+    assert all(getattr(module, name) is None for name in module.encoders), "the engine has them"
+    assert list(compiled) == list(plain)
+    for name, tensor in plain.items():
+        ours, theirs = compiled[name].numpy(), tensor.numpy()
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert np.abs(ours - theirs).max() <= 5e-6 * np.abs(theirs).max(), name
+
+
+@needs_pir
+def test_a_cache_goes_on_the_way_it_was_begun(build, tmp_path, monkeypatch):
+    module, precision = build("decoder"), Precision("no")
+    few, many = cpu_levers.COMPILE_FROM_ROWS - 1, cpu_levers.COMPILE_FROM_ROWS
+    plain, is_compiled = encoders_folder(tmp_path, module, precision, few)
+    assert not is_compiled
+    compiled, is_compiled = encoders_folder(tmp_path, module, precision, many)
+    assert is_compiled and compiled != plain
+    compiled.mkdir()
+    assert encoders_folder(tmp_path, module, precision, few) == (compiled, True)
+    plain.mkdir()
+    assert encoders_folder(tmp_path, module, precision, many) == (plain, False)
+    monkeypatch.setenv(VARIABLE, "none")
+    assert encoders_folder(tmp_path / "other", module, precision, many)[1] is False
+
+
+def test_samples_of_several_shapes_or_together_are_not_compiled(build_sdxl_module, build):
+    assert not can_compile(build_sdxl_module("sdxl", "--aspect_ratio_buckets"))
+    module = build("decoder")
+    module.encode_batch_size = 2
+    assert not can_compile(module)
+
+
+@needs_pir
+def test_runs_on_much_data_compile_online_and_for_the_cache_alike(train_decoder, tmp_path, monkeypatch):
+    from ppdiffusers_train import training
+
+    from ppdiffusers_train.data import encoded_cache
+
+    plain = weights(train_decoder(out="plain"))
+    for module in (training, encoded_cache):
+        monkeypatch.setattr(module, "COMPILE_FROM_ROWS", 7)
+    online = weights(train_decoder(out="online"))
+    cached = weights(train_decoder(f"--encoded_cache_dir={tmp_path / 'cache'}", out="cached"))
+    assert [path.name[-9:] for path in (tmp_path / "cache").iterdir()] == ["-compiled"]
+    assert all(np.array_equal(online[name], cached[name]) for name in online)
+    assert any(not np.array_equal(online[name], plain[name]) for name in online), "they were compiled"
+
+
+def test_encode_each_takes_the_compiled_one(build):
+    module = build("decoder")
+    seen = []
+    module.encode = lambda batch: seen.append(batch) or {"x": batch["x"]}
+    encode_each(module, {"x": paddle.zeros([2, 1])})
+    assert len(seen) == 2
