@@ -21,13 +21,14 @@ $(if $(3),@echo "$(call packages_of,$(3))" > "$(call packages_of,$(1))/base.pth"
 @touch $@
 endef
 
-.PHONY: help demo toys gate test lint test-paddle26 parity bench torture venvs lock clean
+.PHONY: help demo toys gate test test-engine lint test-paddle26 parity bench torture venvs lock clean
 
 help:
 	@echo "make demo           teach a tiny Kandinsky 2.2 a new look on the CPU, and draw with it (JOB=lcm-lora for another job)"
 	@echo "make gate           show that every job learns: writes docs/results.md (an hour)"
 	@echo "make toys           train the tiny models that the package ships, again (two hours)"
 	@echo "make test           the tests (PYTEST_FLAGS='tests/data -x' for some of them)"
+	@echo "make test-engine    the tests that run Paddle's inference engine"
 	@echo "make lint           ruff's checks and formatting"
 	@echo "make test-paddle26  those tests on Paddle 2.6 whose outcome may depend on Paddle"
 	@echo "make parity         the comparisons with the PyTorch reference"
@@ -94,6 +95,9 @@ gate: .venv/ready
 
 test: .venv/ready
 	$(call PYTEST,.venv)
+
+test-engine: .venv/ready
+	$(call PYTEST,.venv,tests/runtime -m engine -n 0)
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -135,12 +135,14 @@ def test_levers_are_pulled_once_and_released():
 
 
 @needs_pir
+@pytest.mark.engine
 @pytest.mark.parametrize("job", ["decoder", "prior"])
 def test_compiled_encoders_give_the_same_up_to_rounding(build, job):
     assert_compiled_encodes_alike(build(job))
 
 
 @needs_pir
+@pytest.mark.engine
 def test_those_of_sdxl_too(build_sdxl_module):
     assert_compiled_encodes_alike(build_sdxl_module("sdxl"))
 
@@ -185,6 +187,7 @@ def test_samples_of_several_shapes_or_together_are_not_compiled(build_sdxl_modul
 
 
 @needs_pir
+@pytest.mark.engine
 def test_runs_on_much_data_compile_online_and_for_the_cache_alike(train_decoder, tmp_path, monkeypatch):
     from ppdiffusers_train import training
 
