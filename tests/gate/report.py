@@ -23,8 +23,8 @@ look and each option. All captions, English and Chinese, name combinations that 
 NEW_LOOK = """## A new look
 
 Fine-tuned on 24 pictures in one look, whose captions do not name it. Before, a caption that names no look gets a plain
-shape; after, it should get one in the new look. That is outlined; for the prior striped, as Kandinsky's decoder has
-learned plain and striped shapes and draws the one that the prior's embedding tells.
+shape; after, it should get one in the new look. That is outlined; for the prior striped, as embeddings tell
+striped shapes from plain ones, but not outlined ones.
 """
 OPTIONS = f"""## What options do
 

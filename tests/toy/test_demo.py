@@ -17,7 +17,7 @@ from tests.conftest import load_script
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", ["decoder-lora", "sd3-lora", "lcm-lora"])
+@pytest.mark.parametrize("name", ["decoder-lora", "prior-lora", "sd3-lora", "lcm-lora"])
 def test_the_demo_draws_one_picture_and_says_what_comes_next(name, tmp_path, capsys):
     cli.main(["demo", f"--job={name}", f"--output_dir={tmp_path}", "--max_train_steps=2"])
     said = capsys.readouterr().out
@@ -29,7 +29,7 @@ def test_the_demo_draws_one_picture_and_says_what_comes_next(name, tmp_path, cap
         assert f"ppdiffusers-train demo --job {other}\n" in said and f"examples/{job.script} --train_data_dir" in said
     shares = re.findall(r"(before|after): (\d+)% show what was asked for, (\d+)% (?:outlined|striped|plain)", said)
     assert [when for when, *_ in shares] == ["before", "after"]
-    if name == "decoder-lora":
+    if name in ("decoder-lora", "prior-lora"):
         assert int(shares[0][1]) >= 90 and int(shares[0][2]) == 0, "the pretrained pipeline draws what it is asked for"
     pictures = DISTILLATION_PICTURES if name == "lcm-lora" else LOOK_PICTURES
     assert len(list((tmp_path / jobs.JOBS[name].look).glob("*.png"))) == pictures
