@@ -82,6 +82,7 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
     )  # fmt: skip
     group.add_argument("--deterministic", action=Flag, help="ask Paddle for deterministic kernels on cards; slower")
     group.add_argument("--allow_tf32", action=Flag, help="TF32 in matrix products (cards of the Ampere series on)")
+    group.add_argument("--to_static", action=Flag, help="trace the models that learn: a slow start for faster steps")
     group.add_argument("--peak_tflops", type=positive_float, help="of a card, to show its utilisation")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="type of the arithmetic")
     group.add_argument(

@@ -13,6 +13,7 @@ import paddle
 from ppdiffusers_train.errors import UserError, hide_tokens
 from ppdiffusers_train.runtime.distributed import start_ranks
 from ppdiffusers_train.runtime.precision import Precision, set_deterministic, set_tf32
+from ppdiffusers_train.step import can_compile_models
 
 SECRETS = ("hub_token",)
 
@@ -77,6 +78,8 @@ def notices(args, precision: Precision, total_steps: int):
         yield "--allow_tf32: no effect, this device has no TF32"
     if args.deterministic and not set_deterministic():
         yield "--deterministic: no effect, this device computes the same way every time"
+    if args.to_static and not can_compile_models():
+        yield "--to_static: no effect, it needs Paddle 3"
     if args.local_rank != -1:
         yield f"--local_rank {args.local_rank}: no effect, paddle.distributed.launch sets the rank"
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= total_steps:

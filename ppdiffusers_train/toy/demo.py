@@ -15,7 +15,7 @@ from ppdiffusers_train.toy.shapes import HELD_OUT, caption
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
 
-LOOK_PICTURES, DISTILLATION_PICTURES = 24, 480
+SHOWN = 24  # of the training pictures
 PROMPTS = [caption(content) for content in HELD_OUT[::2]]  # combinations that no training has had
 
 
@@ -30,24 +30,23 @@ def run_demo(name: str, output, *flags: str) -> Path:
     """
     quiet_libraries()
     job, output = JOBS[name], Path(output)
-    look, count = job.look, DISTILLATION_PICTURES if job.distils else LOOK_PICTURES
-    data, result = output / look, output / name
-    print(f"1/3  writing tiny pretrained pipelines and {count} {look} pictures", flush=True)
+    data, result = output / f"{job.look}_{job.pictures}", output / name
+    print(f"1/3  writing tiny pretrained pipelines and {job.pictures} {job.look} pictures", flush=True)
     base = write_pretrained(job, output / "pretrained" / job.family)
     if not data.exists():
-        write_shapes_folder(data, ShapesDataset(0, count, looks=(look,)))
+        write_shapes_folder(data, ShapesDataset(0, job.pictures, looks=(job.look,)))
     print(f"2/3  training: {job.script}", flush=True)
     train(job, base, data, result, *flags)
     print("3/3  drawing with what it was and what it is", flush=True)
     before = draw(load_pipeline(job, base), PROMPTS, **(job.drawing_before or job.drawing))
     after = draw(load_pipeline(job, base, result), PROMPTS, **job.drawing)
     picture = output / f"{name}.png"
-    learned_from = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))[:LOOK_PICTURES]]
+    learned_from = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))[:SHOWN]]
     losses = read_scalars(result / "logs", "train/loss")
     draw_figure(learned_from, {"before": before, "after": after}, losses).savefig(picture, dpi=100)
     for when, images in (("before", before), ("after", after)):
         right, shares = accuracy(images, PROMPTS)["all"], look_shares(images)
-        print(f"     {when}: {right:.0%} show what was asked for, {shares[look]:.0%} {look}")
+        print(f"     {when}: {right:.0%} show what was asked for, {shares[job.look]:.0%} {job.look}")
     print(f"\n{picture}\n{result}\n\n{what_next()}", flush=True)
     return picture
 

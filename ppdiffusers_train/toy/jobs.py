@@ -34,6 +34,7 @@ class Job:
     drawing: dict  # arguments of a pipeline's call
     kind: str  # of the result: how a user loads it, see `running.USES`
     look: str  # of the pictures that it learns from
+    pictures: int = 480  # how many those are
     drawing_before: dict = None  # of the pipeline as it was, where that differs
 
     @property
@@ -75,11 +76,11 @@ FULL_RATE, LORA_RATE = "--learning_rate=5e-4", "--learning_rate=2e-3"
 SLOWER = ("--rank=16", "--learning_rate=1e-3", "--lr_scheduler=cosine", "--lr_warmup_steps=20")
 
 
-def _fine_tuning(script: str, kind: str, *more: str, look: str = "outlined") -> Job:
+def _fine_tuning(script: str, kind: str, *more: str, look: str = "outlined", **rest) -> Job:
     drawing = KANDINSKY_DRAWING if "kandinsky" in script else DRAWING
     rate = LORA_RATE if "lora" in kind else FULL_RATE
     flags = (rate, "--max_train_steps=300", "--train_batch_size=8", "--encoded_cache", *more)
-    return Job(script, flags, drawing, kind, look)
+    return Job(script, flags, drawing, kind, look, **rest)
 
 
 def _distillation(script: str, kind: str) -> Job:
@@ -87,13 +88,15 @@ def _distillation(script: str, kind: str) -> Job:
     before = {**DRAWING, "num_inference_steps": FEW_STEPS}
     if "lora" in kind:  # it is not told the guidance scale, but learns its teacher's
         flags += ("--learning_rate=2e-4", "--w_max=2")
-        return Job(script, flags, {**before, "guidance_scale": 1.0}, kind, "plain", before)
-    return Job(script, (*flags, FULL_RATE, "--w_max=4"), before, kind, "plain", before)
+        return Job(script, flags, {**before, "guidance_scale": 1.0}, kind, "plain", drawing_before=before)
+    return Job(script, (*flags, FULL_RATE, "--w_max=4"), before, kind, "plain", drawing_before=before)
 
 
 JOBS = {
     "decoder": _fine_tuning("kandinsky2_2/train_text_to_image_decoder.py", "decoder"),
-    "decoder-lora": _fine_tuning("kandinsky2_2/train_text_to_image_decoder_lora.py", "decoder lora", *SLOWER),
+    "decoder-lora": _fine_tuning(
+        "kandinsky2_2/train_text_to_image_decoder_lora.py", "decoder lora", *SLOWER, pictures=24
+    ),
     "prior": _fine_tuning("kandinsky2_2/train_text_to_image_prior.py", "prior", look="striped"),
     "prior-lora": _fine_tuning("kandinsky2_2/train_text_to_image_prior_lora.py", "prior lora", look="striped"),
     "sdxl": _fine_tuning("sdxl/train_text_to_image_sdxl.py", "pipeline"),

@@ -54,7 +54,8 @@ PARTS = {"prior": ("prior", PriorTransformer), "sd3": ("transformer", SD3Transfo
 def build_parser():
     parser = ArgumentParser(config=False, description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=TRAININGS, help="what to train")
-    parser.add_argument("--start_from", metavar="FILE", help="weights of another run, to go on from, with new pictures")
+    parser.add_argument("--start_from", metavar="FILE", help="weights of another run, to go on from")
+    parser.add_argument("--seed", type=int, default=0, help="of the pictures and of the training")
     parser.add_argument("--output_dir", default="outputs/toys", metavar="DIR", help="gets NAME.safetensors, and more")
     return parser
 
@@ -66,7 +67,7 @@ def main(argv=None):
     data, result = output / f"{own.name}_pictures", output / own.name
     if not data.exists():
         looks = SEEN_LOOKS.get(own.name, ALL_LOOKS)
-        pictures = ShapesDataset(1 if own.start_from else 0, PICTURES, looks=looks, name_looks=True)
+        pictures = ShapesDataset(own.seed, PICTURES, looks=looks, name_looks=True)
         write_shapes_folder(data, pictures)
     part, model_class = PARTS.get(own.name, ("unet", UNet2DConditionModel))
     base = write_pretrained(job, output / f"{own.name}_start", trained=False)
@@ -75,7 +76,7 @@ def main(argv=None):
         load_weights(model_class.from_pretrained(f"{folder}/{part}"), own.start_from).save_pretrained(
             f"{folder}/{part}"
         )
-    train(job, base, data, result, *more)
+    train(job, base, data, result, f"--seed={own.seed}", *more)
     write_weights(output / f"{own.name}.safetensors", {"": model_class.from_pretrained(str(result / part))})
 
 

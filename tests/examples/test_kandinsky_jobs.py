@@ -89,6 +89,24 @@ def test_gradient_checkpointing_gives_the_same_gradients(train, name):
     )
 
 
+def test_a_traced_model_learns_the_same(train, monkeypatch, capsys):
+    traced = []
+    to_static = paddle.jit.to_static
+    monkeypatch.setattr(
+        paddle.jit, "to_static", lambda forward, **options: traced.append(forward) or to_static(forward, **options)
+    )
+    states = []
+    for flag in ([], ["--to_static"]):
+        flags = ["--max_train_steps=2", "--checkpointing_steps=2", *flag]
+        states.append(optimizer_state(train("prior", *flags, out=f"prior{len(flag)}") / "checkpoint-2"))
+    if paddle.framework.use_pir_api():
+        assert type(traced[0].__self__).__name__ == "PriorTransformer"
+    else:
+        assert not traced and "--to_static: no effect, it needs Paddle 3" in capsys.readouterr().out
+    for key, moment in states[0].items():
+        assert abs(states[1][key] - moment).max() <= 1e-6 + 1e-4 * abs(moment).max()
+
+
 @pytest.mark.parametrize("name", ["decoder", *JOBS])
 def test_gradient_checkpointing_keeps_less_from_the_forward_for_the_backward(build, name):
     plain, less = (kept_for_backward(build(name, *flag))[0] for flag in ([], ["--gradient_checkpointing"]))
