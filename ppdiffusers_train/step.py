@@ -59,7 +59,7 @@ def seed_layers(seed: int, step: int, rank: int) -> None:
 
 def learning_models(module) -> list:
     """Those of its models in which something learns."""
-    return [model for model in module.children() if any(not parameter.stop_gradient for parameter in model.parameters())]
+    return [model for model in module.children() if any(not weights.stop_gradient for weights in model.parameters())]
 
 
 def set_training_mode(module) -> None:

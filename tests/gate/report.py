@@ -22,7 +22,7 @@ look and each option. All captions, English and Chinese, name combinations that 
 """
 NEW_LOOK = """## A new look
 
-Fine-tuned on 24 pictures in one look, whose captions do not name it. Before, a caption that names no look gets a plain
+Fine-tuned on pictures in one look, whose captions do not name it. Before, a caption that names no look gets a plain
 shape; after, it should get one in the new look. That is outlined; for the prior striped, as embeddings tell
 striped shapes from plain ones, but not outlined ones.
 """
@@ -82,11 +82,12 @@ def new_look(measured):
     ]
     yield table([*HEAD, "in the new look"], stages)
     for name in FINE_TUNING:
+        yield f"{name} learns from {JOBS[name].pictures} {JOBS[name].look} pictures."
         if "share of parameters" in measured[name]:
             same = "are" if measured[name]["scale 0 is the base"] else "are NOT"
             share = percent(measured[name]["share of parameters"])
-            yield f"{name} learns {share} of the parameters. Its pictures at scale 0 {same} the base's to the bit.\n"
-        yield f"![{name}](results/{name}.png)\n"
+            yield f"It is {share} of the model's parameters; at scale 0 its pictures {same} the base's to the bit."
+        yield f"\n![{name}](results/{name}.png)\n"
 
 
 def few_steps(measured):
