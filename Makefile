@@ -26,7 +26,7 @@ endef
 help:
 	@echo "make demo           teach a tiny Kandinsky 2.2 a new look on the CPU, and draw with it (JOB=lcm-lora for another job)"
 	@echo "make gate           show that every job learns: writes docs/results.md (an hour)"
-	@echo "make toys           train the tiny models that the package ships, again (two hours)"
+	@echo "make toys           train the tiny models that the package ships, again (four hours)"
 	@echo "make test           the tests (PYTEST_FLAGS='tests/data -x' for some of them)"
 	@echo "make test-engine    the tests that run Paddle's inference engine"
 	@echo "make lint           ruff's checks and formatting"
@@ -48,7 +48,7 @@ WEIGHTS = ppdiffusers_train/toy/weights
 RECIPE = MKL_NUM_THREADS=1 PPDIFFUSERS_TRAIN_CPU_LEVERS=none .venv/bin/python -m ppdiffusers_train.toy.train
 ENCODERS = $(TOYS)/vae_further/vae.safetensors $(TOYS)/movq_further/movq_shapes.safetensors \
 	$(TOYS)/vision/clip.safetensors
-PIPELINES = $(addprefix $(TOYS)/,$(addsuffix .safetensors,decoder prior sd further/sdxl sd3))
+PIPELINES = $(addprefix $(TOYS)/,$(addsuffix .safetensors,decoder prior sd last/sdxl sd3))
 
 toys: $(PIPELINES)
 	cp $(PIPELINES) $(WEIGHTS)
@@ -83,11 +83,18 @@ $(TOYS)/encoders: $(ENCODERS)
 $(TOYS)/%.safetensors: $(TOYS)/encoders
 	$(RECIPE)_pipelines $* --output_dir $(TOYS)
 
-$(TOYS)/decoder.safetensors: $(TOYS)/decoder_of_all_looks.safetensors
-	$(RECIPE)_pipelines decoder --output_dir $(TOYS) --start_from $<
+$(TOYS)/further/decoder_of_all_looks.safetensors: $(TOYS)/decoder_of_all_looks.safetensors
+	$(RECIPE)_pipelines decoder_of_all_looks --output_dir $(@D) --start_from $< --seed 1 \
+		--max_train_steps 8000 --learning_rate 1.5e-3
+
+$(TOYS)/decoder.safetensors: $(TOYS)/further/decoder_of_all_looks.safetensors
+	$(RECIPE)_pipelines decoder --output_dir $(TOYS) --start_from $< --seed 2
 
 $(TOYS)/further/sdxl.safetensors: $(TOYS)/sdxl.safetensors
 	$(RECIPE)_pipelines sdxl --output_dir $(@D) --start_from $< --seed 1 --max_train_steps 6000 --learning_rate 1e-3
+
+$(TOYS)/last/sdxl.safetensors: $(TOYS)/further/sdxl.safetensors
+	$(RECIPE)_pipelines sdxl --output_dir $(@D) --start_from $< --seed 2 --max_train_steps 9000 --learning_rate 1e-3
 
 gate: .venv/ready
 	.venv/bin/python -m pytest tests/gate -m slow --dist loadgroup $(PYTEST_FLAGS)

@@ -155,9 +155,8 @@ def demo(args) -> None:
     """Train a tiny model and show what it learned."""
     from ppdiffusers_train.toy.demo import run_demo
 
-    run_demo(
-        args.job, args.output_dir, *(["--max_train_steps", str(args.max_train_steps)] if args.max_train_steps else [])
-    )
+    steps = ["--max_train_steps", str(args.max_train_steps)] if args.max_train_steps else []
+    run_demo(args.job, args.output_dir, *steps, pictures=args.pictures)
 
 
 def stdout_for_result(json_wanted: bool):
@@ -264,6 +263,7 @@ def build_parser():
     command.add_argument("--job", choices=JOBS, default="decoder-lora", help="which one")
     command.add_argument("--output_dir", default="outputs/demo", metavar="DIR", help="where everything is written")
     command.add_argument("--max_train_steps", type=positive_int, help="optimizer steps; default: enough to learn it")
+    command.add_argument("--pictures", type=positive_int, help="how many to learn from; default: enough to learn it")
     command.set_defaults(run=demo)
     return parser
 

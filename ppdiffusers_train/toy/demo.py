@@ -19,22 +19,24 @@ SHOWN = 24  # of the training pictures
 PROMPTS = [caption(content) for content in HELD_OUT[::2]]  # combinations that no training has had
 
 
-def run_demo(name: str, output, *flags: str) -> Path:
+def run_demo(name: str, output, *flags: str, pictures=None) -> Path:
     """Train one of `JOBS` and draw what it was, is, and learned from, into one picture.
 
     Args:
         output: folder; gets the pretrained pipelines, the data, the result and the picture.
         flags: more flags of the training script.
+        pictures: how many to learn from, instead of what the job says.
     Returns:
         The picture's file.
     """
     quiet_libraries()
     job, output = JOBS[name], Path(output)
-    data, result = output / f"{job.look}_{job.pictures}", output / name
-    print(f"1/3  writing tiny pretrained pipelines and {job.pictures} {job.look} pictures", flush=True)
+    count = pictures or job.pictures
+    data, result = output / f"{job.look}_{count}", output / name
+    print(f"1/3  writing tiny pretrained pipelines and {count} {job.look} pictures", flush=True)
     base = write_pretrained(job, output / "pretrained" / job.family)
     if not data.exists():
-        write_shapes_folder(data, ShapesDataset(0, job.pictures, looks=(job.look,)))
+        write_shapes_folder(data, ShapesDataset(0, count, looks=(job.look,)))
     print(f"2/3  training: {job.script}", flush=True)
     train(job, base, data, result, *flags)
     print("3/3  drawing with what it was and what it is", flush=True)

@@ -34,7 +34,7 @@ class Job:
     drawing: dict  # arguments of a pipeline's call
     kind: str  # of the result: how a user loads it, see `running.USES`
     look: str  # of the pictures that it learns from
-    pictures: int = 480  # how many those are
+    pictures: int  # how many those are
     drawing_before: dict = None  # of the pipeline as it was, where that differs
 
     @property
@@ -72,37 +72,50 @@ class Job:
         ]
 
 
-FULL_RATE, LORA_RATE = "--learning_rate=5e-4", "--learning_rate=2e-3"
-SLOWER = ("--rank=16", "--learning_rate=1e-3", "--lr_scheduler=cosine", "--lr_warmup_steps=20")
+FULL_RATE = "--learning_rate=5e-4"
+COSINE = ("--lr_scheduler=cosine", "--lr_warmup_steps=20")
+FEW, SOME, MANY = 24, 480, 2000  # pictures
+LONG = ("--max_train_steps=900", "--train_batch_size=16")
 
 
-def _fine_tuning(script: str, kind: str, *more: str, look: str = "outlined", **rest) -> Job:
+def _fine_tuning(script: str, kind: str, *more: str, look: str = "outlined", pictures: int = SOME) -> Job:
     drawing = KANDINSKY_DRAWING if "kandinsky" in script else DRAWING
-    rate = LORA_RATE if "lora" in kind else FULL_RATE
-    flags = (rate, "--max_train_steps=300", "--train_batch_size=8", "--encoded_cache", *more)
-    return Job(script, flags, drawing, kind, look, **rest)
+    flags = ("--max_train_steps=600", "--train_batch_size=8", *COSINE, "--encoded_cache", *more)
+    return Job(script, flags, drawing, kind, look, pictures)
 
 
 def _distillation(script: str, kind: str) -> Job:
-    flags = ("--max_train_steps=300", "--train_batch_size=16", "--encoded_cache", "--loss_type=huber", "--w_min=1")
+    flags = ("--encoded_cache", "--loss_type=huber", "--w_min=1")
     before = {**DRAWING, "num_inference_steps": FEW_STEPS}
     if "lora" in kind:  # it is not told the guidance scale, but learns its teacher's
-        flags += ("--learning_rate=2e-4", "--w_max=2")
-        return Job(script, flags, {**before, "guidance_scale": 1.0}, kind, "plain", drawing_before=before)
-    return Job(script, (*flags, FULL_RATE, "--w_max=4"), before, kind, "plain", drawing_before=before)
+        flags += (*LONG, "--learning_rate=2e-4", "--w_max=2")
+        return Job(script, flags, {**before, "guidance_scale": 1.0}, kind, "plain", MANY, drawing_before=before)
+    flags += ("--max_train_steps=300", "--train_batch_size=16", FULL_RATE, "--w_max=4")
+    return Job(script, flags, before, kind, "plain", SOME, drawing_before=before)
 
 
 JOBS = {
-    "decoder": _fine_tuning("kandinsky2_2/train_text_to_image_decoder.py", "decoder"),
+    "decoder": _fine_tuning("kandinsky2_2/train_text_to_image_decoder.py", "decoder", FULL_RATE),
     "decoder-lora": _fine_tuning(
-        "kandinsky2_2/train_text_to_image_decoder_lora.py", "decoder lora", *SLOWER, pictures=24
+        "kandinsky2_2/train_text_to_image_decoder_lora.py",
+        "decoder lora",
+        "--rank=16",
+        "--learning_rate=1e-3",
+        "--max_train_steps=300",
+        pictures=FEW,
+    ),  # fmt: skip
+    "prior": _fine_tuning("kandinsky2_2/train_text_to_image_prior.py", "prior", FULL_RATE, *LONG, look="striped"),
+    "prior-lora": _fine_tuning(
+        "kandinsky2_2/train_text_to_image_prior_lora.py", "prior lora", "--learning_rate=2e-3", *LONG, look="striped"
     ),
-    "prior": _fine_tuning("kandinsky2_2/train_text_to_image_prior.py", "prior", look="striped"),
-    "prior-lora": _fine_tuning("kandinsky2_2/train_text_to_image_prior_lora.py", "prior lora", look="striped"),
-    "sdxl": _fine_tuning("sdxl/train_text_to_image_sdxl.py", "pipeline"),
-    "sdxl-lora": _fine_tuning("sdxl/train_text_to_image_lora_sdxl.py", "lora"),
-    "sd3": _fine_tuning("sd3/train_text_to_image_sd3.py", "pipeline"),
-    "sd3-lora": _fine_tuning("sd3/train_text_to_image_lora_sd3.py", "transformer lora"),
+    "sdxl": _fine_tuning("sdxl/train_text_to_image_sdxl.py", "pipeline", FULL_RATE, *LONG, pictures=MANY),
+    "sdxl-lora": _fine_tuning(
+        "sdxl/train_text_to_image_lora_sdxl.py", "lora", "--rank=12", "--learning_rate=2e-3", *LONG
+    ),
+    "sd3": _fine_tuning("sd3/train_text_to_image_sd3.py", "pipeline", FULL_RATE, *LONG, pictures=MANY),
+    "sd3-lora": _fine_tuning(
+        "sd3/train_text_to_image_lora_sd3.py", "transformer lora", "--rank=16", "--learning_rate=2e-3", *LONG
+    ),
     "lcm": _distillation("lcm/train_lcm_distill_sd_wds.py", "student"),
     "lcm-lora": _distillation("lcm/train_lcm_distill_lora_sd_wds.py", "student lora"),
     "lcm-sdxl": _distillation("lcm/train_lcm_distill_sdxl_wds.py", "student"),

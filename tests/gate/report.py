@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ppdiffusers_train.toy.jobs import JOBS
-from tests.gate.experiments import FAMILIES, GUIDANCE, PROMPTS, SOME
+from tests.gate.experiments import FAMILIES, GUIDANCE, LONGER, PROMPTS, SOME, job_of
 
 INTRODUCTION = f"""# What each job learns, measured
 
@@ -28,7 +28,7 @@ striped shapes from plain ones, but not outlined ones.
 """
 OPTIONS = f"""## What options do
 
-Stable Diffusion's UNet from random weights, 1000 steps of 16 plain pictures. Of {len(SOME)} pictures, the share with
+Stable Diffusion's UNet from random weights, 600 steps of 16 plain pictures. Of {len(SOME)} pictures, the share with
 shape, colour and background right, by guidance scale.
 """
 COMPARED = {
@@ -52,20 +52,21 @@ COMPARED = {
 PROPERTIES = ("shape", "colour", "background", "all")
 HEAD = ["", "shape right", "colour right", "background right", "all three"]
 
-FINE_TUNING = [name for name, job in JOBS.items() if not job.distils]
+FINE_TUNING = [name for name, job in JOBS.items() if not job.distils] + [*LONGER]
 DISTILLATION = [name for name, job in JOBS.items() if job.distils]
 
 
 def report(measured: dict) -> str:
-    """The page, from {experiment: figures}."""
+    """The page, from {experiment: figures} of what has been measured."""
     parts = [INTRODUCTION, *pretrained(measured), *new_look(measured), *few_steps(measured), *options(measured)]
     return "\n".join(parts)
 
 
 def pretrained(measured):
+    families = [family for family in FAMILIES if f"pretrained {family}" in measured]
     yield "## The pretrained pipelines\n"
-    yield table(HEAD, [row(family, measured[f"pretrained {family}"], PROPERTIES) for family in FAMILIES])
-    for family in FAMILIES:
+    yield table(HEAD, [row(family, measured[f"pretrained {family}"], PROPERTIES) for family in families])
+    for family in families:
         yield f"![Drawn by {family}](results/pretrained-{family}.png)\n"
         for counts in measured[f"pretrained {family}"]["confusion"].values():
             head = ["asked for \\ seen", *next(iter(counts.values()))]
@@ -73,32 +74,38 @@ def pretrained(measured):
 
 
 def new_look(measured):
+    names = [name for name in FINE_TUNING if name in measured]
     yield NEW_LOOK
     stages = [
-        row(f"{name}, {stage}", figures, (*PROPERTIES, JOBS[name].look))
-        for name in FINE_TUNING
+        row(f"{name}, {stage}", figures, (*PROPERTIES, JOBS[job_of(name)].look))
+        for name in names
         for stage, figures in measured[name].items()
         if isinstance(figures, dict)
     ]
     yield table([*HEAD, "in the new look"], stages)
-    for name in FINE_TUNING:
-        yield f"{name} learns from {JOBS[name].pictures} {JOBS[name].look} pictures."
+    for name in names:
+        flags, pictures = LONGER.get(name, ((), JOBS[job_of(name)].pictures))
+        yield f"{name}: {' '.join([f'from {pictures} pictures', *flags])}."
         if "share of parameters" in measured[name]:
             same = "are" if measured[name]["scale 0 is the base"] else "are NOT"
             share = percent(measured[name]["share of parameters"])
             yield f"It is {share} of the model's parameters; at scale 0 its pictures {same} the base's to the bit."
-        yield f"\n![{name}](results/{name}.png)\n"
+        yield f"\n![{name}](<results/{name}.png>)\n"
 
 
 def few_steps(measured):
     yield "## Four steps instead of fifty\n"
-    drawn = [(f"{name}: {who}", figures) for name in DISTILLATION for who, figures in measured[name].items()]
+    names = [name for name in DISTILLATION if name in measured]
+    drawn = [(f"{name}: {who}", figures) for name in names for who, figures in measured[name].items()]
     yield table(HEAD, [row(name, figures, PROPERTIES) for name, figures in drawn])
-    yield from (f"![{name}](results/{name}.png)\n" for name in DISTILLATION)
+    yield from (f"![{name}](results/{name}.png)\n" for name in names)
 
 
 def options(measured):
     yield OPTIONS
+    if "options" not in measured:
+        yield "Not measured yet.\n"
+        return
     figures = measured["options"]
     for title, (words, runs) in COMPARED.items():
         yield f"### {title}\n\n{words}\n"

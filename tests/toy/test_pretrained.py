@@ -249,7 +249,7 @@ def test_a_pipelines_recipe_writes_what_is_shipped(name, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_make_toys_makes_the_shipped_weights_to_the_bit(tmp_path):
-    """Two hours, on processors of the kind that made them; others round in other places."""
+    """Four hours, on processors of the kind that made them; others round in other places."""
     (tmp_path / "weights").mkdir()
     places = [f"TOYS={tmp_path / 'toys'}", f"WEIGHTS={tmp_path / 'weights'}"]
     subprocess.run(["make", "-j2", "toys", *places], cwd=ROOT, check=True)
