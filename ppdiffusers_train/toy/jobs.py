@@ -23,6 +23,7 @@ KANDINSKY_DRAWING = {
 DRAWING = {"num_inference_steps": 25, "guidance_scale": 3.0}
 TEACHER_DRAWING = {**DRAWING, "num_inference_steps": 50}
 FEW_STEPS = 4
+FEW, SOME, MANY = 24, 480, 2000  # pictures
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Job:
     drawing: dict  # arguments of a pipeline's call
     kind: str  # of the result: how a user loads it, see `running.USES`
     look: str  # of the pictures that it learns from
-    pictures: int  # how many those are
+    pictures: int = SOME  # how many those are
     drawing_before: dict = None  # of the pipeline as it was, where that differs
 
     @property
@@ -74,7 +75,6 @@ class Job:
 
 FULL_RATE = "--learning_rate=5e-4"
 COSINE = ("--lr_scheduler=cosine", "--lr_warmup_steps=20")
-FEW, SOME, MANY = 24, 480, 2000  # pictures
 LONG = ("--max_train_steps=900", "--train_batch_size=16")
 
 
@@ -89,9 +89,9 @@ def _distillation(script: str, kind: str) -> Job:
     before = {**DRAWING, "num_inference_steps": FEW_STEPS}
     if "lora" in kind:  # it is not told the guidance scale, but learns its teacher's
         flags += (*LONG, "--learning_rate=2e-4", "--w_max=2")
-        return Job(script, flags, {**before, "guidance_scale": 1.0}, kind, "plain", MANY, drawing_before=before)
+        return Job(script, flags, {**before, "guidance_scale": 1.0}, kind, "plain", MANY, before)
     flags += ("--max_train_steps=300", "--train_batch_size=16", FULL_RATE, "--w_max=4")
-    return Job(script, flags, before, kind, "plain", SOME, drawing_before=before)
+    return Job(script, flags, before, kind, "plain", SOME, before)
 
 
 JOBS = {
