@@ -10,7 +10,8 @@ from ppdiffusers_train.models.lora_files import read_lora
 from ppdiffusers_train.models.lora_libraries import FILES
 from ppdiffusers_train.reporting.images import captioned_grid
 from ppdiffusers_train.toy.demo import run_demo
-from ppdiffusers_train.toy.jobs import DRAWING, JOBS, Job
+from ppdiffusers_train.toy.jobs import DRAWING, JOBS, LONG, Job
+from ppdiffusers_train.toy.jobs import SOME as SOME_PICTURES
 from ppdiffusers_train.toy.judge import NAMES, accuracy, confusion_table, look_shares
 from ppdiffusers_train.toy.running import draw, load_pipeline, train, write_pretrained
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
@@ -20,7 +21,7 @@ from tests.conftest import held_out_prompts
 PROMPTS = held_out_prompts(200)
 SOME = PROMPTS[::3]  # 67 with each content and each wording; a look or an option is seen in as many
 # The demo learns from 24 pictures in less than a minute; what LoRA can do beyond shows with more of both.
-LONGER = {"decoder-lora, longer": (("--max_train_steps=900", "--train_batch_size=16"), 480)}
+LONGER = {"decoder-lora, longer": (("--rank=22", "--learning_rate=2e-3", *LONG), SOME_PICTURES)}
 FAMILIES = {"kandinsky": "decoder", "sd": "lcm", "sdxl": "lcm-sdxl", "sd3": "sd3"}  # a job that starts from it
 
 
