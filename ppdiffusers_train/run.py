@@ -13,7 +13,7 @@ import paddle
 from ppdiffusers_train.errors import UserError, hide_tokens
 from ppdiffusers_train.runtime.distributed import start_ranks
 from ppdiffusers_train.runtime.precision import Precision, set_deterministic, set_tf32
-from ppdiffusers_train.step import can_compile_models
+from ppdiffusers_train.runtime.tracing import can_compile_models
 
 SECRETS = ("hub_token",)
 

@@ -8,6 +8,7 @@ import paddle
 from ppdiffusers_train.data.order import SampleOrder
 from ppdiffusers_train.draws import Draws, generator
 from ppdiffusers_train.runtime.distributed import Ranks
+from ppdiffusers_train.runtime.tracing import learning_models
 from ppdiffusers_train.state import TrainingState
 
 
@@ -57,11 +58,6 @@ def seed_layers(seed: int, step: int, rank: int) -> None:
     paddle.seed(int(generator(seed, step, f"layers of rank {rank}").integers(2**31)))
 
 
-def learning_models(module) -> list:
-    """Those of its models in which something learns."""
-    return [model for model in module.children() if any(not weights.stop_gradient for weights in model.parameters())]
-
-
 def set_training_mode(module) -> None:
     """Put every model in which something learns into training mode; the frozen ones stay in evaluation mode."""
     learning = learning_models(module)
@@ -70,20 +66,6 @@ def set_training_mode(module) -> None:
             model.train()
         else:
             model.eval()
-
-
-def can_compile_models() -> bool:
-    """Whether Paddle can trace models of ppdiffusers: with its newer graph, PIR. Paddle 2.6 loses their dataclasses."""
-    return paddle.framework.use_pir_api()
-
-
-def compile_models(module) -> None:
-    """Have Paddle trace each model in which something learns, at its first batch of a shape (`paddle.jit.to_static`).
-
-    Not as one whole graph, which makes generators of dataclasses. What cannot be traced runs as it would without this.
-    """
-    for model in learning_models(module) if can_compile_models() else ():
-        model.forward = paddle.jit.to_static(model.forward, full_graph=False)
 
 
 def describe_failure(parts: list, norm: float, ranks: Ranks, order: SampleOrder, dataset) -> str:

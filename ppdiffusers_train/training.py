@@ -39,15 +39,9 @@ from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
 from ppdiffusers_train.runtime.flops import FlopCounter, peak_tflops
 from ppdiffusers_train.runtime.signals import StopRequest
 from ppdiffusers_train.runtime.silu import repair_silu
+from ppdiffusers_train.runtime.tracing import compile_models
 from ppdiffusers_train.state import TrainingState, build_training_state, check_schedule
-from ppdiffusers_train.step import (
-    backward,
-    compile_models,
-    describe_failure,
-    losses_by_file,
-    seed_layers,
-    set_training_mode,
-)
+from ppdiffusers_train.step import backward, describe_failure, losses_by_file, seed_layers, set_training_mode
 from ppdiffusers_train.tensor_files import cast_files
 from ppdiffusers_train.trainable import choose_trainable
 
