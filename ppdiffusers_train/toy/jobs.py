@@ -85,13 +85,12 @@ def _fine_tuning(script: str, kind: str, *more: str, look: str = "outlined", pic
 
 
 def _distillation(script: str, kind: str) -> Job:
-    flags = ("--encoded_cache", "--loss_type=huber", "--w_min=1")
+    flags = ("--max_train_steps=300", "--train_batch_size=16", "--encoded_cache", "--loss_type=huber", "--w_min=1")
     before = {**DRAWING, "num_inference_steps": FEW_STEPS}
     if "lora" in kind:  # it is not told the guidance scale, but learns its teacher's
-        flags += (*LONG, "--learning_rate=2e-4", "--w_max=2")
-        return Job(script, flags, {**before, "guidance_scale": 1.0}, kind, "plain", MANY, before)
-    flags += ("--max_train_steps=300", "--train_batch_size=16", FULL_RATE, "--w_max=4")
-    return Job(script, flags, before, kind, "plain", SOME, before)
+        flags += ("--learning_rate=2e-4", "--w_max=2")
+        return Job(script, flags, {**before, "guidance_scale": 1.0}, kind, "plain", drawing_before=before)
+    return Job(script, (*flags, FULL_RATE, "--w_max=4"), before, kind, "plain", drawing_before=before)
 
 
 JOBS = {
@@ -104,9 +103,9 @@ JOBS = {
         "--max_train_steps=300",
         pictures=FEW,
     ),  # fmt: skip
-    "prior": _fine_tuning("kandinsky2_2/train_text_to_image_prior.py", "prior", FULL_RATE, *LONG, look="striped"),
+    "prior": _fine_tuning("kandinsky2_2/train_text_to_image_prior.py", "prior", FULL_RATE, look="striped"),
     "prior-lora": _fine_tuning(
-        "kandinsky2_2/train_text_to_image_prior_lora.py", "prior lora", "--learning_rate=2e-3", *LONG, look="striped"
+        "kandinsky2_2/train_text_to_image_prior_lora.py", "prior lora", "--learning_rate=2e-3", look="striped"
     ),
     "sdxl": _fine_tuning("sdxl/train_text_to_image_sdxl.py", "pipeline", FULL_RATE, *LONG, pictures=MANY),
     "sdxl-lora": _fine_tuning(
@@ -114,7 +113,7 @@ JOBS = {
     ),
     "sd3": _fine_tuning("sd3/train_text_to_image_sd3.py", "pipeline", FULL_RATE, *LONG, pictures=MANY),
     "sd3-lora": _fine_tuning(
-        "sd3/train_text_to_image_lora_sd3.py", "transformer lora", "--rank=16", "--learning_rate=2e-3", *LONG
+        "sd3/train_text_to_image_lora_sd3.py", "transformer lora", "--rank=14", "--learning_rate=2e-3", *LONG
     ),
     "lcm": _distillation("lcm/train_lcm_distill_sd_wds.py", "student"),
     "lcm-lora": _distillation("lcm/train_lcm_distill_lora_sd_wds.py", "student lora"),

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ppdiffusers_train.toy.jobs import JOBS
-from tests.gate.experiments import FAMILIES, GUIDANCE, LONGER, PROMPTS, SOME, job_of
+from tests.gate.experiments import EXPERIMENTS, FAMILIES, GUIDANCE, LONGER, PROMPTS, SOME, job_of
 
 INTRODUCTION = f"""# What each job learns, measured
 
@@ -59,6 +59,9 @@ DISTILLATION = [name for name, job in JOBS.items() if job.distils]
 def report(measured: dict) -> str:
     """The page, from {experiment: figures} of what has been measured."""
     parts = [INTRODUCTION, *pretrained(measured), *new_look(measured), *few_steps(measured), *options(measured)]
+    missing = [name for name in EXPERIMENTS if name not in measured]
+    if missing:
+        parts.insert(1, f"Not measured yet: {', '.join(missing)}.\n")
     return "\n".join(parts)
 
 
@@ -102,10 +105,9 @@ def few_steps(measured):
 
 
 def options(measured):
-    yield OPTIONS
     if "options" not in measured:
-        yield "Not measured yet.\n"
         return
+    yield OPTIONS
     figures = measured["options"]
     for title, (words, runs) in COMPARED.items():
         yield f"### {title}\n\n{words}\n"
