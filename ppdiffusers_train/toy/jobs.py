@@ -89,8 +89,8 @@ def _distillation(script: str, kind: str) -> Job:
     before = {**DRAWING, "num_inference_steps": FEW_STEPS}
     if "lora" in kind:  # it is not told the guidance scale, but learns its teacher's
         flags += ("--learning_rate=2e-4", "--w_max=2")
-        return Job(script, flags, {**before, "guidance_scale": 1.0}, kind, "plain", drawing_before=before)
-    return Job(script, (*flags, FULL_RATE, "--w_max=4"), before, kind, "plain", drawing_before=before)
+        return Job(script, flags, {**before, "guidance_scale": 1.0}, kind, "plain", MANY, before)
+    return Job(script, (*flags, FULL_RATE, "--w_max=4"), before, kind, "plain", SOME, before)
 
 
 JOBS = {
