@@ -1,6 +1,8 @@
 # Needs Python 3.10, 3.11 or 3.12; another one than `python3`: make PYTHON=python3.11 demo
 PYTHON ?= python3
 PYTEST_FLAGS ?=
+# pip compiles nothing below, so the first process to import a library does: without its bytecode each would, for 20 s.
+unexport PYTHONDONTWRITEBYTECODE
 # Two tests run at a time, a thread each: with two each, threads wait for one another more than they compute.
 PYTEST = MKL_NUM_THREADS=1 $(1)/bin/python -m pytest $(2) $(PYTEST_FLAGS)
 JOB ?= decoder-lora
@@ -25,7 +27,7 @@ endef
 
 help:
 	@echo "make demo           teach a tiny Kandinsky 2.2 a new look on the CPU, and draw with it (JOB=lcm-lora for another job)"
-	@echo "make gate           show that every job learns: writes docs/results.md (an hour)"
+	@echo "make gate           show that every job learns: writes docs/results.md (hours)"
 	@echo "make toys           train the tiny models that the package ships, again (four hours)"
 	@echo "make test           the tests (PYTEST_FLAGS='tests/data -x' for some of them)"
 	@echo "make test-engine    the tests that run Paddle's inference engine"

@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from check import make_folder  # noqa: E402
 from speed_gate import Side  # noqa: E402
-from speed_page import page  # noqa: E402
+from speed_page import STEP_LEVERS, page  # noqa: E402
 
-from ppdiffusers_train.runtime.cpu_levers import LEVERS, VARIABLE  # noqa: E402
+from ppdiffusers_train.runtime.cpu_levers import VARIABLE  # noqa: E402
 
 HERE, FIGURES, PAGE = ROOT / "benchmarks", ROOT / "docs" / "performance.json", ROOT / "docs" / "performance.md"
 SCRIPTS = {
@@ -36,9 +36,8 @@ SCRIPTS = {
     "lcm_lora": "lcm/train_lcm_distill_lora_sd_wds",
 }
 SIZES, TINY = (0.5, 1.0, 2.0), 0.01
-# PaddleMIX's scripts import Paddle first: one thread, and on AMD processors MKL's slow path.
-AS_IT_COMES = {"OMP_NUM_THREADS": "1", "MKL_DEBUG_CPU_TYPE": "0", VARIABLE: "none"}
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", VARIABLE)
+AS_IT_COMES = {VARIABLE: "none"}
+SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "FLAGS_use_stride_kernel", VARIABLE)
 WARM_UP, NEVER = 2, 10_000  # the loop lays out all its steps before the first one
 
 
@@ -95,8 +94,9 @@ class Job:
 
 
 def environment_of(**more) -> dict:
-    """The environment without settings of threads, but those given."""
-    kept = {name: value for name, value in os.environ.items() if name not in THREADS}
+    """The environment without settings of processors, but those given; bytecode is kept, as on a user's machine."""
+    dropped = (*SETTINGS, "PYTHONDONTWRITEBYTECODE")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, "PYTHONPATH": str(ROOT), **more}
 
 
@@ -135,7 +135,7 @@ def measure_job(job: Job, turns: int, steps: int) -> dict:
 
 def measure_levers(job: Job, turns: int, steps: int) -> dict:
     """Each lever alone against none, and all: in the step from the warm cache, and for encoders online."""
-    sides = {name: job.cached(levers=name) for name in ("none", *LEVERS[:2], ",".join(LEVERS[:2]))}
+    sides = {name: job.cached(levers=name) for name in ("none", *STEP_LEVERS, ",".join(STEP_LEVERS))}
     for name, compile in (("online, plain encoders", False), ("online, compiled encoders", True)):
         sides[name] = job.paddle("loop", "--no_encoded_cache", compile=compile)
     return in_turns(sides, turns, steps)
@@ -158,8 +158,10 @@ def measure_start(job: Job) -> dict:
     script = ROOT / "examples" / f"{SCRIPTS[job.name]}.py"
     bare = ["-c", "import ppdiffusers_train, ppdiffusers.pipelines, ppdiffusers.transformers"]
     # What the job does first, without the loop: it imports, checks its flags and loads its models.
-    load = "import sys; from tests.conftest import load_script, module_class; job = load_script(sys.argv[1]); "
+    load = "import pathlib, sys; from tests.conftest import load_script, module_class; "
+    load += "job = load_script(pathlib.Path(sys.argv[1])); "
     load += "module_class(job)(job.build_parser().parse_args(sys.argv[2:]))"
+    run(bare)  # its bytecode is written the first time
     side = job.cached()
     start = time.perf_counter()
     side.ask(1)

@@ -1,7 +1,7 @@
 """What makes Paddle's CPU kernels faster, and leaves the results as they are. Nothing here touches a run on a card.
 
-    PPDIFFUSERS_TRAIN_CPU_LEVERS=conv_bias,linear_bias,compiled_encoders    the default: all of them
-    PPDIFFUSERS_TRAIN_CPU_LEVERS=none                                       Paddle as it comes
+    PPDIFFUSERS_TRAIN_CPU_LEVERS=no_views,conv_bias,linear_bias,compiled_encoders    the default: all of them
+    PPDIFFUSERS_TRAIN_CPU_LEVERS=none                                                Paddle as it comes
 
 docs/performance.md has what each of them gains.
 """
@@ -19,10 +19,10 @@ from paddle.autograd import PyLayer
 from paddle.nn import functional
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.runtime.cpu import usable_cores
+from ppdiffusers_train.runtime.cpu import configured_threads
 
 VARIABLE = "PPDIFFUSERS_TRAIN_CPU_LEVERS"
-LEVERS = ("conv_bias", "linear_bias", "compiled_encoders")
+LEVERS = ("no_views", "conv_bias", "linear_bias", "compiled_encoders")
 # Compiling the encoders costs as much as encoding some dozens of samples. The rule looks at the data alone: a run that
 # goes on, or has other cards, encodes as the one before.
 COMPILE_FROM_ROWS = 1000
@@ -46,6 +46,8 @@ def levers() -> tuple:
 def pull_levers() -> None:
     """Put the levers that are on in the place of Paddle's functions; once is enough, and more change nothing."""
     on = levers()
+    if "no_views" not in on:  # `prepare_cpu` has pulled it; the other way would not be safe once there are tensors
+        paddle.set_flags({"FLAGS_use_stride_kernel": True})
     for lever, owner, name, replacement_for in replacements():
         original = getattr(owner, name)
         if lever in on and not hasattr(original, "replaced"):
@@ -207,8 +209,7 @@ def create_predictor(file: Path):
     config.disable_gpu()
     config.disable_glog_info()
     config.enable_mkldnn()
-    threads = os.environ.get("OMP_NUM_THREADS") or os.environ.get("MKL_NUM_THREADS") or usable_cores()
-    config.set_cpu_math_library_num_threads(int(threads))
+    config.set_cpu_math_library_num_threads(configured_threads())
     return paddle.inference.create_predictor(config)
 
 

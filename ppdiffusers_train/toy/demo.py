@@ -19,20 +19,21 @@ SHOWN = 24  # of the training pictures
 PROMPTS = [caption(content) for content in HELD_OUT[::2]]  # combinations that no training has had
 
 
-def run_demo(name: str, output, *flags: str, pictures=None) -> Path:
+def run_demo(name: str, output, *flags: str, pictures=None, label=None) -> Path:
     """Train one of `JOBS` and draw what it was, is, and learned from, into one picture.
 
     Args:
         output: folder; gets the pretrained pipelines, the data, the result and the picture.
         flags: more flags of the training script.
         pictures: how many to learn from, instead of what the job says.
+        label: what the result and the picture are called, instead of the job's name.
     Returns:
         The picture's file.
     """
     quiet_libraries()
     job, output = JOBS[name], Path(output)
     count = pictures or job.pictures
-    data, result = output / f"{job.look}_{count}", output / name
+    data, result = output / f"{job.look}_{count}", output / (label or name)
     print(f"1/3  writing tiny pretrained pipelines and {count} {job.look} pictures", flush=True)
     base = write_pretrained(job, output / "pretrained" / job.family)
     if not data.exists():
@@ -42,7 +43,7 @@ def run_demo(name: str, output, *flags: str, pictures=None) -> Path:
     print("3/3  drawing with what it was and what it is", flush=True)
     before = draw(load_pipeline(job, base), PROMPTS, **(job.drawing_before or job.drawing))
     after = draw(load_pipeline(job, base, result), PROMPTS, **job.drawing)
-    picture = output / f"{name}.png"
+    picture = output / f"{result.name}.png"
     learned_from = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))[:SHOWN]]
     losses = read_scalars(result / "logs", "train/loss")
     draw_figure(learned_from, {"before": before, "after": after}, losses).savefig(picture, dpi=100)

@@ -102,7 +102,7 @@ JOBS = {
         "--learning_rate=1e-3",
         "--max_train_steps=300",
         pictures=FEW,
-    ),  # fmt: skip
+    ),
     "prior": _fine_tuning("kandinsky2_2/train_text_to_image_prior.py", "prior", FULL_RATE, look="striped"),
     "prior-lora": _fine_tuning(
         "kandinsky2_2/train_text_to_image_prior_lora.py", "prior lora", "--learning_rate=2e-3", look="striped"

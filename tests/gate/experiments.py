@@ -3,15 +3,13 @@
 from ppdiffusers_train import cli
 
 import json
-import shutil
 from pathlib import Path
 
 from ppdiffusers_train.models.lora_files import read_lora
 from ppdiffusers_train.models.lora_libraries import FILES
 from ppdiffusers_train.reporting.images import captioned_grid
 from ppdiffusers_train.toy.demo import run_demo
-from ppdiffusers_train.toy.jobs import DRAWING, JOBS, LONG, Job
-from ppdiffusers_train.toy.jobs import SOME as SOME_PICTURES
+from ppdiffusers_train.toy.jobs import DRAWING, JOBS, LONG, SOME, Job
 from ppdiffusers_train.toy.judge import NAMES, accuracy, confusion_table, look_shares
 from ppdiffusers_train.toy.running import draw, load_pipeline, train, write_pretrained
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
@@ -19,9 +17,11 @@ from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
 from tests.conftest import held_out_prompts
 
 PROMPTS = held_out_prompts(200)
-SOME = PROMPTS[::3]  # 67 with each content and each wording; a look or an option is seen in as many
+THIRD = PROMPTS[::3]  # 67 with each content and each wording; a look or an option is seen in as many
 # The demo learns from 24 pictures in less than a minute; what LoRA can do beyond shows with more of both.
-LONGER = {"decoder-lora, longer": (("--rank=22", "--learning_rate=2e-3", *LONG), SOME_PICTURES)}
+LONGER = {"decoder-lora, longer": ("decoder-lora", ("--rank=22", "--learning_rate=2e-3", *LONG), SOME)}
+FINE_TUNING = [*(name for name, job in JOBS.items() if not job.distils), *LONGER]
+DISTILLATION = [name for name, job in JOBS.items() if job.distils]
 FAMILIES = {"kandinsky": "decoder", "sd": "lcm", "sdxl": "lcm-sdxl", "sd3": "sd3"}  # a job that starts from it
 
 
@@ -49,13 +49,13 @@ def new_look(name: str, folder: Path) -> dict:
     """What fine-tuning on pictures in a new look changes."""
     job, base, result = run_job(name, folder)
     figures = {"before": run(f"pretrained {job.family}", folder)}
-    figures["after"] = measure(load_pipeline(job, base, result), job.drawing, SOME)
+    figures["after"] = measure(load_pipeline(job, base, result), job.drawing, THIRD)
     if job.kind.endswith("lora"):
         figures["share of parameters"] = share_that_learns(job, base, result)
         half = load_pipeline(job, base, scaled_lora(result, 0.5))
-        figures["scale 0.5"] = measure(half, job.drawing, SOME)
+        figures["scale 0.5"] = measure(half, job.drawing, THIRD)
         unchanged, original = (
-            draw(load_pipeline(job, base, lora), SOME[:8], **job.drawing) for lora in (scaled_lora(result, 0.0), None)
+            draw(load_pipeline(job, base, lora), THIRD[:8], **job.drawing) for lora in (scaled_lora(result, 0.0), None)
         )
         figures["scale 0 is the base"] = [a.tobytes() for a in unchanged] == [b.tobytes() for b in original]
     return figures
@@ -91,19 +91,14 @@ def few_steps(name: str, folder: Path) -> dict:
 
 def run_job(name: str, folder: Path) -> tuple:
     """The job, the flags that name what it started from, and the folder of its result, after `run_demo` has made it."""
-    job = JOBS[job_of(name)]
-    if name in LONGER:
-        flags, pictures = LONGER[name]
-        picture = run_demo(job_of(name), folder / name, *flags, pictures=pictures)
-        shutil.copy(picture, folder / f"{name}.png")
-    else:
-        picture = run_demo(name, folder)
-    return job, write_pretrained(job, folder / "pretrained" / job.family), picture.with_suffix("")
+    of, flags, pictures = LONGER.get(name, (name, (), None))
+    picture = run_demo(of, folder, *flags, pictures=pictures, label=name)
+    return JOBS[of], write_pretrained(JOBS[of], folder / "pretrained" / JOBS[of].family), picture.with_suffix("")
 
 
-def job_of(name: str) -> str:
-    """The name in `JOBS` of what may be a longer run of it."""
-    return name.removesuffix(", longer")
+def job_of(name: str) -> Job:
+    """The job of an experiment, which may be a longer run of it."""
+    return JOBS[LONGER[name][0] if name in LONGER else name]
 
 
 # What options do to a training from the start: Stable Diffusion's UNet, on plain pictures.
@@ -140,15 +135,15 @@ def options(folder: Path) -> dict:
         train(FROM_START, base, data, result, *flags, f"--encoded_cache_dir={folder / 'encoded'}")
         pipeline = load_pipeline(FROM_START, base, result)
         figures[name] = {
-            str(scale): measure(pipeline, {**DRAWING, "guidance_scale": scale}, SOME) for scale in GUIDANCE
+            str(scale): measure(pipeline, {**DRAWING, "guidance_scale": scale}, THIRD) for scale in GUIDANCE
         }
     return figures
 
 
 EXPERIMENTS = {
     **{f"pretrained {family}": lambda folder, family=family: pretrained(family, folder) for family in FAMILIES},
-    **{name: lambda folder, name=name: (few_steps if JOBS[name].distils else new_look)(name, folder) for name in JOBS},
-    **{name: lambda folder, name=name: new_look(name, folder) for name in LONGER},
+    **{name: lambda folder, name=name: new_look(name, folder) for name in FINE_TUNING},
+    **{name: lambda folder, name=name: few_steps(name, folder) for name in DISTILLATION},
     "options": lambda folder: options(folder / "options"),
 }
 

@@ -8,15 +8,24 @@ import shutil
 import sys
 from pathlib import Path
 
-from ppdiffusers_train.toy.jobs import JOBS
-from tests.gate.experiments import EXPERIMENTS, FAMILIES, GUIDANCE, LONGER, PROMPTS, SOME, job_of
+from tests.gate.experiments import (
+    DISTILLATION,
+    EXPERIMENTS,
+    FAMILIES,
+    FINE_TUNING,
+    GUIDANCE,
+    LONGER,
+    PROMPTS,
+    THIRD,
+    job_of,
+)
 
 INTRODUCTION = f"""# What each job learns, measured
 
 `make gate` writes this page. It trains every job on [the world of shapes](../ppdiffusers_train/toy/shapes.py), on a
 CPU, with the script that trains the published models, draws pictures with the result, and has them read by
 [a judge](../ppdiffusers_train/toy/judge.py) that is a program: shape, colour, background, and the look (plain,
-outlined, striped). There are {len(PROMPTS)} pictures for pretrained and distilled pipelines, {len(SOME)} for each new
+outlined, striped). There are {len(PROMPTS)} pictures for pretrained and distilled pipelines, {len(THIRD)} for each new
 look and each option. All captions, English and Chinese, name combinations that no training has had.
 [tests/gate/test_gate.py](../tests/gate/test_gate.py) has the bounds that these figures must keep.
 """
@@ -28,7 +37,7 @@ striped shapes from plain ones, but not outlined ones.
 """
 OPTIONS = f"""## What options do
 
-Stable Diffusion's UNet from random weights, 600 steps of 16 plain pictures. Of {len(SOME)} pictures, the share with
+Stable Diffusion's UNet from random weights, 600 steps of 16 plain pictures. Of {len(THIRD)} pictures, the share with
 shape, colour and background right, by guidance scale.
 """
 COMPARED = {
@@ -51,9 +60,6 @@ COMPARED = {
 }
 PROPERTIES = ("shape", "colour", "background", "all")
 HEAD = ["", "shape right", "colour right", "background right", "all three"]
-
-FINE_TUNING = [name for name, job in JOBS.items() if not job.distils] + [*LONGER]
-DISTILLATION = [name for name, job in JOBS.items() if job.distils]
 
 
 def report(measured: dict) -> str:
@@ -80,14 +86,14 @@ def new_look(measured):
     names = [name for name in FINE_TUNING if name in measured]
     yield NEW_LOOK
     stages = [
-        row(f"{name}, {stage}", figures, (*PROPERTIES, JOBS[job_of(name)].look))
+        row(f"{name}, {stage}", figures, (*PROPERTIES, job_of(name).look))
         for name in names
         for stage, figures in measured[name].items()
         if isinstance(figures, dict)
     ]
     yield table([*HEAD, "in the new look"], stages)
     for name in names:
-        flags, pictures = LONGER.get(name, ((), JOBS[job_of(name)].pictures))
+        _, flags, pictures = LONGER.get(name, (name, (), job_of(name).pictures))
         yield f"{name}: {' '.join([f'from {pictures} pictures', *flags])}."
         if "share of parameters" in measured[name]:
             same = "are" if measured[name]["scale 0 is the base"] else "are NOT"

@@ -1,4 +1,4 @@
-"""Every job learns what it is for: `make gate`, most of an hour, writes the figures of docs/results.md."""
+"""Every job learns what it is for: `make gate`, some hours, writes the figures of docs/results.md."""
 
 import ppdiffusers_train  # noqa: F401
 
@@ -7,14 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ppdiffusers_train.toy.jobs import JOBS
 from tests.gate import experiments
 
 pytestmark = pytest.mark.slow
 FOLDER = Path(os.environ.get("GATE_DIR", "outputs/gate"))
-
-
-FINE_TUNING = [name for name, job in JOBS.items() if not job.distils] + [*experiments.LONGER]
 # Aimed at is 0.95 for what is pretrained and 0.9 for a new look. These do not reach it, and must not fall further.
 LESS = {
     "pretrained kandinsky": 0.9,
@@ -27,7 +23,7 @@ LESS = {
 }
 
 
-def grouped(names, family=lambda name: JOBS[experiments.job_of(name)].family):
+def grouped(names, family=lambda name: experiments.job_of(name).family):
     """Parameters that one process runs if they have to do with the same pipelines: each is measured once."""
     return [pytest.param(name, marks=pytest.mark.xdist_group(family(name))) for name in names]
 
@@ -38,10 +34,10 @@ def test_a_pretrained_pipeline_draws_combinations_that_it_has_never_seen(family)
     assert min(figures["all"], figures["plain"]) >= LESS.get(f"pretrained {family}", 0.95)
 
 
-@pytest.mark.parametrize("name", grouped(FINE_TUNING))
+@pytest.mark.parametrize("name", grouped(experiments.FINE_TUNING))
 def test_fine_tuning_changes_the_look_and_keeps_what_is_shown(name):
     figures = experiments.run(name, FOLDER)
-    job, before, after, least = JOBS[experiments.job_of(name)], figures["before"], figures["after"], LESS.get(name, 0.9)
+    job, before, after, least = experiments.job_of(name), figures["before"], figures["after"], LESS.get(name, 0.9)
     look = job.look
     assert before[look] <= 0.05 and after[look] >= least
     assert after["shape"] >= least and after["colour"] >= least
@@ -51,7 +47,7 @@ def test_fine_tuning_changes_the_look_and_keeps_what_is_shown(name):
         assert before[look] < figures["scale 0.5"][look] < after[look]
 
 
-@pytest.mark.parametrize("name", grouped(name for name, job in JOBS.items() if job.distils))
+@pytest.mark.parametrize("name", grouped(experiments.DISTILLATION))
 def test_a_student_draws_in_four_steps_what_its_teacher_draws_in_fifty(name):
     figures = experiments.run(name, FOLDER)
     teacher, student = figures["teacher, 50 steps"]["all"], figures["student, 4 steps"]["all"]

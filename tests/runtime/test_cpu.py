@@ -10,10 +10,11 @@ REPORT = (
 )
 
 
+SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "FLAGS_use_stride_kernel")
+
+
 def import_in_a_new_process(code=REPORT, **environment):
-    clean = {
-        k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE")
-    }
+    clean = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     done = subprocess.run([sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return json.loads(done.stdout)
@@ -23,6 +24,7 @@ def test_import_sets_threads_silently_and_without_paddle():
     changed, has_paddle, has_zlib = import_in_a_new_process()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert changed.pop("MKL_NUM_THREADS") == str(cores)
+    assert changed.pop("FLAGS_use_stride_kernel") == "0"
     assert set(changed) <= {"MKL_DEBUG_CPU_TYPE"} and not has_paddle and has_zlib
 
 
@@ -30,6 +32,13 @@ def test_what_the_user_has_set_stays():
     assert "MKL_NUM_THREADS" not in import_in_a_new_process(MKL_NUM_THREADS="1")[0]
     assert "MKL_NUM_THREADS" not in import_in_a_new_process(OMP_NUM_THREADS="1")[0]
     assert "MKL_DEBUG_CPU_TYPE" not in import_in_a_new_process(MKL_DEBUG_CPU_TYPE="1")[0]
+
+
+def test_the_engine_of_encoders_gets_the_threads_of_products():
+    code = "import ppdiffusers_train, paddle, json, sys; from ppdiffusers_train.runtime.cpu import configured_threads; "
+    code += "print(json.dumps(configured_threads()))"
+    assert import_in_a_new_process(code, MKL_NUM_THREADS="3") == 3
+    assert import_in_a_new_process(code, OMP_NUM_THREADS="1") == 1
 
 
 def test_local_ranks_share_the_cores():
