@@ -3,6 +3,7 @@
 import ppdiffusers_train  # noqa: F401
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -141,6 +142,22 @@ def test_attention_gives_the_same_bits_without_views():
     (without, one), (viewed, other) = said(), said(**{VARIABLE: "none"})
     assert (without, viewed) == ("True", "False")
     assert one == other
+
+
+@pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="it sets a register of x86-64")
+def test_numbers_too_small_for_full_precision_are_zero_while_levers_are_pulled():
+    tiny = float(np.float32(1e-38))
+
+    def products():
+        alone = paddle.to_tensor(tiny) * 0.5
+        many = paddle.matmul(paddle.full([300, 300], tiny), paddle.eye(300) * 0.5)  # in several threads
+        return alone.item(), many.numpy().max().item(), np.count_nonzero(many.numpy())
+
+    assert products() == (pytest.approx(tiny / 2), pytest.approx(tiny / 2), 300 * 300)
+    pull_levers()
+    assert products() == (0, 0, 0)
+    release_levers()
+    assert products()[0] == pytest.approx(tiny / 2)
 
 
 def test_all_levers_are_on_unless_the_environment_names_fewer(monkeypatch):
