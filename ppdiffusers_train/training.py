@@ -34,7 +34,7 @@ from ppdiffusers_train.run import (
     versions,
 )
 from ppdiffusers_train.runtime.checkpoint import find_checkpoint, replace_children, require_writable, write_checkpoint
-from ppdiffusers_train.runtime.cpu_levers import COMPILE_FROM_ROWS, CompiledEncode, can_compile, pull_levers
+from ppdiffusers_train.runtime.cpu_levers import COMPILE_FROM_ROWS, CompiledEncode, can_compile, pulled_levers
 from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
 from ppdiffusers_train.runtime.flops import FlopCounter, peak_tflops
 from ppdiffusers_train.runtime.signals import StopRequest
@@ -70,6 +70,7 @@ def check_run(args) -> None:
     settle_seed(args, saved)
 
 
+@pulled_levers()
 def launch_training_task(module, dataset, args) -> None:
     """Train `module` on `dataset` as `args` say, and write the result to `args.output_dir`.
 
@@ -82,7 +83,6 @@ def launch_training_task(module, dataset, args) -> None:
         RunError: the run cannot go on: a loss is not a number, a file cannot be written.
     """
     repair_silu()
-    pull_levers()
     ranks = start_ranks(args.sharding_degree, args.collective_timeout)
     output_dir = Path(args.output_dir)
     say = print if ranks.is_main else lambda message: None

@@ -6,6 +6,7 @@
 docs/performance.md has what each of them gains.
 """
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -67,6 +68,16 @@ def release_levers() -> None:
     for _, owner, name, _ in replacements():
         function = getattr(owner, name)
         setattr(owner, name, getattr(function, "replaced", function))
+
+
+@contextlib.contextmanager
+def pulled_levers():
+    """The levers are pulled inside, and released at the end, whatever that is."""
+    pull_levers()
+    try:
+        yield
+    finally:
+        release_levers()
 
 
 def flush_subnormals(flush: bool) -> None:

@@ -24,6 +24,7 @@ from ppdiffusers_train.runtime.cpu_levers import (
     can_compile,
     levers,
     pull_levers,
+    pulled_levers,
     release_levers,
 )
 from ppdiffusers_train.runtime.precision import Precision
@@ -154,9 +155,8 @@ def test_numbers_too_small_for_full_precision_are_zero_while_levers_are_pulled()
         return alone.item(), many.numpy().max().item(), np.count_nonzero(many.numpy())
 
     assert products() == (pytest.approx(tiny / 2), pytest.approx(tiny / 2), 300 * 300)
-    pull_levers()
-    assert products() == (0, 0, 0)
-    release_levers()
+    with pulled_levers():
+        assert products() == (0, 0, 0)
     assert products()[0] == pytest.approx(tiny / 2)
 
 
