@@ -30,7 +30,7 @@ print(time.perf_counter() - start)
 
 def seconds(prepare: str) -> float:
     """Time of eight steps in a new process that runs `prepare` first."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "FLAGS_use_stride_kernel")
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run(
         [sys.executable, "-c", STEP.format(prepare=prepare)],

@@ -37,7 +37,7 @@ SCRIPTS = {
 }
 SIZES, TINY = (0.5, 1.0, 2.0), 0.01
 AS_IT_COMES = {VARIABLE: "none"}
-SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "FLAGS_use_stride_kernel", VARIABLE)
+SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", VARIABLE)
 WARM_UP, NEVER = 2, 10_000  # the loop lays out all its steps before the first one
 
 

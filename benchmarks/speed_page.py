@@ -15,7 +15,7 @@ JOBS = {
     "sdxl": "SDXL, full",
     "lcm_lora": "LCM LoRA (Stable Diffusion)",
 }
-STEP_LEVERS = ("no_views", "no_subnormals", "conv_bias", "linear_bias")
+STEP_LEVERS = ("no_subnormals", "conv_bias", "linear_bias")
 SIZES = ("0.5", "1", "2")
 MISSING = "not measured yet"
 

@@ -32,9 +32,6 @@ def prepare_cpu() -> None:
     * Paddle starts one thread for matrix products and convolutions unless told otherwise. `MKL_NUM_THREADS` raises it;
       `OMP_NUM_THREADS` would too, but makes Paddle print a warning at every start.
     * Its MKL takes a slow path on AMD processors unless `MKL_DEBUG_CPU_TYPE` asks for the AVX2 one.
-    * A transposed tensor is a view, until its numbers are wanted in order; then a kernel for any view copies them one
-      by one. Without views, a kernel for transposing copies it at once. Only the start is safe for this: Paddle 2.6.2
-      reads a view that is there already as if it were none. `cpu_levers` takes it back where it is not wanted.
     * libpaddle 2.6.2 exports zlib's symbols: an extension module that unpacks strings after it dies with `zlib.error`,
       unless Python's own zlib was loaded first.
     """
@@ -46,7 +43,6 @@ def prepare_cpu() -> None:
         os.environ.setdefault("MKL_NUM_THREADS", str(usable_cores()))
     if cpu_vendor() == "AuthenticAMD":
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
-    os.environ.setdefault("FLAGS_use_stride_kernel", "0")
     # Neither concerns anyone who trains: Paddle looks for a compiler cache, setuptools replaces distutils.
     for noise in ("No ccache found", "Setuptools is replacing distutils"):
         warnings.filterwarnings("ignore", message=noise)

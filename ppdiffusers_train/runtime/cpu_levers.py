@@ -1,7 +1,7 @@
 """What makes Paddle's CPU kernels faster, and leaves the results as they are. Nothing here touches a run on a card.
 
-    PPDIFFUSERS_TRAIN_CPU_LEVERS=no_views,conv_bias    these two; without the variable, all of `LEVERS`
-    PPDIFFUSERS_TRAIN_CPU_LEVERS=none                  Paddle as it comes
+    PPDIFFUSERS_TRAIN_CPU_LEVERS=conv_bias,linear_bias    these two; without the variable, all of `LEVERS`
+    PPDIFFUSERS_TRAIN_CPU_LEVERS=none                     Paddle as it comes
 
 docs/performance.md has what each of them gains.
 """
@@ -27,7 +27,7 @@ from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.runtime.cpu import configured_threads
 
 VARIABLE = "PPDIFFUSERS_TRAIN_CPU_LEVERS"
-LEVERS = ("no_views", "no_subnormals", "conv_bias", "linear_bias", "compiled_encoders")
+LEVERS = ("no_subnormals", "conv_bias", "linear_bias", "compiled_encoders")
 # Compiling the encoders costs as much as encoding some dozens of samples. The rule looks at the data alone: a run that
 # goes on, or has other cards, encodes as the one before.
 COMPILE_FROM_ROWS = 1000
@@ -51,8 +51,6 @@ def levers() -> tuple:
 def pull_levers() -> None:
     """Put the levers that are on in the place of Paddle's functions; once is enough, and more change nothing."""
     on = levers()
-    if "no_views" not in on:  # `prepare_cpu` has pulled it; the other way would not be safe once there are tensors
-        paddle.set_flags({"FLAGS_use_stride_kernel": True})
     flush_subnormals("no_subnormals" in on)
     for lever, owner, name, replacement_for in replacements():
         original = getattr(owner, name)

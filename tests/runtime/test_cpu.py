@@ -10,7 +10,7 @@ REPORT = (
 )
 
 
-SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "FLAGS_use_stride_kernel")
+SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE")
 
 
 def import_in_a_new_process(code=REPORT, **environment):
@@ -24,7 +24,6 @@ def test_import_sets_threads_silently_and_without_paddle():
     changed, has_paddle, has_zlib = import_in_a_new_process()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert changed.pop("MKL_NUM_THREADS") == str(cores)
-    assert changed.pop("FLAGS_use_stride_kernel") == "0"
     assert set(changed) <= {"MKL_DEBUG_CPU_TYPE"} and not has_paddle and has_zlib
 
 

@@ -2,9 +2,7 @@
 
 import ppdiffusers_train  # noqa: F401
 
-import os
 import platform
-import subprocess
 import sys
 
 import numpy as np
@@ -115,34 +113,6 @@ def test_a_linear_layer_whose_bias_does_not_learn_is_left_to_paddle(monkeypatch)
     model.bias.stop_gradient = True
     plain, levered = with_and_without("linear_bias", model, normal(5, 8), monkeypatch)
     assert len(plain) == 3 and all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
-
-
-ATTENTION = """
-import ppdiffusers_train, hashlib, paddle
-from ppdiffusers_train.runtime.cpu_levers import pull_levers
-pull_levers()
-paddle.seed(0)
-x = paddle.randn([2, 7, 12])
-x.stop_gradient = False
-query, key, value = ((x * k).reshape([2, 7, 3, 4]).transpose([0, 2, 1, 3]) for k in (1, 2, 3))
-weights = paddle.nn.functional.softmax(paddle.matmul(query, key, transpose_y=True))
-y = paddle.matmul(weights, value).transpose([0, 2, 1, 3]).reshape([2, 7, 12])
-(y * y).sum().backward()
-print(query.is_contiguous(), hashlib.sha256(y.numpy().tobytes() + x.grad.numpy().tobytes()).hexdigest())
-"""
-
-
-def test_attention_gives_the_same_bits_without_views():
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FLAGS_")}
-
-    def said(**more):
-        command = [sys.executable, "-c", ATTENTION]
-        done = subprocess.run(command, env={**kept, **more}, capture_output=True, text=True, check=True)
-        return done.stdout.split()[-2:]
-
-    (without, one), (viewed, other) = said(), said(**{VARIABLE: "none"})
-    assert (without, viewed) == ("True", "False")
-    assert one == other
 
 
 @pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="it sets a register of x86-64")
