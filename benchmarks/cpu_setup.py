@@ -12,6 +12,8 @@ import statistics
 import subprocess
 import sys
 
+from ppdiffusers_train.runtime.cpu import SETTINGS
+
 STEP = """
 import time
 {prepare}
@@ -30,8 +32,7 @@ print(time.perf_counter() - start)
 
 def seconds(prepare: str) -> float:
     """Time of eight steps in a new process that runs `prepare` first."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     done = subprocess.run(
         [sys.executable, "-c", STEP.format(prepare=prepare)],
         env=environment,

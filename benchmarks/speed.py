@@ -26,6 +26,7 @@ from check import make_folder  # noqa: E402
 from speed_gate import Side  # noqa: E402
 from speed_page import STEP_LEVERS, page  # noqa: E402
 
+from ppdiffusers_train.runtime.cpu import SETTINGS  # noqa: E402
 from ppdiffusers_train.runtime.cpu_levers import VARIABLE  # noqa: E402
 
 HERE, FIGURES, PAGE = ROOT / "benchmarks", ROOT / "docs" / "performance.json", ROOT / "docs" / "performance.md"
@@ -37,7 +38,6 @@ SCRIPTS = {
 }
 SIZES, TINY = (0.5, 1.0, 2.0), 0.01
 AS_IT_COMES = {VARIABLE: "none"}
-SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", VARIABLE)
 WARM_UP, NEVER = 2, 10_000  # the loop lays out all its steps before the first one
 
 
@@ -69,7 +69,8 @@ class Job:
         own = ["--script", script, "--samples", self.folder / "samples.npz", *(["--compile"] if compile else [])]
         output = f"--output_dir={self.folder / 'out'}"
         command = [sys.executable, HERE / "speed_paddle.py", what, *own, "--", *self.flags, output, *flags]
-        return Side([*command, f"--max_train_steps={steps}"], environment_of(**(environment or {})))
+        without_torch = {"USE_TORCH": "0"}  # which ppdiffusers would import for nothing, and a user may not have
+        return Side([*command, f"--max_train_steps={steps}"], environment_of(**without_torch, **(environment or {})))
 
     def torch(self) -> Side:
         command = [sys.executable, HERE / "speed_torch.py", self.name, self.folder / "samples.npz", *self.models]
@@ -95,7 +96,7 @@ class Job:
 
 def environment_of(**more) -> dict:
     """The environment without settings of processors, but those given; bytecode is kept, as on a user's machine."""
-    dropped = (*SETTINGS, "PYTHONDONTWRITEBYTECODE")
+    dropped = (*SETTINGS, VARIABLE, "PYTHONDONTWRITEBYTECODE")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, "PYTHONPATH": str(ROOT), **more}
 

@@ -15,7 +15,7 @@ JOBS = {
     "sdxl": "SDXL, full",
     "lcm_lora": "LCM LoRA (Stable Diffusion)",
 }
-STEP_LEVERS = ("no_subnormals", "conv_bias", "linear_bias")
+STEP_LEVERS = ("no_subnormals", "no_views", "onednn_convolutions", "conv_bias", "linear_bias")
 SIZES = ("0.5", "1", "2")
 MISSING = "not measured yet"
 
@@ -72,7 +72,7 @@ def levers(figures: dict) -> str:
     for job, title in JOBS.items():
         found = figures.get(job, {}).get("1", {}).get("levers")
         if not found:
-            rows.append([title, MISSING, *[""] * len(STEP_LEVERS)])
+            rows.append([title, MISSING, *[""] * (len(STEP_LEVERS) + 1)])
             continue
         cells = [time_ratio(found[name], found["none"]) for name in (*STEP_LEVERS, ",".join(STEP_LEVERS))]
         compiled = time_ratio(found["online, compiled encoders"], found["online, plain encoders"])

@@ -60,7 +60,7 @@ class TrainingState:
             scale_gradients(self.gradients(), factor * clipping_factor(factor * norm, self.max_grad_norm))
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
-        self.optimizer.clear_grad()
+        self.optimizer.clear_grad(set_to_zero=False)
         self.lr_scheduler.step()
         self.step, self.position = self.step + 1, window.stop
         with self.float32_weights():
@@ -70,7 +70,7 @@ class TrainingState:
 
     def skip_step(self, window: range) -> None:
         """Go on behind `window` with the weights as they are."""
-        self.optimizer.clear_grad()
+        self.optimizer.clear_grad(set_to_zero=False)
         self.lr_scheduler.step()
         self.step, self.position = self.step + 1, window.stop
 

@@ -7,6 +7,7 @@ import paddle
 
 from ppdiffusers_train.data.order import SampleOrder
 from ppdiffusers_train.draws import Draws, generator
+from ppdiffusers_train.runtime.cpu_levers import no_views
 from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.runtime.tracing import learning_models
 from ppdiffusers_train.state import TrainingState
@@ -22,6 +23,7 @@ class Part:
     errors: dict  # {position: message} of those that could not be used
 
 
+@no_views()
 def backward(module, encode, loaded, positions, window: range, state: TrainingState, ranks: Ranks) -> Part:
     """Add the gradients of one batch, the samples at `positions`, to those of its step's `window`.
 

@@ -199,3 +199,18 @@ def test_the_norm_of_the_gradients_is_reported_before_it_is_clipped(train):
         for limit in (1.0, 1e-3)
     ]
     assert norms[0] == norms[1] and norms[0][0] > 0.01
+
+
+def test_a_parameter_that_a_step_does_not_use_stays_as_it_is(train, kandinsky_jobs, monkeypatch):
+    """As with torch's optimizers: neither its moments nor weight decay move it."""
+    job, calls = kandinsky_jobs["prior"].KandinskyPriorTrainingModule, []
+    forward = job.forward
+
+    def later_of_one_parameter(self, encoded, draws):
+        calls.append(None)
+        return forward(self, encoded, draws) if len(calls) == 1 else self.prior.proj_in.bias.square().sum()
+
+    monkeypatch.setattr(job, "forward", later_of_one_parameter)
+    out = train("prior", "--adam_weight_decay=0.1", "--max_train_steps=2", "--checkpointing_steps=1")
+    first, second = (weights(out / f"checkpoint-{step}", "prior") for step in (1, 2))
+    assert [name for name in first if not np.array_equal(first[name], second[name])] == ["proj_in.bias"]

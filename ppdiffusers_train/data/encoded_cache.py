@@ -26,6 +26,7 @@ from ppdiffusers_train.data.loader import as_error, choose_caption, iterate_batc
 from ppdiffusers_train.data.rows import with_one_caption
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.errors import BadSampleError
+from ppdiffusers_train.heap import return_free_memory
 from ppdiffusers_train.module import encode_each
 from ppdiffusers_train.runtime.checkpoint import require_writable, sync
 from ppdiffusers_train.runtime.cpu_levers import COMPILE_FROM_ROWS, CompiledEncode, can_compile
@@ -68,6 +69,7 @@ def encode_dataset(module, dataset, order, args, ranks, precision, bad_samples, 
     bad_samples.add({row: message for part in ranks.gather(found) for row, message in part.items()}, say)
     for name in module.encoders:
         setattr(module, name, None)
+    return_free_memory()
     return samples
 
 

@@ -18,6 +18,7 @@ import ppdiffusers
 from safetensors import SafetensorError, safe_open
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.heap import return_free_memory
 from ppdiffusers_train.models.unloaded import build_unloaded
 from ppdiffusers_train.tensor_files import first_dtype, read_tensors, write_tensors
 
@@ -151,6 +152,7 @@ class PipelineFolder:
                 model = part_class.from_pretrained(links, from_diffusers=is_torch, **_float32(part_class))
         except (AssertionError, OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._error(f"has a {self.folders[part].name}/ that cannot be loaded: {error}") from error
+        return_free_memory()
         return model
 
     def export(self, part: str, part_class, target: Path, save_format: str) -> None:

@@ -4,6 +4,8 @@ import os
 import sys
 import warnings
 
+SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE")  # what a user may have said about processors
+
 
 def cpu_vendor() -> str:
     """`"AuthenticAMD"`, `"GenuineIntel"`, … as the kernel reports it; empty where it does not."""
@@ -32,6 +34,7 @@ def prepare_cpu() -> None:
     * Paddle starts one thread for matrix products and convolutions unless told otherwise. `MKL_NUM_THREADS` raises it;
       `OMP_NUM_THREADS` would too, but makes Paddle print a warning at every start.
     * Its MKL takes a slow path on AMD processors unless `MKL_DEBUG_CPU_TYPE` asks for the AVX2 one.
+    * Paddle announces each kind of executor that it starts; `GLOG_minloglevel` leaves its warnings and errors.
     * libpaddle 2.6.2 exports zlib's symbols: an extension module that unpacks strings after it dies with `zlib.error`,
       unless Python's own zlib was loaded first.
     """
@@ -43,6 +46,7 @@ def prepare_cpu() -> None:
         os.environ.setdefault("MKL_NUM_THREADS", str(usable_cores()))
     if cpu_vendor() == "AuthenticAMD":
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+    os.environ.setdefault("GLOG_minloglevel", "1")
     # Neither concerns anyone who trains: Paddle looks for a compiler cache, setuptools replaces distutils.
     for noise in ("No ccache found", "Setuptools is replacing distutils"):
         warnings.filterwarnings("ignore", message=noise)

@@ -24,10 +24,11 @@ from paddle.autograd import PyLayer
 from paddle.nn import functional
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.runtime import onednn
 from ppdiffusers_train.runtime.cpu import configured_threads
 
 VARIABLE = "PPDIFFUSERS_TRAIN_CPU_LEVERS"
-LEVERS = ("no_subnormals", "conv_bias", "linear_bias", "compiled_encoders")
+LEVERS = ("no_subnormals", "no_views", "onednn_convolutions", "conv_bias", "linear_bias", "compiled_encoders")
 # Compiling the encoders costs as much as encoding some dozens of samples. The rule looks at the data alone: a run that
 # goes on, or has other cards, encodes as the one before.
 COMPILE_FROM_ROWS = 1000
@@ -52,10 +53,12 @@ def pull_levers() -> None:
     """Put the levers that are on in the place of Paddle's functions; once is enough, and more change nothing."""
     on = levers()
     flush_subnormals("no_subnormals" in on)
-    for lever, owner, name, replacement_for in replacements():
+    if "onednn_convolutions" in on:
+        paddle.base.core.set_num_threads(configured_threads())  # oneDNN's are OpenMP's, of which Paddle takes one
+    for which, owner, name, replacement_for in replacements():
         original = getattr(owner, name)
-        if lever in on and not hasattr(original, "replaced"):
-            replacement = replacement_for(original)
+        if set(which) & set(on) and not hasattr(original, "replaced"):
+            replacement = replacement_for(original, on)
             replacement.replaced = original
             setattr(owner, name, replacement)
 
@@ -96,47 +99,76 @@ def flush_subnormals(flush: bool) -> None:
     mathematics.fesetenv(environment)
 
 
+@contextlib.contextmanager
+def no_views():
+    """Inside, where the lever is on, a transposed tensor is a new one, its numbers in order, and not a view.
+
+    Attention transposes, and where a product wants the numbers in order, Paddle's kernel for any view copies them one
+    by one: 7 ms for what its kernel for transposing does in 0.35. Not for a whole run: without views Paddle has no
+    kernel for `Tensor.view` to another type, with which safetensors reads files. A view from outside is refused inside,
+    by Paddle 3; 2.6 would read it as if it were none, and gains nothing anyway.
+    """
+    flag = "FLAGS_use_stride_kernel"
+    if "no_views" not in levers() or not paddle.framework.use_pir_api() or not paddle.get_flags(flag)[flag]:
+        yield
+        return
+    paddle.set_flags({flag: False})
+    try:
+        yield
+    finally:
+        paddle.set_flags({flag: True})
+
+
 def replacements() -> tuple:
-    """(lever, where a function of Paddle stands, its name, what makes its replacement)."""
+    """(the levers it belongs to, where a function of Paddle stands, its name, what makes its replacement)."""
+    convolution = ("onednn_convolutions", "conv_bias")
     return (
-        ("conv_bias", functional.conv, "_conv_nd", replacement_for_conv_nd),  # of nn.Conv2D
-        ("conv_bias", functional, "conv2d", replacement_for_conv2d),  # of ppdiffusers' residual blocks
-        ("linear_bias", functional, "linear", replacement_for_linear),
+        (convolution, functional.conv, "_conv_nd", replacement_for_conv_nd),  # of nn.Conv2D
+        (convolution, functional, "conv2d", replacement_for_conv2d),  # of ppdiffusers' residual blocks
+        (("linear_bias",), functional, "linear", replacement_for_linear),
     )
 
 
-def add_to_planes(x, bias):
-    """[B, C, H, W] + [C], the bias as [C, 1, 1].
+def convolve(on, original, x, weight, bias, stride, *options):
+    """One of Paddle's functions for convolutions in two dimensions, as the levers want it.
 
-    Paddle adds it as [1, C, 1, 1], for which its CPU kernels, of the sum and of the bias' gradient, work out the place
-    of each number by itself; with fewer dimensions than the other side they go through whole planes. The same bits.
+    Paddle adds the bias as [1, C, 1, 1], for which its CPU kernels, of the sum and of the bias' gradient, work out the
+    place of each number by itself; with fewer dimensions than the other side they go through whole planes. The same
+    bits.
     """
-    return x + bias.reshape([-1, 1, 1])
+    by_onednn = "onednn_convolutions" in on and paddle.framework.use_pir_api() and onednn.pays(x, weight, stride)
+    if by_onednn:
+        y = onednn.convolve(original, x, weight, stride, *options)
+    elif bias is None or "conv_bias" not in on:
+        return original(x, weight, bias, stride, *options)
+    else:
+        y = original(x, weight, None, stride, *options)
+    return y if bias is None else y + bias.reshape([-1, 1, 1])
 
 
-def replacement_for_conv_nd(original):
-    """Paddle's function behind its layers of convolution, with a bias of `add_to_planes`."""
+def replacement_for_conv_nd(original, on):
+    """Paddle's function behind its layers of convolution, by `convolve`."""
 
     def conv_nd(
         x, weight, bias=None, stride=1, padding=0, padding_algorithm=None, dilation=1, groups=1, data_format="NCHW",
-        channel_dim=1, op_type="conv2d", *arguments, **options,
+        channel_dim=1, op_type="conv2d", use_cudnn=True, *arguments,
     ):  # fmt: skip
-        rest = (stride, padding, padding_algorithm, dilation, groups, data_format, channel_dim, op_type, *arguments)
-        if bias is None or op_type != "conv2d" or data_format != "NCHW" or not paddle.in_dynamic_mode():
-            return original(x, weight, bias, *rest, **options)
-        return add_to_planes(original(x, weight, None, *rest, **options), bias)
+        rest = (stride, padding, padding_algorithm, dilation, groups, data_format, channel_dim, op_type, use_cudnn)
+        if op_type != "conv2d" or data_format != "NCHW" or not paddle.in_dynamic_mode():
+            return original(x, weight, bias, *rest, *arguments)
+        return convolve(on, original, x, weight, bias, *rest, *arguments)
 
     return conv_nd
 
 
-def replacement_for_conv2d(original):
-    """Paddle's function for convolutions without a layer, with a bias of `add_to_planes`."""
+def replacement_for_conv2d(original, on):
+    """Paddle's function for convolutions without a layer, by `convolve`."""
 
     def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, data_format="NCHW", name=None):
         rest = (stride, padding, dilation, groups, data_format, name)
-        if bias is None or data_format != "NCHW" or not paddle.in_dynamic_mode():
+        if data_format != "NCHW" or not paddle.in_dynamic_mode():
             return original(x, weight, bias, *rest)
-        return add_to_planes(original(x, weight, None, *rest), bias)
+        return convolve(on, original, x, weight, bias, *rest)
 
     return conv2d
 
@@ -159,7 +191,7 @@ class AddBias(PyLayer):
         return gradient, matmul(ones, rows).reshape([-1])
 
 
-def replacement_for_linear(original):
+def replacement_for_linear(original, on):
     """A linear layer with the bias of `AddBias`, where a gradient for it will be asked for."""
 
     def linear(x, weight, bias=None, name=None):

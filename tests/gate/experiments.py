@@ -93,12 +93,13 @@ def run_job(name: str, folder: Path) -> tuple:
     """The job, the flags that name what it started from, and the folder of its result, after `run_demo` has made it."""
     of, flags, pictures = LONGER.get(name, (name, (), None))
     picture = run_demo(of, folder, *flags, pictures=pictures, label=name)
-    return JOBS[of], write_pretrained(JOBS[of], folder / "pretrained" / JOBS[of].family), picture.with_suffix("")
+    job = JOBS[of]
+    return job, write_pretrained(job, folder / "pretrained" / job.family), picture.with_suffix("")
 
 
 def job_of(name: str) -> Job:
     """The job of an experiment, which may be a longer run of it."""
-    return JOBS[LONGER[name][0] if name in LONGER else name]
+    return JOBS[LONGER.get(name, [name])[0]]
 
 
 # What options do to a training from the start: Stable Diffusion's UNet, on plain pictures.

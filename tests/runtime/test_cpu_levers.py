@@ -2,6 +2,7 @@
 
 import ppdiffusers_train  # noqa: F401
 
+import contextlib
 import platform
 import sys
 
@@ -21,10 +22,12 @@ from ppdiffusers_train.runtime.cpu_levers import (
     CompiledEncode,
     can_compile,
     levers,
+    no_views,
     pull_levers,
     pulled_levers,
     release_levers,
 )
+from ppdiffusers_train.runtime.onednn import PROGRAMS
 from ppdiffusers_train.runtime.precision import Precision
 from tests.conftest import encode, weights
 
@@ -89,6 +92,36 @@ def test_so_does_that_of_a_convolution_without_a_layer(padding, monkeypatch):
     assert all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
 
 
+@needs_pir
+@pytest.mark.parametrize(
+    "options", [{"padding": 1}, {"padding": 1, "stride": 2}, {"padding": 2, "dilation": 2}, {"groups": 2}], ids=str
+)
+@pytest.mark.parametrize("learns", [True, False])
+def test_convolutions_of_onednn_are_the_same_up_to_rounding(options, learns, monkeypatch):
+    paddle.seed(0)
+    model, x = nn.Conv2D(64, 96, 3, **options), normal(4, 64, 34, 34)
+    model.weight.stop_gradient = not learns
+    PROGRAMS.clear()
+    plain, levered = with_and_without("onednn_convolutions", model, x, monkeypatch)
+    (program,) = PROGRAMS.values()
+    forward, backward = program.train_program.forward_program, program.train_program.backward_program
+    names = [operation.name() for part in (forward, backward) for operation in part.global_block().ops]
+    assert "onednn_op.conv2d" in names and "onednn_op.conv2d_grad" in names
+    assert len(plain) == 3 + learns
+    for one, other in zip(plain, levered, strict=True):
+        assert np.abs(one - other).max() <= 1e-5 * np.abs(one).max()
+
+
+@needs_pir
+def test_small_and_single_convolutions_and_views_are_left_to_paddle(monkeypatch):
+    PROGRAMS.clear()
+    for model, shape in ((nn.Conv2D(32, 48, 3), (2, 32, 8, 8)), (nn.Conv2D(128, 128, 1), (2, 128, 64, 64))):
+        plain, levered = with_and_without("onednn_convolutions", model, normal(*shape), monkeypatch)
+        assert all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
+    nn.Conv2D(32, 48, 3)(paddle.to_tensor(normal(2, 34, 34, 32)).transpose([0, 3, 1, 2]))
+    assert not PROGRAMS
+
+
 def test_convolutions_of_other_layouts_are_left_to_paddle(monkeypatch):
     model = nn.Conv1D(4, 6, 3)
     plain, levered = with_and_without("conv_bias", model, normal(2, 4, 9), monkeypatch)
@@ -113,6 +146,45 @@ def test_a_linear_layer_whose_bias_does_not_learn_is_left_to_paddle(monkeypatch)
     model.bias.stop_gradient = True
     plain, levered = with_and_without("linear_bias", model, normal(5, 8), monkeypatch)
     assert len(plain) == 3 and all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
+
+
+def attention(x):
+    """What is transposed in a model: [B, L, C], for products by heads and back."""
+    query, key, value = ((x * k).reshape([*x.shape[:2], 3, -1]).transpose([0, 2, 1, 3]) for k in (1, 2, 3))
+    weights = functional.softmax(paddle.matmul(query, key, transpose_y=True))
+    return paddle.matmul(weights, value).transpose([0, 2, 1, 3]).reshape(x.shape), query
+
+
+def test_attention_gives_the_same_bits_without_views():
+    found = {}
+    for name, context in (("views", contextlib.nullcontext()), ("none", no_views())):
+        x = paddle.to_tensor(normal(2, 7, 12), stop_gradient=False)
+        with context:
+            y, query = attention(x)
+            (y * y).sum().backward()
+        assert query.is_contiguous() == (name == "none" and paddle.framework.use_pir_api())
+        found[name] = y.numpy(), x.grad.numpy()
+    assert all(np.array_equal(one, other) for one, other in zip(*found.values(), strict=True))
+    assert not attention(x)[1].is_contiguous()
+
+
+@needs_pir
+def test_a_run_computes_its_batches_without_views_and_the_rest_with_them(train, kandinsky_jobs, monkeypatch):
+    job, seen = kandinsky_jobs["prior"].KandinskyPriorTrainingModule, {}
+
+    def look_in(name):
+        original = getattr(job, name)
+
+        def looking(self, *arguments):
+            seen[name] = attention(paddle.ones([2, 7, 12]))[1].is_contiguous()
+            return original(self, *arguments)
+
+        monkeypatch.setattr(job, name, looking)
+
+    look_in("forward")
+    look_in("after_step")
+    train("prior", "--max_train_steps=1")
+    assert seen == {"forward": True, "after_step": False}
 
 
 @pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="it sets a register of x86-64")
