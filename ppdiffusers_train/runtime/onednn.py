@@ -30,15 +30,20 @@ def pays(x, weight, stride) -> bool:
 
 def convolve(function, x, weight, *options):
     """`function(x, weight, None, *options)`, one of Paddle's for convolutions: the same up to rounding."""
-    key = (function, *x.shape, *weight.shape, x.stop_gradient, weight.stop_gradient, str(options))
+    key = (function, *x.shape, *weight.shape, weight.stop_gradient, str(options))
     if key not in PROGRAMS:
         PROGRAMS[key] = build(function, x, weight, options)
     return PROGRAMS[key]([x, weight])
 
 
 def build(function, x, weight, options):
-    """The program of a convolution of tensors like these, to be called with a list of the two."""
+    """The program of a convolution of tensors like these, to be called with a list of the two.
+
+    It has a gradient for `x` in any case: oneDNN keeps buffers for each program, and a LoRA's teacher shares these.
+    """
     register_operations()
+    x = x.detach()
+    x.stop_gradient = False
 
     def convolution(x, weight):
         return function(x, weight, None, *options)

@@ -107,6 +107,9 @@ def test_convolutions_of_onednn_are_the_same_up_to_rounding(options, learns, mon
     forward, backward = program.train_program.forward_program, program.train_program.backward_program
     names = [operation.name() for part in (forward, backward) for operation in part.global_block().ops]
     assert "onednn_op.conv2d" in names and "onednn_op.conv2d_grad" in names
+    with paddle.no_grad():  # the same program
+        y = model(paddle.to_tensor(x))
+    assert len(PROGRAMS) == 1 and np.array_equal(y.numpy(), levered[0])
     assert len(plain) == 3 + learns
     for one, other in zip(plain, levered, strict=True):
         assert np.abs(one - other).max() <= 1e-5 * np.abs(one).max()
