@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "arguments": {"argument_parser"},
     "draws": set(),
     "module": set(),
-    "runtime": {"errors"},
+    "runtime": {"errors", "heap"},
     "reporting": {"errors"},
     "data": {"draws", "errors", "heap", "module", "runtime"},
     "models": {"draws", "errors", "heap", "module", "tensor_files", "trainable"},

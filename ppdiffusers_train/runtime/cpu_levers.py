@@ -24,6 +24,7 @@ from paddle.autograd import PyLayer
 from paddle.nn import functional
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.heap import return_free_memory
 from ppdiffusers_train.runtime import onednn
 from ppdiffusers_train.runtime.cpu import configured_threads
 
@@ -53,8 +54,6 @@ def pull_levers() -> None:
     """Put the levers that are on in the place of Paddle's functions; once is enough, and more change nothing."""
     on = levers()
     flush_subnormals("no_subnormals" in on)
-    if "onednn_convolutions" in on:
-        paddle.base.core.set_num_threads(configured_threads())  # oneDNN's are OpenMP's, of which Paddle takes one
     for which, owner, name, replacement_for in replacements():
         original = getattr(owner, name)
         if set(which) & set(on) and not hasattr(original, "replaced"):
@@ -249,6 +248,7 @@ class CompiledEncode:
             for name in self.module.encoders:
                 setattr(self.module, name, None)
             del graph
+            return_free_memory()  # the engine reads a copy of its own
             self.predictor = create_predictor(file)
         pull_levers()
 

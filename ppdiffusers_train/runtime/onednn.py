@@ -13,6 +13,8 @@ from functools import cache
 import paddle
 from paddle.base.libpaddle import pir
 
+from ppdiffusers_train.runtime.cpu import configured_threads
+
 # Below these, putting numbers in oneDNN's order takes longer than what its kernels gain, and a program is not worth the
 # 30 ms that it takes to build: places in the output over all images, and operations forward.
 LEAST_PLACES, LEAST_OPERATIONS = 256, 5e7
@@ -33,13 +35,16 @@ def convolve(function, x, weight, *options):
     key = (function, *x.shape, *weight.shape, weight.stop_gradient, str(options))
     if key not in PROGRAMS:
         PROGRAMS[key] = build(function, x, weight, options)
-    return PROGRAMS[key]([x, weight])
+    y = PROGRAMS[key]([x, weight])
+    if not paddle.is_grad_enabled() or (x.stop_gradient and weight.stop_gradient):
+        y.stop_gradient = True  # it has the program's, which knows of gradients
+    return y
 
 
 def build(function, x, weight, options):
     """The program of a convolution of tensors like these, to be called with a list of the two.
 
-    It has a gradient for `x` in any case: oneDNN keeps buffers for each program, and a LoRA's teacher shares these.
+    It has a gradient, for `x` in any case: oneDNN keeps buffers for each program, and a LoRA's teacher shares these.
     """
     register_operations()
     x = x.detach()
@@ -48,7 +53,7 @@ def build(function, x, weight, options):
     def convolution(x, weight):
         return function(x, weight, None, *options)
 
-    with warnings.catch_warnings():
+    with paddle.enable_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Tensor do not have 'place'")  # Paddle's own code asks for it
         program = paddle.jit.to_static(convolution, full_graph=True).get_concrete_program(x, weight)[1]
         parts = program.train_program.forward_program, program.train_program.backward_program
@@ -65,6 +70,7 @@ def build(function, x, weight, options):
 @cache
 def register_operations() -> None:
     """Run a first static program: with it Paddle comes to know oneDNN's operations, which the pass puts in place."""
+    paddle.base.core.set_num_threads(configured_threads())  # oneDNN's are OpenMP's, of which Paddle takes one
     paddle.set_flags({"FLAGS_new_executor_serial_run": True})  # else each program keeps twice as many threads
 
     def same(x):

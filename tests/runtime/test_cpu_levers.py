@@ -116,6 +116,25 @@ def test_convolutions_of_onednn_are_the_same_up_to_rounding(options, learns, mon
 
 
 @needs_pir
+def test_a_convolution_that_is_first_taken_without_gradients_has_them_later(monkeypatch):
+    """As a teacher's and its student's. Tensors without gradients stay without."""
+    PROGRAMS.clear()
+    model = nn.Sequential(*[nn.Conv2D(64, 64, 3, padding=1) for _ in range(3)])
+    x = normal(4, 64, 32, 32)
+    plain = results(model, x)
+    monkeypatch.setenv(VARIABLE, "onednn_convolutions")
+    pull_levers()
+    with paddle.no_grad():
+        assert model(paddle.to_tensor(x, stop_gradient=False)).stop_gradient
+    for levered in (results(model, x), results(model, x)):
+        for one, other in zip(plain, levered, strict=True):
+            assert np.abs(one - other).max() <= 1e-5 * np.abs(one).max()
+    for parameter in model.parameters():
+        parameter.stop_gradient = True
+    assert len(PROGRAMS) == 1 and model(paddle.to_tensor(x)).stop_gradient
+
+
+@needs_pir
 def test_small_and_single_convolutions_and_views_are_left_to_paddle(monkeypatch):
     PROGRAMS.clear()
     for model, shape in ((nn.Conv2D(32, 48, 3), (2, 32, 8, 8)), (nn.Conv2D(128, 128, 1), (2, 128, 64, 64))):
