@@ -85,12 +85,12 @@ def _fine_tuning(script: str, kind: str, *more: str, look: str = "outlined", pic
 
 
 def _distillation(script: str, kind: str) -> Job:
-    flags = ("--max_train_steps=300", "--train_batch_size=16", "--encoded_cache", "--loss_type=huber", "--w_min=1")
+    flags = ("--max_train_steps=300", "--train_batch_size=16", "--encoded_cache", "--loss_type=huber")
     before = {**DRAWING, "num_inference_steps": FEW_STEPS}
-    if "lora" in kind:  # it is not told the guidance scale, but learns its teacher's
-        flags += ("--learning_rate=2e-4", "--w_max=2")
+    if "lora" in kind:  # it is not told the guidance scale, but learns one; it is its own target, so it must not drift
+        flags += ("--learning_rate=2e-4", *COSINE, "--num_ddim_timesteps=20", "--w_min=0.5", "--w_max=0.5")
         return Job(script, flags, {**before, "guidance_scale": 1.0}, kind, "plain", MANY, before)
-    return Job(script, (*flags, FULL_RATE, "--w_max=4"), before, kind, "plain", SOME, before)
+    return Job(script, (*flags, FULL_RATE, "--w_min=1", "--w_max=4"), before, kind, "plain", SOME, before)
 
 
 JOBS = {
