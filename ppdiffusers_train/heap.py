@@ -1,7 +1,6 @@
 """Memory of the process that nobody holds any more."""
 
 import ctypes
-import gc
 import sys
 
 
@@ -10,6 +9,5 @@ def return_free_memory() -> None:
 
     Without this, the copies made while a model is read, and models that are no longer needed, count until the end.
     """
-    gc.collect()  # layers refer to themselves
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -60,16 +60,14 @@ class TrainingState:
             scale_gradients(self.gradients(), factor * clipping_factor(factor * norm, self.max_grad_norm))
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
-        self.optimizer.clear_grad(set_to_zero=False)
-        self.lr_scheduler.step()
-        self.step, self.position = self.step + 1, window.stop
+        self.advance(window)
         with self.float32_weights():
             self.module.after_step()
         if self.ema:
             self.ema.update(self.optimizer._master_weights)
 
-    def skip_step(self, window: range) -> None:
-        """Go on behind `window` with the weights as they are."""
+    def advance(self, window: range) -> None:
+        """Go on behind `window`; by itself, a step that leaves the weights as they are."""
         self.optimizer.clear_grad(set_to_zero=False)
         self.lr_scheduler.step()
         self.step, self.position = self.step + 1, window.stop

@@ -174,9 +174,9 @@ def launch_training_task(module, dataset, args) -> None:
                 if state.skipped_steps > args.skip_nonfinite:
                     raise RunError(f"step {state.step + 1}, {failed}; the last checkpoint is untouched")
                 say(f"skipped step {state.step + 1}, {state.skipped_steps} of at most {args.skip_nonfinite}: {failed}")
-                state.skip_step(window)
+                state.advance(window)
             elif bad == len(window):
-                state.skip_step(window)
+                state.advance(window)
             else:
                 state.take_step(window, norm, factor)
 

@@ -120,15 +120,15 @@ def no_views():
 
 def replacements() -> tuple:
     """(the levers it belongs to, where a function of Paddle stands, its name, what makes its replacement)."""
-    convolution = ("onednn_convolutions", "conv_bias")
+    of_convolution = ("onednn_convolutions", "conv_bias")
     return (
-        (convolution, functional.conv, "_conv_nd", replacement_for_conv_nd),  # of nn.Conv2D
-        (convolution, functional, "conv2d", replacement_for_conv2d),  # of ppdiffusers' residual blocks
+        (of_convolution, functional.conv, "_conv_nd", replacement_for_conv_nd),  # of nn.Conv2D
+        (of_convolution, functional, "conv2d", replacement_for_conv2d),  # of ppdiffusers' residual blocks
         (("linear_bias",), functional, "linear", replacement_for_linear),
     )
 
 
-def convolve(on, original, x, weight, bias, stride, *options):
+def convolution(on, original, x, weight, bias, stride, *options):
     """One of Paddle's functions for convolutions in two dimensions, as the levers want it.
 
     Paddle adds the bias as [1, C, 1, 1], for which its CPU kernels, of the sum and of the bias' gradient, work out the
@@ -137,7 +137,7 @@ def convolve(on, original, x, weight, bias, stride, *options):
     """
     by_onednn = "onednn_convolutions" in on and paddle.framework.use_pir_api() and onednn.pays(x, weight, stride)
     if by_onednn:
-        y = onednn.convolve(original, x, weight, stride, *options)
+        y = onednn.Convolution.apply(x, weight, original, stride, *options)
     elif bias is None or "conv_bias" not in on:
         return original(x, weight, bias, stride, *options)
     else:
@@ -146,7 +146,7 @@ def convolve(on, original, x, weight, bias, stride, *options):
 
 
 def replacement_for_conv_nd(original, on):
-    """Paddle's function behind its layers of convolution, by `convolve`."""
+    """Paddle's function behind its layers of convolution, by `convolution`."""
 
     def conv_nd(
         x, weight, bias=None, stride=1, padding=0, padding_algorithm=None, dilation=1, groups=1, data_format="NCHW",
@@ -155,19 +155,19 @@ def replacement_for_conv_nd(original, on):
         rest = (stride, padding, padding_algorithm, dilation, groups, data_format, channel_dim, op_type, use_cudnn)
         if op_type != "conv2d" or data_format != "NCHW" or not paddle.in_dynamic_mode():
             return original(x, weight, bias, *rest, *arguments)
-        return convolve(on, original, x, weight, bias, *rest, *arguments)
+        return convolution(on, original, x, weight, bias, *rest, *arguments)
 
     return conv_nd
 
 
 def replacement_for_conv2d(original, on):
-    """Paddle's function for convolutions without a layer, by `convolve`."""
+    """Paddle's function for convolutions without a layer, by `convolution`."""
 
     def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, data_format="NCHW", name=None):
         rest = (stride, padding, dilation, groups, data_format, name)
         if data_format != "NCHW" or not paddle.in_dynamic_mode():
             return original(x, weight, bias, *rest)
-        return convolve(on, original, x, weight, bias, *rest)
+        return convolution(on, original, x, weight, bias, *rest)
 
     return conv2d
 
@@ -190,7 +190,7 @@ class AddBias(PyLayer):
         return gradient, matmul(ones, rows).reshape([-1])
 
 
-def replacement_for_linear(original, on):
+def replacement_for_linear(original, _):
     """A linear layer with the bias of `AddBias`, where a gradient for it will be asked for."""
 
     def linear(x, weight, bias=None, name=None):

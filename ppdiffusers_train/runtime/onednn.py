@@ -3,7 +3,11 @@
 Paddle brings oneDNN along, but its dynamic graph always takes Paddle's own kernels, which lay out an image's patches
 with one thread, and multiply image by image. A static program takes oneDNN's where a pass of Paddle has put them, and
 programs can be run from the dynamic graph: that is how `paddle.jit.to_static` works. So each shape of convolution
-becomes a program of one operation, and one of its gradient.
+becomes a program of one operation, and another of its gradients.
+
+oneDNN keeps its buffers, about as large as what goes in and comes out, for each program that is under way at one time.
+As one program each the two are over when they return, and all convolutions of a shape share the buffers. As one
+program with a gradient, which `to_static` would make of them, each layer has its own.
 """
 
 import math
@@ -11,6 +15,7 @@ import warnings
 from functools import cache
 
 import paddle
+from paddle.autograd import PyLayer
 from paddle.base.libpaddle import pir
 
 from ppdiffusers_train.runtime.cpu import configured_threads
@@ -30,40 +35,56 @@ def pays(x, weight, stride) -> bool:
     return places >= LEAST_PLACES and 2 * places * weight.size >= LEAST_OPERATIONS
 
 
-def convolve(function, x, weight, *options):
+class Convolution(PyLayer):
     """`function(x, weight, None, *options)`, one of Paddle's for convolutions: the same up to rounding."""
-    key = (function, *x.shape, *weight.shape, weight.stop_gradient, str(options))
+
+    @staticmethod
+    def forward(ctx, x, weight, function, *options):
+        ctx.save_for_backward(x, weight)
+        ctx.function, ctx.options = function, options
+
+        def convolution(x, weight):
+            return function(x, weight, None, *options)
+
+        return run(convolution, (function, str(options)), x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensor()
+        function, options, frozen = ctx.function, ctx.options, (x.stop_gradient, weight.stop_gradient)
+
+        def gradients(x, weight, gradient):
+            x.stop_gradient, weight.stop_gradient = frozen
+            learning = [tensor for tensor in (x, weight) if not tensor.stop_gradient]
+            return paddle.static.gradients([function(x, weight, None, *options)], learning, [gradient])
+
+        found = iter(paddle.utils.flatten(run(gradients, (function, str(options), frozen), x, weight, gradient)))
+        return tuple(None if stop else next(found) for stop in frozen)
+
+
+def run(function, name: tuple, *tensors):
+    """`function(*tensors)` as a program, of which there is one for each name and shapes."""
+    key = (name, *(tuple(tensor.shape) for tensor in tensors))
     if key not in PROGRAMS:
-        PROGRAMS[key] = build(function, x, weight, options)
-    y = PROGRAMS[key]([x, weight])
-    if not paddle.is_grad_enabled() or (x.stop_gradient and weight.stop_gradient):
-        y.stop_gradient = True  # it has the program's, which knows of gradients
-    return y
+        PROGRAMS[key] = build(function, tensors)
+    return PROGRAMS[key](tensors)
 
 
-def build(function, x, weight, options):
-    """The program of a convolution of tensors like these, to be called with a list of the two.
-
-    It has a gradient, for `x` in any case: oneDNN keeps buffers for each program, and a LoRA's teacher shares these.
-    """
+def build(function, tensors):
+    """The program of a function of tensors like these, with oneDNN's operations; to be called with a list of them."""
     register_operations()
-    x = x.detach()
-    x.stop_gradient = False
-
-    def convolution(x, weight):
-        return function(x, weight, None, *options)
-
-    with paddle.enable_grad(), warnings.catch_warnings():
+    with paddle.enable_grad(), warnings.catch_warnings():  # for the gradients that it may be about
         warnings.filterwarnings("ignore", message="Tensor do not have 'place'")  # Paddle's own code asks for it
-        program = paddle.jit.to_static(convolution, full_graph=True).get_concrete_program(x, weight)[1]
-        parts = program.train_program.forward_program, program.train_program.backward_program
-    for part in parts:
-        passes = pir.PassManager()
-        passes.add_pass("onednn_placement_pass", {})
-        passes.run(part)
-        for operation in part.global_block().ops:
-            if operation.name().startswith("onednn_op."):
-                operation.set_bool_attr("is_test", False)  # the pass is made for inference; the gradient refuses it
+        tensors = [tensor.detach() for tensor in tensors]
+        program = paddle.jit.to_static(function, full_graph=True).get_concrete_program(*tensors)[1]
+    graph = program.program.forward_program
+    passes = pir.PassManager()
+    passes.add_pass("dead_code_elimination_pass", {})  # a convolution whose gradients alone are asked for
+    passes.add_pass("onednn_placement_pass", {})
+    passes.run(graph)
+    for operation in graph.global_block().ops:
+        if operation.name().startswith("onednn_op."):
+            operation.set_bool_attr("is_test", False)  # else it takes the weights of the first call for those of all
     return program
 
 

@@ -106,7 +106,7 @@ def job_of(name: str) -> Job:
 
 FROM_START = Job(
     "your_own_job/train_text_to_image_sd.py",
-    ("--encoded_cache", "--train_batch_size=16", "--max_train_steps=600", "--learning_rate=1e-3"),
+    ("--encoded_cache", "--train_batch_size=16", "--max_train_steps=2000", "--learning_rate=1e-3"),
     DRAWING,
     "pipeline",
     "plain",
@@ -126,7 +126,7 @@ GUIDANCE = (1.0, 3.0, 7.5)
 
 def options(folder: Path) -> dict:
     """{run: {guidance scale: figures}} of short trainings from the same random weights that differ in an option."""
-    data, count = folder / "plain", 2000
+    data, count = folder / "pictures", 2000
     if not data.exists():
         write_shapes_folder(data, ShapesDataset(0, count, looks=("plain",)))
     base = write_pretrained(FROM_START, folder / "random", trained=False)

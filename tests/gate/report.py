@@ -37,7 +37,7 @@ striped shapes from plain ones, but not outlined ones.
 """
 OPTIONS = f"""## What options do
 
-Stable Diffusion's UNet from random weights, 600 steps of 16 plain pictures. Of {len(THIRD)} pictures, the share with
+Stable Diffusion's UNet from random weights, 2000 steps of 16 plain pictures. Of {len(THIRD)} pictures, the share with
 shape, colour and background right, by guidance scale.
 """
 COMPARED = {

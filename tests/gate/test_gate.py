@@ -23,6 +23,7 @@ LESS = {
     "sd3": 0.45,
     "sd3-lora": 0.45,
 }
+ALL_OR_NOTHING = {"sd3-lora"}  # at half its scale, it does not show
 
 
 def grouped(names, family=lambda name: experiments.job_of(name).family):
@@ -46,7 +47,8 @@ def test_fine_tuning_changes_the_look_and_keeps_what_is_shown(name):
     if job.kind.endswith("lora"):
         assert figures["share of parameters"] < 0.05
         assert figures["scale 0 is the base"]
-        assert before[look] <= figures["scale 0.5"][look] < after[look]
+        at_half = figures["scale 0.5"][look]
+        assert before[look] < at_half < after[look] or (name in ALL_OR_NOTHING and at_half == before[look])
 
 
 @pytest.mark.parametrize("name", grouped(experiments.DISTILLATION))

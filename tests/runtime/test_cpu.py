@@ -13,7 +13,7 @@ REPORT = (
 
 
 def import_in_a_new_process(code=REPORT, **environment):
-    clean = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    clean = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, "GLOG_minloglevel")}
     done = subprocess.run([sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return json.loads(done.stdout)
@@ -23,13 +23,15 @@ def test_import_sets_threads_silently_and_without_paddle():
     changed, has_paddle, has_zlib = import_in_a_new_process()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert changed.pop("MKL_NUM_THREADS") == str(cores)
-    assert set(changed) <= {"MKL_DEBUG_CPU_TYPE", "GLOG_minloglevel"} and not has_paddle and has_zlib
+    assert changed.pop("GLOG_minloglevel") == "1"
+    assert set(changed) <= {"MKL_DEBUG_CPU_TYPE"} and not has_paddle and has_zlib
 
 
 def test_what_the_user_has_set_stays():
     assert "MKL_NUM_THREADS" not in import_in_a_new_process(MKL_NUM_THREADS="1")[0]
     assert "MKL_NUM_THREADS" not in import_in_a_new_process(OMP_NUM_THREADS="1")[0]
     assert "MKL_DEBUG_CPU_TYPE" not in import_in_a_new_process(MKL_DEBUG_CPU_TYPE="1")[0]
+    assert "GLOG_minloglevel" not in import_in_a_new_process(GLOG_minloglevel="0")[0]
 
 
 def test_the_engine_of_encoders_gets_the_threads_of_products():

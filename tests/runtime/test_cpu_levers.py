@@ -92,6 +92,11 @@ def test_so_does_that_of_a_convolution_without_a_layer(padding, monkeypatch):
     assert all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
 
 
+def operations_of_onednn(program) -> list:
+    names = [operation.name() for operation in program.program.forward_program.global_block().ops]
+    return [name.removeprefix("onednn_op.") for name in names if "conv2d" in name]
+
+
 @needs_pir
 @pytest.mark.parametrize(
     "options", [{"padding": 1}, {"padding": 1, "stride": 2}, {"padding": 2, "dilation": 2}, {"groups": 2}], ids=str
@@ -103,35 +108,51 @@ def test_convolutions_of_onednn_are_the_same_up_to_rounding(options, learns, mon
     model.weight.stop_gradient = not learns
     PROGRAMS.clear()
     plain, levered = with_and_without("onednn_convolutions", model, x, monkeypatch)
-    (program,) = PROGRAMS.values()
-    forward, backward = program.train_program.forward_program, program.train_program.backward_program
-    names = [operation.name() for part in (forward, backward) for operation in part.global_block().ops]
-    assert "onednn_op.conv2d" in names and "onednn_op.conv2d_grad" in names
+    assert [operations_of_onednn(program) for program in PROGRAMS.values()] == [["conv2d"], ["conv2d_grad"]]
     with paddle.no_grad():  # the same program
         y = model(paddle.to_tensor(x))
-    assert len(PROGRAMS) == 1 and np.array_equal(y.numpy(), levered[0])
+    assert len(PROGRAMS) == 2 and np.array_equal(y.numpy(), levered[0])
     assert len(plain) == 3 + learns
     for one, other in zip(plain, levered, strict=True):
         assert np.abs(one - other).max() <= 1e-5 * np.abs(one).max()
 
 
 @needs_pir
-def test_a_convolution_that_is_first_taken_without_gradients_has_them_later(monkeypatch):
-    """As a teacher's and its student's. Tensors without gradients stay without."""
+def test_convolutions_of_one_shape_share_programs_and_follow_their_weights(monkeypatch):
+    """As a teacher's, which has no gradients, and its student's. Tensors without gradients stay without."""
     PROGRAMS.clear()
-    model = nn.Sequential(*[nn.Conv2D(64, 64, 3, padding=1) for _ in range(3)])
-    x = normal(4, 64, 32, 32)
-    plain = results(model, x)
+    model, x = nn.Sequential(*[nn.Conv2D(64, 64, 3, padding=1) for _ in range(3)]), normal(4, 64, 32, 32)
+    before = results(model, x)
+    changed = [parameter.numpy() * 0.5 + 0.01 for parameter in model.parameters()]
+    originals = [parameter.numpy() for parameter in model.parameters()]
+    set_values(model, changed)
+    after = results(model, x)
     monkeypatch.setenv(VARIABLE, "onednn_convolutions")
     pull_levers()
     with paddle.no_grad():
         assert model(paddle.to_tensor(x, stop_gradient=False)).stop_gradient
-    for levered in (results(model, x), results(model, x)):
-        for one, other in zip(plain, levered, strict=True):
+    for values, plain in ((originals, before), (changed, after)):
+        set_values(model, values)
+        for one, other in zip(plain, results(model, x), strict=True):
             assert np.abs(one - other).max() <= 1e-5 * np.abs(one).max()
+    # A forward and a backward one, and never two runs of one at a time: the buffers are there once.
+    assert [len(scopes) for program in PROGRAMS.values() for scopes in program._scope_cache.values()] == [1, 1]
+    model(paddle.to_tensor(x)).sum().backward()  # the first layer need not find out the gradient of what goes in
+    gradient = model[0].weight.grad.numpy()
+    release_levers()
+    model.clear_gradients()
+    model(paddle.to_tensor(x)).sum().backward()
+    plain = model[0].weight.grad.numpy()
+    assert len(PROGRAMS) == 3 and np.abs(gradient - plain).max() <= 1e-5 * np.abs(plain).max()
     for parameter in model.parameters():
         parameter.stop_gradient = True
-    assert len(PROGRAMS) == 1 and model(paddle.to_tensor(x)).stop_gradient
+    pull_levers()
+    assert model(paddle.to_tensor(x)).stop_gradient
+
+
+def set_values(model, values):
+    for parameter, value in zip(model.parameters(), values, strict=True):
+        parameter.set_value(value)
 
 
 @needs_pir
