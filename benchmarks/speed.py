@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +39,7 @@ SCRIPTS = {
 }
 SIZES, TINY = (0.5, 1.0, 2.0), 0.01
 AS_IT_COMES = {VARIABLE: "none"}
+WITHOUT_TORCH = {"USE_TORCH": "0"}  # which ppdiffusers would import for nothing, and a user may not have
 WARM_UP, NEVER = 2, 10_000  # the loop lays out all its steps before the first one
 
 
@@ -69,8 +71,7 @@ class Job:
         own = ["--script", script, "--samples", self.folder / "samples.npz", *(["--compile"] if compile else [])]
         output = f"--output_dir={self.folder / 'out'}"
         command = [sys.executable, HERE / "speed_paddle.py", what, *own, "--", *self.flags, output, *flags]
-        without_torch = {"USE_TORCH": "0"}  # which ppdiffusers would import for nothing, and a user may not have
-        return Side([*command, f"--max_train_steps={steps}"], environment_of(**without_torch, **(environment or {})))
+        return Side([*command, f"--max_train_steps={steps}"], environment_of(**WITHOUT_TORCH, **(environment or {})))
 
     def torch(self) -> Side:
         command = [sys.executable, HERE / "speed_torch.py", self.name, self.folder / "samples.npz", *self.models]
@@ -101,10 +102,10 @@ def environment_of(**more) -> dict:
     return {**kept, "PYTHONPATH": str(ROOT), **more}
 
 
-def run(arguments: list) -> float:
+def run(arguments: list, **environment) -> float:
     """Seconds that a Python process takes."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, *map(str, arguments)], env=environment_of(), check=True, capture_output=True)
+    command, start = [sys.executable, *map(str, arguments)], time.perf_counter()
+    subprocess.run(command, env=environment_of(**environment), check=True, capture_output=True)
     return time.perf_counter() - start
 
 
@@ -162,17 +163,18 @@ def measure_start(job: Job) -> dict:
     load = "import pathlib, sys; from tests.conftest import load_script, module_class; "
     load += "job = load_script(pathlib.Path(sys.argv[1])); "
     load += "module_class(job)(job.build_parser().parse_args(sys.argv[2:]))"
-    run(bare)  # its bytecode is written the first time
+    answer = partial(run, **WITHOUT_TORCH)
+    answer(bare)  # its bytecode is written the first time
     side = job.cached()
     start = time.perf_counter()
     side.ask(1)
     first_step = time.perf_counter() - start
     side.end()
     return {
-        "ppdiffusers-train --help": run(["-m", "ppdiffusers_train.cli", "--help"]),
-        "a script's --help": run([script, "--help"]),
-        "import of the libraries": run(bare),
-        "import, and loading the models": run(["-c", load, script, *job.flags]),
+        "ppdiffusers-train --help": answer(["-m", "ppdiffusers_train.cli", "--help"]),
+        "a script's --help": answer([script, "--help"]),
+        "import of the libraries": answer(bare),
+        "import, and loading the models": answer(["-c", load, script, *job.flags]),
         "start to first step": first_step,
     }
 

@@ -15,7 +15,7 @@ JOBS = {
     "sdxl": "SDXL, full",
     "lcm_lora": "LCM LoRA (Stable Diffusion)",
 }
-STEP_LEVERS = ("no_subnormals", "no_views", "onednn_convolutions", "conv_bias", "linear_bias")
+STEP_LEVERS = ("no_subnormals", "no_views", "no_same_casts", "onednn_convolutions", "conv_bias", "linear_bias")
 SIZES = ("0.5", "1", "2")
 MISSING = "not measured yet"
 

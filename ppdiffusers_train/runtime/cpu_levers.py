@@ -29,7 +29,9 @@ from ppdiffusers_train.runtime import onednn
 from ppdiffusers_train.runtime.cpu import configured_threads
 
 VARIABLE = "PPDIFFUSERS_TRAIN_CPU_LEVERS"
-LEVERS = ("no_subnormals", "no_views", "onednn_convolutions", "conv_bias", "linear_bias", "compiled_encoders")
+LEVERS = (
+    "no_subnormals", "no_views", "no_same_casts", "onednn_convolutions", "conv_bias", "linear_bias", "compiled_encoders"
+)  # fmt: skip
 # Compiling the encoders costs as much as encoding some dozens of samples. The rule looks at the data alone: a run that
 # goes on, or has other cards, encodes as the one before.
 COMPILE_FROM_ROWS = 1000
@@ -125,6 +127,7 @@ def replacements() -> tuple:
         (of_convolution, functional.conv, "_conv_nd", replacement_for_conv_nd),  # of nn.Conv2D
         (of_convolution, functional, "conv2d", replacement_for_conv2d),  # of ppdiffusers' residual blocks
         (("linear_bias",), functional, "linear", replacement_for_linear),
+        (("no_same_casts",), paddle.Tensor, "cast", replacement_for_cast),
     )
 
 
@@ -200,6 +203,20 @@ def replacement_for_linear(original, _):
         return AddBias.apply(original(x, weight, None), bias)
 
     return linear
+
+
+def replacement_for_cast(original, _):
+    """`Tensor.cast` that gives the tensor itself where it has the type, as torch's `to`, and Paddle's a copy.
+
+    ppdiffusers' layers, LoRA's above all, cast wherever diffusers' call `to`.
+    """
+
+    def cast(self, dtype):
+        same = dtype_name(self) == str(dtype).removeprefix("paddle.")
+        # Under `no_grad` a copy is also what has no gradients.
+        return self if same and (self.stop_gradient or paddle.is_grad_enabled()) else original(self, dtype)
+
+    return cast
 
 
 def can_compile(module) -> bool:

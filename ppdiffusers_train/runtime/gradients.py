@@ -7,9 +7,12 @@ import paddle
 def global_norm(gradients: list):
     """√(Σ g²) over all numbers of all gradients: a float32 scalar, not yet fetched from the device.
 
-    By sums of squares: `Tensor.norm` takes over ten times as long on Paddle 3's CPUs.
+    By products of each with itself: `Tensor.norm` takes over ten times as long on Paddle 3's CPUs, squares and their
+    sum twice.
     """
-    return paddle.stack([gradient.astype("float32").square().sum() for gradient in gradients]).sum().sqrt()
+    flat = [gradient.flatten() for gradient in gradients]
+    wide = [numbers if numbers.dtype == paddle.float32 else numbers.astype("float32") for numbers in flat]
+    return paddle.stack([paddle.matmul(numbers, numbers) for numbers in wide]).sum().sqrt()
 
 
 @paddle.no_grad()

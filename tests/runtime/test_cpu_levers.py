@@ -191,6 +191,21 @@ def test_a_linear_layer_whose_bias_does_not_learn_is_left_to_paddle(monkeypatch)
     assert len(plain) == 3 and all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
 
 
+def test_a_cast_to_the_type_that_is_there_copies_nothing(monkeypatch):
+    x = paddle.to_tensor(normal(2, 3), stop_gradient=False)
+    assert x.cast("float32") is not x
+    monkeypatch.setenv(VARIABLE, "no_same_casts")
+    pull_levers()
+    assert x.cast("float32") is x and x.cast(paddle.float32) is x
+    double = x.cast("float64")
+    assert double.dtype == paddle.float64 and np.array_equal(double.numpy(), x.numpy().astype("float64"))
+    (x.cast("float32") * double.cast(paddle.float32)).sum().backward()
+    assert np.array_equal(x.grad.numpy(), 2 * x.numpy())
+    with paddle.no_grad():
+        assert x.cast("float32").stop_gradient and not x.stop_gradient
+        assert x.detach().cast("float32").stop_gradient
+
+
 def attention(x):
     """What is transposed in a model: [B, L, C], for products by heads and back."""
     query, key, value = ((x * k).reshape([*x.shape[:2], 3, -1]).transpose([0, 2, 1, 3]) for k in (1, 2, 3))
