@@ -53,7 +53,12 @@ def check_run(args) -> None:
         UserError: for all that can be seen to be wrong by then.
     """
     quiet_libraries()
-    output_dir = Path(args.output_dir)
+    output_dir, images = Path(args.output_dir), getattr(args, "train_data_dir", None)
+    if images and output_dir.resolve().is_relative_to(Path(images).resolve()):
+        raise UserError(
+            f"--output_dir: {str(output_dir)!r} lies in --train_data_dir, whose images the run's own would join; "
+            "expected another folder"
+        )
     require_writable(output_dir, "--output_dir")
     tracker_names(args.report_to)
     if args.push_to_hub:

@@ -4,6 +4,7 @@ python -m tests.gate.report outputs/gate docs
 """
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -119,6 +120,16 @@ def options(measured):
         yield f"### {title}\n\n{words}\n"
         head = ["", *(f"guidance {scale:g}" for scale in GUIDANCE)]
         yield table(head, [[run, *(percent(figures[run][str(scale)]["all"]) for scale in GUIDANCE)] for run in runs])
+        yield verdict(*([figures[run][str(scale)]["all"] for scale in GUIDANCE] for run in runs)) + "\n"
+
+
+def verdict(one: list, other: list, pictures: int = len(THIRD)) -> str:
+    """Whether two runs differ, where either is best: by two standard errors of the difference of two shares."""
+    p, q = max(zip(one, other, strict=True), key=max)
+    chance = 2 * math.sqrt((p * (1 - p) + q * (1 - q)) / pictures)
+    seen = "An effect" if abs(p - q) > chance else "No effect"
+    points = f"{100 * abs(p - q):.1f} points, where chance alone explains up to {100 * chance:.1f}"
+    return f"{seen} is seen at the best scale: {points}."
 
 
 def row(name: str, figures: dict, columns) -> list:
