@@ -42,6 +42,7 @@ class Convolution(PyLayer):
     def forward(ctx, x, weight, function, *options):
         ctx.save_for_backward(x, weight)
         ctx.function, ctx.options = function, options
+        ctx.frozen = x.stop_gradient, weight.stop_gradient  # what recomputation saves no longer knows
 
         def convolution(x, weight):
             return function(x, weight, None, *options)
@@ -51,7 +52,7 @@ class Convolution(PyLayer):
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensor()
-        function, options, frozen = ctx.function, ctx.options, (x.stop_gradient, weight.stop_gradient)
+        function, options, frozen = ctx.function, ctx.options, ctx.frozen
 
         def gradients(x, weight, gradient):
             x.stop_gradient, weight.stop_gradient = frozen

@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle import nn
+from paddle.distributed.fleet.utils import recompute
 from paddle.nn import functional
 
 from ppdiffusers_train.data.encoded_cache import encoders_folder
@@ -148,6 +149,23 @@ def test_convolutions_of_one_shape_share_programs_and_follow_their_weights(monke
         parameter.stop_gradient = True
     pull_levers()
     assert model(paddle.to_tensor(x)).stop_gradient
+
+
+@needs_pir
+@pytest.mark.parametrize("learns", [True, False])
+def test_convolutions_can_be_recomputed(learns, monkeypatch):
+    class Recomputed(nn.Sequential):
+        def forward(self, x):
+            return recompute(super().forward, x, use_reentrant=False)  # as ppdiffusers' blocks do
+
+    paddle.seed(0)
+    model, x = Recomputed(nn.Conv2D(64, 64, 3, padding=1), nn.Silu(), nn.Conv2D(64, 96, 3)), normal(4, 64, 32, 32)
+    for parameter in model.parameters():
+        parameter.stop_gradient = not learns
+    plain, levered = with_and_without("onednn_convolutions", model, x, monkeypatch)
+    assert len(plain) == (6 if learns else 2)
+    for one, other in zip(plain, levered, strict=True):
+        assert np.abs(one - other).max() <= 1e-5 * np.abs(one).max()
 
 
 def set_values(model, values):
