@@ -121,7 +121,7 @@ RUNS = {
     "constant rate, EMA": (DROPOUT, "--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=50", "--use_ema"),
     "one sample at a time": (*COSINE, DROPOUT, "--train_batch_size=1", "--gradient_accumulation_steps=16"),
 }
-GUIDANCE = (1.0, 3.0, 7.5)
+GUIDANCE, JUDGED = (1.0, 3.0, 7.5), 3.0
 
 
 def options(folder: Path) -> dict:

@@ -15,6 +15,7 @@ from tests.gate.experiments import (
     FAMILIES,
     FINE_TUNING,
     GUIDANCE,
+    JUDGED,
     LONGER,
     PROMPTS,
     THIRD,
@@ -120,16 +121,16 @@ def options(measured):
         yield f"### {title}\n\n{words}\n"
         head = ["", *(f"guidance {scale:g}" for scale in GUIDANCE)]
         yield table(head, [[run, *(percent(figures[run][str(scale)]["all"]) for scale in GUIDANCE)] for run in runs])
-        yield verdict(*([figures[run][str(scale)]["all"] for scale in GUIDANCE] for run in runs)) + "\n"
+        one, other = (figures[run][str(JUDGED)]["all"] for run in runs)
+        yield f"At guidance {JUDGED:g}, {verdict(one, other)}\n"
 
 
-def verdict(one: list, other: list, pictures: int = len(THIRD)) -> str:
-    """Whether two runs differ, where either is best: by two standard errors of the difference of two shares."""
-    p, q = max(zip(one, other, strict=True), key=max)
-    chance = 2 * math.sqrt((p * (1 - p) + q * (1 - q)) / pictures)
-    seen = "An effect" if abs(p - q) > chance else "No effect"
-    points = f"{100 * abs(p - q):.1f} points, where chance alone explains up to {100 * chance:.1f}"
-    return f"{seen} is seen at the best scale: {points}."
+def verdict(one: float, other: float, pictures: int = len(THIRD)) -> str:
+    """Whether two shares differ by more than two standard errors of their difference."""
+    difference = 100 * abs(one - other)
+    chance = 200 * math.sqrt((one * (1 - one) + other * (1 - other)) / pictures)
+    seen = "an effect is seen" if difference > chance else "no effect is seen"
+    return f"{seen}: {difference:.1f} points, where chance alone explains up to {chance:.1f}."
 
 
 def row(name: str, figures: dict, columns) -> list:
