@@ -61,9 +61,9 @@ def job_row(found: dict) -> list:
     return [*cells, f"{cache['seconds'] / cache['samples']:.2f} s a sample", f"{pays} (for {cache['samples']} samples)"]
 
 
-def ratio(slow: dict, fast: dict) -> str:
-    """How many times as fast, the median of the turns with the smallest and the largest."""
-    found = [one / other for one, other in zip(slow["seconds"], fast["seconds"])]
+def ratio(one: dict, other: dict) -> str:
+    """The time of one side in times of the other's: the median of the turns with the smallest and the largest."""
+    found = [a / b for a, b in zip(one["seconds"], other["seconds"])]
     return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
@@ -74,14 +74,10 @@ def levers(figures: dict) -> str:
         if not found:
             rows.append([title, MISSING, *[""] * (len(STEP_LEVERS) + 1)])
             continue
-        cells = [time_ratio(found[name], found["none"]) for name in (*STEP_LEVERS, ",".join(STEP_LEVERS))]
-        compiled = time_ratio(found["online, compiled encoders"], found["online, plain encoders"])
+        cells = [ratio(found[name], found["none"]) for name in (*STEP_LEVERS, ",".join(STEP_LEVERS))]
+        compiled = ratio(found["online, compiled encoders"], found["online, plain encoders"])
         rows.append([title, *cells, compiled])
     return table(["time of a step, ×1", *STEP_LEVERS, "all of these", "compiled encoders, online"], rows)
-
-
-def time_ratio(one: dict, other: dict) -> str:
-    return f"{statistics.median(a / b for a, b in zip(one['seconds'], other['seconds'])):.2f}"
 
 
 def profile(figures: dict) -> str:
@@ -91,9 +87,10 @@ def profile(figures: dict) -> str:
         if not found:
             rows.append([title, MISSING, "", ""])
             continue
-        largest = sorted(found["none"], key=found["none"].get, reverse=True)[:8]
+        before, after = found["none"], found["levers"]
+        largest = sorted({**after, **before}, key=lambda kernel: -max(before.get(kernel, 0), after.get(kernel, 0)))[:8]
         for number, kernel in enumerate(largest):
-            times = [f"{found[which].get(kernel, 0.0):.0f}" for which in ("none", "levers")]
+            times = [f"{which.get(kernel, 0.0):.0f}" for which in (before, after)]
             rows.append(["" if number else title, kernel, *times])
     return table(["job, ×1", "kernel", "before, ms a step", "after, ms a step"], rows)
 
