@@ -14,16 +14,14 @@ FOLDER = Path(os.environ.get("GATE_DIR", "outputs/gate"))
 # Aimed at is 0.95 for what is pretrained and 0.9 for a new look. These do not reach it, and must not fall further.
 LESS = {
     "pretrained kandinsky": 0.9,
-    "pretrained sd3": 0.9,
     "decoder-lora": 0.55,
     "decoder-lora, longer": 0.65,
     "prior": 0.75,
     "prior-lora": 0.75,
     "sdxl": 0.85,
-    "sd3": 0.45,
+    "sd3": 0.65,
     "sd3-lora": 0.45,
 }
-ALL_OR_NOTHING = {"sd3-lora"}  # at half its scale, it does not show
 
 
 def grouped(names, family=lambda name: experiments.job_of(name).family):
@@ -47,8 +45,7 @@ def test_fine_tuning_changes_the_look_and_keeps_what_is_shown(name):
     if job.kind.endswith("lora"):
         assert figures["share of parameters"] < 0.05
         assert figures["scale 0 is the base"]
-        at_half = figures["scale 0.5"][look]
-        assert before[look] < at_half < after[look] or (name in ALL_OR_NOTHING and at_half == before[look])
+        assert before[look] < figures["scale 0.5"][look] < after[look]
 
 
 @pytest.mark.parametrize("name", grouped(experiments.DISTILLATION))
