@@ -35,7 +35,7 @@ help:
 	@echo "make test-paddle26  those tests on Paddle 2.6 whose outcome may depend on Paddle"
 	@echo "make parity         the comparisons with the PyTorch reference"
 	@echo "make bench          how fast jobs train beside PyTorch: writes docs/performance.md (hours; BENCH_FLAGS='--jobs prior')"
-	@echo "make torture        kill runs 200 times and resume them"
+	@echo "make torture        kill runs 240 times and resume them"
 	@echo "make venvs          the three environments of the above, without running anything"
 	@echo "make lock           write the requirements*.txt again from the .in files"
 	@echo "make clean          remove the environments and caches"
@@ -127,6 +127,7 @@ bench: .venv-parity/ready
 torture: .venv/ready
 	.venv/bin/python -m tests.distributed.kill_harness --kills 120 --double_kills 30
 	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lora_sdxl
+	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lora_sd3
 	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lcm_sd
 
 venvs: .venv/ready .venv-paddle26/ready .venv-parity/ready

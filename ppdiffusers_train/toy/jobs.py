@@ -107,7 +107,14 @@ JOBS = {
     "prior-lora": _fine_tuning(
         "kandinsky2_2/train_text_to_image_prior_lora.py", "prior lora", "--learning_rate=2e-3", look="striped"
     ),
-    "sdxl": _fine_tuning("sdxl/train_text_to_image_sdxl.py", "pipeline", FULL_RATE, *LONG, pictures=MANY),
+    "sdxl": _fine_tuning(
+        "sdxl/train_text_to_image_sdxl.py",
+        "pipeline",
+        FULL_RATE,
+        *LONG,
+        "--proportion_empty_prompts=0.1",
+        pictures=MANY,
+    ),
     "sdxl-lora": _fine_tuning(
         "sdxl/train_text_to_image_lora_sdxl.py", "lora", "--rank=12", "--learning_rate=2e-3", *LONG
     ),

@@ -18,7 +18,6 @@ LESS = {
     "decoder-lora, longer": 0.65,
     "prior": 0.75,
     "prior-lora": 0.75,
-    "sdxl": 0.85,
     "sd3": 0.65,
     "sd3-lora": 0.45,
 }
