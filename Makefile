@@ -50,7 +50,7 @@ WEIGHTS = ppdiffusers_train/toy/weights
 RECIPE = MKL_NUM_THREADS=1 PPDIFFUSERS_TRAIN_CPU_LEVERS=none .venv/bin/python -m ppdiffusers_train.toy.train
 ENCODERS = $(TOYS)/vae_further/vae.safetensors $(TOYS)/movq_further/movq_shapes.safetensors \
 	$(TOYS)/vision/clip.safetensors
-PIPELINES = $(addprefix $(TOYS)/,$(addsuffix .safetensors,decoder prior sd last/sdxl further/sd3))
+PIPELINES = $(addprefix $(TOYS)/,$(addsuffix .safetensors,decoder prior sd last/sdxl last/sd3))
 
 toys: $(PIPELINES)
 	cp $(PIPELINES) $(WEIGHTS)
@@ -100,6 +100,9 @@ $(TOYS)/last/sdxl.safetensors: $(TOYS)/further/sdxl.safetensors
 
 $(TOYS)/further/sd3.safetensors: $(TOYS)/sd3.safetensors
 	$(RECIPE)_pipelines sd3 --output_dir $(@D) --start_from $< --seed 1 --max_train_steps 6000 --learning_rate 1e-3
+
+$(TOYS)/last/sd3.safetensors: $(TOYS)/further/sd3.safetensors
+	$(RECIPE)_pipelines sd3 --output_dir $(@D) --start_from $< --seed 2 --max_train_steps 9000 --learning_rate 1e-3
 
 gate: .venv/ready
 	.venv/bin/python -m pytest tests/gate -m slow --dist loadgroup $(PYTEST_FLAGS)

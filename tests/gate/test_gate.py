@@ -18,8 +18,8 @@ LESS = {
     "decoder-lora, longer": 0.65,
     "prior": 0.75,
     "prior-lora": 0.75,
-    "sd3": 0.65,
-    "sd3-lora": 0.45,
+    "sd3": 0.7,
+    "sd3-lora": 0.65,
 }
 
 
