@@ -1,6 +1,8 @@
 """Writes docs/results.md and its pictures from what `make gate` measured.
 
 python -m tests.gate.report outputs/gate docs
+
+The figures are kept in docs/results.json: an experiment that the folder does not have stays as it was measured before.
 """
 
 import json
@@ -147,7 +149,10 @@ def table(head: list, rows: list) -> str:
 
 def main(source, docs):
     source, docs = Path(source), Path(docs)
-    measured = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in source.glob("*.json")}
+    kept = docs / "results.json"
+    measured = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    measured |= {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(source.glob("*.json"))}
+    kept.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     (docs / "results").mkdir(exist_ok=True)
     for picture in source.glob("*.png"):
         shutil.copy(picture, docs / "results")
