@@ -5,7 +5,8 @@
     python benchmarks/speed.py --quick                          tiny models, writes nothing: does everything still run?
 
 Needs the environment of `make parity`, and quiet cores. The sides take turns within one run, so that what else the
-machine does meets all of them. Figures are kept in docs/performance.json; a run replaces those of its jobs and sizes.
+machine does meets all of them. Figures are kept in docs/performance.json, those of each processor by themselves; a run
+replaces those of its jobs and sizes.
 """
 
 import ppdiffusers_train  # noqa: F401
@@ -13,6 +14,7 @@ import ppdiffusers_train  # noqa: F401
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -179,6 +181,14 @@ def measure_start(job: Job) -> dict:
     }
 
 
+def processor() -> str:
+    """What the figures are of: model and number of cores."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(named or [platform.processor()])[0]}, {os.cpu_count()} cores"
+
+
 def numbers(text: str) -> list:
     return [float(number) for number in text.split(",")]
 
@@ -195,7 +205,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.quick:
         args.sizes, args.turns, args.steps, args.images, args.details = [TINY], 1, 1, 8, True
-    figures = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+    kept = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+    figures = kept.setdefault(processor(), {})
     for name in args.jobs.split(","):
         for size in args.sizes:
             with tempfile.TemporaryDirectory() as folder:
@@ -208,14 +219,14 @@ def main(argv=None):
             previous = figures.setdefault(name, {}).get(f"{size:g}", {})
             figures[name][f"{size:g}"] = {**previous, **found}
             if not args.quick:  # what is measured is kept, whatever comes after it
-                FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-                PAGE.write_text(page(figures), encoding="utf-8")
-            medians = {side: statistics.median(kept["seconds"]) for side, kept in found["sides"].items()}
+                FIGURES.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+                PAGE.write_text(page(kept), encoding="utf-8")
+            medians = {side: statistics.median(measured["seconds"]) for side, measured in found["sides"].items()}
             print(f"{name} x{size:g}: " + ", ".join(f"{side} {value:.2f} s" for side, value in medians.items()))
             cache = found["cache"]
             print(f"  the cache, once: {cache['seconds'] / cache['samples']:.2f} s a sample", flush=True)
     if args.quick:
-        print(page(figures))
+        print(page({processor(): figures}))
 
 
 if __name__ == "__main__":

@@ -17,18 +17,22 @@ JOBS = {
 }
 STEP_LEVERS = ("no_subnormals", "no_views", "no_same_casts", "onednn_convolutions", "conv_bias", "linear_bias")
 SIZES = ("0.5", "1", "2")
-MISSING = "not measured yet"
+MISSING = "Not measured yet"
 
 
 def page(figures: dict) -> str:
-    """The page; a row whose figures are missing says so."""
+    """The page, from {processor: {job: {size: figures}}}: a table for each processor; what is missing it says."""
     text = HEAD.read_text(encoding="utf-8")
     for name, table in (("jobs", jobs), ("levers", levers), ("profile", profile), ("start", start)):
-        text = text.replace(f"{{{name}}}", table(figures))
+        tables = [f"**{processor}**\n\n{found}" for processor, own in figures.items() if (found := table(own))]
+        text = text.replace(f"{{{name}}}", "\n\n".join(tables) or MISSING)
     return text
 
 
 def table(header: list, rows: list) -> str:
+    """In Markdown; without rows nothing."""
+    if not rows:
+        return ""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -36,13 +40,15 @@ def table(header: list, rows: list) -> str:
 def jobs(figures: dict) -> str:
     header = ["job, size", "torch", "cached", "online", "Paddle as it comes", "cached : torch", "online : torch"]
     header += ["cached : as it comes", "cache, once", "steps that pay it"]
-    rows = []
+    rows, missing = [], []
     for job, title in JOBS.items():
         for size in SIZES:
-            found = figures.get(job, {}).get(size)
-            name = f"{title}, ×{size}"
-            rows.append([name, *(job_row(found) if found else [MISSING, *[""] * (len(header) - 2)])])
-    return table(header, rows)
+            found, name = figures.get(job, {}).get(size), f"{title}, ×{size}"
+            if found:
+                rows.append([name, *job_row(found)])
+            else:
+                missing.append(name)
+    return table(header, rows) + (f"\n\n{MISSING}: {'; '.join(missing)}" if rows and missing else "")
 
 
 def job_row(found: dict) -> list:
@@ -72,7 +78,6 @@ def levers(figures: dict) -> str:
     for job, title in JOBS.items():
         found = figures.get(job, {}).get("1", {}).get("levers")
         if not found:
-            rows.append([title, MISSING, *[""] * (len(STEP_LEVERS) + 1)])
             continue
         cells = [ratio(found[name], found["none"]) for name in (*STEP_LEVERS, ",".join(STEP_LEVERS))]
         compiled = ratio(found["online, compiled encoders"], found["online, plain encoders"])
@@ -85,7 +90,6 @@ def profile(figures: dict) -> str:
     for job, title in JOBS.items():
         found = figures.get(job, {}).get("1", {}).get("profile")
         if not found:
-            rows.append([title, MISSING, "", ""])
             continue
         before, after = found["none"], found["levers"]
         largest = sorted({**after, **before}, key=lambda kernel: -max(before.get(kernel, 0), after.get(kernel, 0)))[:8]
@@ -97,7 +101,7 @@ def profile(figures: dict) -> str:
 
 def start(figures: dict) -> str:
     found = figures.get("decoder", {}).get("1", {}).get("start")
-    rows = [[name, f"{seconds:.2f} s"] for name, seconds in found.items()] if found else [[MISSING, ""]]
+    rows = [[name, f"{seconds:.2f} s"] for name, seconds in found.items()] if found else []
     return table(["decoder, ×1", "in a process of its own"], rows)
 
 
