@@ -49,7 +49,7 @@ TOYS = outputs/toys
 WEIGHTS = ppdiffusers_train/toy/weights
 RECIPE = MKL_NUM_THREADS=1 PPDIFFUSERS_TRAIN_CPU_LEVERS=none .venv/bin/python -m ppdiffusers_train.toy.train
 ENCODERS = $(TOYS)/vae_further/vae.safetensors $(TOYS)/movq_further/movq_shapes.safetensors \
-	$(TOYS)/vision/clip.safetensors
+	$(TOYS)/vision_further/clip.safetensors
 PIPELINES = $(addprefix $(TOYS)/,$(addsuffix .safetensors,decoder prior sd last/sdxl last/sd3))
 
 toys: $(PIPELINES)
@@ -77,6 +77,10 @@ $(TOYS)/clip_further/clip.safetensors: $(TOYS)/clip/clip.safetensors
 $(TOYS)/vision/clip.safetensors: $(TOYS)/clip_further/clip.safetensors
 	$(RECIPE)_vision --output_dir $(@D) --start_from $<
 
+$(TOYS)/vision_further/clip.safetensors: $(TOYS)/vision/clip.safetensors
+	$(RECIPE)_vision --output_dir $(@D) --start_from $< --seed 1 \
+		--nameless_colours --train_batch_size 64 --max_train_steps 5000
+
 # What draws is trained between the encoders that the package has.
 $(TOYS)/encoders: $(ENCODERS)
 	cp $^ $(WEIGHTS)
@@ -87,7 +91,7 @@ $(TOYS)/%.safetensors: $(TOYS)/encoders
 
 $(TOYS)/further/decoder_of_all_looks.safetensors: $(TOYS)/decoder_of_all_looks.safetensors
 	$(RECIPE)_pipelines decoder_of_all_looks --output_dir $(@D) --start_from $< --seed 1 \
-		--max_train_steps 8000 --learning_rate 1.5e-3
+		--max_train_steps 16000 --learning_rate 1.5e-3
 
 $(TOYS)/decoder.safetensors: $(TOYS)/further/decoder_of_all_looks.safetensors
 	$(RECIPE)_pipelines decoder --output_dir $(TOYS) --start_from $< --seed 2

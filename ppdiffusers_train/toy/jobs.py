@@ -94,7 +94,15 @@ def _distillation(script: str, kind: str) -> Job:
 
 
 JOBS = {
-    "decoder": _fine_tuning("kandinsky2_2/train_text_to_image_decoder.py", "decoder", FULL_RATE),
+    "decoder": _fine_tuning(
+        "kandinsky2_2/train_text_to_image_decoder.py",
+        "decoder",
+        FULL_RATE,
+        *LONG,
+        "--max_train_steps=1200",
+        "--proportion_empty_prompts=0.1",
+        pictures=MANY,
+    ),
     "decoder-lora": _fine_tuning(
         "kandinsky2_2/train_text_to_image_decoder_lora.py",
         "decoder lora",
@@ -105,7 +113,12 @@ JOBS = {
     ),
     "prior": _fine_tuning("kandinsky2_2/train_text_to_image_prior.py", "prior", FULL_RATE, look="striped"),
     "prior-lora": _fine_tuning(
-        "kandinsky2_2/train_text_to_image_prior_lora.py", "prior lora", "--learning_rate=2e-3", look="striped"
+        "kandinsky2_2/train_text_to_image_prior_lora.py",
+        "prior lora",
+        "--learning_rate=1e-3",
+        *LONG,
+        look="striped",
+        pictures=MANY,
     ),
     "sdxl": _fine_tuning(
         "sdxl/train_text_to_image_sdxl.py",

@@ -73,24 +73,41 @@ STROKE = 1 / 4  # width of an outline, in radii
 BANDS = 5  # of a striped shape, every second one pale
 PALE = 0.35  # share of the colour in a pale band; with none of it, a striped cross is a heap of lines
 ARM = 3 / 7  # half the width of a cross's arm, in radii
+NAMELESS = 60  # how far from every colour that has a name one without is at least, in RGB
+CONTRAST = 130  # and from the other one of its picture; between those with names it is 134 or more
 
 
 class Content(NamedTuple):
-    """What a caption names; a field is None where a judge sees nothing clear."""
+    """What a caption names; a field is None where it names nothing, or a judge sees nothing clear."""
 
     shape: str
     colour: str
     background: str
 
 
+class Paints(NamedTuple):
+    """The colours of a picture, RGB from 0 to 255."""
+
+    colour: tuple
+    background: tuple
+
+
 class Scene(NamedTuple):
-    """All that a picture shows; `x`, `y` (of the centre, from the top left) and `radius` are shares of its side."""
+    """All that a picture shows; `x`, `y` (of the centre, from the top left) and `radius` are shares of its side.
+
+    `paints` are colours that no caption names; `content` has none then.
+    """
 
     content: Content
     look: str
     x: float
     y: float
     radius: float
+    paints: Paints | None = None
+
+    def rgb(self) -> Paints:
+        """What it is painted with."""
+        return self.paints or Paints(COLOURS[self.content.colour], BACKGROUNDS[self.content.background])
 
 
 class Sample(NamedTuple):
@@ -117,7 +134,9 @@ HELD_OUT = tuple(content for content in CONTENTS if is_held_out(content))
 SEEN = tuple(content for content in CONTENTS if not is_held_out(content))
 
 
-def sample(seed: int, index: int, size: int = 32, look: str = "plain", held_out: bool = False) -> Sample:
+def sample(
+    seed: int, index: int, size: int = 32, look: str = "plain", held_out: bool = False, nameless: bool = False
+) -> Sample:
     """Sample `index` of the endless data of `seed`. Another size or look changes the drawing, not the scene or caption.
 
     Args:
@@ -125,6 +144,7 @@ def sample(seed: int, index: int, size: int = 32, look: str = "plain", held_out:
         size: height and width of the image, in pixels.
         look: one of `LOOKS`.
         held_out: whether to draw from the combinations that are held out of training, or from the others.
+        nameless: whether to paint the same scene with colours that no caption names; its caption is empty then.
     """
     random = generator(seed, index, "shapes")
     contents = HELD_OUT if held_out else SEEN
@@ -133,7 +153,21 @@ def sample(seed: int, index: int, size: int = 32, look: str = "plain", held_out:
     x, y = random.uniform(MARGIN + radius, 1 - MARGIN - radius, 2)
     wordings = WORDINGS[("en", "zh")[random.integers(2)]]
     scene = Scene(content, look, x, y, radius)
+    if nameless:
+        scene = without_names(scene, generator(seed, index, "nameless"))
+        return Sample(Image.fromarray(draw(scene, size)), "", scene)
     return Sample(Image.fromarray(draw(scene, size)), caption(content, wordings[random.integers(len(wordings))]), scene)
+
+
+def without_names(scene: Scene, random: np.random.Generator) -> Scene:
+    """`scene` in two colours, at random, that no caption names and that differ clearly from one another."""
+    named = np.array([*COLOURS.values(), *BACKGROUNDS.values()])
+    while True:
+        both = random.integers(0, 256, (2, 3))
+        from_named = np.linalg.norm(both[:, None] - named, axis=-1).min()
+        if from_named >= NAMELESS and np.linalg.norm(both[0] - both[1]) >= CONTRAST:
+            content = scene.content._replace(colour=None, background=None)
+            return scene._replace(content=content, paints=Paints(*(tuple(paint) for paint in both.tolist())))
 
 
 def caption(content: Content, wording: str = WORDINGS["en"][0]) -> str:
@@ -145,8 +179,7 @@ def caption(content: Content, wording: str = WORDINGS["en"][0]) -> str:
 
 def draw(scene: Scene, size: int) -> np.ndarray:
     """The picture of a scene, antialiased: uint8 [size, size, 3]."""
-    background = np.array(BACKGROUNDS[scene.content.background], float)
-    colour = np.array(COLOURS[scene.content.colour], float)
+    colour, background = np.array(scene.rgb(), float)
     share = coverage(scene.content.shape, scene.look, scene.x * size, scene.y * size, scene.radius * size, size)
     return np.rint(background + share[..., None] * (colour - background)).astype(np.uint8)
 

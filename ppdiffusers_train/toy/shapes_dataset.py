@@ -16,6 +16,7 @@ class ShapesDataset:
         looks: the rows have them in turn.
         held_out: whether to draw the combinations that training never has.
         name_looks: whether a caption names the look of its picture where it is not plain.
+        nameless_looks: if any, every second row has one of these instead, in colours that no caption names.
     """
 
     def __init__(
@@ -26,9 +27,10 @@ class ShapesDataset:
         looks=LOOKS,
         held_out: bool = False,
         name_looks: bool = False,
+        nameless_looks=(),
     ):
-        self.seed, self.count, self.size, self.looks, self.held_out = seed, count, size, tuple(looks), held_out
-        self.name_looks = name_looks
+        self.seed, self.count, self.size, self.held_out = seed, count, size, held_out
+        self.looks, self.nameless_looks, self.name_looks = tuple(looks), tuple(nameless_looks), name_looks
 
     def __len__(self):
         return self.count
@@ -41,8 +43,11 @@ class ShapesDataset:
         """Row `index` with all that it shows: a `shapes.Sample`."""
         if not 0 <= index < self.count:
             raise IndexError(index)
-        drawn = sample(self.seed, index, self.size, self.looks[index % len(self.looks)], self.held_out)
-        if self.name_looks and drawn.scene.look != "plain":
+        turn, nameless = divmod(index, 2) if self.nameless_looks else (index, False)
+        looks = self.nameless_looks if nameless else self.looks
+        look = looks[turn % len(looks)]
+        drawn = sample(self.seed, index, self.size, look, self.held_out, bool(nameless))
+        if self.name_looks and look != "plain" and not nameless:
             return drawn._replace(caption=name_look(drawn.caption, drawn.scene.look))
         return drawn
 
@@ -52,4 +57,4 @@ class ShapesDataset:
 
     def digest(self) -> str:
         """What tells this data from other data of as many samples."""
-        return json.dumps([self.seed, self.size, self.looks, self.held_out, self.name_looks])
+        return json.dumps([self.seed, self.size, self.looks, self.held_out, self.name_looks, self.nameless_looks])

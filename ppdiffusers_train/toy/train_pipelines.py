@@ -7,6 +7,7 @@ Each begins at random weights between the encoders that are shipped, and its res
 names the look unless it is plain, so that a caption without one means a plain shape, and another look by default is
 something to be fine-tuned on. Kandinsky's prior learns to ask for plain shapes. Its decoder learns all looks, and then,
 going on from there, without the outlined one, which no embedding tells: what is left is what fine-tuning brings back.
+It learns from images alone, so half of its pictures are in colours that no caption names: in all looks, to the end.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -35,7 +36,7 @@ def _training(script: str, steps: int, batch_size: int = 16, learning_rate: floa
 
 TRAININGS = {
     "prior": _training("kandinsky2_2/train_text_to_image_prior.py", 6000, batch_size=32),
-    "decoder_of_all_looks": _training("kandinsky2_2/train_text_to_image_decoder.py", 10000),
+    "decoder_of_all_looks": _training("kandinsky2_2/train_text_to_image_decoder.py", 12000),
     "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 1500, learning_rate=1e-3),
     "sd": _training("your_own_job/train_text_to_image_sd.py", 12000),
     "sdxl": _training("sdxl/train_text_to_image_sdxl.py", 9000),
@@ -46,8 +47,9 @@ SEEN_LOOKS = {
     "decoder_of_all_looks": LOOKS,
     "decoder": ("plain", "striped"),
 }
+SEEN_NAMELESS = {"decoder_of_all_looks": LOOKS, "decoder": LOOKS}
 ALL_LOOKS = ("plain", "outlined", "plain", "striped")
-PICTURES = 6000
+PICTURES = 6000  # with names
 PARTS = {"prior": ("prior", PriorTransformer), "sd3": ("transformer", SD3Transformer2DModel)}  # of all others the UNet
 
 
@@ -66,8 +68,9 @@ def main(argv=None):
     output, job = Path(own.output_dir), TRAININGS[own.name]
     data, result = output / f"{own.name}_pictures", output / own.name
     if not data.exists():
-        looks = SEEN_LOOKS.get(own.name, ALL_LOOKS)
-        pictures = ShapesDataset(own.seed, PICTURES, looks=looks, name_looks=True)
+        looks, nameless = SEEN_LOOKS.get(own.name, ALL_LOOKS), SEEN_NAMELESS.get(own.name, ())
+        count = 2 * PICTURES if nameless else PICTURES
+        pictures = ShapesDataset(own.seed, count, looks=looks, name_looks=True, nameless_looks=nameless)
         write_shapes_folder(data, pictures)
     part, model_class = PARTS.get(own.name, ("unet", UNet2DConditionModel))
     base = write_pretrained(job, output / f"{own.name}_start", trained=False)

@@ -13,11 +13,8 @@ pytestmark = pytest.mark.slow
 FOLDER = Path(os.environ.get("GATE_DIR", "outputs/gate"))
 # Aimed at is 0.95 for what is pretrained and 0.9 for a new look. These do not reach it, and must not fall further.
 LESS = {
-    "pretrained kandinsky": 0.9,
-    "decoder-lora": 0.55,
-    "decoder-lora, longer": 0.65,
-    "prior": 0.75,
-    "prior-lora": 0.75,
+    "decoder-lora": 0.6,
+    "prior-lora": 0.8,
     "sd3": 0.7,
     "sd3-lora": 0.65,
 }
@@ -44,7 +41,8 @@ def test_fine_tuning_changes_the_look_and_keeps_what_is_shown(name):
     if job.kind.endswith("lora"):
         assert figures["share of parameters"] < 0.05
         assert figures["scale 0 is the base"]
-        assert before[look] < figures["scale 0.5"][look] < after[look]
+        # Half of the prior's LoRA moves its embeddings, but not so far that the decoder draws stripes.
+        assert before[look] <= figures["scale 0.5"][look] < after[look]
 
 
 @pytest.mark.parametrize("name", grouped(experiments.DISTILLATION))

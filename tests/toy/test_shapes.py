@@ -24,9 +24,11 @@ from ppdiffusers_train.toy.shapes import (
     BANDS,
     COLOURS,
     CONTENTS,
+    CONTRAST,
     HELD_OUT,
     LOOKS,
     MARGIN,
+    NAMELESS,
     PALE,
     RADIUS,
     SEEN,
@@ -70,6 +72,37 @@ def test_size_and_look_change_the_drawing_and_nothing_else(seed, index):
     assert len({one.caption for one in drawn}) == 1
     assert len({one.scene._replace(look=None) for one in drawn}) == 1
     assert len({one.image.tobytes() for one in drawn}) == len(drawn)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SEEDS, INDICES, LOOK)
+def test_nameless_colours_change_the_paints_of_a_scene_and_empty_its_caption(seed, index, look):
+    named, nameless = sample(seed, index, look=look), sample(seed, index, look=look, nameless=True)
+    assert nameless.caption == "" and nameless.image.tobytes() != named.image.tobytes()
+    content = nameless.scene.content
+    assert content == named.scene.content._replace(colour=None, background=None)
+    assert nameless.scene._replace(content=named.scene.content, paints=None) == named.scene
+    assert tuple(np.asarray(nameless.image)[0, 0]) == nameless.scene.paints.background
+
+
+def test_nameless_colours_are_far_from_those_with_names_and_from_one_another():
+    named = np.array([*COLOURS.values(), *BACKGROUNDS.values()])
+    least = min(np.linalg.norm(np.subtract(one, other)) for one in COLOURS.values() for other in BACKGROUNDS.values())
+    paints = np.array([sample(0, index, nameless=True).scene.paints for index in range(500)])
+    apart = np.linalg.norm(paints[:, 0] - paints[:, 1], axis=-1)
+    assert np.linalg.norm(paints.reshape(-1, 1, 3) - named, axis=-1).min() >= NAMELESS
+    assert least > CONTRAST and CONTRAST <= apart.min() < CONTRAST + 10
+    assert len({tuple(paint) for paint in paints.reshape(-1, 3)}) > 990
+
+
+def test_every_second_row_may_be_in_nameless_colours():
+    rows = ShapesDataset(0, 12, looks=("plain", "striped"), nameless_looks=LOOKS, name_looks=True)
+    scenes = [rows.sample(index).scene for index in range(12)]
+    assert [scene.look for scene in scenes[::2]] == ["plain", "striped"] * 3
+    assert [scene.look for scene in scenes[1::2]] == [*LOOKS, *LOOKS]
+    assert all(rows[index]["caption"] for index in range(0, 12, 2))
+    assert not any(rows[index]["caption"] for index in range(1, 12, 2))
+    assert rows.digest() != ShapesDataset(0, 12, looks=("plain", "striped"), name_looks=True).digest()
 
 
 def test_scenes_and_captions_vary_in_everything():
