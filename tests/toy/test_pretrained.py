@@ -266,12 +266,18 @@ def test_a_pipelines_recipe_writes_what_is_shipped(name, tmp_path, monkeypatch):
     assert {name: array.shape for name, array in written.items()} == {n: a.shape for n, a in shipped.items()}
 
 
+# Made on another kind of processor (AMD's) than the others. Products are rounded in other places there, so that no one
+# machine makes all files to the bit.
+MADE_ELSEWHERE = {towers.WEIGHTS.name, "prior.safetensors", "decoder.safetensors"}
+
+
 @pytest.mark.slow
 def test_make_toys_makes_the_shipped_weights_to_the_bit(tmp_path):
-    """Four hours, on processors of the kind that made them; others round in other places."""
+    """Five hours, on processors of the kind that made them; others round in other places."""
     (tmp_path / "weights").mkdir()
     places = [f"TOYS={tmp_path / 'toys'}", f"WEIGHTS={tmp_path / 'weights'}"]
     subprocess.run(["make", "-j2", "toys", *places], cwd=ROOT, check=True)
     made = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "weights").iterdir()}
     shipped = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in FOLDER.glob("*.safetensors")}
-    assert made == {name: digest for name, digest in shipped.items() if name != movq.WEIGHTS.name}
+    assert set(made) == set(shipped) - {movq.WEIGHTS.name}
+    assert {name for name in made if made[name] != shipped[name]} <= MADE_ELSEWHERE
