@@ -109,7 +109,7 @@ $(TOYS)/last/sd3.safetensors: $(TOYS)/further/sd3.safetensors
 	$(RECIPE)_pipelines sd3 --output_dir $(@D) --start_from $< --seed 2 --max_train_steps 9000 --learning_rate 1e-3
 
 gate: .venv/ready
-	.venv/bin/python -m pytest tests/gate -m slow --dist loadgroup $(PYTEST_FLAGS)
+	$(call PYTEST,.venv,tests/gate -m slow --dist loadgroup)
 	.venv/bin/python -m tests.gate.report outputs/gate docs
 
 test: .venv/ready
