@@ -30,7 +30,7 @@ from speed_gate import Side  # noqa: E402
 from speed_page import STEP_LEVERS, page  # noqa: E402
 
 from ppdiffusers_train.runtime.cpu import SETTINGS  # noqa: E402
-from ppdiffusers_train.runtime.cpu_levers import VARIABLE  # noqa: E402
+from ppdiffusers_train.runtime.cpu_levers import LEVERS, VARIABLE  # noqa: E402
 
 HERE, FIGURES, PAGE = ROOT / "benchmarks", ROOT / "docs" / "performance.json", ROOT / "docs" / "performance.md"
 SCRIPTS = {
@@ -76,8 +76,8 @@ class Job:
         return Side([*command, f"--max_train_steps={steps}"], environment_of(**WITHOUT_TORCH, **(environment or {})))
 
     def torch(self) -> Side:
-        command = [sys.executable, HERE / "speed_torch.py", self.name, self.folder / "samples.npz", *self.models]
-        return Side(command, environment_of())
+        samples = [self.folder / "samples.npz", self.photos]
+        return Side([sys.executable, HERE / "speed_torch.py", self.name, *samples, *self.models], environment_of())
 
     def cached(self, levers=None) -> Side:
         """Our run from the warm cache."""
@@ -141,7 +141,8 @@ def measure_levers(job: Job, turns: int, steps: int) -> dict:
     """Each lever alone against none, and all: in the step from the warm cache, and for encoders online."""
     sides = {name: job.cached(levers=name) for name in ("none", *STEP_LEVERS, ",".join(STEP_LEVERS))}
     for name, compile in (("online, plain encoders", False), ("online, compiled encoders", True)):
-        sides[name] = job.paddle("loop", "--no_encoded_cache", compile=compile)
+        environment = {VARIABLE: ",".join(LEVERS)}  # whether or not the processor usually compiles
+        sides[name] = job.paddle("loop", "--no_encoded_cache", compile=compile, environment=environment)
     return in_turns(sides, turns, steps)
 
 

@@ -1,26 +1,63 @@
 """The side of `speed.py` that computes with torch: a plain loop over diffusers' models, as a process that it starts.
 
-    python benchmarks/speed_torch.py JOB SAMPLES FOLDER [FOLDER]
+    python benchmarks/speed_torch.py JOB SAMPLES PHOTOS FOLDER [FOLDER]
 
-As diffusers' training scripts do it: the frozen encoders on each batch, scaled dot product attention, fused AdamW. The
-samples are preprocessed and in memory: what loading costs, it does not pay.
+As diffusers' training scripts do it: images read and put in shape by one loading worker, the frozen encoders on each
+batch, scaled dot product attention, fused AdamW. Of SAMPLES, which our preprocessing has written, it takes the tokens.
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, PriorTransformer, UNet2DConditionModel, VQModel
 from peft import LoraConfig
+from PIL import Image
 from speed_gate import Gate
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+)
 
-BATCH, THREADS = 4, 2
+BATCH, THREADS, STEPS = 4, 2, 10_000
 RANK, DDIM_STEPS, GUIDANCE, HUBER_C, SCALING = 64, 50, (5.0, 15.0), 0.001, 10.0  # of examples/lcm
 TARGETS = [
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
     "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 ]  # fmt: skip
+
+
+class Samples(torch.utils.data.Dataset):
+    """Endless turns through the photographs, each read from its file and preprocessed whenever it comes."""
+
+    def __init__(self, file, photos, models):
+        self.arrays = dict(np.load(file))
+        self.photos = sorted(Path(photos).glob("*.jpg"))
+        self.pixels = {name: self.arrays.pop(name) for name in list(self.arrays) if "pixel" in name}
+        if "clip_pixel_values" in self.pixels:
+            self.processor = CLIPImageProcessor.from_pretrained(models, subfolder="image_processor")
+        for name, made in self[0].items():  # what both sides preprocess is the same
+            if name in self.pixels:
+                assert np.abs(made - self.pixels[name][0]).mean() < 0.05, name
+
+    def __len__(self):
+        return BATCH * STEPS
+
+    def __getitem__(self, index):
+        row = index % len(self.photos)
+        sample = {name: array[row] for name, array in self.arrays.items()}
+        image = Image.open(self.photos[row]).convert("RGB")
+        if "clip_pixel_values" in self.pixels:
+            sample["clip_pixel_values"] = self.processor(image, return_tensors="np").pixel_values[0]
+        if "pixel_values" in self.pixels:
+            size, side = self.pixels["pixel_values"].shape[-1], min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.BICUBIC)
+            sample["pixel_values"] = (np.asarray(square, np.float32) / 127.5 - 1).transpose(2, 0, 1)
+        return sample
 
 
 def frozen(part_class, folder, name):
@@ -151,25 +188,21 @@ JOBS = {"decoder": Decoder, "prior": Prior, "sdxl": SDXL, "lcm_lora": LCMLoRA}
 
 
 def main():
-    job, samples, *folders = sys.argv[1:]
+    job, samples, photos, *folders = sys.argv[1:]
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     job = JOBS[job](*folders)
-    arrays = {name: torch.from_numpy(array) for name, array in np.load(samples).items()}
-    count = len(next(iter(arrays.values())))
     learning = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-4, weight_decay=0.0, fused=True)
-    gate, step = Gate(), 0
+    gate = Gate()
     gate.wait()
-    while True:
-        rows = (torch.arange(BATCH) + step * BATCH) % count
-        loss = job.loss({name: tensor[rows] for name, tensor in arrays.items()})
+    for batch in torch.utils.data.DataLoader(Samples(samples, photos, folders[0]), BATCH, num_workers=1):
+        loss = job.loss(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
-        step += 1
         gate.after_step()
 
 

@@ -1,6 +1,6 @@
 """What makes Paddle's CPU kernels faster, and leaves the results as they are. Nothing here touches a run on a card.
 
-    PPDIFFUSERS_TRAIN_CPU_LEVERS=conv_bias,linear_bias    these two; without the variable, all of `LEVERS`
+    PPDIFFUSERS_TRAIN_CPU_LEVERS=conv_bias,linear_bias    these two; without the variable, the usual ones
     PPDIFFUSERS_TRAIN_CPU_LEVERS=none                     Paddle as it comes
 
 docs/performance.md has what each of them gains.
@@ -16,17 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from paddle import (
-    matmul,  # by its own name: what counts products of a model must not count those in here
-    nn,
-)
+from paddle import matmul, nn  # a product by its own name: what counts a model's must not count those in here
 from paddle.autograd import PyLayer
 from paddle.nn import functional
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.heap import return_free_memory
 from ppdiffusers_train.runtime import onednn
-from ppdiffusers_train.runtime.cpu import configured_threads
+from ppdiffusers_train.runtime.cpu import configured_threads, cpu_vendor
 
 VARIABLE = "PPDIFFUSERS_TRAIN_CPU_LEVERS"
 LEVERS = (
@@ -45,7 +42,8 @@ def levers() -> tuple:
     """
     if not paddle.get_device().startswith("cpu"):
         return ()
-    names = [name.strip() for name in os.environ.get(VARIABLE, ",".join(LEVERS)).split(",")]
+    usual = LEVERS[:-1] if cpu_vendor() == "AuthenticAMD" else LEVERS  # encoders are as fast uncompiled there
+    names = [name.strip() for name in os.environ.get(VARIABLE, ",".join(usual)).split(",")]
     unknown = set(names) - {*LEVERS, "none", ""}
     if unknown:
         raise UserError(f"{VARIABLE}: there is no {min(unknown)!r}; expected some of {', '.join(LEVERS)}, or none")

@@ -38,8 +38,8 @@ EPSILON = float(np.finfo(np.float32).eps)
 
 @pytest.fixture(autouse=True)
 def released(monkeypatch):
-    """No lever before the test and none after it; the environment is the default's."""
-    monkeypatch.delenv(VARIABLE, raising=False)
+    """No lever before the test and none after it; without more, all are on, whatever the processor."""
+    monkeypatch.setenv(VARIABLE, ",".join(LEVERS))
     release_levers()
     yield
     release_levers()
@@ -278,8 +278,16 @@ def test_numbers_too_small_for_full_precision_are_zero_while_levers_are_pulled()
     assert products()[0] == pytest.approx(tiny / 2)
 
 
-def test_all_levers_are_on_unless_the_environment_names_fewer(monkeypatch):
-    assert levers() == LEVERS
+@pytest.mark.parametrize(
+    "vendor, usual", [("GenuineIntel", LEVERS), ("AuthenticAMD", tuple(n for n in LEVERS if n != "compiled_encoders"))]
+)
+def test_all_levers_are_on_by_themselves_but_what_gains_nothing_on_a_processor(vendor, usual, monkeypatch):
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setattr(cpu_levers, "cpu_vendor", lambda: vendor)
+    assert levers() == usual
+
+
+def test_the_environment_names_the_levers_that_are_on(monkeypatch):
     monkeypatch.setenv(VARIABLE, "linear_bias, conv_bias")
     assert levers() == ("conv_bias", "linear_bias")
     monkeypatch.setenv(VARIABLE, "none")
