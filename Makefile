@@ -27,7 +27,7 @@ endef
 
 help:
 	@echo "make demo           teach a tiny Kandinsky 2.2 a new look on the CPU, and draw with it (JOB=lcm-lora for another job)"
-	@echo "make gate           show that every job learns: writes docs/results.md (hours)"
+	@echo "make gate           show that every job learns: writes docs/results.md (an hour or two)"
 	@echo "make toys           train the tiny models that the package ships, again (five hours)"
 	@echo "make test           the tests (PYTEST_FLAGS='tests/data -x' for some of them)"
 	@echo "make test-engine    the tests that run Paddle's inference engine"

@@ -1,4 +1,4 @@
-"""Every job learns what it is for: `make gate`, some hours, writes the figures of docs/results.md."""
+"""Every job learns what it is for: `make gate`, an hour or two, writes the figures of docs/results.md."""
 
 import ppdiffusers_train  # noqa: F401
 
@@ -40,8 +40,7 @@ def test_fine_tuning_changes_the_look_and_keeps_what_is_shown(name):
     if job.kind.endswith("lora"):
         assert figures["share of parameters"] < 0.05
         assert figures["scale 0 is the base"]
-        # Half of the prior's LoRA moves its embeddings, but not so far that the decoder draws stripes.
-        assert before[look] <= figures["scale 0.5"][look] < after[look]
+        assert before[look] < figures["scale 0.5"][look] < after[look]
 
 
 @pytest.mark.parametrize("name", grouped(experiments.DISTILLATION))
