@@ -31,17 +31,18 @@ TARGETS = [
 
 
 class Samples(torch.utils.data.Dataset):
-    """Endless turns through the photographs, each read from its file and preprocessed whenever it comes."""
+    """Turns through the photographs, more than are asked for, each read and preprocessed whenever it comes."""
 
     def __init__(self, file, photos, models):
-        self.arrays = dict(np.load(file))
-        self.photos = sorted(Path(photos).glob("*.jpg"))
-        self.pixels = {name: self.arrays.pop(name) for name in list(self.arrays) if "pixel" in name}
-        if "clip_pixel_values" in self.pixels:
+        arrays = dict(np.load(file))
+        ours = {name: arrays.pop(name)[0].copy() for name in list(arrays) if "pixel" in name}
+        self.arrays, self.photos = arrays, sorted(Path(photos).glob("*.jpg"))
+        self.size = ours["pixel_values"].shape[-1] if "pixel_values" in ours else None
+        self.processor = None
+        if "clip_pixel_values" in ours:
             self.processor = CLIPImageProcessor.from_pretrained(models, subfolder="image_processor")
-        for name, made in self[0].items():  # what both sides preprocess is the same
-            if name in self.pixels:
-                assert np.abs(made - self.pixels[name][0]).mean() < 0.05, name
+        for name, pixels in ours.items():  # both sides preprocess alike
+            assert np.abs(self[0][name] - pixels).mean() < 0.05, name
 
     def __len__(self):
         return BATCH * STEPS
@@ -50,12 +51,12 @@ class Samples(torch.utils.data.Dataset):
         row = index % len(self.photos)
         sample = {name: array[row] for name, array in self.arrays.items()}
         image = Image.open(self.photos[row]).convert("RGB")
-        if "clip_pixel_values" in self.pixels:
+        if self.processor:
             sample["clip_pixel_values"] = self.processor(image, return_tensors="np").pixel_values[0]
-        if "pixel_values" in self.pixels:
-            size, side = self.pixels["pixel_values"].shape[-1], min(image.size)
+        if self.size:
+            side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
-            square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.BICUBIC)
+            square = image.crop((left, top, left + side, top + side)).resize((self.size, self.size), Image.BICUBIC)
             sample["pixel_values"] = (np.asarray(square, np.float32) / 127.5 - 1).transpose(2, 0, 1)
         return sample
 

@@ -3,10 +3,12 @@
 import os
 import sys
 import warnings
+from functools import cache
 
 SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE")  # what a user may have said about processors
 
 
+@cache
 def cpu_vendor() -> str:
     """`"AuthenticAMD"`, `"GenuineIntel"`, … as the kernel reports it; empty where it does not."""
     try:

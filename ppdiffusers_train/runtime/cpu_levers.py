@@ -42,7 +42,8 @@ def levers() -> tuple:
     """
     if not paddle.get_device().startswith("cpu"):
         return ()
-    usual = LEVERS[:-1] if cpu_vendor() == "AuthenticAMD" else LEVERS  # encoders are as fast uncompiled there
+    useless = {"compiled_encoders"} if cpu_vendor() == "AuthenticAMD" else ()  # as fast uncompiled there
+    usual = [name for name in LEVERS if name not in useless]
     names = [name.strip() for name in os.environ.get(VARIABLE, ",".join(usual)).split(",")]
     unknown = set(names) - {*LEVERS, "none", ""}
     if unknown:

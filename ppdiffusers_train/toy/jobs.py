@@ -75,7 +75,9 @@ class Job:
 
 FULL_RATE = "--learning_rate=5e-4"
 COSINE = ("--lr_scheduler=cosine", "--lr_warmup_steps=20")
+DROPOUT = "--proportion_empty_prompts=0.1"
 LONG = ("--max_train_steps=900", "--train_batch_size=16")
+LONGEST = ("--max_train_steps=1200", "--train_batch_size=16", DROPOUT)
 
 
 def _fine_tuning(script: str, kind: str, *more: str, look: str = "outlined", pictures: int = SOME) -> Job:
@@ -98,9 +100,7 @@ JOBS = {
         "kandinsky2_2/train_text_to_image_decoder.py",
         "decoder",
         FULL_RATE,
-        *LONG,
-        "--max_train_steps=1200",
-        "--proportion_empty_prompts=0.1",
+        *LONGEST,
         pictures=MANY,
     ),
     "decoder-lora": _fine_tuning(
@@ -128,7 +128,7 @@ JOBS = {
         "pipeline",
         FULL_RATE,
         *LONG,
-        "--proportion_empty_prompts=0.1",
+        DROPOUT,
         pictures=MANY,
     ),
     "sdxl-lora": _fine_tuning(

@@ -153,10 +153,10 @@ def sample(
     x, y = random.uniform(MARGIN + radius, 1 - MARGIN - radius, 2)
     wordings = WORDINGS[("en", "zh")[random.integers(2)]]
     scene = Scene(content, look, x, y, radius)
+    text = caption(content, wordings[random.integers(len(wordings))])
     if nameless:
-        scene = without_names(scene, generator(seed, index, "nameless"))
-        return Sample(Image.fromarray(draw(scene, size)), "", scene)
-    return Sample(Image.fromarray(draw(scene, size)), caption(content, wordings[random.integers(len(wordings))]), scene)
+        scene, text = without_names(scene, generator(seed, index, "nameless")), ""
+    return Sample(Image.fromarray(draw(scene, size)), text, scene)
 
 
 def without_names(scene: Scene, random: np.random.Generator) -> Scene:

@@ -48,7 +48,7 @@ class ShapesDataset:
         look = looks[turn % len(looks)]
         drawn = sample(self.seed, index, self.size, look, self.held_out, bool(nameless))
         if self.name_looks and look != "plain" and not nameless:
-            return drawn._replace(caption=name_look(drawn.caption, drawn.scene.look))
+            return drawn._replace(caption=name_look(drawn.caption, look))
         return drawn
 
     def name(self, index: int) -> str:

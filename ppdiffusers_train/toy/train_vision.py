@@ -71,7 +71,6 @@ class VisionTrainingModule(DiffusionTrainingModule):
         self.image_processor = build_image_processor()
         self.teacher, self.vision = load_vision_tower(args.start_from), load_vision_tower(args.start_from)
         freeze(self.teacher)
-        self.nameless_share = NAMELESS_SHARE if args.nameless_colours else 0.0
         paddle.seed(args.seed)
         self.reader = nn.Linear(EMBEDDING, len(SHAPES) + 1 + RGB) if args.nameless_colours else None
 
@@ -80,7 +79,7 @@ class VisionTrainingModule(DiffusionTrainingModule):
         look that is to be told; `nameless`, whether in other colours, and what is to be read: `shape`, `striped`,
         `rgb` [6]."""
         scene = draw_scene(parse_caption(row["caption"]), draws, "picture")
-        if nameless := draws.happens("nameless", self.nameless_share):
+        if nameless := self.reader is not None and draws.happens("nameless", NAMELESS_SHARE):
             scene = without_names(scene, generator(draws.seed, draws.position, "paints"))
         pictures = [Image.fromarray(draw(one, IMAGE_SIZE)) for one in (scene, scene._replace(look=TOLD[scene.look]))]
         pixels, told = self.image_processor(pictures, return_tensors="np").pixel_values

@@ -9,7 +9,7 @@ from ppdiffusers_train.models.lora_files import read_lora
 from ppdiffusers_train.models.lora_libraries import FILES
 from ppdiffusers_train.reporting.images import captioned_grid
 from ppdiffusers_train.toy.demo import run_demo
-from ppdiffusers_train.toy.jobs import DRAWING, JOBS, LONG, MANY, Job
+from ppdiffusers_train.toy.jobs import DRAWING, DROPOUT, JOBS, LONGEST, MANY, Job
 from ppdiffusers_train.toy.judge import NAMES, accuracy, confusion_table, look_shares
 from ppdiffusers_train.toy.running import draw, load_pipeline, train, write_pretrained
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
@@ -19,8 +19,7 @@ from tests.conftest import held_out_prompts
 PROMPTS = held_out_prompts(200)
 THIRD = PROMPTS[::3]  # 67 with each content and each wording; a look or an option is seen in as many
 # The demo learns from 24 pictures in less than a minute; what LoRA can do beyond shows with more of both.
-MORE = ("--rank=22", *LONG, "--max_train_steps=1200", "--proportion_empty_prompts=0.1")
-LONGER = {"decoder-lora, longer": ("decoder-lora", MORE, MANY)}
+LONGER = {"decoder-lora, longer": ("decoder-lora", ("--rank=22", *LONGEST), MANY)}
 FINE_TUNING = [*(name for name, job in JOBS.items() if not job.distils), *LONGER]
 DISTILLATION = [name for name, job in JOBS.items() if job.distils]
 FAMILIES = {"kandinsky": "decoder", "sd": "lcm", "sdxl": "lcm-sdxl", "sd3": "sd3"}  # a job that starts from it
@@ -112,7 +111,6 @@ FROM_START = Job(
     "pipeline",
     "plain",
 )
-DROPOUT = "--proportion_empty_prompts=0.1"
 COSINE = ("--lr_scheduler=cosine", "--lr_warmup_steps=50")
 RUNS = {
     "plain": (*COSINE, DROPOUT),
