@@ -1,11 +1,14 @@
 """Fine-tuning and distillation of text-to-image diffusion models on PaddlePaddle, on top of ppdiffusers.
 
 Import this package before `paddle`: it prepares the processor's threads and libraries, which Paddle reads only once,
-while it is being imported. Nothing that is already set in the environment is touched, and nothing is printed.
+while it is being imported, and has PaddleNLP imported without what nobody needs of it. Nothing that is already set in
+the environment is touched, and nothing is printed.
 """
 
 from ppdiffusers_train.runtime.cpu import prepare_cpu
+from ppdiffusers_train.runtime.light_paddlenlp import import_paddlenlp_lightly
 
 prepare_cpu()
+import_paddlenlp_lightly()
 
 __version__ = "0.1.0"

@@ -42,15 +42,13 @@ MIXED = "mixed"  # all looks in turn
 
 def check_data(args) -> int:
     """Say what is wrong with a data set; the status is 1 where training would stop or lose samples."""
+    from ppdiffusers_train.data.checks import Tokens, check, describe_shards
+    from ppdiffusers_train.data.inspection import processors
+    from ppdiffusers_train.data.sources import LIST
     from ppdiffusers_train.models.text import count_tokens, load_tokenizer
 
     with stdout_for_result(args.json):
         tokenizer = load_tokenizer(args.tokenizer, "--tokenizer") if args.tokenizer else None
-
-        from ppdiffusers_train.data.checks import Tokens, check, describe_shards  # now: paddlenlp minds the order
-        from ppdiffusers_train.data.inspection import processors
-        from ppdiffusers_train.data.sources import LIST
-
         tokens = Tokens()
         if tokenizer:
             tokens = Tokens(lambda caption: count_tokens(tokenizer, caption), tokenizer.model_max_length, note="")

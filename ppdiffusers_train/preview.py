@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ppdiffusers_train.arguments import Flag, positive_int
+from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.encoded_cache import EncodedSamples
 from ppdiffusers_train.data.loader import ERROR_KEY, PreprocessedSamples, as_error
 from ppdiffusers_train.errors import BadSampleError, UserError
@@ -51,8 +52,6 @@ def preview(words: list) -> tuple:
     settle_cache_folder(args)
     resumed = args.resume_from_checkpoint
     settle_seed(args, find_checkpoint(resumed, Path(args.output_dir))[1] if resumed else None)
-    from ppdiffusers_train.data.dataset import build_dataset  # after the script's models: paddlenlp minds the order
-
     dataset = build_dataset(args)
     module = module_class(job)(args)
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps

@@ -5,10 +5,8 @@ from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
 
-from ppdiffusers_train.data.image_folder import build_table
 from ppdiffusers_train.data.order import permutation
 from ppdiffusers_train.data.rows import Rows
-from ppdiffusers_train.data.shards import local_shards, open_shards
 from ppdiffusers_train.errors import UserError
 
 
@@ -23,6 +21,8 @@ def build_dataset(args):
     if args.train_shards_path_or_url:
         dataset = build_shards(args)
     elif args.train_data_dir or args.dataset_name:
+        from ppdiffusers_train.data.image_folder import build_table  # only here: `datasets` takes a while to import
+
         dataset = build_table(args)
     else:
         raise UserError(
@@ -35,8 +35,9 @@ def build_dataset(args):
 
 def build_shards(args):
     """The samples of `--train_shards_path_or_url`, local or streamed."""
-    from webdataset.shardlists import expand_urls  # only here: it takes a while to import
+    from webdataset.shardlists import expand_urls  # only here, too
 
+    from ppdiffusers_train.data.shards import local_shards, open_shards
     from ppdiffusers_train.data.streams import STREAMED, Stream, say_commands
 
     flag, source = "--train_shards_path_or_url", args.train_shards_path_or_url

@@ -1,6 +1,5 @@
 """What must stand in the process before Paddle is imported. This file imports nothing of Paddle."""
 
-import logging
 import os
 import sys
 import warnings
@@ -53,6 +52,3 @@ def prepare_cpu() -> None:
     # Neither concerns anyone who trains: Paddle looks for a compiler cache, setuptools replaces distutils.
     for noise in ("No ccache found", "Setuptools is replacing distutils"):
         warnings.filterwarnings("ignore", message=noise)
-    # PaddleNLP warns of what only its own `datasets` suffer from, which nothing here uses.
-    order = "datasets module was imported before paddlenlp"
-    logging.getLogger("PaddleNLP").addFilter(lambda record: order not in record.getMessage())

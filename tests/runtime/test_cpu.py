@@ -41,10 +41,6 @@ def test_the_engine_of_encoders_gets_the_threads_of_products():
     assert import_in_a_new_process(code, OMP_NUM_THREADS="1") == 1
 
 
-def test_paddlenlp_does_not_complain_that_datasets_came_first():
-    import_in_a_new_process("import ppdiffusers_train, datasets, paddlenlp; print(0)")
-
-
 def test_local_ranks_share_the_cores():
     assert import_in_a_new_process(PADDLE_LOCAL_SIZE="1000")[0]["MKL_NUM_THREADS"] == "1"
 
