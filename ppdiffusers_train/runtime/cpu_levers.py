@@ -7,14 +7,10 @@ docs/performance.md has what each of them gains.
 """
 
 import contextlib
-import ctypes
 import os
-import platform
-import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import paddle
 from paddle import matmul, nn  # a product by its own name: what counts a model's must not count those in here
 from paddle.autograd import PyLayer
@@ -24,10 +20,12 @@ from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.heap import return_free_memory
 from ppdiffusers_train.runtime import onednn
 from ppdiffusers_train.runtime.cpu import configured_threads, cpu_vendor
+from ppdiffusers_train.runtime.subnormals import flush_subnormals
 
 VARIABLE = "PPDIFFUSERS_TRAIN_CPU_LEVERS"
 LEVERS = (
-    "no_subnormals", "no_views", "no_same_casts", "onednn_convolutions", "conv_bias", "linear_bias", "compiled_encoders"
+    "no_subnormals", "no_views", "no_same_casts", "onednn_convolutions", "conv_bias", "linear_bias", "image_padding",
+    "compiled_encoders",
 )  # fmt: skip
 # Compiling the encoders costs as much as encoding some dozens of samples. The rule looks at the data alone: a run that
 # goes on, or has other cards, encodes as the one before.
@@ -81,24 +79,6 @@ def pulled_levers():
         release_levers()
 
 
-def flush_subnormals(flush: bool) -> None:
-    """Have this processor's thread, and those that compute for it, take numbers below 1.2e-38 for zero; or no longer.
-
-    Gradients through attention that has made up its mind are full of them, and a processor works each out in
-    microcode: a step of the prior took twice as long after 18 steps. No parameter feels them: AdamW's epsilon is 1e-8.
-    """
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return
-    for dtype in (np.float16, np.float32, np.float64):
-        np.finfo(dtype)  # which NumPy works out once: it would warn that there are none
-    mathematics = ctypes.CDLL("libm.so.6")
-    environment = (ctypes.c_uint32 * 8)()  # glibc's fenv_t; the last word is the register MXCSR
-    mathematics.fegetenv(environment)
-    to_zero = 0x8000 | 0x0040  # results, and operands (Intel's manual, volume 1, section 10.2.3)
-    environment[7] = environment[7] | to_zero if flush else environment[7] & ~to_zero
-    mathematics.fesetenv(environment)
-
-
 @contextlib.contextmanager
 def no_views():
     """Inside, where the lever is on, a transposed tensor is a new one, its numbers in order, and not a view.
@@ -126,6 +106,7 @@ def replacements() -> tuple:
         (of_convolution, functional.conv, "_conv_nd", replacement_for_conv_nd),  # of nn.Conv2D
         (of_convolution, functional, "conv2d", replacement_for_conv2d),  # of ppdiffusers' residual blocks
         (("linear_bias",), functional, "linear", replacement_for_linear),
+        (("image_padding",), functional, "pad", replacement_for_pad),
         (("no_same_casts",), paddle.Tensor, "cast", replacement_for_cast),
     )
 
@@ -202,6 +183,17 @@ def replacement_for_linear(original, _):
         return AddBias.apply(original(x, weight, None), bias)
 
     return linear
+
+
+def replacement_for_pad(original, _):
+    """Numbers around images by Paddle's kernel for any axes; that for images takes 40 times as long. The same bits."""
+
+    def padded(x, pad, mode="constant", value=0.0, data_format="NCHW", *arguments, **options):
+        if mode == "constant" and data_format == "NCHW" and isinstance(pad, (list, tuple)) and x.ndim == len(pad) == 4:
+            pad = [0, 0, 0, 0, *pad[2:], *pad[:2]]  # before and after, from the first axis on, not from the last
+        return original(x, pad, mode, value, data_format, *arguments, **options)
+
+    return padded
 
 
 def replacement_for_cast(original, _):

@@ -209,6 +209,43 @@ def test_a_linear_layer_whose_bias_does_not_learn_is_left_to_paddle(monkeypatch)
     assert len(plain) == 3 and all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
 
 
+@pytest.mark.parametrize("pad", [(0, 1, 0, 1), [1, 2, 3, 4]], ids=str)
+def test_what_is_put_around_images_is_the_same_bits(pad, monkeypatch):
+    class Padding(nn.Layer):
+        def forward(self, x):
+            return functional.pad(x, pad, mode="constant", value=0.5)
+
+    seen, kernel = [], functional.pad
+
+    def pad_and_see(x, pad, *arguments, **options):
+        seen.append(len(pad))
+        return kernel(x, pad, *arguments, **options)
+
+    monkeypatch.setattr(functional, "pad", pad_and_see)
+    plain, levered = with_and_without("image_padding", Padding(), normal(2, 3, 5, 6), monkeypatch)
+    assert plain[0].shape == (2, 3, 5 + sum(pad[2:]), 6 + sum(pad[:2]))
+    assert all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
+    release_levers()
+    assert seen == [4, 8]  # as they are, and for all axes
+
+
+def test_other_padding_is_left_to_paddle(monkeypatch):
+    x = paddle.to_tensor(normal(2, 3, 4, 4))
+
+    def padded():
+        flat, mask = x.reshape([2, 3, 16]), x[:, 0, 0]
+        yield functional.pad(flat, (0, 2), value=1.0, data_format="NCL")
+        yield functional.pad(x, [1, 1, 2, 2], mode="reflect")
+        yield functional.pad(x, [1, 0, 0, 1], data_format="NHWC")
+        yield functional.pad(x, [0, 0, 1, 1, 0, 1, 1, 0])
+        yield functional.pad(mask, [0, 0, 0, 2])
+
+    plain = [found.numpy() for found in padded()]
+    monkeypatch.setenv(VARIABLE, "image_padding")
+    pull_levers()
+    assert all(np.array_equal(one, other.numpy()) for one, other in zip(plain, padded(), strict=True))
+
+
 def test_a_cast_to_the_type_that_is_there_copies_nothing(monkeypatch):
     x = paddle.to_tensor(normal(2, 3), stop_gradient=False)
     assert x.cast("float32") is not x
