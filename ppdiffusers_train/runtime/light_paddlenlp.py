@@ -18,10 +18,13 @@ NOISE = "datasets module was imported before paddlenlp"  # of which only its own
 class LightPackage(SourceFileLoader):
     """Loads a package whose own parts are imported when somebody asks for them, and not with the package (PEP 562)."""
 
-    def exec_module(self, module) -> None:
+    def exec_module(self, module):
         statements = ast.parse(self.get_data(self.path)).body
         parts = [found for found in statements if isinstance(found, ast.ImportFrom) and found.level == 1]
-        homes = {alias.name: part.module or alias.name for part in parts for alias in part.names}
+        homes = {part.module: part.module for part in parts if part.module}
+        homes |= {alias.name: part.module or alias.name for part in parts for alias in part.names}
+        if "*" in homes or not homes:  # no PaddleNLP that is known: as it comes
+            return super().exec_module(module)
 
         def part_of_package(name):
             if name not in homes:
@@ -32,7 +35,7 @@ class LightPackage(SourceFileLoader):
         module.__getattr__ = part_of_package
         rest = ast.Module([found for found in statements if found not in parts], type_ignores=[])
         exec(compile(rest, self.path, "exec"), module.__dict__)
-        # Its parts import each other in a circle, which can be entered here, where the package enters it, alone.
+        # Its parts import each other in a circle, which can be entered in one place alone: where the package enters it.
         import_module(f"{module.__name__}.{parts[0].names[0].name}")
 
 

@@ -3,8 +3,11 @@
 import ast
 import subprocess
 import sys
+from importlib.util import module_from_spec
 
 import pytest
+
+from ppdiffusers_train.runtime import light_paddlenlp
 
 pytestmark = pytest.mark.once  # PaddleNLP is the same for both
 
@@ -15,7 +18,7 @@ import ast, importlib.util, json, sys
 import ppdiffusers_train, paddlenlp
 with open(paddlenlp.__file__) as file:
     imports = [found for found in ast.parse(file.read()).body if isinstance(found, ast.ImportFrom) and found.level]
-names = [alias.name for found in imports for alias in found.names]
+names = [alias.name for found in imports for alias in found.names] + [found.module for found in imports if found.module]
 kinds = {name: type(getattr(paddlenlp, name)).__name__ for name in names}
 print([paddlenlp.__version__, kinds, hasattr(paddlenlp, "no_such_part")])
 """
@@ -40,8 +43,25 @@ def test_all_that_paddlenlp_offers_is_there_for_who_asks():
     version, kinds, has_what_is_not_there = ast.literal_eval(run(PARTS)[0])
     assert version.startswith("2.8.1")
     assert kinds.pop("Taskflow") == "type" and kinds.pop("SimpleServer") in ("type", "ABCMeta", "ModelMetaclass")
-    assert len(kinds) > 10 and set(kinds.values()) == {"module"}
+    assert {"data", "trainer", "taskflow", "server"} <= set(kinds) and set(kinds.values()) == {"module"}
     assert not has_what_is_not_there
+
+
+@pytest.mark.parametrize("source", ["from .part import *\n", "from light_package.part import name\n"])
+def test_a_package_that_is_written_in_another_way_is_loaded_as_it_comes(source, tmp_path, monkeypatch):
+    package = tmp_path / "light_package"
+    package.mkdir()
+    (package / "part.py").write_text("name = 3\n")
+    (package / "__init__.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(light_paddlenlp, "PACKAGE", "light_package")
+    found = light_paddlenlp.LightPackageFinder().find_spec("light_package")
+    assert isinstance(found.loader, light_paddlenlp.LightPackage)
+    module = module_from_spec(found)
+    monkeypatch.setitem(sys.modules, "light_package", module)
+    found.loader.exec_module(module)
+    assert module.name == 3 and not hasattr(module, "__getattr__")
+    monkeypatch.delitem(sys.modules, "light_package.part")
 
 
 def test_paddlenlp_does_not_complain_that_datasets_came_first():
