@@ -37,8 +37,8 @@ from ppdiffusers_train.runtime.checkpoint import find_checkpoint, replace_childr
 from ppdiffusers_train.runtime.cpu_levers import COMPILE_FROM_ROWS, CompiledEncode, can_compile, pulled_levers
 from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
 from ppdiffusers_train.runtime.flops import FlopCounter, peak_tflops
+from ppdiffusers_train.runtime.kernel_repairs import repair_kernels
 from ppdiffusers_train.runtime.signals import StopRequest
-from ppdiffusers_train.runtime.silu import repair_silu
 from ppdiffusers_train.runtime.tracing import compile_models
 from ppdiffusers_train.state import TrainingState, build_training_state, check_schedule
 from ppdiffusers_train.step import backward, describe_failure, losses_by_file, seed_layers, set_training_mode
@@ -87,7 +87,7 @@ def launch_training_task(module, dataset, args) -> None:
         UserError: a flag, a sample or the checkpoint to resume from is wrong.
         RunError: the run cannot go on: a loss is not a number, a file cannot be written.
     """
-    repair_silu()
+    repair_kernels()
     ranks = start_ranks(args.sharding_degree, args.collective_timeout)
     output_dir = Path(args.output_dir)
     say = print if ranks.is_main else lambda message: None

@@ -18,6 +18,8 @@ import paddle
 import pytest
 from paddle.base import core
 
+from ppdiffusers_train.runtime.kernel_repairs import repair_kernels
+
 hypothesis.settings.register_profile("any_machine", deadline=None)  # how long an example takes says nothing
 hypothesis.settings.load_profile("any_machine")
 
@@ -35,6 +37,12 @@ def cheap_garbage_collection():
 
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def repaired_kernels():
+    """As in every run, also where a test takes a gradient by itself."""
+    repair_kernels()
 
 
 @pytest.fixture(scope="session", autouse=True)
