@@ -88,7 +88,8 @@ class Draws:
 
     def categorical(self, name: str, weights):
         """`[B]` indices into `weights` [K], with probability proportional to the weights, int64."""
-        return self._stack(row.categorical(name, weights) for row in self.rows)
+        self.drawn_integers[name] = self._stack(row.categorical(name, weights) for row in self.rows)
+        return self.drawn_integers[name]
 
     @staticmethod
     def _stack(numbers):

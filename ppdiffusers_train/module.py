@@ -15,11 +15,12 @@ class DiffusionTrainingModule(nn.Layer):
     encoders = ()
     """Names of the attributes that hold the frozen models of `encode`: a cache of encoded samples replaces them."""
 
-    overflow_float16 = ()
-    """Names of the attributes that hold frozen models whose activations outgrow float16: they stay in float32."""
+    keep_float32 = ()
+    """Names of the attributes that hold frozen models whose weights stay float32 whatever the run's precision. VAEs do
+    so by themselves."""
 
-    always_float32 = ()
-    """Names of the attributes that hold frozen models that stay in float32 whatever the run's precision."""
+    keep_float32_in_fp16 = ()
+    """The same, of models whose activations outgrow float16."""
 
     encode_batch_size = 1
     """How many samples `encode` gets at once."""

@@ -70,14 +70,20 @@ def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
     return identity
 
 
+def set_arithmetic(args) -> list:
+    """Switch TF32 and deterministic kernels as the flags ask for; returns a line for each that has no effect here."""
+    lines = []
+    if not set_tf32(args.allow_tf32) and args.allow_tf32:
+        lines.append("--allow_tf32: no effect, this device has no TF32")
+    if args.deterministic and not set_deterministic():
+        lines.append("--deterministic: no effect, this device computes the same way every time")
+    return lines
+
+
 def notices(args, precision: Precision, total_steps: int):
     """One line for each flag that does not do here what its name says."""
     if precision.notice:
         yield precision.notice
-    if args.allow_tf32 and not set_tf32(True):
-        yield "--allow_tf32: no effect, this device has no TF32"
-    if args.deterministic and not set_deterministic():
-        yield "--deterministic: no effect, this device computes the same way every time"
     if args.to_static and not can_compile_models():
         yield "--to_static: no effect, it needs Paddle 3"
     if args.local_rank != -1:

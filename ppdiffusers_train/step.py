@@ -1,4 +1,4 @@
-"""The parts of one optimizer step: each batch's gradients, and what to say of those that are no numbers."""
+"""The parts of one optimizer step: each batch's gradients, and what to say of those that are NaN or infinite."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from ppdiffusers_train.draws import Draws, generator
 from ppdiffusers_train.runtime.cpu_levers import no_views
 from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.runtime.tracing import learning_models
-from ppdiffusers_train.state import TrainingState
+from ppdiffusers_train.state import StepFigures, TrainingState
 
 
 @dataclass
@@ -24,12 +24,13 @@ class Part:
 
 
 @no_views()
-def backward(module, encode, loaded, positions, window: range, state: TrainingState, ranks: Ranks) -> Part:
+def backward(module, encode, loaded, positions, window: range, state: TrainingState, ranks: Ranks, last: bool) -> Part:
     """Add the gradients of one batch, the samples at `positions`, to those of its step's `window`.
 
     Args:
         encode: turns the batch into encoded samples; None where it holds them already.
         loaded: the batch, and the messages of samples that cannot be used.
+        last: whether it is this rank's last batch of the window.
     """
     batch, errors = loaded
     errors = {positions[i]: message for i, message in errors.items()}
@@ -42,7 +43,9 @@ def backward(module, encode, loaded, positions, window: range, state: TrainingSt
         # By its share of the samples: right for a short last batch, and for a short last window.
         loss = module(encoded, draws) * (len(good) / len(window))
     # Gradients are averaged over ranks, but each rank has its part of one sum.
-    state.precision.scaler.scale(loss * ranks.world_size if ranks.world_size > 1 else loss).backward()
+    scale = state.precision.loss_scale.value * ranks.world_size
+    with state.gradients.micro_batch(last):
+        (loss * scale if scale != 1 else loss).backward()
     return Part(loss.detach().astype("float32"), draws, good, errors)
 
 
@@ -70,12 +73,12 @@ def set_training_mode(module) -> None:
             model.eval()
 
 
-def describe_failure(parts: list, norm: float, ranks: Ranks, order: SampleOrder, dataset) -> str:
-    """Which of this rank's samples and draws made a step something that is not a number; empty where none did."""
+def describe_failure(parts: list, figures: StepFigures, ranks: Ranks, order: SampleOrder, dataset) -> str:
+    """Which of this rank's samples and draws made a step NaN or infinite; empty where none did."""
     bad = [part for part in parts if not math.isfinite(float(part.loss))]
-    if not bad and (ranks.rank > 0 or math.isfinite(norm)):
+    if not bad and (ranks.rank > 0 or math.isfinite(figures.norm)):
         return ""
-    what = f"the loss is {float(bad[0].loss)}" if bad else f"the norm of the gradients is {norm}"
+    what = f"the loss is {float(bad[0].loss)}" if bad else f"the norm of the gradients is {figures.norm}"
     named = [
         f"{', '.join(dataset.name(order.row(position)) for position in part.positions)} ("
         + ("; ".join(f"{name} {values.tolist()}" for name, values in part.draws.drawn_integers.items()) or "no draws")

@@ -4,13 +4,12 @@ import ppdiffusers_train  # noqa: F401  (before paddle)
 
 import contextlib
 import json
-import math
+from collections import deque
 from functools import partial
 from pathlib import Path
 from signal import Signals
 
 import paddle
-from safetensors import SafetensorError
 
 from ppdiffusers_train.data.buckets import assign_buckets, describe_buckets
 from ppdiffusers_train.data.encoded_cache import encode_dataset
@@ -19,7 +18,7 @@ from ppdiffusers_train.data.order import SampleOrder, micro_batches
 from ppdiffusers_train.dry_run import describe_run
 from ppdiffusers_train.errors import RunError, UserError
 from ppdiffusers_train.module import encode_each
-from ppdiffusers_train.reporting.hub import check_hub_login, push_to_hub
+from ppdiffusers_train.reporting.hub import check_hub_login
 from ppdiffusers_train.reporting.progress import Progress
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.trackers import open_trackers, tracker_names
@@ -29,20 +28,21 @@ from ppdiffusers_train.run import (
     public_arguments,
     public_command,
     run_identity,
+    set_arithmetic,
     settle_cache_folder,
     settle_seed,
     versions,
 )
-from ppdiffusers_train.runtime.checkpoint import find_checkpoint, replace_children, require_writable, write_checkpoint
+from ppdiffusers_train.runtime.checkpoint import find_checkpoint, require_writable
 from ppdiffusers_train.runtime.cpu_levers import COMPILE_FROM_ROWS, CompiledEncode, can_compile, pulled_levers
-from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
+from ppdiffusers_train.runtime.distributed import start_ranks
 from ppdiffusers_train.runtime.flops import FlopCounter, peak_tflops
 from ppdiffusers_train.runtime.kernel_repairs import repair_kernels
 from ppdiffusers_train.runtime.signals import StopRequest
 from ppdiffusers_train.runtime.tracing import compile_models
-from ppdiffusers_train.state import TrainingState, build_training_state, check_schedule
+from ppdiffusers_train.saving import save_checkpoint, write_result
+from ppdiffusers_train.state import StepFigures, TrainingState, build_training_state, check_schedule
 from ppdiffusers_train.step import backward, describe_failure, losses_by_file, seed_layers, set_training_mode
-from ppdiffusers_train.tensor_files import cast_files
 from ppdiffusers_train.trainable import choose_trainable
 
 
@@ -53,6 +53,7 @@ def check_run(args) -> None:
         UserError: for all that can be seen to be wrong by then.
     """
     quiet_libraries()
+    set_arithmetic(args)
     output_dir, images = Path(args.output_dir), getattr(args, "train_data_dir", None)
     if images and output_dir.resolve().is_relative_to(Path(images).resolve()):
         raise UserError(
@@ -88,6 +89,7 @@ def launch_training_task(module, dataset, args) -> None:
         RunError: the run cannot go on: a loss is not a number, a file cannot be written.
     """
     repair_kernels()
+    remarks = set_arithmetic(args)
     ranks = start_ranks(args.sharding_degree, args.collective_timeout)
     output_dir = Path(args.output_dir)
     say = print if ranks.is_main else lambda message: None
@@ -109,11 +111,13 @@ def launch_training_task(module, dataset, args) -> None:
         return
     state = build_training_state(module, args, total_steps, samples_per_step, ranks)
     if checkpoint:
+        state.load_weights(checkpoint, saved)
+    ranks.broadcast(state.parameters.values())
+    state.cast_models()
+    if checkpoint:
         state.load(checkpoint, saved)
         say(f"resumed from {checkpoint} at step {state.step}")
-    ranks.broadcast(state.parameters.values())
-    state.precision.lower(module, state.optimizer)
-    for line in notices(args, state.precision, total_steps):
+    for line in [*remarks, *notices(args, state.precision, total_steps)]:
         say(line)
     learning = sum(parameter.size for parameter in state.parameters.values())
     say(
@@ -155,52 +159,52 @@ def launch_training_task(module, dataset, args) -> None:
             Progress(state.step, total_steps, visible=ranks.is_main, peak_tflops=peak and peak * ranks.world_size)
         )
         stop = on_exit.enter_context(StopRequest())
+        waiting = deque()  # (figures, parts) of steps whose numbers are still to be fetched
         for window, share in steps:
             ranks.step = state.step
             seed_layers(order.seed, state.step, ranks.rank)
             with FlopCounter(enabled=progress.counts_next) as counter:
-                parts = [backward(module, encode, next(batches), p, window, state, ranks) for p in share]
+                parts = [
+                    backward(module, encode, next(batches), p, window, state, ranks, p is share[-1]) for p in share
+                ]
             progress.counted(counter.total, sum(len(part.positions) for part in parts))
-            ranks.average_gradients(state.parameters.values())
-            # All that the ranks have to agree on, in one sum; and one look at the device per step.
-            bad, signal = sum(len(part.errors) for part in parts), float(bool(stop.received))
-            loss = sum((part.loss for part in parts), paddle.zeros([]))
-            sums = ranks.sum(paddle.stack([loss, paddle.to_tensor(float(bad)), paddle.to_tensor(signal)]))
-            loss, bad, signal, norm = paddle.concat([sums, state.gradient_norm().reshape([1])]).tolist()
+            has_changed = state.gradients.send_rest()
+            # All that the ranks have to agree on before the step, known to their hosts.
+            bad, stopping, changed = ranks.total(
+                bad=sum(len(part.errors) for part in parts), stopping=bool(stop.received), changed=has_changed
+            )
+            state.gradients.finish(bool(changed))
             if bad:
                 found = ranks.gather({order.row(p): message for part in parts for p, message in part.errors.items()})
                 state.bad_samples.add({row: message for part in found for row, message in part.items()}, say)
-            # The loss was divided by the window's size; fewer samples came.
-            factor = len(window) / max(len(window) - bad, 1)
-            learning_rate = state.optimizer.get_lr()
-            if not math.isfinite(loss) or not (math.isfinite(norm) or state.precision.scaler.is_enable()):
-                state.skipped_steps += 1
-                failed = next(filter(None, ranks.gather(describe_failure(parts, norm, ranks, order, dataset))), "")
-                if state.skipped_steps > args.skip_nonfinite:
-                    raise RunError(f"step {state.step + 1}, {failed}; the last checkpoint is untouched")
-                say(f"skipped step {state.step + 1}, {state.skipped_steps} of at most {args.skip_nonfinite}: {failed}")
-                state.advance(window)
-            elif bad == len(window):
-                state.advance(window)
-            else:
-                state.take_step(window, norm, factor)
-
-            rate = progress.advance(factor * loss, learning_rate, len(window))
-            figures = {
-                "loss": factor * loss,
-                "learning_rate": learning_rate,
-                "gradient_norm": factor * norm,
-                "samples_per_second": rate,
-            }
-            trackers.scalars({f"train/{name}": value for name, value in figures.items()}, state.step)
-            if args.debug_loss:
-                losses = ranks.gather(losses_by_file(parts, len(window), order, dataset))
-                trackers.scalars(
-                    {f"loss_for/{name}": loss for part in losses for name, loss in part.items()}, state.step
-                )
-            if state.step % args.checkpointing_steps == 0 or signal:
+            loss = ranks.sum(sum((part.loss for part in parts), paddle.zeros([])))
+            figures = state.take_step(window, loss, bad)
+            waiting.append((figures, parts))
+            checkpoint_due = stopping or state.step % args.checkpointing_steps == 0
+            validation_due = args.validation_prompts and validation_is_due(
+                args, state.step, window.stop, len(dataset), total_steps
+            )
+            # A step's numbers are fetched while the device works on the next one. Before anything is written, or the
+            # run ends, they have to be good.
+            is_flushed = checkpoint_due or validation_due or state.step == total_steps or state.judges_before
+            while len(waiting) > (0 if is_flushed else 1):
+                figures, parts = waiting.popleft()
+                figures.fetch(ranks)
+                if figures.failed:
+                    told = ranks.gather(describe_failure(parts, figures, ranks, order, dataset))
+                    told = next(filter(None, told), "")
+                    if not state.judges_before or state.failed_steps > args.skip_nonfinite:
+                        raise RunError(f"step {figures.step}, {told}; the last checkpoint is untouched")
+                    say(f"skipped step {figures.step}, {state.failed_steps} of at most {args.skip_nonfinite}: {told}")
+                report_step(figures, state, progress, trackers)
+                if args.debug_loss:
+                    losses = ranks.gather(losses_by_file(parts, len(figures.window), order, dataset))
+                    trackers.scalars(
+                        {f"loss_for/{name}": loss for part in losses for name, loss in part.items()}, figures.step
+                    )
+            if checkpoint_due:
                 save_checkpoint(state, ranks, output_dir, info, args, say)
-            if signal:
+            if stopping:
                 progress.close()
                 stopped_by = stop.received or Signals.SIGTERM  # another rank may have got it
                 say(
@@ -209,10 +213,10 @@ def launch_training_task(module, dataset, args) -> None:
                 )
                 ranks.gather(None)  # a rank that ends takes the others down: first, all have to be here
                 raise SystemExit(128 + stopped_by)
-            if args.validation_prompts and validation_is_due(args, state.step, window.stop, len(dataset), total_steps):
-                with ranks.main_first() as is_turn:
+            if validation_due:
+                with state.result_weights(), ranks.main_first() as is_turn:
                     if is_turn:
-                        with state.ema_weights(), state.precision.autocast():
+                        with state.precision.autocast():
                             picture = draw_validation(
                                 module, args.validation_prompts, args.num_validation_images, order.seed
                             )
@@ -220,9 +224,9 @@ def launch_training_task(module, dataset, args) -> None:
                         file.parent.mkdir(exist_ok=True)
                         picture.save(file)
                         trackers.image("validation", picture, state.step)
-    with ranks.main_first() as is_turn:
+    with state.result_weights(), ranks.main_first() as is_turn:
         if is_turn:
-            write_result(module, state, output_dir, args, say)
+            write_result(module, output_dir, args, say)
     ranks.gather(None)  # rank 0 answers the others' questions whether it is done: it must not end before they know
 
 
@@ -235,59 +239,18 @@ def order_samples(module, dataset, seed: int, samples_per_step: int, say) -> Sam
     return SampleOrder(seed, len(dataset), buckets, samples_per_step, getattr(dataset, "sequential", False))
 
 
-def save_checkpoint(state: TrainingState, ranks: Ranks, output_dir: Path, info: dict, args, say) -> None:
-    """Write `checkpoint-<step>`: rank 0 all of it, but a sharded optimizer's share each rank that holds one.
-
-    Raises:
-        RunError: it cannot be written, and `--on_save_error` is not `continue`.
-    """
-    shards = [f"optimizer-{i + 1:05d}-of-{ranks.sharding_degree:05d}.safetensors" for i in range(ranks.sharding_degree)]
-    if ranks.sharding_degree == 1:
-        shards = ["optimizer.safetensors"]
-    elif ranks.holds_a_shard:
-        state.save_optimizer(output_dir / f".{shards[ranks.rank]}")
-    ranks.gather(None)  # now all shares are there
-
-    def write(folder):
-        state.save(folder)
-        if ranks.sharding_degree == 1:
-            state.save_optimizer(folder / shards[0])
-        else:
-            for name in shards:
-                (output_dir / f".{name}").rename(folder / name)
-
-    with ranks.main_first() as is_turn:
-        if is_turn:
-            try:
-                record = {**info, **state.record()}
-                write_checkpoint(output_dir, state.step, write, record, args.checkpoints_total_limit)
-            except (OSError, SafetensorError) as error:
-                message = f"checkpoint-{state.step} cannot be written to {str(output_dir)!r}: {error}"
-                if args.on_save_error == "stop":
-                    raise RunError(f"{message}; earlier checkpoints are untouched") from error
-                say(f"{message}; going on")
-
-
-def write_result(module, state: TrainingState, output_dir: Path, args, say) -> None:
-    """Write what the run was for into `output_dir`, and upload it where that is asked for."""
-
-    def save(folder):
-        module.save_pretrained(folder)
-        if args.save_dtype:
-            cast_files(folder, args.save_dtype)
-
-    try:
-        with state.ema_weights():
-            replace_children(output_dir, save)
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"the result cannot be written to {str(output_dir)!r}: {error}; the same command with "
-            "--resume_from_checkpoint latest goes on from the last checkpoint"
-        ) from error
-    say(f"wrote the result to {output_dir}")
-    if args.push_to_hub:
-        url = push_to_hub(output_dir, args.hub_model_id, args.hub_token, module.card_data(), args.validation_prompts)
-        say(f"uploaded to {url}")
+def report_step(figures: StepFigures, state: TrainingState, progress: Progress, trackers) -> None:
+    """Show a step's figures on the progress line and in the trackers."""
+    loss = figures.factor * figures.loss
+    rate = progress.advance(loss, figures.learning_rate, len(figures.window), state.skipped_steps)
+    scalars = {
+        "loss": loss,
+        "learning_rate": figures.learning_rate,
+        "gradient_norm": figures.factor * figures.norm,
+        "samples_per_second": rate,
+        "skipped_steps": state.skipped_steps,
+    }
+    trackers.scalars({f"train/{name}": value for name, value in scalars.items()}, figures.step)
 
 
 def validation_is_due(args, step: int, position: int, rows: int, total_steps: int) -> bool:

@@ -59,6 +59,15 @@ def test_what_happens_with_a_probability_happens_so_often_and_draws_nothing_wher
     assert not still.happens("drop", 0.0) and not still.drawn
 
 
+def test_a_batch_remembers_the_whole_numbers_that_it_drew():
+    draws = Draws(3, range(4))
+    drawn = {"timesteps": draws.integers("timesteps", 0, 9), "weighted": draws.categorical("weighted", [1, 2, 3])}
+    draws.uniform("guidance_scale")
+    assert {name: values.tolist() for name, values in draws.drawn_integers.items()} == {
+        name: values.tolist() for name, values in drawn.items()
+    }
+
+
 def test_distributions_are_what_their_names_say():
     draws = Draws(3, range(4000))
     normal = draws.normal("noise").numpy()

@@ -37,6 +37,28 @@ def test_beside_lora_the_layers_of_all_models_that_learn_stay_trainable(build_sd
     assert lora < learning(module) and {name.split(".")[1] for name in full} == {"conv_out", "text_projection"}
 
 
+@pytest.mark.parametrize("pattern", ["*", "prior", "prior.*", "clip_*,proj_in"])
+@pytest.mark.parametrize("name", ["prior", "prior_lora"])
+def test_what_a_job_froze_stays_frozen(build, name, pattern):
+    module = build(name)
+    frozen = {name for name, parameter in module.named_parameters() if "clip_" in name and parameter.stop_gradient}
+    assert frozen == {"prior.clip_mean", "prior.clip_std"}
+    if pattern.startswith("clip"):
+        with pytest.raises(UserError, match="'clip_\\*' fits nothing"):
+            choose_trainable(module, pattern)
+    else:
+        choose_trainable(module, pattern)
+        assert "prior.proj_in.weight" in learning(module)
+    assert not learning(module) & frozen
+
+
+def test_what_a_full_job_of_ones_own_froze_stays_frozen(build):
+    module = build("decoder")
+    module.unet.conv_in.weight.stop_gradient = True
+    choose_trainable(module, "unet")
+    assert "unet.conv_in.weight" not in learning(module) and "unet.conv_in.bias" in learning(module)
+
+
 @pytest.mark.once
 def test_a_pattern_that_fits_nothing_is_refused_with_what_there_is(build):
     for pattern in ("conv_inn", "conv_in,", "movq.encoder"):

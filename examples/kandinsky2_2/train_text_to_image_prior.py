@@ -35,6 +35,7 @@ from ppdiffusers_train.models.weights import load_in_place
 from ppdiffusers_train.module import DiffusionTrainingModule, freeze
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
 from ppdiffusers_train.objectives.noise_schedule import add_noise
+from ppdiffusers_train.trainable import keep_frozen
 from ppdiffusers_train.training import check_run, launch_training_task
 
 
@@ -72,8 +73,7 @@ class KandinskyPriorTrainingModule(DiffusionTrainingModule):
         self.text_encoder = freeze(folder.load("text_encoder", CLIPTextModelWithProjection))
         self.prior = folder.load("prior", PriorTransformer)
         self.folders.check_clip_std(self.prior)
-        # Statistics of the embeddings, stored as parameters: they are not learned.
-        self.prior.clip_mean.stop_gradient = self.prior.clip_std.stop_gradient = True
+        keep_frozen(self.prior.clip_mean, self.prior.clip_std)  # statistics of the embeddings, stored as parameters
         # Inference has a scheduler of another class; this is the process it inverts.
         self.scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
         if args.gradient_checkpointing:

@@ -43,7 +43,7 @@ def build_parser(doc=__doc__):
 class LCMLoRATrainingModule(LCMTrainingModule):
     """One UNet: with its LoRA layers it is the student, and without gradient the target; without them the teacher."""
 
-    always_float32 = ()
+    keep_float32 = ()
 
     def build_networks(self):
         args = self.args

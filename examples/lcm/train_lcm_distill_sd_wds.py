@@ -78,7 +78,7 @@ class LCMTrainingModule(DiffusionTrainingModule):
 
     encoders = ("vae", "text_encoder")
     can_compile_encode = True
-    always_float32 = ("teacher", "target_unet")
+    keep_float32 = ("teacher", "target_unet")
 
     def __init__(self, args):
         super().__init__()
@@ -121,7 +121,7 @@ class LCMTrainingModule(DiffusionTrainingModule):
         args = self.args
         self.teacher = freeze(self.folder.load("unet"))
         if args.cast_teacher_unet:
-            self.always_float32 = ("target_unet",)
+            self.keep_float32 = ("target_unet",)
         self.unet = build_student(self.teacher, args.unet_time_cond_proj_dim, args.seed or 0)
         self.target_unet = freeze(build_student(self.teacher, args.unet_time_cond_proj_dim, args.seed or 0))
 

@@ -52,7 +52,6 @@ class LCMSDXLTrainingModule(LCMTrainingModule):
             args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path, "--pretrained_teacher_model",
             args.cache_dir, args.teacher_revision or args.revision, weights=not args.dry_run,
         )  # fmt: skip
-        self.overflow_float16 = () if args.pretrained_vae_model_name_or_path else ("vae",)
         self.tokenizer, self.tokenizer_2 = self.folder.load("tokenizer"), self.folder.load("tokenizer_2")
         self.text_encoder = freeze(self.folder.load("text_encoder"))
         self.text_encoder_2 = freeze(self.folder.load("text_encoder_2"))

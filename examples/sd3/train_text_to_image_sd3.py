@@ -77,8 +77,7 @@ def add_flow_matching_arguments(parser):
 class SD3TrainingModule(DiffusionTrainingModule):
     """The transformer learns the velocity from an image's latents to noise, given the caption."""
 
-    # T5 is known to overflow in float16; the VAE computes in its own type.
-    overflow_float16 = ("vae", "text_encoder_3")
+    keep_float32_in_fp16 = ("text_encoder_3",)  # T5's activations are known to outgrow float16
 
     def __init__(self, args):
         super().__init__()

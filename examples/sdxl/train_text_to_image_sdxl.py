@@ -46,7 +46,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 def build_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    group = add_pipeline_arguments(parser, "folder or hub name of another VAE; SDXL's own overflows in fp16")
+    group = add_pipeline_arguments(parser, "folder or hub name of another VAE")
     group.add_argument(
         "--enable_npu_flash_attention", action=Flag, help="accepted for old commands; ppdiffusers has no such kernel"
     )
@@ -85,7 +85,6 @@ class SDXLTrainingModule(DiffusionTrainingModule):
         self.text_encoder = freeze(self.folder.load("text_encoder"))
         self.text_encoder_2 = freeze(self.folder.load("text_encoder_2"))
         self.vae = freeze(self.folder.load("vae"))
-        self.overflow_float16 = () if args.pretrained_vae_model_name_or_path else ("vae",)
         self.unet = self.folder.load("unet")
         if args.gradient_checkpointing:
             enable_recompute(self.unet)

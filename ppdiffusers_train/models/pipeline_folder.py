@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.heap import return_free_memory
+from ppdiffusers_train.models.own_type import compute_in_own_type
 from ppdiffusers_train.models.unloaded import build_unloaded
 from ppdiffusers_train.tensor_files import first_dtype, read_tensors, write_tensors
 
@@ -136,7 +137,7 @@ class PipelineFolder:
         if not hasattr(part_class, "parameters"):  # schedulers, tokenizers, image processors
             return part_class.from_pretrained(folder)
         if not self.wants_weights:
-            return build_unloaded(part_class, folder)
+            return compute_in_own_type(build_unloaded(part_class, folder))
         file = self.weights(part)
         if file is None:
             raise self._error(f"has no weights in {self.folders[part].name}/; expected {', '.join(PADDLE_WEIGHTS)}, …")
@@ -153,7 +154,7 @@ class PipelineFolder:
         except (AssertionError, OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._error(f"has a {self.folders[part].name}/ that cannot be loaded: {error}") from error
         return_free_memory()
-        return model
+        return compute_in_own_type(model)
 
     def export(self, part: str, part_class, target: Path, save_format: str) -> None:
         """Make `target` an unchanged copy of a part for the library `save_format`.

@@ -8,6 +8,7 @@ from ppdiffusers.transformers import CLIPTextModelWithProjection, CLIPTokenizer,
 
 from ppdiffusers_train.models.attention import provide_joint_attention
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder
+from ppdiffusers_train.trainable import keep_frozen
 
 T5_PARTS = {"text_encoder_3": T5EncoderModel, "tokenizer_3": T5Tokenizer}
 
@@ -52,7 +53,7 @@ def freeze_unpublished_biases(transformer) -> None:
     """
     for layer in transformer.sublayers():
         if isinstance(layer, AdaLayerNormContinuous):
-            layer.norm.bias.stop_gradient = layer.norm.bias.stays_frozen = True
+            keep_frozen(layer.norm.bias)
 
 
 def encode_prompts(text_encoder, text_encoder_2, text_encoder_3, input_ids, input_ids_2, input_ids_3, width) -> tuple:
@@ -60,7 +61,6 @@ def encode_prompts(text_encoder, text_encoder_2, text_encoder_3, input_ids, inpu
 
     CLIP's penultimate hidden states side by side, filled up with zeros to D; behind them T5's last hidden states, or
     zeros without T5; and CLIP's two projections (Esser et al. 2024, arXiv 2403.03206, section 4 and appendix B).
-    T5 computes in its own type whatever the run's precision: it overflows in float16.
 
     Args:
         text_encoder_3, input_ids_3: None without T5.
@@ -72,6 +72,5 @@ def encode_prompts(text_encoder, text_encoder_2, text_encoder_3, input_ids, inpu
     clip = functional.pad(clip, [0, width - clip.shape[-1]], data_format="NCL")
     t5 = paddle.zeros_like(clip)
     if text_encoder_3 is not None:
-        with paddle.amp.auto_cast(enable=False):
-            t5 = text_encoder_3(input_ids_3)[0].astype(clip.dtype)
+        t5 = text_encoder_3(input_ids_3)[0].astype(clip.dtype)
     return paddle.concat([clip, t5], axis=1), paddle.concat([first[0], second[0]], axis=-1)

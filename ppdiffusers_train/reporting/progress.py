@@ -54,12 +54,17 @@ class Progress:
             return ""
         return f" {rate * self.flops_per_sample / 1e12 / self.peak_tflops:.0%} of peak"
 
-    def advance(self, loss: float, learning_rate: float, samples: int) -> float:
-        """Move on by one step of `samples` samples; returns samples per second so far."""
+    def advance(self, loss: float, learning_rate: float, samples: int, skipped: int = 0) -> float:
+        """Move on by one step of `samples` samples; returns samples per second so far.
+
+        Args:
+            skipped: steps of the run so far whose numbers were NaN, infinite, or too large for float16.
+        """
         self.samples += samples
         rate = self.samples / max(time.monotonic() - self.started, 1e-9)
         self.bar.set_postfix_str(
-            f"loss={loss:.4f} lr={learning_rate:.2e} {rate:.1f} samples/s {memory_gb():.1f} GB{self.utilisation(rate)}",
+            f"loss={loss:.4f} lr={learning_rate:.2e} {rate:.1f} samples/s {memory_gb():.1f} GB{self.utilisation(rate)}"
+            + (f" skipped={skipped}" if skipped else ""),
             refresh=False,
         )
         self.bar.update()

@@ -79,7 +79,7 @@ class AdamW8bit(paddle.optimizer.AdamW):
         rate = self.get_lr()
         change = (moment1 / (1 - beta1**count)) / ((moment2 / (1 - beta2**count)).sqrt() + self.epsilon)
         value = parameter.flatten() * (1 - rate * self.decay) - rate * change
-        parameter.set_value(value.reshape(parameter.shape))
+        paddle.assign(value.reshape(parameter.shape), output=parameter)  # `set_value` goes by NumPy in Paddle 2.6
         if size < SMALLEST:
             state["moment1"], state["moment2"] = moment1, moment2
         else:

@@ -15,12 +15,12 @@ import paddle.distributed as dist
 from paddle.base import core
 from paddle.distributed import fleet
 from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer import DygraphShardingOptimizer
-from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
 
 from ppdiffusers_train.errors import RunError, UserError
 from ppdiffusers_train.runtime.signals import STOP_SIGNALS
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.1  # between two questions whether rank 0 has written a checkpoint, which takes seconds
+ASK_SECONDS = 0.0005  # between two questions whether the others have come to the end of a step
 
 
 class Ranks:
@@ -34,6 +34,7 @@ class Ranks:
     def __init__(self, rank: int, world_size: int, sharding_degree: int = 1, timeout: float = 1800):
         self.rank, self.world_size, self.sharding_degree = rank, world_size, sharding_degree
         self.timeout, self.step, self.turns = timeout, 0, 0
+        self._rounds, self._totals = 0, ({}, {})  # of `total`: how many so far, and what its counters stand at
         self.name = ""  # the run's, among those of a process
         self._waiting = None  # (for what, since when), while in a collective
         if world_size > 1:
@@ -49,30 +50,15 @@ class Ranks:
     def broadcast(self, parameters) -> None:
         """Give every rank the parameters of rank 0."""
         if self.world_size > 1:
-            with self._waits_for("the first weights"):
+            with self.waits_for("the first weights"):
                 for parameter in parameters:
                     dist.broadcast(parameter, src=0)
-
-    def average_gradients(self, parameters) -> None:
-        """Replace every gradient by its mean over all ranks; a rank that had no samples contributes zeros.
-
-        A parameter that no rank used has no gradient afterwards, either: on one card AdamW leaves it alone, too.
-        """
-        if self.world_size == 1:
-            return
-        parameters = list(parameters)
-        used = self.sum(paddle.to_tensor([float(parameter.grad is not None) for parameter in parameters])).tolist()
-        parameters = [parameter for parameter, ranks in zip(parameters, used) if ranks]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = paddle.zeros_like(parameter)
-        with self._waits_for("the mean of gradients"):
-            fused_allreduce_gradients(parameters, None)
+                synchronize()
 
     def sum(self, values):
         """The sum of a tensor over all ranks."""
         if self.world_size > 1:
-            with self._waits_for("a sum"):
+            with self.waits_for("a sum"):
                 dist.all_reduce(values)
         return values
 
@@ -81,13 +67,54 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values = []
-        with self._waits_for("messages"):
+        with self.waits_for("messages"):
             dist.all_gather_object(values, value)
         return values
 
     def share(self, value):
         """Rank 0's picklable `value`, on every rank."""
         return self.gather(value)[0]
+
+    def total(self, **counts: int) -> list:
+        """The sum over all ranks of each of some small numbers, in their order.
+
+        It goes by the store that the ranks met at, from host to host: nobody waits for a device. Every rank adds to
+        counters that all can see, and looks until all ranks have. Two sets of counters take turns: who adds to one
+        again has seen all ranks add to the other, so all had read this one by then.
+        """
+        if self.world_size == 1:
+            return list(counts.values())
+        seen, turn = self._totals[self._rounds % 2], self._rounds % 2
+        self._rounds += 1
+        names = {name: f"{self.name} total {turn} {name}" for name in [*counts, ""]}
+        with self.waits_for("the others to come to the end of their backward passes"):
+            for name, count in counts.items():
+                if count:
+                    self._count(names[name], int(count))
+            self._count(names[""], 1)
+            seen[""] = seen.get("", 0) + self.world_size
+            while self._count(names[""], 0) < seen[""]:
+                time.sleep(ASK_SECONDS)
+            totals = []
+            for name in counts:
+                now = self._count(names[name], 0)
+                totals.append(now - seen.get(name, 0))
+                seen[name] = now
+        return totals
+
+    def broadcast_in_shard(self, tensor, parameter, owner: int):
+        """A float32 tensor of the shape of `parameter` that one rank has of those that share an optimizer's state, on
+        all of them.
+
+        Args:
+            tensor: on that rank; elsewhere None.
+            owner: its number among them.
+        """
+        group = fleet.get_hybrid_communicate_group().get_sharding_parallel_group()
+        tensor = paddle.empty(parameter.shape, "float32") if tensor is None else tensor
+        with self.waits_for("another rank's share of the weights"):
+            dist.broadcast(tensor, src=group.ranks[owner], group=group)
+        return tensor
 
     def shard(self, optimizer):
         """The optimizer with its state split over ranks: each holds and updates its share, and sends the others the
@@ -132,17 +159,25 @@ class Ranks:
         return self._undisturbed.submit(core.create_or_get_global_tcp_store().add, name, more).result()
 
     @contextlib.contextmanager
-    def _waits_for(self, what: str):
-        self._waiting = (what, time.monotonic())
+    def watch(self, what: str):
+        """Within, waiting longer than the timeout ends the process. On a GPU a host waits for its device only where it
+        fetches a number, so that is where a collective that hangs is noticed."""
+        around, self._waiting = self._waiting, (what, time.monotonic())
         try:
             yield
-        except RuntimeError as error:
-            raise RunError(
-                f"rank {self.rank} of {self.world_size}, step {self.step + 1}: another rank has ended while this one "
-                f"waited for {what} ({str(error).splitlines()[-1].strip()})"
-            ) from error
         finally:
-            self._waiting = None
+            self._waiting = around
+
+    @contextlib.contextmanager
+    def waits_for(self, what: str):
+        with self.watch(what):
+            try:
+                yield
+            except RuntimeError as error:
+                raise RunError(
+                    f"rank {self.rank} of {self.world_size}, step {self.step + 1}: another rank has ended while this "
+                    f"one waited for {what} ({str(error).splitlines()[-1].strip()})"
+                ) from error
 
     def _watch(self) -> None:
         """End the process when a collective does not come back, and say who waited where for what."""
@@ -157,6 +192,12 @@ class Ranks:
                     flush=True,
                 )
                 os._exit(1)
+
+
+def synchronize() -> None:
+    """Wait for the device to finish what it was asked to do."""
+    if not paddle.get_device().startswith("cpu"):
+        paddle.device.synchronize()
 
 
 def start_ranks(sharding_degree: int = 1, timeout: float = 1800) -> Ranks:

@@ -1,8 +1,8 @@
-"""An exponential moving average of the weights that learn."""
-
-import contextlib
+"""An exponential moving average of the trained weights."""
 
 import paddle
+
+from ppdiffusers_train.runtime.precision import holding
 
 
 def ema_decay(update: int, max_decay: float = 0.9999) -> float:
@@ -37,33 +37,21 @@ class EMA:
 
     def __init__(self, parameters: dict, max_decay: float = 0.9999):
         self.parameters, self.max_decay, self.updates = parameters, max_decay, 0
-        self.averages = {name: parameter.detach().astype("float32").clone() for name, parameter in parameters.items()}
+        self.averages = {name: parameter.detach().clone().astype("float32") for name, parameter in parameters.items()}
 
     @paddle.no_grad()
-    def update(self, masters=()) -> None:
+    def update(self, values=None) -> None:
         """Follow the parameters by one step.
 
         Args:
-            masters: `{parameter.name: float32 tensor}` of parameters of which an optimizer keeps a better copy.
+            values: (structured name, float32 tensor) of each parameter; by default, what they hold.
         """
-        self.updates, masters = self.updates + 1, dict(masters)
+        values = self.parameters.items() if values is None else values
+        self.updates += 1
         decay = ema_decay(self.updates, self.max_decay)
-        for name, average in self.averages.items():
-            parameter = self.parameters[name]
-            value = masters.get(parameter.name, parameter).astype("float32")
-            replace(average, decay * average + (1 - decay) * value)
+        for name, value in values:
+            replace(self.averages[name], decay * self.averages[name] + (1 - decay) * value)
 
-    @contextlib.contextmanager
     def applied(self):
-        """Within, the parameters hold the averages; afterwards their own values, bit for bit."""
-        own = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self._set(self.averages)
-        try:
-            yield
-        finally:
-            self._set(own)
-
-    @paddle.no_grad()
-    def _set(self, values):
-        for name, parameter in self.parameters.items():
-            parameter.set_value(values[name].astype(parameter.dtype))
+        """A context in which the parameters are the averages, in float32; afterwards they are themselves again."""
+        return holding([(parameter, self.averages[name]) for name, parameter in self.parameters.items()])

@@ -1,29 +1,32 @@
-"""The norm of all gradients together, and scaling them."""
+"""Scaling gradients by numbers that nobody fetches from the device."""
 
 import paddle
 
+from ppdiffusers_train.runtime.precision import share_storage
+
 
 @paddle.no_grad()
-def global_norm(gradients: list):
-    """√(Σ g²) over all numbers of all gradients: a float32 scalar, not yet fetched from the device.
+def clipping_factor(norm, max_norm: float, factor: float = 1.0):
+    """By what to multiply gradients of this norm (a float32 scalar on the device) so that `factor` times them has a
+    norm of at most `max_norm` (Pascanu et al. 2013, arXiv 1211.5063, algorithm 1): `factor`, or less.
 
-    By products of each with itself: `Tensor.norm` takes over ten times as long on Paddle 3's CPUs, squares and their
-    sum twice.
+    Worked out in float64, then rounded once.
     """
-    flat = [gradient.flatten() for gradient in gradients]
-    wide = [numbers if numbers.dtype == paddle.float32 else numbers.astype("float32") for numbers in flat]
-    return paddle.stack([paddle.matmul(numbers, numbers) for numbers in wide]).sum().sqrt()
+    scaled = norm.astype("float64") * factor
+    return paddle.where(scaled > max_norm, factor * (max_norm / scaled), paddle.full_like(scaled, factor))
 
 
 @paddle.no_grad()
-def scale_gradients(gradients: list, factor: float) -> None:
-    """Multiply gradients in place."""
-    if factor != 1:
-        for gradient in gradients:
-            gradient.scale_(factor)
+def scale_gradients(gradients: list, factor) -> None:
+    """Multiply gradients in place by a scalar on the device."""
+    factor = factor.astype("float32")
+    for gradient in gradients:
+        gradient.multiply_(factor)
 
 
-def clipping_factor(norm: float, max_norm: float) -> float:
-    """By what to multiply gradients of this norm so that it is at most `max_norm` (Pascanu et al. 2013, arXiv
-    1211.5063, algorithm 1)."""
-    return max_norm / norm if norm > max_norm else 1.0
+@paddle.no_grad()
+def zero_unless(is_good, gradients: list) -> None:
+    """Make gradients zero, NaN or not, unless a boolean on the device is true."""
+    zero = paddle.zeros([])
+    for gradient in gradients:
+        share_storage(gradient, paddle.where(is_good, gradient, zero))

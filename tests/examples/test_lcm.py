@@ -205,18 +205,18 @@ def test_another_vae_encodes_the_images(build, tmp_path):
 @pytest.mark.parametrize(
     "name, flags, low",
     [
-        ("sd", [], {"vae", "text_encoder"}),
-        ("sd", ["--cast_teacher_unet"], {"vae", "text_encoder", "teacher"}),
+        ("sd", [], {"text_encoder"}),
+        ("sd", ["--cast_teacher_unet"], {"text_encoder", "teacher"}),
         ("sdxl", [], {"text_encoder", "text_encoder_2"}),
-        ("lora_sd", ["--lora_rank=1"], {"vae", "text_encoder", "unet"}),
+        ("lora_sd", ["--lora_rank=1"], {"text_encoder", "unet"}),
     ],
 )
-def test_what_is_frozen_takes_the_low_type_but_target_and_teacher(build, monkeypatch, name, flags, low):
+def test_what_is_frozen_takes_the_low_type_but_target_teacher_and_vae(build, monkeypatch, name, flags, low):
     monkeypatch.setattr(precision, "computes_in_low_precision", lambda: True)
     lowered = []
     monkeypatch.setattr(paddle.amp, "decorate", lambda model, *_, **options: lowered.append((model, options["dtype"])))
     module = build(name, *flags)
-    precision.Precision("fp16").lower(module, None)
+    precision.Precision("fp16").cast_models(module, None)
     names = {id(model): name for name, model in module.named_children()}
     assert {names[id(model)] for model, _ in lowered} == low and {dtype for _, dtype in lowered} == {"float16"}
 

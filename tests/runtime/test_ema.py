@@ -40,5 +40,5 @@ def test_applied_shows_the_averages_and_gives_the_weights_back_even_after_an_err
 def test_where_the_optimizer_keeps_a_better_copy_the_average_follows_that():
     layer = nn.Linear(1, 1, bias_attr=False)
     ema = EMA(dict(layer.named_parameters()))
-    ema.update({layer.weight.name: paddle.full([1, 1], 1.0009765625)})  # float16 and bfloat16 would round it
+    ema.update([("weight", paddle.full([1, 1], 1.0009765625))])  # float16 and bfloat16 would round it
     assert float(ema.averages["weight"]) == 1.0009765625 and ema.averages["weight"].dtype == paddle.float32
