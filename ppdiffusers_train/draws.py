@@ -6,6 +6,8 @@ workers or accumulation steps, nor on where a run was stopped; and NumPy draws t
 """
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 
 import numpy as np
 
@@ -31,6 +33,7 @@ class RowDraws:
     def __init__(self, seed: int, position: int):
         self.seed, self.position = seed, position
         self.drawn = set()  # names of the draws so far
+        self._ahead = {}  # {(name, shape): what `normal` will return}
 
     def _generator(self, name: str) -> np.random.Generator:
         self.drawn.add(name)
@@ -38,7 +41,17 @@ class RowDraws:
 
     def normal(self, name: str, shape=()) -> np.ndarray:
         """Standard normal float32 numbers of `shape`."""
+        if (name, tuple(shape)) in self._ahead:
+            return self._ahead[name, tuple(shape)]
         return np.float32(self._generator(name).standard_normal(tuple(shape), dtype=np.float32))
+
+    def draw_ahead(self, normals) -> None:
+        """Draw now what will be asked of `normal`.
+
+        Args:
+            normals: (name, shape) of each.
+        """
+        self._ahead = {(name, shape): self.normal(name, shape) for name, shape in normals}
 
     def uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> np.float32:
         """A float32 number, uniform in [low, high)."""
@@ -67,14 +80,21 @@ class Draws:
     Args:
         seed: the run's seed.
         positions: for each row of the batch its index in the run.
+        to_tensor: makes a tensor of an array; by default `paddle.to_tensor`.
     """
 
-    def __init__(self, seed: int, positions):
-        self.rows = [RowDraws(seed, int(position)) for position in positions]
+    def __init__(self, seed: int, positions, to_tensor=None):
+        self.rows, self.to_tensor = [RowDraws(seed, int(position)) for position in positions], to_tensor
         self.drawn_integers = {}  # {name: numbers} of the last draws, so that a failed step can name its timesteps
+        self.drawn_normals = set()  # (name, shape) of the draws so far
+
+    def keep(self, positions) -> None:
+        """Go on with the rows at these positions alone."""
+        self.rows = [row for row in self.rows if row.position in positions]
 
     def normal(self, name: str, shape=()):
         """`[B, *shape]` standard normal, float32."""
+        self.drawn_normals.add((name, tuple(shape)))
         return self._stack(row.normal(name, shape) for row in self.rows)
 
     def uniform(self, name: str, low: float = 0.0, high: float = 1.0):
@@ -91,8 +111,26 @@ class Draws:
         self.drawn_integers[name] = self._stack(row.categorical(name, weights) for row in self.rows)
         return self.drawn_integers[name]
 
-    @staticmethod
-    def _stack(numbers):
+    def _stack(self, numbers):
         import paddle  # here, so that loader workers and tools can draw rows without Paddle
 
-        return paddle.to_tensor(np.stack(list(numbers)))
+        return (self.to_tensor or paddle.to_tensor)(np.stack(list(numbers)))
+
+
+def iterate_draws(seed: int, batches: list, to_tensor=None):
+    """Yield the `Draws` of each of `batches` (lists of positions), the noise of the next one drawn in a thread while
+    the one before is used: as much of it as batches have asked for so far."""
+    normals, ahead = set(), None
+
+    def prepared(positions, normals):
+        draws = Draws(seed, positions, to_tensor)
+        for row in draws.rows:
+            row.draw_ahead(normals)
+        return draws
+
+    with ThreadPoolExecutor(1, "draws") as pool:
+        for positions, following in zip_longest(batches, batches[1:]):
+            draws = ahead.result() if ahead else Draws(seed, positions, to_tensor)
+            ahead = pool.submit(prepared, following, frozenset(normals)) if following is not None else None
+            yield draws
+            normals |= draws.drawn_normals

@@ -24,8 +24,16 @@ class RunError(Exception):
     exit_status = 1
 
 
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY")
+
+
 def hide_tokens(text: str) -> str:
-    """A text without what looks like an access token: of the hub, or after the word bearer."""
+    """A text without access tokens: those that the command line or the environment gives, and what looks like one, of
+    the hub or after the word bearer."""
+    given = [word.partition("=")[2] for word in sys.argv if word.startswith("--hub_token=")]
+    given += [word for flag, word in zip(sys.argv, sys.argv[1:]) if flag == "--hub_token"]
+    for token in filter(None, [*given, *map(os.environ.get, TOKEN_VARIABLES)]):
+        text = text.replace(token, "***")
     return re.sub(r"hf_\w{8,}|(?i:(bearer\s+)[^\s'\"]+)", lambda match: f"{match[1] or ''}***", text)
 
 
@@ -40,13 +48,15 @@ def one_line_errors(main):
         try:
             return main(argv)
         except (UserError, RunError) as error:
-            message = f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}"
+            message = hide_tokens(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}")
             print(message, file=sys.stderr)
             say_after_launcher(message)
             raise SystemExit(error.exit_status) from error
         except Exception as error:
+            # Its traceback goes into a log.
+            error.args = tuple(hide_tokens(part) if isinstance(part, str) else part for part in error.args)
             rank = os.environ.get("PADDLE_TRAINER_ID", "0")
-            say_after_launcher(f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())}")
+            say_after_launcher(hide_tokens(f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())}"))
             raise
 
     return run

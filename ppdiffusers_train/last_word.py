@@ -14,7 +14,8 @@ from pathlib import Path
 # Waits until a process has ended (also where nobody has asked for its status yet), then says something.
 WAIT_AND_SAY = """
 import os, select, sys
-launcher, marker, message = sys.argv[1:]
+launcher, marker = sys.argv[1:]
+message = sys.stdin.read()
 try:
     select.select([os.pidfd_open(int(launcher))], [], [])
 except ProcessLookupError:
@@ -37,10 +38,13 @@ def say_after_launcher(message: str) -> None:
         marker = Path(tempfile.gettempdir()) / f"ppdiffusers_train-{launcher}"
         marker.touch(exist_ok=False)
         with open(f"/proc/{launcher}/fd/2", "a") as screen:
-            subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", WAIT_AND_SAY, str(launcher), str(marker), message],
-                stdin=subprocess.DEVNULL,
+            speaker = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", WAIT_AND_SAY, str(launcher), str(marker)],
+                stdin=subprocess.PIPE,
                 stdout=screen,
                 stderr=screen,
                 start_new_session=True,
             )
+            # Not as an argument: everybody on a machine can read those.
+            speaker.stdin.write(message.encode())
+            speaker.stdin.close()

@@ -24,18 +24,21 @@ class Part:
 
 
 @no_views()
-def backward(module, encode, loaded, positions, window: range, state: TrainingState, ranks: Ranks, last: bool) -> Part:
+def backward(
+    module, encode, loaded, draws: Draws, positions, window: range, state: TrainingState, ranks: Ranks, last: bool
+) -> Part:
     """Add the gradients of one batch, the samples at `positions`, to those of its step's `window`.
 
     Args:
         encode: turns the batch into encoded samples; None where it holds them already.
         loaded: the batch, and the messages of samples that cannot be used.
+        draws: of all its samples.
         last: whether it is this rank's last batch of the window.
     """
     batch, errors = loaded
     errors = {positions[i]: message for i, message in errors.items()}
     good = [position for position in positions if position not in errors]
-    draws = Draws(state.seed, good)
+    draws.keep(good)
     if not good:
         return Part(paddle.zeros([]), draws, good, errors)
     with state.precision.autocast():

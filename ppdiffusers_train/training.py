@@ -13,8 +13,9 @@ import paddle
 
 from ppdiffusers_train.data.buckets import assign_buckets, describe_buckets
 from ppdiffusers_train.data.encoded_cache import encode_dataset
-from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches
+from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches, to_device
 from ppdiffusers_train.data.order import SampleOrder, micro_batches
+from ppdiffusers_train.draws import iterate_draws
 from ppdiffusers_train.dry_run import describe_run
 from ppdiffusers_train.errors import RunError, UserError
 from ppdiffusers_train.module import encode_each
@@ -137,9 +138,9 @@ def launch_training_task(module, dataset, args) -> None:
         encode = None
     elif can_compile(module) and len(dataset) >= COMPILE_FROM_ROWS:
         module.encode = CompiledEncode(module)
-    batches = iterate_batches(
-        samples, [positions for _, share in steps for positions in share], args.dataloader_num_workers
-    )
+    positions = [positions for _, share in steps for positions in share]
+    batches = iterate_batches(samples, positions, args.dataloader_num_workers)
+    draws = iterate_draws(order.seed, positions, to_device)
 
     set_training_mode(module)
     if args.to_static:
@@ -165,7 +166,8 @@ def launch_training_task(module, dataset, args) -> None:
             seed_layers(order.seed, state.step, ranks.rank)
             with FlopCounter(enabled=progress.counts_next) as counter:
                 parts = [
-                    backward(module, encode, next(batches), p, window, state, ranks, p is share[-1]) for p in share
+                    backward(module, encode, next(batches), next(draws), p, window, state, ranks, p is share[-1])
+                    for p in share
                 ]
             progress.counted(counter.total, sum(len(part.positions) for part in parts))
             has_changed = state.gradients.send_rest()

@@ -1,11 +1,13 @@
 import ppdiffusers_train  # noqa: F401
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppdiffusers_train.draws import Draws, RowDraws
+from ppdiffusers_train.draws import Draws, RowDraws, generator, iterate_draws
 
 seeds = st.integers(0, 2**63 - 1)
 positions = st.integers(0, 2**40)
@@ -66,6 +68,27 @@ def test_a_batch_remembers_the_whole_numbers_that_it_drew():
     assert {name: values.tolist() for name, values in draws.drawn_integers.items()} == {
         name: values.tolist() for name, values in drawn.items()
     }
+
+
+def test_noise_is_drawn_ahead_in_a_thread_once_it_is_known_and_is_the_same(monkeypatch):
+    threads, batches = [], [[0, 1], [2, 3], [4], []]
+
+    def seen(seed, position, name):
+        threads.append((position, threading.current_thread() is threading.main_thread()))
+        return generator(seed, position, name)
+
+    expected = [Draws(3, positions).normal("noise", [4]).numpy() for positions in batches if positions]
+    monkeypatch.setattr("ppdiffusers_train.draws.generator", seen)
+    drawn = [draws.normal("noise", [4]).numpy() for draws in iterate_draws(3, batches) if draws.rows]
+    assert all((one == other).all() for one, other in zip(drawn, expected, strict=True))
+    # While the first batch is used nobody knows yet what it will ask for.
+    assert sorted(threads) == [(0, True), (1, True), (2, True), (3, True), (4, False)]
+
+
+def test_rows_that_are_left_keep_their_numbers():
+    draws, whole = Draws(3, [5, 6, 7]), Draws(3, [5, 6, 7]).normal("noise", [2]).numpy()
+    draws.keep([5, 7])
+    assert (draws.normal("noise", [2]).numpy() == whole[[0, 2]]).all()
 
 
 def test_distributions_are_what_their_names_say():

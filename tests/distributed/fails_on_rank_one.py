@@ -1,4 +1,4 @@
-"""The prior's script, on a machine whose second card breaks in the third step."""
+"""The prior's script, on a machine whose second GPU breaks in the third step, with a token in the error's text."""
 
 import ppdiffusers_train  # noqa: F401
 
@@ -18,7 +18,7 @@ def main():
     def breaks(self, encoded, draws):
         calls.append(None)
         if os.environ["PADDLE_TRAINER_ID"] == "1" and len(calls) == 5:
-            raise OSError("the card has fallen off the bus")
+            raise OSError(f"the GPU has fallen off the bus, says {os.environ['HF_TOKEN']}")
         return forward(self, encoded, draws)
 
     job.KandinskyPriorTrainingModule.forward = breaks

@@ -75,15 +75,20 @@ def test_a_rank_that_hangs_is_told_by_the_one_that_waits(base_flags, tmp_path):
 @pytest.mark.once
 def test_the_rank_that_fails_ends_the_others_and_has_the_last_word(base_flags, tmp_path):
     flags = [*base_flags, *TWO, f"--output_dir={tmp_path / 'out'}", "--max_train_steps=100000"]
+    token = "not-even-like-a-token-of-the-hub"
     start = time.monotonic()
     done = subprocess.run(
         launch_command(Path(__file__).with_name("fails_on_rank_one.py"), *flags, log_dir=tmp_path / "log"),
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+        env=environment(HF_TOKEN=token), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode != 0 and time.monotonic() - start < 60
-    assert done.stdout.splitlines()[-1] == "rank 1: OSError: the card has fallen off the bus"
+    assert done.stdout.splitlines()[-1] == "rank 1: OSError: the GPU has fallen off the bus, says ***"
     said = [(tmp_path / "log" / f"workerlog.{rank}").read_text() for rank in (0, 1)]
-    assert "Traceback" in said[1] and said[1].endswith("OSError: the card has fallen off the bus\n")
+    assert (
+        "Traceback" in said[1]
+        and said[1].endswith("OSError: the GPU has fallen off the bus, says ***\n")
+        and token not in done.stdout
+    )
     ended = "rank 0 of 2, step 3: another rank has ended while this one waited for "
     assert "Traceback" not in said[0] and (ended in said[0] or "error" not in said[0]), said[0]
 
