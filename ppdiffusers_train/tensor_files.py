@@ -1,11 +1,11 @@
-"""Safetensors files in every type they can have, mapped into memory for reading and written a tensor at a time.
+"""Safetensors files in every type they can have, read and written a tensor at a time.
 
 NumPy has no bfloat16 of its own; ml_dtypes adds it. Larger sets are divided, as Hugging Face's libraries divide them:
 `<stem>-00001-of-00003.safetensors` and so on.
 """
 
 import json
-import mmap
+import os
 import re
 from pathlib import Path
 
@@ -31,10 +31,33 @@ FLOATS = [DTYPES[name] for name in ("F64", "F32", "F16", "BF16")]
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 
 
-def read_tensors(file) -> tuple:
-    """`({name: array}, metadata)` of a safetensors file, each array in the type that it has there.
+class Stored:
+    """A tensor in a safetensors file, read when it is fetched."""
 
-    The arrays are views of the file, which is mapped into memory: they cannot be written to, and are read when used.
+    def __init__(self, file, dtype: np.dtype, shape: list, offset: int):
+        self.file, self.dtype, self.shape, self.offset = file, dtype, shape, offset
+
+    def numpy(self) -> np.ndarray:
+        """The tensor as an array."""
+        content = np.fromfile(self.file, np.uint8, size_in_bytes(self), offset=self.offset)
+        return content.view(self.dtype).reshape(self.shape)
+
+
+class Converted:
+    """A tensor in another type, or a matrix transposed; worked out when it is fetched."""
+
+    def __init__(self, tensor, dtype: np.dtype, transposed: bool = False):
+        self.tensor, self.dtype, self.transposed = tensor, dtype, transposed
+        self.shape = list(tensor.shape)[::-1] if transposed else list(tensor.shape)
+
+    def numpy(self) -> np.ndarray:
+        """The changed tensor as an array."""
+        array = as_array(self.tensor).astype(self.dtype, copy=False)
+        return array.T if self.transposed else array
+
+
+def open_tensors(file) -> tuple:
+    """`({name: Stored}, metadata)` of a safetensors file, of which only the header is read.
 
     Raises:
         UserError: it is missing, damaged, or has tensors of a type that `DTYPES` does not know.
@@ -43,64 +66,72 @@ def read_tensors(file) -> tuple:
         with safe_open(str(file), "np"):  # which checks the header, and that the file is as long as it says
             pass
         with open(file, "rb") as opened:
-            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        start = 8 + int.from_bytes(mapped[:8], "little")
-        header = json.loads(mapped[8:start])
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
         metadata = header.pop("__metadata__", {})
-        arrays = {
-            name: np.frombuffer(
-                mapped, DTYPES[tensor["dtype"]], int(np.prod(tensor["shape"])), start + tensor["data_offsets"][0]
-            ).reshape(tensor["shape"])
+        tensors = {
+            name: Stored(file, DTYPES[tensor["dtype"]], tensor["shape"], 8 + length + tensor["data_offsets"][0])
             for name, tensor in header.items()
         }
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: cannot be read as safetensors: {error}") from error
     except KeyError as error:
         raise UserError(f"{file}: holds tensors of type {error}; expected one of {', '.join(DTYPES)}") from error
-    return arrays, metadata
+    return tensors, metadata
+
+
+def read_tensors(file) -> tuple:
+    """`({name: array}, metadata)` of a safetensors file, each array in the type that it has there.
+
+    Raises:
+        UserError: see `open_tensors`.
+    """
+    tensors, metadata = open_tensors(file)
+    return {name: tensor.numpy() for name, tensor in tensors.items()}, metadata
 
 
 def write_tensors(file, tensors: dict, metadata: dict) -> None:
-    """Write `{name: array or Paddle tensor}` into a new safetensors file, which takes the place of one that is there.
+    """Write `{name: tensor}` into a safetensors file: arrays, Paddle's tensors, or the classes of this module.
 
-    A tensor is fetched from its device when it is written; the host holds one at a time. (The library's writer wants
-    all of them, and in its version 0.4 a second time as bytes.)
+    A tensor is fetched when it is written; the host holds one at a time. (The library's writer wants all of them, and
+    in its version 0.4 a second time as bytes.) A file that is there is replaced, never written into: it may be a hard
+    link to somebody else's, or hold the tensors that are written.
     """
-    ordered = sorted(
-        tensors, key=lambda name: -_itemsize(tensors[name])
-    )  # so each lies at a multiple of its type's size
+    # Large types first: each tensor then lies at a multiple of its type's size.
+    ordered = sorted(tensors, key=lambda name: -dtype_of(tensors[name]).itemsize)
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name in ordered:
         start, end = end, end + size_in_bytes(tensors[name])
-        code, shape = CODES[_type_name(tensors[name])], list(tensors[name].shape)
+        code, shape = CODES[dtype_of(tensors[name]).name], list(tensors[name].shape)
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    Path(file).unlink(missing_ok=True)  # it may be a hard link to somebody else's, or mapped
-    with open(file, "wb") as opened:
-        opened.write(len(text).to_bytes(8, "little") + text)
-        for name in ordered:
-            opened.write(as_array(tensors[name]).reshape(-1).view(np.uint8))
+    temporary = Path(file).with_name(f".{Path(file).name}.tmp")
+    try:
+        with open(temporary, "wb") as opened:
+            opened.write(len(text).to_bytes(8, "little") + text)
+            for name in ordered:
+                opened.write(as_array(tensors[name]).reshape(-1).view(np.uint8))
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk
 
 
 def as_array(tensor) -> np.ndarray:
-    """An array or a Paddle tensor of any type as an array."""
+    """A tensor of any kind as a contiguous array in its own type."""
     array = tensor.numpy() if hasattr(tensor, "numpy") else tensor
     # Paddle gives a bfloat16's bits as uint16.
-    return np.ascontiguousarray(array).view(DTYPES[CODES[_type_name(tensor)]]).reshape(tensor.shape)
+    return np.ascontiguousarray(array).view(dtype_of(tensor)).reshape(tensor.shape)
 
 
 def size_in_bytes(tensor) -> int:
-    """What an array or a Paddle tensor takes in a file, without looking at its values."""
-    return int(np.prod(tensor.shape)) * _itemsize(tensor)
+    """What a tensor takes in a file, without fetching it."""
+    return int(np.prod(tensor.shape)) * dtype_of(tensor).itemsize
 
 
-def _itemsize(tensor) -> int:
-    return DTYPES[CODES[_type_name(tensor)]].itemsize
-
-
-def _type_name(tensor) -> str:
-    return str(tensor.dtype).removeprefix("paddle.")
+def dtype_of(tensor) -> np.dtype:
+    """A tensor's type, of any kind of tensor."""
+    return DTYPES[CODES[str(tensor.dtype).removeprefix("paddle.")]]
 
 
 def write_parts(folder, stem: str, tensors, limit: int = 2**30, metadata=None) -> dict:
@@ -133,14 +164,14 @@ def write_parts(folder, stem: str, tensors, limit: int = 2**30, metadata=None) -
 
 
 def read_parts(folder, stem: str):
-    """Yield (name, array) of all tensors that `write_parts` put into `folder` as `stem`. The arrays are views of files
-    mapped into memory, one after the other: who keeps none of them never holds more than one.
+    """Yield (name, array) of all tensors that `write_parts` put into `folder` as `stem`, each read when it is yielded.
 
     Raises:
         UserError: a file is missing, which it names, or damaged.
     """
     for file in complete_parts(folder, stem):
-        yield from read_tensors(file)[0].items()
+        for name, tensor in open_tensors(file)[0].items():
+            yield name, tensor.numpy()
 
 
 def complete_parts(folder, stem: str) -> list:
@@ -168,29 +199,34 @@ def part_files(folder, stem: str) -> list:
     return sorted(path for path in Path(folder).iterdir() if name.fullmatch(path.name))
 
 
-def first_dtype(file) -> np.dtype:
-    """Type of a safetensors file's first tensor."""
-    with safe_open(str(file), "np") as tensors:
-        return DTYPES.get(tensors.get_slice(next(iter(tensors.keys()))).get_dtype(), np.dtype("float32"))
-
-
 def cast_files(folder, dtype: str) -> None:
     """Give every floating-point tensor in the safetensors files below `folder` the type "float32", "float16" or
-    "bfloat16". A file is replaced, never written into: it may be a hard link to somebody else's."""
+    "bfloat16". Files are replaced, never written into: they may be hard links to somebody else's."""
     wanted = {"float32": DTYPES["F32"], "float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}[dtype]
     for file in Path(folder).rglob("*.safetensors"):
-        arrays, metadata = read_tensors(file)
-        if any(array.dtype in FLOATS and array.dtype != wanted for array in arrays.values()):
-            cast = {name: Cast(array, wanted) if array.dtype in FLOATS else array for name, array in arrays.items()}
-            write_tensors(file, cast, metadata)
+        tensors, metadata = open_tensors(file)
+        floats = {name: Converted(tensor, wanted) for name, tensor in tensors.items() if tensor.dtype in FLOATS}
+        if any(tensors[name].dtype != wanted for name in floats):
+            write_tensors(file, {**tensors, **floats}, metadata)
+    for index in Path(folder).rglob("*.safetensors.index.json"):
+        correct_size(index)
 
 
-class Cast:
-    """A tensor in another type, worked out when it is fetched."""
+def correct_size(index: Path) -> None:
+    """Have the index of a divided set say how many bytes of tensors its files hold."""
+    content = json.loads(index.read_text(encoding="utf-8"))
+    files = {index.with_name(name) for name in content["weight_map"].values()}
+    sizes = [size_in_bytes(tensor) for file in files for tensor in open_tensors(file)[0].values()]
+    write_index(index, content["weight_map"], sum(sizes))
 
-    def __init__(self, tensor, dtype: np.dtype):
-        self.tensor, self.dtype, self.shape = tensor, dtype, tensor.shape
 
-    def numpy(self) -> np.ndarray:
-        """The values in the other type."""
-        return as_array(self.tensor).astype(self.dtype)
+def write_index(file: Path, weight_map: dict, total_size: int) -> None:
+    """Write the index of a divided set.
+
+    Args:
+        weight_map: {tensor: name of the file that holds it}.
+        total_size: bytes of all tensors.
+    """
+    content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    file.unlink(missing_ok=True)  # it may be a hard link to somebody else's
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

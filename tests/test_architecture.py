@@ -78,6 +78,16 @@ def test_models_and_pipelines_of_ppdiffusers_stay_in_models_and_toy():
             assert not names, f"{path} imports {names}"
 
 
+def test_jobs_leave_reading_and_writing_of_models_to_one_place():
+    """`models/weights.py` divides large weights, and reads and writes a tensor at a time; the libraries do not."""
+    for path in [*SCRIPTS, *(PACKAGE / "toy").glob("train_*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert "safetensors" not in {name.split(".")[0] for name in imports(path)}, path
+        for method, function in (("save_weights", "save_model"), ("load_weights", "load_in_place")):
+            bodies = re.findall(rf"    def {method}\(.*\n((?:(?:        .*)?\n)+)", text)
+            assert all(function in body or "lora" in body or "write_tensors" in body for body in bodies), (path, method)
+
+
 def test_the_library_never_imports_a_script():
     assert not [path for path in LIBRARY for name in imports(path) if name.startswith("examples")]
 

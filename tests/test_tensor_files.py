@@ -8,7 +8,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.tensor_files import DTYPES, cast_files, read_parts, read_tensors, write_parts, write_tensors
+from ppdiffusers_train.tensor_files import (
+    DTYPES,
+    cast_files,
+    open_tensors,
+    read_parts,
+    read_tensors,
+    write_parts,
+    write_tensors,
+)
 
 pytestmark = pytest.mark.once  # no Paddle in it
 
@@ -34,10 +42,12 @@ def test_files_are_those_of_the_library(tmp_path):
     }
     write_tensors(tmp_path / "ours.safetensors", arrays, {})
     save_file(arrays, tmp_path / "theirs.safetensors")
-    for found in (load_file(tmp_path / "ours.safetensors"), read_tensors(tmp_path / "theirs.safetensors")[0]):
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    assert all(tensor.offset % tensor.dtype.itemsize == 0 for tensor in open_tensors(ours)[0].values())
+    for found in (load_file(ours), read_tensors(theirs)[0], read_tensors(ours)[0]):
         assert found.keys() == arrays.keys()
         assert all(found[n].dtype == a.dtype and np.array_equal(found[n], a) for n, a in arrays.items())
-        assert all(found[n].shape == a.shape and found[n].flags.aligned for n, a in arrays.items())
+        assert all(found[n].shape == a.shape for n, a in arrays.items())
 
 
 def test_bfloat16_rounds_to_the_nearest_even():
@@ -91,7 +101,7 @@ def test_parts_hold_at_most_the_limit_or_one_tensor(tmp_path, limit, files):
     assert len(fetched) == 5
 
 
-def test_the_host_holds_one_tensor_of_those_that_it_writes_and_none_of_those_it_reads(tmp_path):
+def test_the_host_holds_one_tensor_of_those_that_it_writes_and_reads(tmp_path):
     size = 250_000  # 1 MB
     arrays = numbers(20, size)
     tensors = [(name, Device(array, [])) for name, array in arrays.items()]
@@ -106,7 +116,11 @@ def test_the_host_holds_one_tensor_of_those_that_it_writes_and_none_of_those_it_
     finally:
         tracemalloc.stop()
     assert 4 * size < written < 2.5 * 4 * size  # the tensor being written, and the one fetched next
-    assert read < 4 * size / 10
+    assert 4 * size < read < 2.5 * 4 * size
+
+
+def test_a_set_may_be_empty(tmp_path):
+    assert write_parts(tmp_path, "stem", []) == {"stem.safetensors": []} and not dict(read_parts(tmp_path, "stem"))
 
 
 def test_nothing_of_an_earlier_set_is_left(tmp_path):

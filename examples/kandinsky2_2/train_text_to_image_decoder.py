@@ -28,7 +28,7 @@ from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.models.attention import enable_memory_efficient_attention
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, draw_combined
 from ppdiffusers_train.models.recompute import enable_recompute
-from ppdiffusers_train.models.weights import load_in_place
+from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule, freeze
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
 from ppdiffusers_train.objectives.noise_schedule import add_noise
@@ -121,7 +121,7 @@ class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
         return draw_combined(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_weights(self, directory):
-        self.unet.save_pretrained(f"{directory}/unet")
+        save_model(self.unet, f"{directory}/unet")
 
     def load_weights(self, directory):
         load_in_place(self.unet, f"{directory}/unet")

@@ -31,7 +31,7 @@ from ppdiffusers_train.models.attention import announce_plain_attention
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, draw_combined
 from ppdiffusers_train.models.recompute import enable_block_recompute
 from ppdiffusers_train.models.text import tokenize, warn_of_long_captions
-from ppdiffusers_train.models.weights import load_in_place
+from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule, freeze
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
 from ppdiffusers_train.objectives.noise_schedule import add_noise
@@ -131,7 +131,7 @@ class KandinskyPriorTrainingModule(DiffusionTrainingModule):
         return draw_combined(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_weights(self, directory):
-        self.prior.save_pretrained(f"{directory}/prior")
+        save_model(self.prior, f"{directory}/prior")
 
     def load_weights(self, directory):
         load_in_place(self.prior, f"{directory}/prior")

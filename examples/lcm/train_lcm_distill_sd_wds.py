@@ -27,11 +27,10 @@ from ppdiffusers_train.errors import UserError, one_line_errors
 from ppdiffusers_train.models.attention import enable_memory_efficient_attention
 from ppdiffusers_train.models.consistency import build_student
 from ppdiffusers_train.models.drawing import draw
-from ppdiffusers_train.models.pipeline_folder import save_model
 from ppdiffusers_train.models.recompute import enable_recompute
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder, encode_images, encode_prompt
 from ppdiffusers_train.models.text import tokenize
-from ppdiffusers_train.models.weights import load_in_place
+from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule, freeze
 from ppdiffusers_train.objectives.consistency import (
     consistency_function,
@@ -229,8 +228,8 @@ class LCMTrainingModule(DiffusionTrainingModule):
         return self.teacher
 
     def save_weights(self, directory):
-        self.unet.save_pretrained(f"{directory}/unet")
-        self.target_unet.save_pretrained(f"{directory}/unet_target")
+        save_model(self.unet, f"{directory}/unet")
+        save_model(self.target_unet, f"{directory}/unet_target")
 
     def load_weights(self, directory):
         load_in_place(self.unet, f"{directory}/unet")

@@ -22,7 +22,7 @@ from ppdiffusers_train.models.recompute import enable_block_recompute
 from ppdiffusers_train.models.sd3 import SD3Folder, encode_prompts, freeze_unpublished_biases
 from ppdiffusers_train.models.stable_diffusion import encode_images
 from ppdiffusers_train.models.text import count_tokens, tokenize
-from ppdiffusers_train.models.weights import load_in_place
+from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule, freeze
 from ppdiffusers_train.objectives.flow_matching import (
     bell_weights,
@@ -188,7 +188,7 @@ class SD3TrainingModule(DiffusionTrainingModule):
         )
 
     def save_weights(self, directory):
-        self.transformer.save_pretrained(f"{directory}/transformer")
+        save_model(self.transformer, f"{directory}/transformer")
 
     def load_weights(self, directory):
         load_in_place(self.transformer, f"{directory}/transformer")

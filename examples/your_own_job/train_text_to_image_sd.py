@@ -18,7 +18,7 @@ from ppdiffusers_train.models.drawing import draw
 from ppdiffusers_train.models.recompute import enable_recompute
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder, encode_images, encode_prompt
 from ppdiffusers_train.models.text import tokenize
-from ppdiffusers_train.models.weights import load_in_place
+from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule, freeze
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
 from ppdiffusers_train.objectives.noise_schedule import add_noise
@@ -95,7 +95,7 @@ class SDTrainingModule(DiffusionTrainingModule):
         return draw(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_weights(self, directory):
-        self.unet.save_pretrained(f"{directory}/unet")
+        save_model(self.unet, f"{directory}/unet")
 
     def load_weights(self, directory):
         load_in_place(self.unet, f"{directory}/unet")

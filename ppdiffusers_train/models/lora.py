@@ -18,8 +18,9 @@ from ppdiffusers_train.draws import generator
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.lora_files import Update, read_lora, write_lora
 from ppdiffusers_train.models.lora_libraries import FILES
+from ppdiffusers_train.models.weights import linear_weights, require_same_shapes, set_tensors
 from ppdiffusers_train.module import freeze
-from ppdiffusers_train.tensor_files import read_tensors, write_tensors
+from ppdiffusers_train.tensor_files import Converted, dtype_of, open_tensors, read_tensors, write_tensors
 from ppdiffusers_train.trainable import is_lora
 
 ATTENTION_TARGETS = "to_q,to_k,to_v,to_out.0"
@@ -149,10 +150,10 @@ def save_lora(model, directory, save_format: str, **text_encoders) -> None:
     # Readers expect this name for whatever has `load_attn_procs`, Kandinsky's prior, too.
     own_name = "unet" if hasattr(model, "load_attn_procs") else "transformer"
     for model_name, part in {own_name: model, **text_encoders}.items():
-        linear = {f"{n}.weight" for n, layer in part.named_sublayers() if isinstance(layer, paddle.nn.Linear)}
+        matrices = linear_weights(part)
         for name, parameter in full_parameters(part).items():
-            transposed = save_format != "ppdiffusers" and name in linear
-            full[f"{model_name}.{name}"] = parameter.numpy().T if transposed else parameter.numpy()
+            transposed = save_format != "ppdiffusers" and name in matrices
+            full[f"{model_name}.{name}"] = Converted(parameter, dtype_of(parameter), transposed)
         for name, lora in lora_layers(part).items():
             down, up = (weight.numpy() for weight in (lora.down.weight, lora.up.weight))
             matrices = (down.T, up.T) if down.ndim == 2 else (down, up)
@@ -166,11 +167,10 @@ def save_lora(model, directory, save_format: str, **text_encoders) -> None:
 def save_lora_weights(model, directory, **text_encoders) -> None:
     """What a checkpoint holds: the file to load for inference, and the parameters as they are, to go on from."""
     save_lora(model, directory, "ppdiffusers", **text_encoders)
-    arrays = {name: parameter.numpy() for name, parameter in learning_parameters(model, **text_encoders).items()}
-    write_tensors(Path(directory) / PARAMETERS_FILE, arrays, {"format": "pd"})
+    parameters = learning_parameters(model, **text_encoders)
+    write_tensors(Path(directory) / PARAMETERS_FILE, parameters, {"format": "pd"})
 
 
-@paddle.no_grad()
 def load_lora_weights(model, directory, **text_encoders) -> None:
     """Set what learns to what a checkpoint holds, in place.
 
@@ -178,19 +178,9 @@ def load_lora_weights(model, directory, **text_encoders) -> None:
         UserError: it holds LoRA layers of another model, rank or choice of layers.
     """
     file = Path(directory) / PARAMETERS_FILE
-    saved, own = read_tensors(file)[0], learning_parameters(model, **text_encoders)
-    wrong = sorted(
-        name
-        for name in {*saved, *own}
-        if name not in saved or name not in own or list(saved[name].shape) != list(own[name].shape)
-    )
-    if wrong:
-        raise UserError(
-            f"{file} is of another LoRA: {wrong[0]} is {shape_or_missing(saved, wrong[0])}, "
-            f"expected {shape_or_missing(own, wrong[0])} ({len(wrong)} differences)"
-        )
-    for name, parameter in own.items():
-        parameter.set_value(saved[name])
+    saved, own = open_tensors(file)[0], learning_parameters(model, **text_encoders)
+    require_same_shapes(saved, own, f"{file} is of another LoRA")
+    set_tensors(own, saved)
 
 
 @paddle.no_grad()
@@ -210,11 +200,6 @@ def load_lora(transformer, directory) -> None:
         own = transformer.state_dict()
         for name, array in read_tensors(Path(directory) / FULL_FILE)[0].items():
             own[name.removeprefix("transformer.")].set_value(array)
-
-
-def shape_or_missing(tensors: dict, name: str) -> str:
-    """How to call a tensor in a message."""
-    return str(list(tensors[name].shape)) if name in tensors else "missing"
 
 
 def allow_text_encoder_lora() -> None:

@@ -7,28 +7,30 @@ or in torch's (linear weights transposed); ppdiffusers 0.29.0 wants to be told w
 import inspect
 import json
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import ppdiffusers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.heap import return_free_memory
 from ppdiffusers_train.models.own_type import compute_in_own_type
 from ppdiffusers_train.models.unloaded import build_unloaded
-from ppdiffusers_train.tensor_files import first_dtype, read_tensors, write_tensors
+from ppdiffusers_train.models.weight_files import (
+    NAMES,
+    choose_weights,
+    find_weights,
+    is_weights,
+    parse_name,
+    remove_weights,
+)
+from ppdiffusers_train.models.weights import load_model, narrow_types, save_model
 
-# Names of weight files, without variants (`.fp16`) and shard numbers.
-PADDLE_WEIGHTS = ("diffusion_paddle_model.safetensors", "model_state.pdparams")
-TORCH_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "pytorch_model.bin")
-SHARED_WEIGHTS = "model.safetensors"  # paddlenlp and transformers use one name; the file's metadata tells them apart
-WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin")
 TRANSFORMERS = {"ppdiffusers": "ppdiffusers.transformers", "diffusers": "transformers"}
+OTHER_WEIGHTS = (".msgpack", ".onnx", ".ckpt", ".pb")
 LIBRARY_VERSIONS = {"ppdiffusers": ppdiffusers.__version__, "diffusers": "0.29.2"}  # what the files were compared with
 
 
@@ -75,7 +77,7 @@ class PipelineFolder:
             files = huggingface_hub.HfApi().list_repo_files(self.name_or_path, revision=revision)
             wanted = files_to_download(files, parts, self.variant)
             if not self.wants_weights:
-                wanted = [file for file in wanted if not file.endswith(WEIGHT_SUFFIXES)]
+                wanted = [file for file in wanted if not is_weights(file)]
             return Path(
                 huggingface_hub.snapshot_download(
                     self.name_or_path,
@@ -108,24 +110,20 @@ class PipelineFolder:
         return self.index()[self.folders[part].name][1]
 
     def weights(self, part: str):
-        """The file with a part's weights (of several shards the first), or None where it has none."""
-        files = [file for file in sorted(self.folders[part].iterdir()) if file.name.endswith(WEIGHT_SUFFIXES)]
-        for variant in (self.variant, None):
-            for name in (*PADDLE_WEIGHTS, SHARED_WEIGHTS, *TORCH_WEIGHTS):
-                for file in files:
-                    if without_shard(file.name) == with_variant(name, variant):
-                        return file
-        return None
+        """The `WeightFiles` of a part, or None where it has none.
+
+        Raises:
+            UserError: they are not complete.
+        """
+        try:
+            return find_weights(self.folders[part], self.variant)
+        except UserError as error:
+            raise self._error(f"is not complete: {error}") from error
 
     def is_torch(self, part: str) -> bool:
         """Whether a part's weights are in torch's layout."""
-        file = self.weights(part)
-        if file is None:
-            return False
-        if file.name.startswith(SHARED_WEIGHTS.split(".")[0]) and file.suffix == ".safetensors":
-            with safe_open(file, "np") as tensors:
-                return (tensors.metadata() or {}).get("format", "pt") == "pt"
-        return file.name.startswith(tuple(name.split(".")[0] for name in TORCH_WEIGHTS))
+        files = self.weights(part)
+        return files is not None and files.is_torch
 
     def load(self, part: str, part_class):
         """The part as an object of `part_class`, its weights as float32.
@@ -138,23 +136,27 @@ class PipelineFolder:
             return part_class.from_pretrained(folder)
         if not self.wants_weights:
             return compute_in_own_type(build_unloaded(part_class, folder))
-        file = self.weights(part)
-        if file is None:
-            raise self._error(f"has no weights in {self.folders[part].name}/; expected {', '.join(PADDLE_WEIGHTS)}, …")
-        if file.suffix != ".safetensors":
-            print(f"{file}: pickled weights; load them only from a source you trust")
-        is_torch = self.is_torch(part)
+        files = self.weights(part)
+        if files is None:
+            raise self._error(f"has no weights in {self.folders[part].name}/; expected {NAMES[0]}, {NAMES[1]}, …")
+        if files.is_pickled:
+            print(f"{files.files[0]}: pickled weights; load them only from a source you trust")
         try:
-            # paddlenlp leaves a converted copy, pickled, beside torch weights: it gets a folder of links to do so.
-            with tempfile.TemporaryDirectory() as links:
-                for source in Path(folder).iterdir():
-                    if not source.name.endswith(WEIGHT_SUFFIXES) or is_same_kind(source.name, file.name):
-                        os.symlink(source.resolve(), Path(links) / without_variant(source.name, self.variant))
-                model = part_class.from_pretrained(links, from_diffusers=is_torch, **_float32(part_class))
-        except (AssertionError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+            model = load_model(part_class, folder, files) or self._load_by_library(part, part_class, files)
+        except (AssertionError, OSError, ValueError, RuntimeError, SafetensorError, UserError) as error:
             raise self._error(f"has a {self.folders[part].name}/ that cannot be loaded: {error}") from error
+        model.eval()
         return_free_memory()
         return compute_in_own_type(model)
+
+    def _load_by_library(self, part, part_class, files):
+        # paddlenlp leaves a converted copy, pickled, beside torch weights: it gets a folder of links to do so.
+        with tempfile.TemporaryDirectory() as links:
+            for source in self.folders[part].iterdir():
+                if not is_weights(source.name):
+                    os.symlink(source.resolve(), Path(links) / source.name)
+            files.link_plainly(Path(links), os.symlink)
+            return part_class.from_pretrained(links, from_diffusers=files.is_torch, **_float32(part_class))
 
     def export(self, part: str, part_class, target: Path, save_format: str) -> None:
         """Make `target` an unchanged copy of a part for the library `save_format`.
@@ -162,18 +164,18 @@ class PipelineFolder:
         Files are hard links where the disk allows; only weights in the other library's layout are converted, in the
         type they have.
         """
-        file = self.weights(part)
-        if file is None or self.is_torch(part) == (save_format == "diffusers"):
+        files = self.weights(part)
+        if files is None or files.is_torch == (save_format == "diffusers"):
             source = self.folders[part]
-            weights = {path.name for path in source.iterdir() if file and path.name.endswith(WEIGHT_SUFFIXES)}
-            return link_tree(source, target, leave_out={n for n in weights if not is_same_kind(n, file.name)})
-        save_model(self.load(part, part_class), target, save_format)
-        dtype = first_dtype(file) if file.suffix == ".safetensors" else np.dtype("float32")
-        if dtype.itemsize == 2:  # back to where it came from, exactly
-            for written in target.glob("*.safetensors"):
-                arrays, metadata = read_tensors(written)
-                narrow = {n: array.astype(dtype) if array.dtype == np.float32 else array for n, array in arrays.items()}
-                write_tensors(written, narrow, metadata)
+            link_tree(
+                source, target, leave_out=[path.name for path in source.iterdir() if files and is_weights(path.name)]
+            )
+            remove_weights(target)
+            if files:
+                files.link_plainly(target, link_file)
+            return
+        model = self.load(part, part_class)
+        save_model(model, target, save_format, narrow_types(files, model))
 
 
 class ModelFolder(PipelineFolder):
@@ -191,32 +193,6 @@ class ModelFolder(PipelineFolder):
         found = self.config(part).get("_class_name")
         if found != class_name:
             raise self._error(f"is a {found}; expected {class_name}")
-
-
-def without_shard(name: str) -> str:
-    """A weight file's name without the number of its shard."""
-    return re.sub(r"-\d+-of-\d+", "", name)
-
-
-def with_variant(name: str, variant) -> str:
-    """A weight file's name as a variant has it: `model.safetensors` -> `model.fp16.safetensors`."""
-    stem, suffix = os.path.splitext(name)
-    return f"{stem}.{variant}{suffix}" if variant else name
-
-
-def without_variant(name: str, variant) -> str:
-    """The reverse of `with_variant`, of a shard's name, too."""
-    return name.replace(f".{variant}", "") if variant else name
-
-
-def is_same_kind(name: str, other: str) -> bool:
-    """Whether two weight files are shards of one."""
-    return without_shard(name) == without_shard(other)
-
-
-def save_model(model, directory, save_format: str) -> None:
-    """Write a model's folder for the library `save_format`, as safetensors."""
-    model.save_pretrained(str(directory), to_diffusers=save_format == "diffusers", safe_serialization=True)
 
 
 def export_pipeline(directory, pipeline_class: str, parts: dict, own: dict, save_format: str, settings=()) -> None:
@@ -251,7 +227,7 @@ def _float32(part_class):
 
 
 def files_to_download(files, parts, variant=None):
-    """Of a repository's files those of `parts`, one kind of weights each: Paddle's, else safetensors, else .bin.
+    """Of a repository's files those of `parts`, one kind of weights each: Paddle's, else safetensors, else pickled.
 
     Args:
         files: names in the repository.
@@ -261,31 +237,25 @@ def files_to_download(files, parts, variant=None):
     chosen = [name for name in files if name == "model_index.json"]
     for part in parts:
         inside = [name for name in files if os.path.dirname(name) == part and name not in chosen]
-        weights = [name for name in inside if name.endswith((*WEIGHT_SUFFIXES, ".msgpack", ".onnx", ".ckpt", ".pb"))]
-        plain = [name for name in weights if "." not in os.path.splitext(os.path.basename(name))[0]]
-        varied = [name for name in weights if variant and f".{variant}." in without_shard(name)]
-        kept = next(
-            (
-                found
-                for pool in (varied, plain)
-                for kind in ("diffusion_paddle_model", "model_state", ".safetensors", ".bin")
-                if (found := [name for name in pool if kind in name])
-            ),
-            [],
-        )
-        chosen += [name for name in inside if name not in weights] + kept
+        own = {os.path.basename(name): name for name in inside}
+        weights = choose_weights(own, variant)
+        if any(parse_name(name).is_index for name in weights):  # whole and divided: divided will do
+            weights = [name for name in weights if parse_name(name).is_index or parse_name(name).shard]
+        others = [name for name in own if not is_weights(name) and not name.endswith(OTHER_WEIGHTS)]
+        chosen += [own[name] for name in others + weights]
     return chosen
 
 
 def link_tree(source: Path, target: Path, leave_out=()) -> None:
-    """Copy a folder with hard links, or with copies where the disk cannot link, without the names in `leave_out`."""
-
-    def link(file, copy):
-        try:
-            os.link(os.path.realpath(file), copy)
-        except OSError:
-            shutil.copy2(file, copy)
-
+    """Copy a folder with hard links, without the names in `leave_out`."""
     shutil.copytree(
-        source, target, copy_function=link, dirs_exist_ok=True, ignore=lambda folder, names: set(leave_out) & set(names)
+        source, target, copy_function=link_file, dirs_exist_ok=True, ignore=lambda folder, names: set(leave_out)
     )
+
+
+def link_file(file, copy) -> None:
+    """Make `copy` a hard link to a file, or a copy where the disk cannot link."""
+    try:
+        os.link(os.path.realpath(file), copy)
+    except OSError:
+        shutil.copy2(file, copy)

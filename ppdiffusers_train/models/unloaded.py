@@ -11,9 +11,14 @@ def build_unloaded(part_class, folder: str):
     """The model that `folder` has a configuration of. Its parameters have memory that nothing is written to, which a
     system does not hand out before somebody writes there: however large the model, it takes next to none."""
     with nothing_initialised(), no_init_weights():
-        if hasattr(part_class, "load_config"):
-            return part_class.from_config(part_class.load_config(folder))
-        return part_class(part_class.config_class.from_pretrained(folder))
+        return build_new(part_class, folder)
+
+
+def build_new(part_class, folder: str):
+    """The model that `folder` has a configuration of, with the initial values of its class."""
+    if hasattr(part_class, "load_config"):
+        return part_class.from_config(part_class.load_config(folder))
+    return part_class(part_class.config_class.from_pretrained(folder))
 
 
 @contextlib.contextmanager

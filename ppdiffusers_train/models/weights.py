@@ -1,31 +1,135 @@
-"""Weights of a model, read back in place."""
+"""Weights of a model, written and read a tensor at a time: the host never holds a second copy of them.
+
+The libraries' own writers and readers hold all tensors of a file beside the model, and divide from 10 GB on; some do
+so twice.
+"""
 
 from pathlib import Path
 
 import paddle
-from safetensors.paddle import load_file
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.models.unloaded import build_new, build_unloaded
+from ppdiffusers_train.models.weight_files import SHARED_NAME, find_weights, remove_weights
+from ppdiffusers_train.tensor_files import (
+    FLOATS,
+    Converted,
+    as_array,
+    dtype_of,
+    size_in_bytes,
+    write_index,
+    write_parts,
+)
 
-WEIGHTS_FILE = "diffusion_paddle_model.safetensors"
+LARGEST_FILE = 10**10  # bytes of tensors, as in both libraries
+FILES = {"ppdiffusers": "diffusion_paddle_model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors"}
+
+
+def save_model(model, directory, save_format="ppdiffusers", dtypes=None, largest_file=LARGEST_FILE) -> None:
+    """Write a model's folder, as the library `save_format` does: its configuration, and its weights as safetensors.
+
+    Weights that stood there are gone afterwards, whatever their layout and however they were divided.
+
+    Args:
+        dtypes: {name: type to write a tensor in} where it is not the tensor's own.
+        largest_file: bytes of tensors in a file; weights that are larger are divided.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    remove_weights(directory)
+    for_torch, dtypes = save_format == "diffusers", dtypes or {}
+    if hasattr(model, "save_config"):
+        model.save_config(str(directory), to_diffusers=for_torch)
+        name, layout = FILES[save_format], "pt" if for_torch else "pd"
+    else:  # paddlenlp's: of no weights it writes the configuration
+        model.save_pretrained(str(directory), state_dict={}, save_function=lambda *_: None)
+        name, layout = SHARED_NAME, "pt" if for_torch else "np"
+    matrices = linear_weights(model) if for_torch else ()
+    tensors = {
+        key: Converted(tensor, dtypes.get(key, dtype_of(tensor)), transposed=key in matrices)
+        for key, tensor in model.state_dict().items()
+    }
+    parts = write_parts(directory, name.removesuffix(".safetensors"), tensors.items(), largest_file, {"format": layout})
+    if len(parts) > 1:
+        weight_map = {key: file for file, keys in parts.items() for key in keys}
+        write_index(directory / f"{name}.index.json", weight_map, sum(map(size_in_bytes, tensors.values())))
+
+
+def load_in_place(model, folder) -> None:
+    """Set the parameters of `model` to those that `save_model` wrote into `folder`; the objects stay the same.
+
+    Raises:
+        UserError: the folder holds weights of another shape of model, or not all of them.
+    """
+    files = find_weights(folder)
+    if files is None:
+        raise UserError(f"{Path(folder) / FILES['ppdiffusers']} is missing")
+    saved, own = in_paddle_layout(files, model), model.state_dict()
+    require_same_shapes(saved, own, f"{files.files[0]} is of another model")
+    set_tensors(own, saved)
+
+
+def load_model(part_class, folder: str, files):
+    """The model that `folder` has a configuration of, with the weights of `WeightFiles` in either layout, as float32.
+
+    None of pickled weights and of tensors whose names or shapes are not those of the model: they are left to the
+    libraries, which know the names of older releases.
+    """
+    if files.is_pickled:
+        return None
+    model = build_unloaded(part_class, folder)
+    saved, own = in_paddle_layout(files, model), model.state_dict()
+    if any(name not in own or list(tensor.shape) != list(own[name].shape) for name, tensor in saved.items()):
+        return None
+    found = {id(own[name]) for name in saved}  # T5's embedding has two names, in torch's files only one
+    if any(id(tensor) not in found for tensor in own.values()):  # such as two biases that only ppdiffusers' SD3 has
+        own = (model := build_new(part_class, folder)).state_dict()
+    set_tensors({name: own[name] for name in saved}, saved)
+    return model
+
+
+def in_paddle_layout(files, model) -> dict:
+    """`{name: tensor}` of `WeightFiles`, matrices as Paddle has them, without what is no weight of torch's models."""
+    if not files.is_torch:
+        return files.tensors()
+    tensors = {name: tensor for name, tensor in files.tensors().items() if not name.endswith("position_ids")}
+    matrices = linear_weights(model)
+    return {name: Converted(tensor, tensor.dtype, name in matrices) for name, tensor in tensors.items()}
+
+
+def require_same_shapes(saved: dict, own: dict, message: str) -> None:
+    """Raise a `UserError` that begins with `message` unless both have tensors of the same names and shapes."""
+
+    def shape(tensors, name):
+        return str(list(tensors[name].shape)) if name in tensors else "missing"
+
+    wrong = [name for name in sorted({*saved, *own}) if shape(saved, name) != shape(own, name)]
+    if wrong:
+        found = f"{wrong[0]} is {shape(saved, wrong[0])}, expected {shape(own, wrong[0])}"
+        raise UserError(f"{message}: {found} ({len(wrong)} differences)")
 
 
 @paddle.no_grad()
-def load_in_place(model, folder) -> None:
-    """Set the parameters of `model` to those that its `save_pretrained` wrote into `folder`; the objects stay the same.
-
-    Raises:
-        UserError: the folder holds weights of another shape of model.
-    """
-    file = Path(folder) / WEIGHTS_FILE
-    saved, own = load_file(str(file)), model.state_dict()
-    wrong = [
-        f"{name} {list(saved[name].shape) if name in saved else 'missing'} instead of "
-        f"{list(own[name].shape) if name in own else 'nothing'}"
-        for name in sorted({*saved, *own})
-        if name not in saved or name not in own or list(saved[name].shape) != list(own[name].shape)
-    ]
-    if wrong:
-        raise UserError(f"{file} is of another model: {wrong[0]} ({len(wrong)} differences)")
+def set_tensors(own: dict, saved: dict) -> None:
+    """Give each tensor of `own` the value that is saved under its name, cast where that is of another type."""
     for name, tensor in own.items():
-        tensor.set_value(saved[name])
+        array = as_array(saved[name]).astype(dtype_of(tensor), copy=False)
+        # Paddle takes a bfloat16's bits as uint16.
+        tensor.set_value(array.view("uint16") if array.dtype.name == "bfloat16" else array)
+
+
+def linear_weights(model) -> set:
+    """Names of the matrices that torch has transposed."""
+    layers = model.named_sublayers(include_self=True)
+    return {f"{name}.weight" for name, layer in layers if isinstance(layer, paddle.nn.Linear)}
+
+
+def narrow_types(files, model) -> dict:
+    """`{name: type}` of a model's tensors that `WeightFiles` have in 16 bits, for a copy in the same types."""
+    if files.is_pickled:
+        return {}
+    saved = {name: tensor.dtype for name, tensor in files.tensors().items() if tensor.dtype in FLOATS}
+    usual = next(iter(saved.values()))  # of tensors under other names
+    own = model.state_dict()
+    types = {name: saved.get(name, usual) for name, tensor in own.items() if dtype_of(tensor) in FLOATS}
+    return {name: dtype for name, dtype in types.items() if dtype.itemsize == 2}

@@ -17,12 +17,12 @@ import numpy as np
 import paddle
 from paddle import nn
 from PIL import Image
-from safetensors.paddle import save_file
 
 from ppdiffusers_train.errors import one_line_errors
 from ppdiffusers_train.models.text import tokenize
-from ppdiffusers_train.models.weights import WEIGHTS_FILE, load_in_place
+from ppdiffusers_train.models.weights import FILES, load_in_place
 from ppdiffusers_train.module import DiffusionTrainingModule
+from ppdiffusers_train.tensor_files import write_tensors
 from ppdiffusers_train.toy import recipe
 from ppdiffusers_train.toy.clip import IMAGE_SIZE, build_image_processor
 from ppdiffusers_train.toy.judge import parse_caption
@@ -122,7 +122,7 @@ class CLIPTrainingModule(DiffusionTrainingModule):
     def save_weights(self, directory):
         folder = Path(directory) / "clip"
         folder.mkdir()
-        save_file(self.state_dict(), str(folder / WEIGHTS_FILE))
+        write_tensors(folder / FILES["ppdiffusers"], self.state_dict(), {})
 
     def load_weights(self, directory):
         load_in_place(self, f"{directory}/clip")

@@ -22,7 +22,7 @@ from ppdiffusers_train.arguments import (
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.transforms import normalize_pixels
 from ppdiffusers_train.errors import one_line_errors
-from ppdiffusers_train.models.weights import load_in_place
+from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.objectives.losses import mse_loss
 from ppdiffusers_train.toy.movq import build_movq
@@ -83,7 +83,7 @@ class MoVQTrainingModule(DiffusionTrainingModule):
         return mse_loss(reconstruction, pixels) + 0.1 * codebook_loss.mean() + 0.01 * unit_scale
 
     def save_weights(self, directory):
-        self.movq.save_pretrained(f"{directory}/movq")
+        save_model(self.movq, f"{directory}/movq")
 
     def load_weights(self, directory):
         load_in_place(self.movq, f"{directory}/movq")

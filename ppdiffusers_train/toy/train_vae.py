@@ -13,7 +13,7 @@ import paddle
 
 from ppdiffusers_train.data.transforms import normalize_pixels
 from ppdiffusers_train.errors import one_line_errors
-from ppdiffusers_train.models.weights import load_in_place
+from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.objectives.losses import mse_loss
 from ppdiffusers_train.toy import recipe
@@ -59,7 +59,7 @@ class VAETrainingModule(DiffusionTrainingModule):
         return mse_loss(self.vae.decode(latents).sample, pixels) + PRIOR_WEIGHT * 0.5 * divergence.mean()
 
     def save_weights(self, directory):
-        self.vae.save_pretrained(f"{directory}/vae")
+        save_model(self.vae, f"{directory}/vae")
 
     def load_weights(self, directory):
         load_in_place(self.vae, f"{directory}/vae")

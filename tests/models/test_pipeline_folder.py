@@ -17,18 +17,22 @@ from safetensors import safe_open
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder, files_to_download, link_tree
-from ppdiffusers_train.models.weights import load_in_place
+from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.tensor_files import read_tensors, write_tensors
 from tests.conftest import weights
 
 
 @pytest.fixture(scope="module")
 def diffusers_folders(kandinsky, tmp_path_factory):
-    """The tiny Kandinsky as diffusers writes it: weights in torch's layout."""
+    """The tiny Kandinsky as diffusers writes it: weights in torch's layout, those of the UNet and the prior divided."""
     folders = []
     for source, pipeline in zip(kandinsky, (KandinskyV22PriorPipeline, KandinskyV22Pipeline)):
         target = tmp_path_factory.mktemp("diffusers") / source.name
-        pipeline.from_pretrained(str(source)).save_pretrained(str(target), to_diffusers=True)
+        pipe = pipeline.from_pretrained(str(source))
+        pipe.save_pretrained(str(target), to_diffusers=True)
+        for part in {"unet", "prior"} & pipe.components.keys():
+            save_model(pipe.components[part], target / part, "diffusers", largest_file=100_000)
+            assert len(list((target / part).glob("*-of-*"))) > 1
         folders.append(target)
     return folders
 
@@ -76,8 +80,8 @@ def test_training_from_diffusers_folders_writes_a_pipeline_for_ppdiffusers(train
 def test_of_several_kinds_of_weights_the_export_has_the_one_that_was_loaded(kandinsky, diffusers_folders, tmp_path):
     both = shutil.copytree(kandinsky[1], tmp_path / "both")
     torch_weights = "diffusion_pytorch_model.safetensors"
-    shutil.copy(diffusers_folders[1] / "unet" / torch_weights, both / "unet")
-    folder(both, "unet").export("unet", UNet2DConditionModel, tmp_path / "out", "ppdiffusers")
+    shutil.copy(diffusers_folders[1] / "movq" / torch_weights, both / "movq")
+    folder(both, "movq").export("movq", VQModel, tmp_path / "out", "ppdiffusers")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "diffusion_paddle_model.safetensors"}
 
 
@@ -158,7 +162,8 @@ def test_a_variant_s_weights_are_those_that_are_loaded_and_exported(kandinsky, t
         assert all(np.allclose(loaded[name], factor * arrays_of_file[name], rtol=1e-3, atol=1e-6) for name in loaded)
         assert all(array.dtype == np.float32 for array in loaded.values())
     folder(both, "unet", variant="fp16").export("unet", UNet2DConditionModel, tmp_path / "out", "ppdiffusers")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", half.name}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", plain.name}
+    assert (tmp_path / "out" / plain.name).samefile(half)
 
 
 @pytest.mark.once

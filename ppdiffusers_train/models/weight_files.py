@@ -1,0 +1,155 @@
+"""Which files of a folder hold a model's weights.
+
+Large weights are divided: `<stem>-00001-of-00002.safetensors` and so on, with an index `<stem>.safetensors.index.json`
+that says which tensor is in which file. Variants have one more word in their names, and libraries disagree where:
+`<stem>.fp16-00001-of-00002.safetensors` (transformers, diffusers from 0.31), `<stem>-00001-of-00002.fp16.safetensors`
+(diffusers before), `<stem>.safetensors.index.fp16.json`, `<stem>.safetensors.fp16.index.json`.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.tensor_files import open_tensors
+
+SUFFIXES = (".safetensors", ".pdparams", ".bin")
+PADDLE_NAMES = ("diffusion_paddle_model.safetensors", "model_state.pdparams")
+TORCH_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "pytorch_model.bin")
+SHARED_NAME = "model.safetensors"  # paddlenlp and transformers use one name; the file's metadata tells them apart
+NAMES = (*PADDLE_NAMES, SHARED_NAME, *TORCH_NAMES)  # of several kinds the first is taken
+_SHARD = re.compile(r"-\d+-of-\d+")
+
+
+@dataclass(frozen=True)
+class FileName:
+    """What the name of a weights' file, or of their index, says."""
+
+    kind: str  # the name without all the rest, one of NAMES
+    variant: str | None
+    shard: str  # such as `-00001-of-00002`, or ""
+    is_index: bool
+
+    @property
+    def plain(self) -> str:
+        """The name of a file of weights without a variant, as all libraries understand it."""
+        stem, suffix = self.kind.split(".")
+        return f"{stem}{self.shard}.{suffix}"
+
+
+def parse_name(name: str):
+    """The `FileName` of weights or their index, or None of another file."""
+    shard = _SHARD.search(name)
+    stem, *words = _SHARD.sub("", name).split(".")
+    is_index = "index" in words and words[-1] == "json"
+    suffix = next((suffix for suffix in SUFFIXES if suffix[1:] in words), "")
+    variant = [word for word in words if word != suffix[1:] and not (is_index and word in ("index", "json"))]
+    if stem + suffix not in NAMES or not (is_index or name.endswith(suffix)):
+        return None
+    return FileName(stem + suffix, ".".join(variant) or None, shard.group() if shard else "", is_index)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, of whatever kind, or is an index of them."""
+    return name.endswith(SUFFIXES) or parse_name(name) is not None
+
+
+def choose_weights(names, variant=None) -> list:
+    """Of the file names of a folder those of one kind of weights, and their index: of `variant`, else of none."""
+    parsed = {name: parse_name(name) for name in sorted(names)}
+    for wanted in dict.fromkeys((variant, None)):
+        for kind in NAMES:
+            found = [name for name, file in parsed.items() if file and (file.kind, file.variant) == (kind, wanted)]
+            if found:
+                return found
+    return []
+
+
+class WeightFiles:
+    """The files with a model's weights.
+
+    Args:
+        folder: that they are in.
+        names: of the files, and of the index where there is one.
+    Raises:
+        UserError: one is missing; the message names it.
+    """
+
+    def __init__(self, folder, names: list):
+        self.folder = Path(folder)
+        self.files = [self.folder / name for name in names if not parse_name(name).is_index]
+        self.indices = [self.folder / name for name in names if parse_name(name).is_index]
+        self.kind = parse_name(names[0]).kind
+        self._check()
+
+    def _check(self):
+        first = self.files[0].name if self.files else ""
+        if self.indices:
+            present, named = {file.name for file in self.files}, set(self._index()["weight_map"].values())
+            for name in sorted(named - present):
+                raise UserError(f"{self.folder / name} is missing; {self.indices[0].name} names it")
+            for name in sorted(present - named):
+                raise UserError(f"{self.folder / name} is not in {self.indices[0].name}; expected one or the other")
+        elif len(self.files) > 1 or parse_name(first).shard:
+            raise UserError(f"{self.folder / self.kind}.index.json is missing, the index of {first}")
+
+    def _index(self) -> dict:
+        try:
+            content = json.loads(self.indices[0].read_text(encoding="utf-8"))
+            if not all(isinstance(name, str) for name in content["weight_map"].values()) or not content["weight_map"]:
+                raise ValueError("it names no files")
+            return content
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.indices[0]} cannot be read as an index of weights: {error!r}") from error
+
+    @property
+    def is_pickled(self) -> bool:
+        """Whether unpickling them can run code."""
+        return not self.kind.endswith(".safetensors")
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether they are in torch's layout."""
+        if self.kind == SHARED_NAME:
+            return open_tensors(self.files[0])[1].get("format", "pt") == "pt"
+        return self.kind in TORCH_NAMES
+
+    def tensors(self) -> dict:
+        """`{name: tensor}` of safetensors files, each tensor read when it is fetched."""
+        tensors = {name: tensor for file in self.files for name, tensor in open_tensors(file)[0].items()}
+        for name, file in self._index()["weight_map"].items() if self.indices else ():
+            if name not in tensors:
+                raise UserError(f"{self.folder / file} does not hold {name}, as {self.indices[0].name} says")
+        return tensors
+
+    def link_plainly(self, target: Path, link) -> None:
+        """Have `target` hold the same weights under names without a variant, as every library finds them.
+
+        Args:
+            link: `link(file, path)` makes `path` a link to a file.
+        """
+        for file in self.files:
+            link(file.resolve(), target / parse_name(file.name).plain)
+        if self.indices:
+            content = self._index()
+            plain = {tensor: parse_name(name).plain for tensor, name in content["weight_map"].items()}
+            text = json.dumps({"metadata": {}, **content, "weight_map": plain}, indent=2)
+            (target / f"{self.kind}.index.json").write_text(text + "\n", encoding="utf-8")
+
+
+def find_weights(folder, variant=None):
+    """The `WeightFiles` of a folder, or None where it has none.
+
+    Raises:
+        UserError: they are not complete.
+    """
+    names = choose_weights((path.name for path in Path(folder).iterdir()), variant)
+    return WeightFiles(folder, names) if names else None
+
+
+def remove_weights(folder) -> None:
+    """Delete all weights in a folder and their indices."""
+    for path in Path(folder).iterdir():
+        if parse_name(path.name):
+            path.unlink()
