@@ -23,7 +23,7 @@ $(if $(3),@echo "$(call packages_of,$(3))" > "$(call packages_of,$(1))/base.pth"
 @touch $@
 endef
 
-.PHONY: help demo toys gate test test-engine lint test-paddle26 parity bench torture venvs lock clean
+.PHONY: help demo toys gate test test-engine precision lint test-paddle26 parity bench torture venvs lock clean
 
 help:
 	@echo "make demo           teach a tiny Kandinsky 2.2 a new look on the CPU, and draw with it (JOB=lcm-lora for another job)"
@@ -31,6 +31,7 @@ help:
 	@echo "make toys           train the tiny models that the package ships, again (five hours)"
 	@echo "make test           the tests (PYTEST_FLAGS='tests/data -x' for some of them)"
 	@echo "make test-engine    the tests that run Paddle's inference engine"
+	@echo "make precision      every training script in 16 bits, in every precision, on a device in software (half an hour)"
 	@echo "make lint           ruff's checks and formatting"
 	@echo "make test-paddle26  those tests on Paddle 2.6 whose outcome may depend on Paddle"
 	@echo "make parity         the comparisons with the PyTorch reference"
@@ -118,12 +119,16 @@ test: .venv/ready
 test-engine: .venv/ready
 	$(call PYTEST,.venv,tests/runtime -m engine -n 0)
 
+# The device in software needs g++ on Linux x86-64; elsewhere these tests are skipped.
+precision: .venv/ready
+	$(call PYTEST,.venv,tests/device -m "precision or not precision")
+
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
 test-paddle26: .venv-paddle26/ready
-	$(call PYTEST,.venv-paddle26,-m "not slow and not once and not torture")
+	$(call PYTEST,.venv-paddle26,-m "not slow and not once and not torture and not precision")
 
 parity: .venv-parity/ready
 	$(call PYTEST,.venv-parity,tests/parity)

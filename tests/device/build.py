@@ -17,7 +17,9 @@ from pathlib import Path
 
 PLUGIN = Path(__file__).parent / "plugin"
 LIBRARY = "libsoft_device.so"
-FLAGS = ("-std=c++17", "-O2", "-ftree-vectorize", "-mavx2", "-mf16c", "-fPIC", "-shared", "-fvisibility=hidden")
+FLAGS = ("-std=c++17", "-O2", "-ftree-vectorize", "-mavx2", "-mf16c", "-fPIC", "-shared", "-DPADDLE_WITH_CUSTOM_DEVICE")
+# Paddle 2.6 hands over a reference to a tensor that is not there: the compiler must not take it for one that is.
+PADDLE26_FLAGS = ("-fno-delete-null-pointer-checks", "-include", str(PLUGIN / "paddle26" / "before.h"))
 
 
 class CannotBuild(Exception):
@@ -47,14 +49,14 @@ def cache() -> Path:
 
 def sources() -> list:
     """What the plugin is made of."""
-    return sorted(PLUGIN.glob("*.cc")) + sorted(PLUGIN.glob("*.h"))
+    return sorted(path for path in PLUGIN.rglob("*") if path.is_file())
 
 
 def fingerprint(compiler) -> str:
     """Names a build by all that it depends on."""
     version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True).stdout
     paddle = importlib.metadata.version("paddlepaddle")
-    known = hashlib.sha256(" ".join([paddle, version, str(paddle_folder()), *FLAGS]).encode())
+    known = hashlib.sha256(" ".join([paddle, version, str(paddle_folder()), *FLAGS, *PADDLE26_FLAGS]).encode())
     for source in sources():
         known.update(source.read_bytes())
     return f"paddle-{paddle}-{known.hexdigest()[:16]}"
@@ -77,16 +79,17 @@ def locked(file: Path):
 def compile_into(folder: Path, compiler) -> None:
     """Compile, and put the library into its place when it is whole."""
     paddle = paddle_folder()
-    # Paddle 3 has its kernels in a library of their own, Paddle 2.6 in the module that Python imports.
-    core = "libs/libphi_core.so" if (paddle / "libs" / "libphi_core.so").exists() else "base/libpaddle.so"
+    includes, core, flags = [paddle / "include", paddle / "include" / "third_party"], "libs/libphi_core.so", FLAGS
+    if not (paddle / core).exists():  # Paddle 2.6: its kernels are in the module that Python imports
+        includes, core, flags = [PLUGIN / "paddle26", *includes], "base/libpaddle.so", (*FLAGS, *PADDLE26_FLAGS)
     folder.mkdir(exist_ok=True)
     unfinished = folder.parent / f"{folder.name}-{os.getpid()}.so"
-    command = [compiler, *FLAGS, "-DPADDLE_WITH_CUSTOM_DEVICE"]
-    for include in ("include", "include/third_party"):
-        command += ["-isystem", str(paddle / include)]
-    command += [str(source) for source in sources() if source.suffix == ".cc"]
-    command += ["-o", str(unfinished), str(paddle / core), str(paddle / "libs" / "libcommon.so")]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = [compiler, *flags]
+    for include in includes:
+        command += ["-isystem", include]
+    command += [source for source in sources() if source.suffix == ".cc"]
+    command += ["-o", unfinished, paddle / core, paddle / "libs" / "libcommon.so"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if result.returncode:
         first = next((line for line in result.stderr.splitlines() if "error" in line), "g++ failed")
         raise CannotBuild(f"it does not compile against this Paddle: {first}")

@@ -6,11 +6,18 @@ import json
 import subprocess
 import sys
 
+import paddle  # noqa: F401
 import pytest
 
 from tests.conftest import ROOT
 from tests.device.build import CannotBuild, build
+from tests.device.jobs import Jobs
 from tests.distributed.launching import environment, launch_command
+
+# The low types of the device: `paddle.amp` of Paddle 2.6 refuses bfloat16 on all plugins.
+LOW = ["float16"]
+if hasattr(sys.modules["paddle.amp.auto_cast"], "_is_custom_device_bfloat16_supported"):
+    LOW.append("bfloat16")
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +43,7 @@ def on_device(device, tmp_path_factory):
             form = ("--devices", ",".join(map(str, range(ranks))))
             runner = ROOT / "tests" / "device" / "runner.py"
             command = launch_command(runner, *arguments[2:], form=form, log_dir=folder / "log")
-        more = {"CUSTOM_DEVICE_ROOT": str(device), "MKL_NUM_THREADS": "1"}
+        more = {"CUSTOM_DEVICE_ROOT": str(device), "PADDLE_XCCL_BACKEND": "soft_device", "MKL_NUM_THREADS": "1"}
         done = subprocess.run(
             list(map(str, command)), cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=timeout
         )
@@ -45,3 +52,9 @@ def on_device(device, tmp_path_factory):
         return json.loads((folder / "report.json").read_text())
 
     return run
+
+
+@pytest.fixture
+def jobs(kandinsky, sdxl, sd3, sd, photos, tmp_path):
+    """An empty list of jobs on tiny models."""
+    return Jobs({"kandinsky": kandinsky, "sdxl": sdxl, "sd3": sd3, "sd": sd}, photos, tmp_path)

@@ -6,7 +6,8 @@ import ppdiffusers_train  # noqa: F401
 import numpy as np
 import pytest
 
-LOW = ("float16", "bfloat16")
+from tests.device.conftest import LOW
+
 DIGITS = {"float16": 11, "bfloat16": 8}  # of the mantissa, in bits
 SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133}
 LARGEST = {"float16": 65504.0, "bfloat16": 255 * 2.0**120}
@@ -58,7 +59,8 @@ def probed(on_device):
     """{key of a probe: its report}, of all of them in one process."""
     jobs = [{"call": f"tests.device.probes:{name}", "arguments": arguments} for name, arguments in PROBES.values()]
     reports = dict(zip(PROBES, on_device(jobs)))
-    assert not any(report["error"] for report in reports.values()), reports
+    errors = [report["error"] for report in reports.values() if report["error"]]
+    assert not errors, errors[0]
     return reports
 
 
@@ -91,6 +93,7 @@ def test_statistics_of_norms_stay_in_float32(probed, dtype):
     assert probed[f"layer_norm_types {dtype}"]["result"] == [f"paddle.{dtype}", "paddle.float32", "paddle.float32"]
 
 
+@pytest.mark.once  # Paddle 2.6 knows no views on plugins
 @pytest.mark.parametrize("dtype", LOW)
 def test_a_part_of_a_tensor_is_written_in_its_place(probed, dtype):
     assert probed[f"in_place_in_a_part {dtype}"]["result"] == [0, 0, 1, 1, 0, 0]
@@ -130,7 +133,7 @@ def test_grad_scaler_meets_a_gradient_too_large_for_float16(probed):
 
 @pytest.mark.parametrize("ranks", [3])
 def test_ranks_tell_each_other_what_they_have(on_device, ranks, tmp_path):
-    cases = [("float16", 1000), ("bfloat16", 1000), ("float32", 1), ("float32", MANY)]
+    cases = [*((dtype, 1000) for dtype in LOW), ("float32", 1), ("float32", MANY)]
     jobs = [
         {
             "call": "tests.device.probes:collectives",

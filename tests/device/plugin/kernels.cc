@@ -386,12 +386,21 @@ std::vector<void*> make_doors(const std::deque<Entry>& entries) {
 
 // ------------------------------------------------------------------------------- called with a context that holds all
 
+template <typename Context>
+auto input_at(Context* call, size_t at, int) -> decltype(call->MutableInputAt(at)) {
+  return call->MutableInputAt(at);
+}
+template <typename Context>  // Paddle 2.6 gives a reference, also to what is not there
+const phi::TensorBase* input_at(Context* call, size_t at, long) {
+  return &call->template InputAt<DenseTensor>(at);
+}
+
 // `_legacy_C_ops` and static graphs do so.
 void run(Entry& entry, phi::KernelContext* call) {
   Views views(entry, &call->GetDeviceContext<phi::DeviceContext>());
   phi::KernelContext context(const_cast<phi::DeviceContext*>(views.host));
   const auto& parameters = entry.host.args_def();
-  auto input = [&](size_t at) { return views.in(static_cast<const DenseTensor*>(call->MutableInputAt(at))); };
+  auto input = [&](size_t at) { return views.in(static_cast<const DenseTensor*>(input_at(call, at, 0))); };
   for (size_t i = 0; i < parameters.input_defs().size(); ++i) {
     const auto& definition = parameters.input_defs()[i];
     const auto [begin, end] = call->InputRangeAt(i);
