@@ -164,13 +164,14 @@ class AddBias(PyLayer):
 
     @staticmethod
     def forward(ctx, x, bias):
+        ctx.frozen = x.stop_gradient
         return x + bias
 
     @staticmethod
     def backward(ctx, gradient):
         rows = gradient.reshape([-1, gradient.shape[-1]])
         ones = paddle.ones([1, rows.shape[0]], dtype=rows.dtype)
-        return gradient, matmul(ones, rows).reshape([-1])
+        return None if ctx.frozen else gradient, matmul(ones, rows).reshape([-1])
 
 
 def replacement_for_linear(original, _):

@@ -45,21 +45,51 @@ def layer_norm_gradient_is_broken() -> bool:
 def repaired_layer_norm(original):
     """Layer norm that asks for the weight's gradient wherever it asks for that of `x`.
 
-    The kernel leaves a weight that wants no gradient out of that of `x`. A second tensor with the weight's numbers
-    takes the gradient that nobody wants. The same bits forward, and backward those of a weight that learns.
+    The kernel leaves a weight that wants no gradient out of that of `x`. Now it wants one: the same bits forward, and
+    backward those of a weight that learns. `paddle.grad` does not ask for it even so: use `backward`.
     """
 
     def layer_norm(x, weight, *options):
         if weight is not None and weight.stop_gradient and not x.stop_gradient:
-            weight = weight.detach()
-            weight.stop_gradient = False
+            weight = wanting_gradient(weight)
         return original(x, weight, *options)
 
     return layer_norm
+
+
+def group_norm_gradient_is_broken() -> bool:
+    """Whether the sum of a normalized group, which is 0 whatever is in it, has a gradient without a weight."""
+    x = paddle.to_tensor([[[0.0, 0.0, 1.0]]], stop_gradient=False)
+    _C_ops.group_norm(x, None, None, 1e-5, 1, "NCHW").sum().backward()
+    return bool(x.grad.abs().max() > 1e-3)
+
+
+def repaired_group_norm(original):
+    """Group norm with a weight of ones where it has none: the gradient without a weight lacks a part.
+
+    Paddle 2.6's kernel also fails where the weight or the bias wants its gradient and `x` does not; so `x` always does.
+    """
+
+    def group_norm(x, weight, bias, epsilon, groups, data_format):
+        if weight is None:
+            weight = paddle.ones([x.shape[1 if data_format.startswith("NC") else -1]], x.dtype)
+        if x.stop_gradient and not all(tensor is None or tensor.stop_gradient for tensor in (weight, bias)):
+            x = wanting_gradient(x)
+        return original(x, weight, bias, epsilon, groups, data_format)
+
+    return group_norm
+
+
+def wanting_gradient(tensor):
+    """Another tensor of the same numbers, which takes a gradient that nobody wants."""
+    twin = tensor.detach()
+    twin.stop_gradient = False
+    return twin
 
 
 # {kernel: (whether it is broken, what makes its replacement)}
 REPAIRS = {
     "silu": (silu_gradient_is_broken, repaired_silu),
     "layer_norm": (layer_norm_gradient_is_broken, repaired_layer_norm),
+    "group_norm": (group_norm_gradient_is_broken, repaired_group_norm),
 }

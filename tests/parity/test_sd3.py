@@ -20,18 +20,18 @@ from ppdiffusers_train.state import build_training_state
 from ppdiffusers_train.toy.t5 import build_t5_tokenizer
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
 from tests.conftest import PHOTOS, ROOT, load_script
-from tests.parity.common import assert_close, in_torch_layout, our_batch, torch_part
+from tests.parity.common import assert_close, in_torch_layout, our_batch, torch_part, write_pipeline
 from tests.parity.test_lora import ALPHA, RANK, share_lora
 from tests.parity.test_sdxl import WIDTH, captions_of, text_config, torch_pixels
 
 BATCH, RESOLUTION, STEPS, CHANNELS = 4, 64, 20, 16
 JOBS = {name: load_script(ROOT / "examples" / "sd3" / f"train_text_to_image_{name}.py") for name in ("sd3", "lora_sd3")}
 LANCZOS = 1
+TOLERANCE = 3e-5  # sines of timesteps between whole numbers, up to 1000, differ by 6e-5 in float32
 
 
 def save_sd3(folder):
-    """Write an SD3 pipeline with random weights as diffusers does."""
-    torch.manual_seed(0)
+    """Write an SD3 pipeline as diffusers does."""
     for name in ("tokenizer", "tokenizer_2"):
         build_tokenizer(folder / name)
     tokens = len(build_t5_tokenizer(folder / "tokenizer_3"))
@@ -62,7 +62,7 @@ def save_sd3(folder):
         pooled_projection_dim=2 * WIDTH,
         pos_embed_max_size=24,
     )
-    StableDiffusion3Pipeline(
+    pipeline = StableDiffusion3Pipeline(
         vae=vae,
         text_encoder=CLIPTextModelWithProjection(text_config(hidden_act="quick_gelu")),
         text_encoder_2=CLIPTextModelWithProjection(text_config(hidden_act="gelu")),
@@ -72,8 +72,8 @@ def save_sd3(folder):
         tokenizer_3=T5Tokenizer.from_pretrained(str(folder / "tokenizer_3"), extra_ids=0, legacy=True),
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-    ).save_pretrained(folder)
-    return folder
+    )
+    return write_pipeline(pipeline, folder)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_loss_and_every_gradient_agree(folder, name, flags, scheme, recompute):
     reference.backward()
     assert float(loss) == pytest.approx(reference.item(), rel=1e-5)
     gradients = {key: (parameter.grad, transposed) for key, (parameter, transposed) in side.ours.items()}
-    assert_close(gradients, {key: parameter.grad for key, parameter in side.torch_parameters.items()}, 1e-5)
+    assert_close(gradients, {key: parameter.grad for key, parameter in side.torch_parameters.items()}, TOLERANCE)
 
 
 @pytest.mark.parametrize("name, flags", [("sd3", []), ("lora_sd3", LORA)], ids=["full", "lora"])

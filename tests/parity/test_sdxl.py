@@ -16,7 +16,7 @@ from ppdiffusers_train.runtime.distributed import start_ranks
 from ppdiffusers_train.state import build_training_state
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
 from tests.conftest import PHOTOS, ROOT, load_script
-from tests.parity.common import RecordedDraws, assert_close, in_torch_layout, our_batch, torch_part
+from tests.parity.common import RecordedDraws, assert_close, in_torch_layout, our_batch, torch_part, write_pipeline
 from tests.parity.test_lora import ALPHA, RANK, share_lora
 
 BATCH, RESOLUTION, STEPS, WIDTH, GAMMA = 4, 64, 20, 32, 5.0
@@ -47,8 +47,7 @@ def build_scheduler(prediction_type="epsilon"):
 
 
 def save_sdxl(folder):
-    """Write an SDXL pipeline with random weights as diffusers does."""
-    torch.manual_seed(0)
+    """Write an SDXL pipeline as diffusers does."""
     for name in ("tokenizer", "tokenizer_2"):
         build_tokenizer(folder / name)
     unet = UNet2DConditionModel(
@@ -57,6 +56,7 @@ def save_sdxl(folder):
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(32, 64),
         layers_per_block=1,
+        norm_num_groups=8,
         transformer_layers_per_block=(1, 2),
         attention_head_dim=(2, 4),
         cross_attention_dim=2 * WIDTH,
@@ -65,7 +65,7 @@ def save_sdxl(folder):
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=WIDTH + 48,
     )
-    StableDiffusionXLPipeline(
+    pipeline = StableDiffusionXLPipeline(
         vae=build_vae(),
         text_encoder=CLIPTextModel(text_config(hidden_act="quick_gelu")),
         text_encoder_2=CLIPTextModelWithProjection(text_config(hidden_act="gelu")),
@@ -73,8 +73,8 @@ def save_sdxl(folder):
         tokenizer_2=CLIPTokenizer.from_pretrained(str(folder / "tokenizer_2")),
         unet=unet,
         scheduler=build_scheduler(),
-    ).save_pretrained(folder)
-    return folder
+    )
+    return write_pipeline(pipeline, folder)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,23 @@ def test_loss_and_every_gradient_agree(folder, name, flags, gamma, offset, predi
     reference.backward()
     assert float(loss) == pytest.approx(reference.item(), rel=1e-5)
     gradients = {key: (parameter.grad, transposed) for key, (parameter, transposed) in side.ours.items()}
-    assert_close(gradients, {key: parameter.grad for key, parameter in side.torch_parameters.items()}, 1e-5)
+    assert_close(gradients, {key: parameter.grad for key, parameter in side.torch_parameters.items()})
+
+
+def test_every_gradient_of_text_encoders_agrees(folder):
+    side, draws = Side("lora_sdxl", folder, *LORA, "--train_text_encoder"), Draws(0)
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    for part in ("text_encoder", "text_encoder_2"):
+        ours, theirs = share_lora(getattr(side.module, part), getattr(pipe, part))
+        side.ours |= {f"{part}.{key}": value for key, value in ours.items()}
+        side.torch_parameters |= {f"{part}.{key}": value for key, value in theirs.items()}
+    side.module(side.encoded, draws).backward()
+    embeds, _, pooled, _ = pipe.encode_prompt(list(captions_of(side.module)), do_classifier_free_guidance=False)
+    reference = side.reference[0], embeds, pooled, side.reference[3]
+    torch_loss(side.theirs, side.scheduler, reference, draws, "epsilon", None, 0.0).backward()
+    gradients = {key: (p.grad, transposed) for key, (p, transposed) in side.ours.items() if p.grad is not None}
+    assert any("layers.0" in key for key in gradients)
+    assert_close(gradients, {key: p.grad for key, p in side.torch_parameters.items() if p.grad is not None})
 
 
 @pytest.mark.parametrize("name, flags", [("sdxl", []), ("lora_sdxl", LORA)], ids=["full", "lora"])

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from diffusers import (
     DDPMScheduler,
     KandinskyV22Pipeline,
@@ -22,13 +21,13 @@ from transformers import (
 )
 
 from ppdiffusers_train.toy.tokenizer import build_tokenizer
+from tests.parity.common import write_pipeline
 
 WIDTH = 32
 
 
 def save_decoder(folder, prediction_type):
-    """Write a decoder pipeline with random weights as diffusers does."""
-    torch.manual_seed(0)
+    """Write a decoder pipeline as diffusers does."""
     unet = UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -40,6 +39,7 @@ def save_decoder(folder, prediction_type):
         layers_per_block=1,
         cross_attention_dim=WIDTH,
         attention_head_dim=16,
+        norm_num_groups=8,  # with a channel to a group, norms would take biases away
         resnet_time_scale_shift="scale_shift",
         addition_embed_type="image",
         encoder_hid_dim=WIDTH,
@@ -64,20 +64,17 @@ def save_decoder(folder, prediction_type):
         variance_type="learned_range",
         prediction_type=prediction_type,
     )
-    KandinskyV22Pipeline(unet=unet, movq=movq, scheduler=scheduler).save_pretrained(folder)
-    return str(folder)
+    return write_pipeline(KandinskyV22Pipeline(unet=unet, movq=movq, scheduler=scheduler), str(folder))
 
 
 def save_prior(folder):
-    """Write a prior pipeline with random weights as diffusers does."""
-    torch.manual_seed(1)
+    """Write a prior pipeline as diffusers does."""
     build_tokenizer(Path(folder) / "tokenizer")
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
     prior = PriorTransformer(
         num_attention_heads=2, attention_head_dim=16, num_layers=1, embedding_dim=WIDTH, num_embeddings=77
     )
-    torch.nn.init.ones_(prior.clip_std)
-    KandinskyV22PriorPipeline(
+    pipeline = KandinskyV22PriorPipeline(
         prior=prior,
         image_encoder=CLIPVisionModelWithProjection(
             CLIPVisionConfig(**sizes, projection_dim=WIDTH, image_size=32, patch_size=8)
@@ -88,5 +85,5 @@ def save_prior(folder):
         tokenizer=CLIPTokenizer.from_pretrained(str(Path(folder) / "tokenizer")),
         scheduler=UnCLIPScheduler(prediction_type="sample"),
         image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-    ).save_pretrained(folder)
-    return str(folder)
+    )
+    return write_pipeline(pipeline, str(folder))

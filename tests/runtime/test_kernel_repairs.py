@@ -33,6 +33,11 @@ def test_the_repairs_are_made_once():
     assert not any(is_broken() for is_broken, _ in REPAIRS.values())
 
 
+def test_a_training_makes_them(train):
+    train("prior_lora", "--max_train_steps=1")
+    assert not any(is_broken() for is_broken, _ in REPAIRS.values())
+
+
 def silu_and_gradient():
     x = paddle.to_tensor(NUMBERS, stop_gradient=False)
     y = nn.Silu()(x)
