@@ -7,6 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST = MKL_NUM_THREADS=1 $(1)/bin/python -m pytest $(2) $(PYTEST_FLAGS)
 JOB ?= decoder-lora
 BENCH_FLAGS ?= --details
+TRUESIZE_FLAGS ?=
 UV_COMPILE = ../.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate
 
 # $(call make_venv,FOLDER,LOCK[,BASE]): the locks are complete, so pip resolves nothing. What the environment BASE has in the
@@ -23,7 +24,7 @@ $(if $(3),@echo "$(call packages_of,$(3))" > "$(call packages_of,$(1))/base.pth"
 @touch $@
 endef
 
-.PHONY: help demo toys gate test test-engine precision lint test-paddle26 parity bench torture venvs lock clean
+.PHONY: help demo toys gate test test-engine precision lint test-paddle26 parity bench truesize torture venvs lock clean
 
 help:
 	@echo "make demo           teach a tiny Kandinsky 2.2 a new look on the CPU, and draw with it (JOB=lcm-lora for another job)"
@@ -36,6 +37,7 @@ help:
 	@echo "make test-paddle26  those tests on Paddle 2.6 whose outcome may depend on Paddle"
 	@echo "make parity         the comparisons with the PyTorch reference"
 	@echo "make bench          how fast jobs train beside PyTorch: writes docs/performance.md (hours; BENCH_FLAGS='--jobs prior')"
+	@echo "make truesize       jobs at the published models' size: writes docs/true_size.md (hours, 24 GB of memory)"
 	@echo "make torture        kill runs 240 times and resume them"
 	@echo "make venvs          the three environments of the above, without running anything"
 	@echo "make lock           write the requirements*.txt again from the .in files"
@@ -135,6 +137,9 @@ parity: .venv-parity/ready
 
 bench: .venv-parity/ready
 	.venv-parity/bin/python benchmarks/speed.py $(BENCH_FLAGS)
+
+truesize: .venv-parity/ready
+	.venv/bin/python benchmarks/true_size.py $(TRUESIZE_FLAGS)
 
 torture: .venv/ready
 	.venv/bin/python -m tests.distributed.kill_harness --kills 120 --double_kills 30

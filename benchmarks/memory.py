@@ -88,7 +88,7 @@ def main():
                 encoders = inventory.memory(replace(options_of(args), cached=False))["encoders"]
                 figures = [fixed, encoders, *inventory.activations.values()]
                 rows.append(
-                    [name, f"{sum(inventory.learning) / 1e6:,.1f} M", *(f"{size / 1e9:.1f}" for size in figures)]
+                    [name, f"{sum(inventory.trained) / 1e6:,.1f} M", *(f"{size / 1e9:.1f}" for size in figures)]
                 )
                 cards.append([name, *(flags_for(inventory, options_of(args), card) for card in CARDS)])
                 print(" | ".join(rows[-1]), " | ".join(cards[-1]), sep="\n", flush=True)

@@ -53,11 +53,12 @@ def describe_run(module, dataset, args, total_steps: int, samples_per_step: int,
     )
 
     print("\nmemory of each card")
-    parts = inventory.memory(options)
-    total = sum(parts.values())
-    for name, size in parts.items():
-        print(f"  {name:<20} {human(size):>10}")
-    print(f"  {'all together':<20} {human(total):>10}   {fitting(total)}")
+    for name, size in inventory.memory(options).items():
+        print(f"  {name:<32} {human(size):>10}")
+    for name, size in inventory.phases(options).items():
+        print(f"  {f'all together, {name}':<32} {human(size):>10}")
+    peak = inventory.peak(options)
+    print(f"  {'at its most':<32} {human(peak):>10}   {fitting(peak)}")
     print("  (activations: measured on one sample of at most 256 pixels, carried on to this run's)")
     print("\nwhat would lower it")
     for saving, flag in sorted(savings(inventory, options), reverse=True):
@@ -93,9 +94,9 @@ def savings(inventory: Inventory, options: Options):
         "--no_use_ema": {"use_ema": False},
         "--train_batch_size 1": {"train_batch_size": 1},
     }
-    now = sum(inventory.memory(options).values())
+    now = inventory.peak(options)
     for flag, change in changes.items():
-        saving = now - sum(inventory.memory(replace(options, **change)).values())
+        saving = now - inventory.peak(replace(options, **change))
         if saving > 0:
             yield saving, flag
 

@@ -23,6 +23,7 @@ from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.run import settle_cache_folder, settle_seed
 from ppdiffusers_train.runtime.checkpoint import find_checkpoint
+from ppdiffusers_train.runtime.memory import compute_on_cpu
 from ppdiffusers_train.training import order_samples
 
 GREY = (128, 128, 128)
@@ -48,6 +49,7 @@ def preview(words: list) -> tuple:
     group.add_argument("--json", action=Flag, help="print what was drawn as one JSON document")
     args = parser.parse_args(flags)
     args.dry_run = True  # models have no weights
+    compute_on_cpu()
     quiet_libraries()
     settle_cache_folder(args)
     resumed = args.resume_from_checkpoint

@@ -39,6 +39,7 @@ from ppdiffusers_train.runtime.cpu_levers import COMPILE_FROM_ROWS, CompiledEnco
 from ppdiffusers_train.runtime.distributed import start_ranks
 from ppdiffusers_train.runtime.flops import FlopCounter, peak_tflops
 from ppdiffusers_train.runtime.kernel_repairs import repair_kernels
+from ppdiffusers_train.runtime.memory import compute_on_cpu
 from ppdiffusers_train.runtime.signals import StopRequest
 from ppdiffusers_train.runtime.tracing import compile_models
 from ppdiffusers_train.saving import save_checkpoint, write_result
@@ -54,6 +55,8 @@ def check_run(args) -> None:
         UserError: for all that can be seen to be wrong by then.
     """
     quiet_libraries()
+    if args.dry_run:
+        compute_on_cpu()
     set_arithmetic(args)
     output_dir, images = Path(args.output_dir), getattr(args, "train_data_dir", None)
     if images and output_dir.resolve().is_relative_to(Path(images).resolve()):

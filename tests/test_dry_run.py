@@ -10,10 +10,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import paddle
 import pytest
 
 from ppdiffusers_train.dry_run import inventory_of, options_of
-from ppdiffusers_train.runtime.memory import Peaks, extrapolate, extrapolate_peak
+from ppdiffusers_train.runtime.adamw_8bit import BLOCK, AdamW8bit
+from ppdiffusers_train.runtime.ema import EMA
+from ppdiffusers_train.runtime.memory import EMA_UPDATE_BYTES, Peaks, extrapolate, extrapolate_peak
 from ppdiffusers_train.toy.sdxl import build_sdxl
 from tests.conftest import builder, module_class, optimizer_state, runner, tensors
 
@@ -69,7 +72,7 @@ def test_every_script_says_what_it_would_do_without_any_weights(jobs, name, tmp_
         role = f"{learns:,} learn" if learns else "frozen, encodes" if child in real.encoders else "frozen\n"
         assert re.search(rf"  {child} +{size:,} parameters of {type(model).__name__}, {role}", said)
     assert "7 samples with 7 captions\n  20 steps of 2 samples: 5.0 epochs of 4 steps" in said
-    for part in ("gradients", "optimizer", "activations", "all together", "what would lower it"):
+    for part in ("gradients", "optimizer", "activations", "all together, training", "at its most", "what would lower"):
         assert part in said
     assert not list((tmp_path / "o").iterdir()), "nothing is written"
 
@@ -88,6 +91,41 @@ def test_weights_gradients_and_states_are_exact_to_the_byte(train_sdxl, build_sd
     assert memory["optimizer"] == sum(array.nbytes for _, array in state) - counts
     averages = tensors(out / "checkpoint-1" / "ema.safetensors").values() if "--use_ema" in flags else []
     assert memory["EMA"] == sum(array.nbytes for array in averages)
+
+
+def test_what_an_update_takes_is_known():
+    """Of the last of three: Paddle makes more of the first."""
+    for size in (2**20, 2**20 + BLOCK // 2):
+        parameter = paddle.create_parameter([size], "float32")
+        adam, average = AdamW8bit(1e-3, [parameter], 0.9, 0.999, 1e-8, 0.01), EMA({"parameter": parameter})
+        for _ in range(3):
+            parameter.grad = paddle.ones([size])
+            with Peaks() as peaks:
+                adam.step()
+                peaks.mark()
+                average.update()
+                peaks.mark()
+        assert peaks.peaks == pytest.approx([AdamW8bit.update_bytes(size), EMA_UPDATE_BYTES * size], rel=0.01)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name, flags", [("sdxl", []), ("lora_sdxl", ["--use_ema"])])
+def test_a_run_loads_fills_its_cache_and_trains(build_sdxl_module, name, flags):
+    module = build_sdxl_module(name, *flags)
+    inventory, options = inventory_of(module, ROW, module.args), options_of(module.args)
+    everything, average = (
+        sum(parameter.numpy().nbytes for parameter in parameters)
+        for parameters in (module.parameters(), module.trainable_parameters() if flags else [])
+    )
+    low = replace(options, mixed_precision="fp16", amp_level="O2")
+    # Models are lowered when all are there.
+    for each in (options, low):
+        assert inventory.phases(each)["loading"] == everything + average
+    assert set(inventory.phases(options)) == {"loading", "training"}
+    cached = replace(options, cached=True)
+    assert inventory.phases(cached)["filling the cache"] == everything + average + inventory.encoding
+    assert inventory.phases(cached)["training"] < inventory.phases(options)["training"]
+    assert inventory.peak(cached) == max(inventory.phases(cached).values())
 
 
 @pytest.mark.once
@@ -114,7 +152,7 @@ def test_the_estimate_is_within_fifteen_percent_of_what_a_run_takes(
     more += ["--gradient_accumulation_steps=2", "--center_crop", f"--encoded_cache_dir={tmp_path / 'cache'}", *flags]
     run, module = runner(sdxl_jobs, [*sdxl_flags, *more], tmp_path), builder(sdxl_jobs, [*sdxl_flags, *more])("sdxl")
     options = replace(options_of(module.args), cached="--no_encoded_cache" not in flags)
-    estimate = sum(inventory_of(module, ROW, module.args).memory(options).values())
+    estimate = inventory_of(module, ROW, module.args).phases(options)["training"]
     run("sdxl", "--max_train_steps=1", out="encodes")
     gc.collect()  # what that run has left behind
     with Peaks() as peaks:

@@ -102,6 +102,12 @@ class AdamW8bit(paddle.optimizer.AdamW):
         blocks = -(-size // BLOCK)
         return 8 * size if size < SMALLEST else 2 * blocks * (BLOCK + 4)
 
+    @staticmethod
+    def update_bytes(size: int) -> int:
+        """Bytes that come and go while a parameter of `size` numbers is updated: moments, change, value and blocks in
+        float32, and places in the map, which are int64; blocks that have to be filled up are copied once more."""
+        return (32 if size % BLOCK else 28) * size
+
     def state_dict(self) -> dict:
         """`{"<parameter's name>_<name>": tensor}`."""
         tensors = {f"{name}_{key}": tensor for name, state in self.states.items() for key, tensor in state.items()}

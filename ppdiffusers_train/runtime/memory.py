@@ -1,5 +1,6 @@
 """What a training step takes in memory: counted for what stays, measured for what comes and goes."""
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +8,9 @@ import paddle
 from paddle.base import core
 
 from ppdiffusers_train.runtime.adamw_8bit import AdamW8bit
+from ppdiffusers_train.runtime.precision import DTYPES, is_trained_without_lora, keeps_float32
+
+EMA_UPDATE_BYTES = 12  # for each number of a parameter whose average moves: two products, and their sum
 
 
 @dataclass(frozen=True)
@@ -28,45 +32,83 @@ class Inventory:
     """What a job consists of, in numbers.
 
     Args:
-        learning: sizes of the parameters that learn.
-        frozen: how many numbers the frozen parts hold that training needs, by name.
+        trained: sizes of the parameters that are trained.
+        lowered: how many of their numbers O2 keeps in 16 bits: those of models without LoRA.
+        frozen: `{name: {mixed precision: bytes}}` of what is not trained in the parts that training needs.
         encoders: the same of those that a cache replaces.
-        in_float32: names of the frozen parts that stay in float32.
+        float32_beside: how many frozen numbers stay float32 in models that are trained without LoRA; autocast makes
+            16-bit copies of those, too.
         activations: `{with recompute?: peak bytes of a sample's forward and backward pass in float32}`.
         encoding: peak bytes while a sample is encoded.
         encoded: bytes of an encoded sample.
     """
 
-    learning: tuple
+    trained: tuple
+    lowered: int
     frozen: dict
     encoders: dict
-    in_float32: tuple
+    float32_beside: int
     activations: dict
     encoding: int
     encoded: int
 
     def memory(self, options: Options) -> dict:
-        """Bytes on each card by kind. Weights, gradients, moments and averages are exact; in a low precision,
-        activations are taken as half of those in float32, and O1's copies of the weights come with them."""
-        low, numbers = options.mixed_precision != "no", sum(self.learning)
-        o2 = low and options.amp_level == "O2"
-        frozen, encoders = (
-            sum(size * (2 if low and name not in self.in_float32 else 4) for name, size in parts.items())
-            for parts in (self.frozen, self.encoders)
-        )
+        """Bytes on each device by kind, in training. Weights, gradients, moments and averages are counted; in 16 bits,
+        activations are taken as half of those in float32, and autocast's copies of float32 weights come with them."""
+        numbers, precision = sum(self.trained), options.mixed_precision
+        lowered = self.lowered if precision != "no" and options.amp_level == "O2" else 0
         moments = AdamW8bit.state_bytes if options.use_8bit_adam else adamw_state_bytes
         activations = self.activations[options.gradient_checkpointing] * options.train_batch_size
-        if low:
-            activations = activations // 2 + (0 if o2 else 2 * numbers)
+        if precision != "no":
+            activations = activations // 2 + 2 * (numbers - lowered + self.float32_beside)
         return {
-            "weights that learn": numbers * (2 if o2 else 4),
-            "frozen weights": frozen,
-            "encoders": 0 if options.cached else encoders,
-            "gradients": numbers * (2 if o2 else 4),
-            "optimizer": sum(map(moments, self.learning)) // options.sharding_degree + (4 * numbers if o2 else 0),
+            "weights that learn": 4 * numbers - 2 * lowered,
+            "frozen weights": in_bytes(self.frozen, precision),
+            "encoders": 0 if options.cached else in_bytes(self.encoders, precision),
+            "gradients": 4 * numbers,
+            "optimizer": (sum(map(moments, self.trained)) + 4 * lowered) // options.sharding_degree,
             "EMA": 4 * numbers if options.use_ema else 0,
-            "activations": max(activations, 0 if options.cached else self.encoding),
+            "activations": max(activations, 0 if options.cached else self.encoding, self.updating(options)),
         }
+
+    def updating(self, options: Options) -> int:
+        """Bytes that come and go while the largest parameter is updated, after the activations have gone."""
+        largest = max(self.trained)
+        return max(
+            AdamW8bit.update_bytes(largest) if options.use_8bit_adam else 0,
+            EMA_UPDATE_BYTES * largest if options.use_ema else 0,
+        )
+
+    def phases(self, options: Options) -> dict:
+        """Bytes on each device at the peak of each of a run's phases. Models are loaded in float32, and cast when all
+        are there; gradients and moments come with the first step."""
+        training = self.memory(options)
+        loaded = 4 * sum(self.trained) + in_bytes(self.frozen, "no") + in_bytes(self.encoders, "no")
+        phases = {"loading": loaded + training["EMA"], "training": sum(training.values())}
+        if options.cached:
+            fixed = sum(training[kind] for kind in ("weights that learn", "frozen weights", "EMA"))
+            phases["filling the cache"] = fixed + in_bytes(self.encoders, options.mixed_precision) + self.encoding
+            if options.amp_level == "O2" and options.mixed_precision != "no":
+                phases["filling the cache"] += 4 * self.lowered  # masters are there from the beginning
+        return phases
+
+    def peak(self, options: Options) -> int:
+        """The most that a run takes, in bytes on each device."""
+        return max(self.phases(options).values())
+
+
+def in_bytes(parts: dict, mixed_precision: str) -> int:
+    """Bytes of all parts together, as `Inventory` has them."""
+    return sum(sizes[mixed_precision] for sizes in parts.values())
+
+
+def compute_on_cpu() -> None:
+    """Have this process compute on the CPU whatever devices there are: `Peaks` sees the host's memory alone.
+
+    To be called before models are built and ranks are started.
+    """
+    paddle.set_device("cpu")
+    os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"  # ranks that were launched for other devices meet on the host
 
 
 def adamw_state_bytes(size: int) -> int:
@@ -75,17 +117,36 @@ def adamw_state_bytes(size: int) -> int:
 
 
 def take_inventory(module, activations: dict, encoding: int, encoded: int) -> Inventory:
-    """Count a `DiffusionTrainingModule`'s parameters."""
-    learning = {id(parameter): parameter.size for parameter in module.trainable_parameters()}
-    sizes = {
-        name: sum(parameter.size for parameter in model.parameters() if id(parameter) not in learning)
-        for name, model in module.named_children()
+    """Count a `DiffusionTrainingModule`'s parameters and buffers."""
+    trained = {id(parameter): parameter.size for parameter in module.trainable_parameters()}
+    models, without_lora = dict(module.named_children()), {}
+    frozen = {
+        name: {precision: frozen_bytes(module, name, precision) for precision in ("no", *DTYPES)} for name in models
     }
-    encoders = {name: sizes.pop(name) for name in module.encoders}
+    for name, model in models.items():
+        if is_trained_without_lora(model):
+            without_lora[name] = sum(parameter.size for parameter in model.parameters() if id(parameter) in trained)
+    encoders = {name: frozen.pop(name) for name in module.encoders}
     return Inventory(
-        tuple(learning.values()), sizes, encoders, (*module.overflow_float16, *module.always_float32), activations,
-        encoding, encoded,
+        tuple(trained.values()), sum(without_lora.values()), frozen, encoders,
+        sum(frozen[name]["no"] // 4 for name in without_lora), activations, encoding, encoded,
     )  # fmt: skip
+
+
+def frozen_bytes(module, name: str, mixed_precision: str) -> int:
+    """Bytes of what is not trained in a module's model, once `Precision.cast_models` has been there: its parameters,
+    and its buffers of floating-point numbers, such as SD3's position embeddings.
+
+    In float16, Paddle keeps layer norms in float32: too few numbers to be counted.
+    """
+    model = getattr(module, name)
+    parameters = [parameter for parameter in model.parameters() if parameter.stop_gradient]
+    buffers = sum(buffer.size for buffer in model.buffers() if buffer.is_floating_point())
+    kept = sum(parameter.size for parameter in parameters if getattr(parameter, "stays_frozen", False))
+    size = sum(parameter.size for parameter in parameters)
+    if mixed_precision == "no" or is_trained_without_lora(model) or keeps_float32(module, name, mixed_precision):
+        return 4 * (size + buffers)
+    return 4 * (kept + buffers) + 2 * (size - kept)
 
 
 class Peaks:
