@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ppdiffusers_train.runtime.checkpoint import read_state
-from tests.conftest import optimizer_state, same, scalars, weights
+from tests.conftest import optimizer_state, same, scalars, tensors, weights
 
 
 @pytest.fixture
@@ -64,6 +64,30 @@ def test_a_counted_few_are_dropped_and_the_count_survives_a_resume(breaking, tra
     with pytest.raises(SystemExit):
         breaking({1}, how, "--skip_nonfinite=1", "--resume_from_checkpoint=latest")
     assert "step 5, rank 0" in last_error(capsys)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("use_8bit_adam", [[], ["--use_8bit_adam"]], ids=str)
+def test_a_skipped_step_moves_the_position_but_neither_schedule_nor_average_and_is_counted(breaking, use_8bit_adam):
+    flags = ["--skip_nonfinite=1", "--use_ema", "--lr_scheduler=linear", "--checkpointing_steps=1", *use_8bit_adam]
+    skipping, other = breaking({2}, "gradient", *flags), breaking({}, "gradient", *flags, out="other")
+    rates, usual = (scalars(out, "train/learning_rate") for out in (skipping, other))
+    assert rates == [usual[0], usual[1], *usual[1:4]] and len(set(usual)) == 5
+    assert scalars(skipping, "train/skipped_steps") == [0, 1, 1, 1, 1]
+    states = [read_state(skipping / f"checkpoint-{step}") for step in (1, 2, 3)]
+    assert [state["ema_updates"] for state in states] == [1, 1, 2]
+    assert [state["position"] for state in states] == [2, 4, 6]
+    averages = [tensors(skipping / f"checkpoint-{step}" / "ema.safetensors") for step in (1, 2, 3)]
+    assert same(averages[0], averages[1]) and not same(averages[1], averages[2])
+
+
+def test_a_nan_that_is_found_a_step_late_never_reaches_a_file(breaking, capsys, tmp_path):
+    """Its step is the last before a checkpoint is due, and it is not."""
+    for steps in ({2}, {3}):
+        with pytest.raises(SystemExit):
+            breaking(steps, "gradient", "--checkpointing_steps=3", "--use_ema", out=str(steps))
+        assert f"step {max(steps)}, rank 0: the norm of the gradients is nan" in last_error(capsys)
+        assert not list((tmp_path / str(steps)).glob("checkpoint-*"))
 
 
 @pytest.fixture

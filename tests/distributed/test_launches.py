@@ -94,6 +94,25 @@ def test_the_rank_that_fails_ends_the_others_and_has_the_last_word(base_flags, t
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("on_save_error, status", [("continue", 0), ("stop", 1)])
+def test_a_disk_that_is_full_for_one_ranks_share_is_told_and_nobody_waits(base_flags, tmp_path, on_save_error, status):
+    flags = [*base_flags, *TWO, f"--output_dir={tmp_path / 'out'}", "--max_train_steps=2", "--checkpointing_steps=1"]
+    flags += ["--sharding_degree=2", f"--on_save_error={on_save_error}", "--collective_timeout=60"]
+    start = time.monotonic()
+    done = subprocess.run(
+        launch_command(Path(__file__).with_name("full_disk_on_rank_one.py"), *flags, log_dir=tmp_path / "log"),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+    )  # fmt: skip
+    said = (tmp_path / "log" / "workerlog.0").read_text()
+    assert bool(done.returncode) == bool(status) and time.monotonic() - start < 120, said
+    told = f"checkpoint-1 cannot be written to '{tmp_path / 'out'}': rank 1: [Errno 27] File too large"
+    assert told in said and "Traceback" not in said + (tmp_path / "log" / "workerlog.1").read_text()
+    assert not list((tmp_path / "out").glob("*checkpoint*")), "no half-written folder is left"
+    if on_save_error == "continue":
+        assert said.count("; going on") == 2 and learned("prior", tmp_path / "out")
+
+
+@pytest.mark.once
 def test_a_mistake_is_said_once_and_last(base_flags, tmp_path):
     flags = [*base_flags, f"--output_dir={tmp_path / 'out'}", "--train_data_dir=nowhere"]
     done = subprocess.run(
