@@ -37,7 +37,7 @@ def test_steps_that_overflow_leave_everything_but_the_position(jobs, on_device, 
     much, and has a loss and gradients to match."""
     prior, decoder = jobs.models["kandinsky"]
     jobs.models["kandinsky"] = shutil.copytree(prior, tmp_path / "loud_prior"), decoder
-    multiply(tmp_path / "loud_prior" / "prior", ["proj_to_clip_embeddings.weight"], 4)
+    multiply(tmp_path / "loud_prior" / "prior", ["proj_to_clip_embeddings.weight"], 2)
     flags = [f"--max_train_steps={STEPS}", "--checkpointing_steps=1", "--mixed_precision=fp16", "--use_ema"]
     flags += ["--train_batch_size=2", "--lr_scheduler=linear", "--lr_warmup_steps=2", "--resolution=32"]
     outs = {case: jobs.add(case.split()[0], case, *flags, *more) for case, more in OVERFLOWS.items()}
@@ -46,7 +46,7 @@ def test_steps_that_overflow_leave_everything_but_the_position(jobs, on_device, 
         assert not not_finite(out), case
         states = [json.loads((folder / "state.json").read_text()) for folder in checkpoints(out)]
         overflowed = [state["overflowed_steps"] for state in states]
-        assert 1 <= overflowed[0] and overflowed[-2] == overflowed[-1] <= STEPS - 2, (case, overflowed)
+        assert overflowed[0] == 1 and overflowed[-1] < STEPS, (case, overflowed)
         assert f"skipped={overflowed[-1]}" in report["said"], case
         assert scalars(out, "train/skipped_steps") == overflowed, case
         check_steps(case, out, states)
