@@ -33,7 +33,7 @@ def device():
 def on_device(device, tmp_path_factory):
     """`on_device(jobs, ranks=1)` runs jobs of `runner.py` in a process, or one per rank, and returns their reports."""
 
-    def run(jobs, ranks=1, timeout=600):
+    def run(jobs, ranks=1, timeout=1800):
         folder = tmp_path_factory.mktemp("on_device")
         (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
         arguments = ["-m", "tests.device.runner", folder / "jobs.json", folder / "report.json"]

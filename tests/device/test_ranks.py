@@ -2,6 +2,7 @@
 
 import ppdiffusers_train  # noqa: F401
 
+import itertools
 import json
 
 import numpy as np
@@ -32,24 +33,20 @@ def test_so_they_do_in_every_script_and_precision(name, jobs, on_device):
 
 def check_ranks(cases, jobs, on_device):
     """Run each case in one process, in two, in two that share the optimizer's state, and resumed."""
-    outs = {}
-    for name, dtype, level in cases:
-        flags = [*RUN, f"--mixed_precision={dtype}", f"--amp_level={level}"]
-        out = f"{name}-{dtype}-{level}"
-        outs[name, dtype, level] = {
-            "two": jobs.add(name, f"{out}-two", *flags),
-            "sharded": jobs.add(name, f"{out}-sharded", *flags, *SHARDED),
-            "resumed": jobs.add(
-                name, f"{out}-resumed", *flags, *SHARDED,
-                f"--resume_from_checkpoint={jobs.folder / f'{out}-sharded' / f'checkpoint-{STOP}'}",
-            ),
-        }  # fmt: skip
-    reports = on_device(jobs.list, ranks=2)
-    jobs.list = []
-    for name, dtype, level in cases:
-        flags = [*RUN, *ALONE, f"--mixed_precision={dtype}", f"--amp_level={level}"]
-        outs[name, dtype, level]["one"] = jobs.add(name, f"{name}-{dtype}-{level}-one", *flags)
-    reports += on_device(jobs.list)
+    outs = {case: {} for case in cases}
+
+    def run(ranks, **kinds):
+        jobs.list = []
+        for case, (kind, more) in itertools.product(cases, kinds.items()):
+            name, dtype, level = case
+            flags = [*RUN, f"--mixed_precision={dtype}", f"--amp_level={level}", *more]
+            if kind == "resumed":
+                flags.append(f"--resume_from_checkpoint={outs[case]['sharded'] / f'checkpoint-{STOP}'}")
+            outs[case][kind] = jobs.add(name, "-".join((*case, kind)), *flags)
+        return on_device(jobs.list, ranks)
+
+    reports = run(1, one=ALONE) + run(2, two=[])
+    reports += run(2, sharded=SHARDED, resumed=SHARDED)  # apart: a process joins the others once, one way or another
     failed = [report["error"] or report["said"] for report in reports if report["status"]]
     assert not failed, failed[0]
     wrong = []
