@@ -87,6 +87,12 @@ LOAD_FULL = """
 from ppdiffusers import {0}
 model = {0}.from_pretrained(result + "/{1}", from_diffusers=from_diffusers)
 """
+# ppdiffusers' own reader holds all tensors beside the model, twice where it transposes them: too much for this one.
+LOAD_SDXL = """
+from ppdiffusers import UNet2DConditionModel
+from ppdiffusers_train.models.pipeline_folder import PipelineFolder
+model = PipelineFolder(result, "result", ["unet"]).load("unet", UNet2DConditionModel)
+"""
 # From small to large; those with the same models follow each other.
 CASES = {
     "sd1_5_lcm_lora": Case(
@@ -95,7 +101,7 @@ CASES = {
     ),
     "sd3_lora": Case(
         "sd3/train_text_to_image_lora_sd3", {"pretrained_model_name_or_path": ("sd3", "float16")}, LOAD_SD3_LORA,
-        14, ("--no_t5",),
+        13, ("--no_t5",),
     ),
     "prior_lora": Case(
         "kandinsky2_2/train_text_to_image_prior_lora", PRIOR,
@@ -119,7 +125,7 @@ CASES = {
     ),
     "sdxl_full": Case(
         "sdxl/train_text_to_image_sdxl", SDXL,
-        LOAD_FULL.format("UNet2DConditionModel", "unet"), 20, ("--trainable_modules=mid_block",),
+        LOAD_SDXL, 17, ("--trainable_modules=mid_block",),
     ),
 }  # fmt: skip
 
