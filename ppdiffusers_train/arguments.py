@@ -100,6 +100,9 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
         help="split the optimizer's state over so many cards (ZeRO 1)",
     )
     group.add_argument(
+        "--sharding_stage", type=int, choices=(1, 2), default=1, help="2: split the gradients, too (ZeRO 2)"
+    )
+    group.add_argument(
         "--collective_timeout", type=positive_float, default=1800.0, help="seconds a card waits for others in a step"
     )
 

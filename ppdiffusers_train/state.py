@@ -61,6 +61,7 @@ class TrainingState:
     max_grad_norm: float
     bad_samples: BadSamples
     judges_before: bool  # whether a step's numbers are looked at before the weights change
+    sharding_stage: int  # 2: gradients are kept by those that update their parameters alone
     gradients: GradientSums = None  # from `cast_models` on
     step: int = 0  # optimizer steps taken
     position: int = 0  # samples seen
@@ -75,7 +76,14 @@ class TrainingState:
     def cast_models(self) -> None:
         """Give weights the types that they are trained in."""
         self.precision.cast_models(self.module, self.optimizer)
-        self.gradients = GradientSums(self.parameters, self.ranks)
+        owners = self.owners() if self.sharding_stage == 2 else None
+        self.gradients = GradientSums(self.parameters, self.ranks, owners)
+
+    def owners(self) -> dict:
+        """{structured name: which of the ranks that share the optimizer's state has the parameter's}, of a sharded
+        optimizer."""
+        owners = getattr(self.optimizer, "_param2rank", {})
+        return {name: owners[parameter.name] for name, parameter in self.parameters.items() if owners}
 
     def take_step(self, window: range, loss, missing: int) -> StepFigures:
         """Update the weights from the gradients of `window`, and everything that follows them.
@@ -126,11 +134,11 @@ class TrainingState:
         Args:
             is_kept: whether this rank wants the values; else they are None.
         """
-        masters, owners = self.optimizer._master_weights, getattr(self.optimizer, "_param2rank", {})
+        masters, owners = self.optimizer._master_weights, self.owners()
         for name, parameter in self.parameters.items():
             value = masters.get(parameter.name, parameter)
             if parameter.dtype != paddle.float32 and owners:
-                value = self.ranks.broadcast_in_shard(masters.get(parameter.name), parameter, owners[parameter.name])
+                value = self.ranks.broadcast_in_shard(masters.get(parameter.name), parameter, owners[name])
             yield name, parameter, value if is_kept else None
 
     def float32_weights(self, only_main: bool = False):
@@ -212,6 +220,8 @@ def check_schedule(args, total_steps: int) -> None:
         raise UserError(
             f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {total_steps} steps; expected fewer with polynomial"
         )
+    if args.sharding_stage > 1 and args.sharding_degree == 1:
+        raise UserError(f"--sharding_stage {args.sharding_stage}: expected it with a --sharding_degree above 1")
     if args.use_8bit_adam and (args.sharding_degree > 1 or args.amp_level == "O2"):
         raise UserError(
             "--use_8bit_adam: its state is neither split over GPUs nor kept for low-precision weights; "
@@ -251,4 +261,5 @@ def build_training_state(module, args, total_steps: int, samples_per_step: int, 
         args.max_grad_norm,
         BadSamples(args.max_bad_samples),
         judges_before=precision.loss_scale.enabled or args.skip_nonfinite > 0,
+        sharding_stage=args.sharding_stage,
     )

@@ -121,7 +121,10 @@ class Ranks:
         new weights (Rajbhandari et al. 2019, arXiv 1910.02054: stage 1)."""
         if self.sharding_degree == 1:
             return optimizer
-        return DygraphShardingOptimizer(optimizer, fleet.get_hybrid_communicate_group())
+        sharded = DygraphShardingOptimizer(optimizer, fleet.get_hybrid_communicate_group())
+        # Paddle 3 sends those weights that have a gradient. At stage 2 the sender alone has one: nobody would listen.
+        sharded._get_param_grad = lambda parameter: parameter
+        return sharded
 
     @property
     def holds_a_shard(self) -> bool:

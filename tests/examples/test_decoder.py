@@ -442,6 +442,7 @@ def test_mistakes_get_one_line_and_status_two(decoder_job, decoder_flags, kandin
         "--resume_from_checkpoint=checkpoint-9": "--resume_from_checkpoint: 'checkpoint-9' is neither a folder nor a",
         "--report_to=wandb": "--report_to wandb: not installed",
         "--push_to_hub": "--push_to_hub: no token; expected the environment variable HF_TOKEN",
+        "--sharding_stage=2": "--sharding_stage 2: expected it with a --sharding_degree above 1",
         "--lr_scheduler=polynomial": "--lr_warmup_steps 500: the run has 2 steps; expected fewer with polynomial",
         "--learning_rat=1": "--learning_rat is not a flag of this script; did you mean --learning_rate?",
     }
