@@ -93,14 +93,9 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
     )
 
     group = parser.add_argument_group("several cards")
+    group.add_argument("--sharding_degree", type=positive_int, default=1, help="cards that share an optimizer's state")
     group.add_argument(
-        "--sharding_degree",
-        type=positive_int,
-        default=1,
-        help="split the optimizer's state over so many cards (ZeRO 1)",
-    )
-    group.add_argument(
-        "--sharding_stage", type=int, choices=(1, 2), default=1, help="2: split the gradients, too (ZeRO 2)"
+        "--sharding_stage", type=int, choices=(1, 2), default=1, help="2: they share gradients, too (ZeRO 2)"
     )
     group.add_argument(
         "--collective_timeout", type=positive_float, default=1800.0, help="seconds a card waits for others in a step"
