@@ -17,7 +17,7 @@ from ppdiffusers_train.runtime.gradient_sums import GradientSums
 from ppdiffusers_train.runtime.gradients import clipping_factor, scale_gradients, zero_unless
 from ppdiffusers_train.runtime.optimizer_state import SEPARATOR, load_optimizer_tensors, optimizer_tensors
 from ppdiffusers_train.runtime.precision import Precision, holding, updated_parameters
-from ppdiffusers_train.tensor_files import read_tensors, write_parts
+from ppdiffusers_train.tensor_files import open_tensors, write_parts
 
 OPTIMIZER, AVERAGES = "optimizer", "ema"  # how the names of their files begin
 
@@ -185,7 +185,7 @@ class TrainingState:
         if bool(self.ema) != (saved["ema_updates"] is not None):
             raise UserError(f"{flag} was written {'without' if self.ema else 'with'} --use_ema; expected the same now")
         # Fewer are right, too: what no step has used has no state.
-        unknown = {name.split(SEPARATOR)[0] for name, _ in saved_tensors(folder, OPTIMIZER)} - set(self.parameters)
+        unknown = {name.split(SEPARATOR)[0] for name in saved_tensors(folder, OPTIMIZER)} - set(self.parameters)
         if unknown:
             raise UserError(
                 f"{flag} holds an optimizer of other weights, such as {min(unknown)}, which do not learn here"
@@ -196,22 +196,22 @@ class TrainingState:
         """Take over the rest of what `save` and `record` wrote, once the weights have the types they are trained in."""
         own = {parameter.name for parameter in updated_parameters(self.optimizer)}
         updated = {name: parameter for name, parameter in self.parameters.items() if parameter.name in own}
-        load_optimizer_tensors(self.optimizer, updated, dict(saved_tensors(folder, OPTIMIZER)))
+        load_optimizer_tensors(self.optimizer, updated, saved_tensors(folder, OPTIMIZER))
         self.lr_scheduler.set_state_dict(saved["lr_scheduler"])
         self.precision.loss_scale.load_state_dict(saved["scaler"])
         if self.ema:
             self.ema.updates = saved["ema_updates"]
-            for name, array in saved_tensors(folder, AVERAGES):
-                self.ema.averages[name].set_value(array)
+            for name, tensor in saved_tensors(folder, AVERAGES).items():
+                self.ema.averages[name].set_value(tensor.numpy())
         self.step, self.position = saved["step"], saved["position"]
         self.failed_steps, self.overflowed_steps = saved["skipped_steps"], saved.get("overflowed_steps", 0)
         self.bad_samples.rows = set(saved["bad_rows"])
 
 
-def saved_tensors(folder: Path, stem: str):
-    """Yield (name, array) of a checkpoint's files that begin with `stem`, one mapped into memory after the other."""
-    for file in sorted(folder.glob(f"{stem}*.safetensors")):
-        yield from read_tensors(file)[0].items()
+def saved_tensors(folder: Path, beginning: str) -> dict:
+    """`{name: tensor}` of a checkpoint's files whose names begin so. A tensor is read when it is fetched."""
+    files = sorted(folder.glob(f"{beginning}*.safetensors"))
+    return {name: tensor for file in files for name, tensor in open_tensors(file)[0].items()}
 
 
 def check_schedule(args, total_steps: int) -> None:

@@ -163,36 +163,6 @@ def write_parts(folder, stem: str, tensors, limit: int = 2**30, metadata=None) -
     return {name: list(part) for name, part in zip(names, parts)}
 
 
-def read_parts(folder, stem: str):
-    """Yield (name, array) of all tensors that `write_parts` put into `folder` as `stem`, each read when it is yielded.
-
-    Raises:
-        UserError: a file is missing, which it names, or damaged.
-    """
-    for file in complete_parts(folder, stem):
-        for name, tensor in open_tensors(file)[0].items():
-            yield name, tensor.numpy()
-
-
-def complete_parts(folder, stem: str) -> list:
-    """The files of a stem in their order.
-
-    Raises:
-        UserError: there is none, one is missing, or they are of two sets.
-    """
-    files = part_files(folder, stem)
-    if not files:
-        raise UserError(f"{Path(folder) / f'{stem}.safetensors'} is missing")
-    counts = {(re.findall(r"-of-(\d+)\.safetensors$", file.name[len(stem) :]) or [""])[0] for file in files}
-    if len(counts) > 1:
-        raise UserError(f"{folder} holds {files[0].name} and {files[-1].name}, which are of two sets; expected one")
-    if (count := counts.pop()) and len(files) < int(count):
-        expected = (f"{stem}-{i + 1:0{len(count)}d}-of-{count}.safetensors" for i in range(int(count)))
-        missing = next(name for name in expected if not (Path(folder) / name).is_file())
-        raise UserError(f"{Path(folder) / missing} is missing; {len(files)} of {int(count)} files are there")
-    return files
-
-
 def part_files(folder, stem: str) -> list:
     """The files of a stem that there are, divided or not."""
     name = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors")

@@ -1,10 +1,14 @@
 import ppdiffusers_train  # noqa: F401
 
+import tracemalloc
+
 import numpy as np
 import paddle
 from paddle import nn
 
 from ppdiffusers_train.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from ppdiffusers_train.state import saved_tensors
+from ppdiffusers_train.tensor_files import size_in_bytes, write_parts
 
 
 def build():
@@ -31,7 +35,7 @@ def test_names_are_structured_and_complete():
 def test_an_optimizer_with_other_automatic_names_goes_on_with_the_same_bits():
     layer, optimizer, parameters = build()
     step(layer, optimizer, 3)
-    tensors = {name: tensor.numpy() for name, tensor in optimizer_tensors(optimizer, parameters).items()}
+    tensors = optimizer_tensors(optimizer, parameters)
     other, other_optimizer, other_parameters = build()
     assert other[0].weight.name != layer[0].weight.name
     other.set_state_dict(layer.state_dict())
@@ -40,3 +44,22 @@ def test_an_optimizer_with_other_automatic_names_goes_on_with_the_same_bits():
     step(other, other_optimizer, 2)
     for name, parameter in parameters.items():
         assert np.array_equal(parameter.numpy(), other_parameters[name].numpy())
+
+
+def test_the_host_holds_a_tensor_of_the_state_that_it_writes_and_reads(tmp_path):
+    layer = nn.Sequential(*(nn.Linear(200, 200) for _ in range(20)))
+    optimizer = paddle.optimizer.AdamW(0.1, parameters=layer.parameters())
+    layer(paddle.ones([2, 200])).sum().backward()
+    optimizer.step()
+    parameters = dict(layer.named_parameters())
+    tensors = optimizer_tensors(optimizer, parameters)
+    total = sum(map(size_in_bytes, tensors.values()))
+    tracemalloc.start()
+    try:
+        write_parts(tmp_path, "optimizer", tensors.items(), limit=total // 3)
+        load_optimizer_tensors(optimizer, parameters, saved_tensors(tmp_path, "optimizer"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(list(tmp_path.iterdir())) > 2
+    assert peak < total / 8
