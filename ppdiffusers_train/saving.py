@@ -3,8 +3,6 @@
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from ppdiffusers_train.errors import RunError
 from ppdiffusers_train.reporting.hub import push_to_hub
 from ppdiffusers_train.runtime.checkpoint import replace_children, write_checkpoint
@@ -39,7 +37,7 @@ def save_checkpoint(state: TrainingState, ranks: Ranks, output_dir: Path, info: 
                     raise OSError(next(filter(None, failures)))
                 record = {**info, **state.record()}
                 write_checkpoint(output_dir, state.step, write, record, args.checkpoints_total_limit)
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 message = f"checkpoint-{state.step} cannot be written to {str(output_dir)!r}: {error}"
                 if args.on_save_error == "stop":
                     raise RunError(f"{message}; earlier checkpoints are untouched") from error
@@ -55,7 +53,7 @@ def write_shard(state: TrainingState, ranks: Ranks, folder: Path) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         state.save_optimizer(folder, f"{OPTIMIZER}-{ranks.rank + 1:05d}-of-{ranks.sharding_degree:05d}")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         return f"rank {ranks.rank}: {error}"
     return ""
 
@@ -70,7 +68,7 @@ def write_result(module, output_dir: Path, args, say) -> None:
 
     try:
         replace_children(output_dir, save)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise RunError(
             f"the result cannot be written to {str(output_dir)!r}: {error}; the same command with "
             "--resume_from_checkpoint latest goes on from the last checkpoint"

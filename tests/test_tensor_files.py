@@ -128,6 +128,25 @@ def test_a_set_may_be_empty(tmp_path):
     assert not stored(tmp_path)
 
 
+def test_files_have_the_usual_permissions(tmp_path):
+    """Those of the library's writer, in its version 0.8, are for their owner alone."""
+    (tmp_path / "plain").touch()
+    write_tensors(tmp_path / "a.safetensors", numbers(1), {})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path):
+    class Unreadable(Device):
+        def numpy(self):
+            raise OSError(28, "No space left on device")
+
+    write_tensors(tmp_path / "a.safetensors", numbers(1), {})
+    with pytest.raises(OSError, match="No space left"):
+        write_tensors(tmp_path / "a.safetensors", {"x": Unreadable(np.zeros(3), [])}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    assert read_tensors(tmp_path / "a.safetensors")[0].keys() == {"t0"}
+
+
 def test_nothing_of_an_earlier_set_is_left(tmp_path):
     write_parts(tmp_path, "other", numbers(1).items())
     for limit, files in ((8000, 3), (2**30, 1), (4000, 5), (12000, 2)):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import huggingface_hub
 import ppdiffusers
-from safetensors import SafetensorError
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.heap import return_free_memory
@@ -143,7 +142,7 @@ class PipelineFolder:
             print(f"{files.files[0]}: pickled weights; load them only from a source you trust")
         try:
             model = load_model(part_class, folder, files) or self._load_by_library(part, part_class, files)
-        except (AssertionError, OSError, ValueError, RuntimeError, SafetensorError, UserError) as error:
+        except (AssertionError, OSError, ValueError, RuntimeError, UserError) as error:
             raise self._error(f"has a {self.folders[part].name}/ that cannot be loaded: {error}") from error
         model.eval()
         return_free_memory()

@@ -27,7 +27,6 @@ def written_whole(target: Path):
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        share_as_usual(temporary)
         sync_tree(temporary)
     except Exception:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the space
@@ -39,16 +38,6 @@ def written_whole(target: Path):
     os.rename(temporary, target)
     sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def share_as_usual(folder: Path) -> None:
-    """Give files their usual permissions: safetensors 0.8 writes files that only their owner may read."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.rglob("*"):
-        # A hard link is somebody else's file, too.
-        if path.is_file() and path.stat().st_nlink == 1:
-            path.chmod(0o666 & ~umask)
 
 
 def replace_children(folder: Path, write) -> None:

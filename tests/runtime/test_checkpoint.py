@@ -14,7 +14,6 @@ from ppdiffusers_train.runtime.checkpoint import (
     replace_children,
     require_writable,
     write_checkpoint,
-    written_whole,
 )
 
 pytestmark = pytest.mark.once  # files only
@@ -133,15 +132,6 @@ def test_replacing_never_writes_into_a_hard_link(tmp_path):
     replace_children(out, write_result)
     assert base.read_text() == "base model" and (out / "unet" / "weights").read_text() == "trained"
     assert names(out) == ["kept", "unet"] and names(out / "unet") == ["weights"]
-
-
-def test_files_get_the_usual_permissions(tmp_path):
-    with written_whole(tmp_path / "x") as folder:
-        (folder / "private").write_text("")
-        (folder / "private").chmod(0o600)
-    plain = tmp_path / "plain"
-    plain.write_text("")
-    assert (tmp_path / "x" / "private").stat().st_mode == plain.stat().st_mode
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
