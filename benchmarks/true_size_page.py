@@ -20,13 +20,12 @@ TITLES = {
 }
 BAR = 0.15  # by which a peak may differ from its estimate
 TRAINING = ("train", "resume", "export")  # steps that are runs of the script
-MISSING = "not measured yet"
 
 
 def page(figures: dict) -> str:
     """The page from {case: figures}; what is missing it says."""
     text = HEAD.read_text(encoding="utf-8")
-    measured = {name: figures[name] for name in TITLES if name in figures}
+    measured = {name: figures[name] for name in TITLES if {"estimate", "train"} <= figures.get(name, {}).keys()}
     for mark, rows in (
         ("models", models(measured)),
         ("memory", [memory_row(name, found) for name, found in measured.items()]),
@@ -34,11 +33,14 @@ def page(figures: dict) -> str:
         ("seconds", [seconds_row(name, found) for name, found in measured.items()]),
     ):
         text = text.replace(f"{{{mark}}}", "\n".join("| " + " | ".join(row) + " |" for row in rows if row))
-    failed = [f"**{TITLES[name]}** failed:\n\n```\n{found['failed']}\n```" for name, found in measured.items()
-              if "failed" in found]  # fmt: skip
-    missing = [title for name, title in TITLES.items() if name not in figures]
+    failed = [
+        f"**{TITLES[name]}** failed:\n\n```\n{found['failed']}\n```"
+        for name, found in figures.items()
+        if "failed" in found
+    ]
+    missing = [title for name, title in TITLES.items() if name not in measured]
     if missing:
-        failed.append(f"{MISSING.capitalize()}: {'; '.join(missing)}.")
+        failed.append(f"Not measured yet: {'; '.join(missing)}.")
     return text.replace("{failed}", "\n\n".join(failed)).rstrip() + "\n"
 
 
@@ -55,20 +57,13 @@ def models(measured: dict) -> list:
 def memory_row(name: str, found: dict) -> list:
     """Estimate and peak of a case."""
     runs = [found[step] for step in TRAINING if step in found]
-    if "estimate" not in found or not runs:
-        return [TITLES[name], *[MISSING] * 6]
     peak, mapped = max(run["own_peak"] for run in runs), max(run["peak"] for run in runs)
-    before, estimate = found["nothing"]["own_peak"], expected(found["estimate"])
+    before, estimate = found["nothing"]["own_peak"], found["estimate"]["at its most"]
     off = peak / (estimate + before) - 1
     verdict = f"{off:+.0%}" if abs(off) <= BAR else f"**{off:+.0%}**"
     phase = max(((level, phase) for run in runs for phase, level in run["phases"].items()))[1]
     cells = [gigabytes(size) for size in (estimate, before, estimate + before, peak)]
     return [TITLES[name], *cells, verdict, phase, gigabytes(mapped)]
-
-
-def expected(estimate: dict) -> int:
-    """What a dry run says a run takes."""
-    return estimate["at its most"]
 
 
 def phase_row(name: str, found: dict, step: str) -> list:

@@ -7,6 +7,8 @@ job's own forward and backward pass of one sample, at sizes small enough for any
 import argparse
 from dataclasses import replace
 
+import paddle.distributed as dist
+
 from ppdiffusers_train.data.loader import stack
 from ppdiffusers_train.data.rows import with_one_caption
 from ppdiffusers_train.draws import Draws, RowDraws
@@ -80,7 +82,7 @@ def options_of(args) -> Options:
     """The flags on which memory depends."""
     return Options(
         args.train_batch_size, args.mixed_precision, args.amp_level, args.use_ema, args.use_8bit_adam,
-        args.sharding_degree, args.gradient_checkpointing, args.encoded_cache_dir is not None,
+        args.sharding_degree, args.gradient_checkpointing, args.encoded_cache_dir is not None, dist.get_world_size(),
     )  # fmt: skip
 
 

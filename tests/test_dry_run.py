@@ -16,7 +16,7 @@ import pytest
 from ppdiffusers_train.dry_run import inventory_of, options_of
 from ppdiffusers_train.runtime.adamw_8bit import BLOCK, AdamW8bit
 from ppdiffusers_train.runtime.ema import EMA
-from ppdiffusers_train.runtime.memory import EMA_UPDATE_BYTES, Peaks, extrapolate, extrapolate_peak
+from ppdiffusers_train.runtime.memory import EMA_UPDATE_BYTES, ON_THE_WAY, Peaks, extrapolate, extrapolate_peak
 from ppdiffusers_train.toy.sdxl import build_sdxl
 from tests.conftest import builder, module_class, optimizer_state, runner, tensors
 
@@ -126,6 +126,8 @@ def test_a_run_loads_fills_its_cache_and_trains(build_sdxl_module, name, flags):
     assert inventory.phases(cached)["filling the cache"] == everything + average + inventory.encoding
     assert inventory.phases(cached)["training"] < inventory.phases(options)["training"]
     assert inventory.peak(cached) == max(inventory.phases(cached).values())
+    more = inventory.memory(replace(options, ranks=2))["gradients"] - inventory.memory(options)["gradients"]
+    assert more == min(ON_THE_WAY, 4 * sum(inventory.trained)) > 0
 
 
 @pytest.mark.once
