@@ -34,7 +34,7 @@ def load_optimizer_tensors(optimizer, parameters: dict, tensors: dict) -> None:
 
     Args:
         parameters: `{structured name: parameter}` of those that it updates on this rank; others' state is not loaded.
-        tensors: `{name: tensor}`, of any number of them. They are fetched one at a time.
+        tensors: `{name: array}`, of any number of them, or what has a method `numpy` that fetches one.
     """
     # Paddle 2.6 insists on its learning-rate scheduler's state, which is restored elsewhere: it gets what it has. And
     # it drops masters that the state does not name.
@@ -44,7 +44,7 @@ def load_optimizer_tensors(optimizer, parameters: dict, tensors: dict) -> None:
         structured, accumulator = key.split(SEPARATOR)
         if structured in parameters and accumulator != "master_weight":  # earlier versions wrote masters, too
             automatic = parameters[structured].name
-            tensor = paddle.to_tensor(value.numpy())
+            tensor = paddle.to_tensor(value.numpy() if hasattr(value, "numpy") else value)
             tensor.name = f"{automatic}_{OF_MASTER if automatic in masters else ''}{accumulator}"
             state[tensor.name] = tensor
     optimizer.set_state_dict(state)
