@@ -1,5 +1,6 @@
 """What changes while a run trains, and so what a checkpoint holds."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,9 @@ class TrainingState:
             scale_gradients(gradients, clipping_factor(norm, self.max_grad_norm, factor) / scale.value)
             if not self.judges_before:
                 zero_unless(paddle.isfinite(loss + norm), gradients)
-            self.optimizer.step()
+            is_sharded = self.ranks.sharding_degree > 1
+            with self.ranks.waits_for("the others' new weights") if is_sharded else contextlib.nullcontext():
+                self.optimizer.step()
             self.lr_scheduler.step()
             self._follow()
         self.optimizer.clear_grad(set_to_zero=False)

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "module": set(),
     "runtime": {"errors", "heap", "trainable"},
     "reporting": {"errors"},
-    "data": {"draws", "errors", "heap", "module", "runtime"},
+    "data": {"draws", "errors", "heap", "module", "runtime", "tensor_files"},
     "models": {"draws", "errors", "heap", "module", "tensor_files", "trainable"},
     "cli": {"argument_parser", "data", "errors", "models", "preview", "toy"},
     "preview": {"arguments", "data", "errors", "models", "module", "reporting", "run", "runtime", "training"},

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tqdm import tqdm
 
 from ppdiffusers_train.data.loader import as_error, choose_caption, iterate_batches
@@ -30,6 +30,7 @@ from ppdiffusers_train.heap import return_free_memory
 from ppdiffusers_train.module import encode_each
 from ppdiffusers_train.runtime.checkpoint import require_writable, sync
 from ppdiffusers_train.runtime.cpu_levers import COMPILE_FROM_ROWS, CompiledEncode, can_compile
+from ppdiffusers_train.tensor_files import write_tensors
 
 
 def encode_dataset(module, dataset, order, args, ranks, precision, bad_samples, say):
@@ -137,7 +138,7 @@ class Entry:
         """Put the entry on disk, whole or not at all."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.file.with_name(f".{self.file.stem}.{os.getpid()}")
-        save_file(arrays, temporary)
+        write_tensors(temporary, arrays, {})
         sync(temporary)
         os.replace(temporary, self.file)
 

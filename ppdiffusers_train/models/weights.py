@@ -7,6 +7,7 @@ so twice.
 from pathlib import Path
 
 import paddle
+from ppdiffusers.models.normalization import AdaLayerNormContinuous
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.unloaded import build_new, build_unloaded
@@ -82,10 +83,20 @@ def load_model(part_class, folder: str, files):
     if any(name not in own or list(tensor.shape) != list(own[name].shape) for name, tensor in saved.items()):
         return None
     found = {id(own[name]) for name in saved}  # T5's embedding has two names, in torch's files only one
-    if any(id(tensor) not in found for tensor in own.values()):  # such as two biases that only ppdiffusers' SD3 has
+    missing = {name for name, tensor in own.items() if id(tensor) not in found}
+    lost = sorted(missing & {name for name, _ in model.named_parameters()} - unpublished_biases(model))
+    if lost:
+        raise UserError(f"{files.files[0]} has no {lost[0]}; expected all of the model's weights ({len(lost)} missing)")
+    if missing:
         own = (model := build_new(part_class, folder)).state_dict()
     set_tensors({name: own[name] for name in saved}, saved)
     return model
+
+
+def unpublished_biases(model) -> set:
+    """Names of the biases that ppdiffusers 0.29.0 gives to norms which have none in the published SD3: zeros."""
+    layers = model.named_sublayers()
+    return {f"{name}.norm.bias" for name, layer in layers if isinstance(layer, AdaLayerNormContinuous)}
 
 
 def in_paddle_layout(files, model) -> dict:

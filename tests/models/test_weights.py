@@ -210,6 +210,16 @@ def test_what_only_ppdiffusers_has_begins_anew(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_base_that_lacks_a_tensor_is_refused_and_not_filled_with_chance(models, tmp_path, layout):
+    write_base(tmp_path / "base", "unet", models["unet"], layout, None, divided=False)
+    (file,) = (tmp_path / "base" / "unet").glob("*.safetensors")
+    content, metadata = read_tensors(file)
+    write_tensors(file, {name: np.array(a) for name, a in content.items() if name != "conv_in.weight"}, metadata)
+    with pytest.raises(UserError, match=f"{file.name} has no conv_in.weight; expected all .* \\(1 missing\\)"):
+        pipeline(tmp_path / "base").load("unet", UNet2DConditionModel)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_result_in_either_layout_is_read_back_in_place(models, tmp_path, layout):
     other = UNet2DConditionModel.from_config(models["unet"].config)
     save_model(models["unet"], tmp_path, layout)
