@@ -29,6 +29,11 @@ def multiplied(ones, others, dtype):
     return list(zip(numbers(ones), numbers(others), numbers(ones * others)))
 
 
+def cast(values, dtype):
+    """Numbers of float32 in the type."""
+    return numbers(low(values, dtype))
+
+
 def matrix_product(dtype):
     """A product under `auto_cast`: its type, its gradient's, and how far it lies from float32's."""
     rng = np.random.default_rng(0)

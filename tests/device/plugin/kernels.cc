@@ -110,9 +110,8 @@ const std::unordered_map<std::string, std::unordered_set<int>> kWideOutputs = {{
                                                                                 {"rms_norm", {1}}};
 
 // Kernels that are about the type itself, or about bytes: the host's own for low types.
-const std::unordered_set<std::string> kOfBytes = {"cast",     "contiguous", "strided_copy", "shape",
-                                                  "shape64",  "numel",      "is_empty",     "memcpy",
-                                                  "memcpy_d2h", "memcpy_h2d", "view_dtype"};
+const std::unordered_set<std::string> kOfBytes = {"contiguous", "strided_copy", "shape",      "shape64",    "numel",
+                                                  "is_empty",   "memcpy",       "memcpy_d2h", "memcpy_h2d", "view_dtype"};
 
 // The host's views of a call's tensors.
 class Views {
@@ -456,8 +455,10 @@ void collect(const std::string& name, const phi::KernelKeyMap& kernels) {
     if (key.dtype() == DataType::FLOAT32) single = &kernel;
   }
   const bool lowers = single && !kOfBytes.count(name);
-  for (auto& [type, kernel] : served)
-    if (!(lowers && is_low(type))) entries.emplace_back(name, *kernel, type, false);
+  for (auto& [type, kernel] : served) {
+    const bool casts = name == "cast" && type == DataType::FLOAT32;  // the host's way to float16 is not everywhere exact
+    if (!(lowers && is_low(type))) entries.emplace_back(name, *kernel, type, casts);
+  }
   if (lowers)
     for (auto type : {DataType::FLOAT16, DataType::BFLOAT16}) entries.emplace_back(name, *single, type, true);
 }
