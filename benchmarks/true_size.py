@@ -32,7 +32,7 @@ PARTS = ("estimate", "run")  # of a case
 # The smallest image that all of these models take: on a processor, steps of this size are slow enough.
 SHORT_RUN = [
     "--resolution=64", "--train_batch_size=1", f"--max_train_steps={STEPS}", f"--checkpointing_steps={EVERY}",
-    "--learning_rate=1e-5", "--report_to=none", "--seed=0",
+    "--checkpoints_total_limit=1", "--learning_rate=1e-5", "--report_to=none", "--seed=0",
 ]  # fmt: skip
 POLL_SECONDS = 0.05
 
