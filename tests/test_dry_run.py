@@ -124,6 +124,8 @@ def test_a_run_loads_fills_its_cache_and_trains(build_sdxl_module, name, flags):
     assert set(inventory.phases(options)) == {"loading", "training"}
     cached = replace(options, cached=True)
     assert inventory.phases(cached)["filling the cache"] == everything + average + inventory.encoding
+    optimizer = inventory.memory(cached)["optimizer"]
+    assert inventory.phases(cached)["resuming"] == everything + average + optimizer
     assert inventory.phases(cached)["training"] < inventory.phases(options)["training"]
     assert inventory.peak(cached) == max(inventory.phases(cached).values())
     more = inventory.memory(replace(options, ranks=2))["gradients"] - inventory.memory(options)["gradients"]

@@ -59,7 +59,7 @@ class Inventory:
         """Bytes on each device by kind, in training. Weights, gradients, moments and averages are counted; in 16 bits,
         activations are taken as half of those in float32, and autocast's copies of float32 weights come with them."""
         numbers, precision = sum(self.trained), options.mixed_precision
-        lowered = self.lowered if precision != "no" and options.amp_level == "O2" else 0
+        lowered = self._lowered(options)
         moments = AdamW8bit.state_bytes if options.use_8bit_adam else adamw_state_bytes
         activations = self.activations[options.gradient_checkpointing] * options.train_batch_size
         if precision != "no":
@@ -73,6 +73,10 @@ class Inventory:
             "EMA": 4 * numbers if options.use_ema else 0,
             "activations": max(activations, 0 if options.cached else self.encoding, self.updating(options)),
         }
+
+    def _lowered(self, options: Options) -> int:
+        """How many of the numbers that are trained are in 16 bits."""
+        return self.lowered if options.mixed_precision != "no" and options.amp_level == "O2" else 0
 
     def updating(self, options: Options) -> int:
         """Bytes that come and go while the largest parameter is updated, after the activations have gone."""
@@ -89,10 +93,11 @@ class Inventory:
         loaded = 4 * sum(self.trained) + in_bytes(self.frozen, "no") + in_bytes(self.encoders, "no")
         phases = {"loading": loaded + training["EMA"], "training": sum(training.values())}
         if options.cached:
-            fixed = sum(training[kind] for kind in ("weights that learn", "frozen weights", "EMA"))
-            phases["filling the cache"] = fixed + in_bytes(self.encoders, options.mixed_precision) + self.encoding
-            if options.amp_level == "O2" and options.mixed_precision != "no":
-                phases["filling the cache"] += 4 * self.lowered  # masters are there from the beginning
+            encoders = in_bytes(self.encoders, options.mixed_precision)
+            fixed = sum(training[kind] for kind in ("weights that learn", "frozen weights", "EMA")) + encoders
+            # Masters are there from the beginning.
+            phases["filling the cache"] = fixed + self.encoding + 4 * self._lowered(options) // options.sharding_degree
+            phases["resuming"] = fixed + training["optimizer"]  # encoders are freed afterwards
         return phases
 
     def peak(self, options: Options) -> int:
