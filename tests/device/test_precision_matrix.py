@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ppdiffusers_train.runtime.precision import DTYPES
 from tests.conftest import scalars, tensors
+from tests.device.conftest import LOW
 from tests.device.files import differing, fits, low_tensors, not_finite
 from tests.device.jobs import COVERING, EVERYTHING, FAMILIES, FULL, LORA, Jobs, Setting, file_of, pairs
 from tests.test_architecture import SCRIPTS
@@ -46,8 +48,11 @@ def test_the_jobs_are_all_scripts_and_settings_meet_in_pairs():
     assert covered == set().union(*map(pairs, possible))
 
 
-@pytest.mark.once
-@pytest.mark.parametrize("family", FAMILIES)
+# Paddle 2.6 has the first family's jobs in float16.
+ONCE = [family if family == "kandinsky" else pytest.param(family, marks=pytest.mark.once) for family in FAMILIES]
+
+
+@pytest.mark.parametrize("family", ONCE)
 def test_every_script_once_and_every_pair_of_settings(family, jobs, on_device):
     run_and_check([(name, COVERING[name]) for name in FAMILIES[family]], jobs, on_device)
 
@@ -92,7 +97,7 @@ def check_recompute(cases, jobs, on_device):
 
 def run_and_check(cases, jobs, on_device):
     """Run several jobs in several settings in one process; all that is wrong is said together."""
-    cases = [Case(name, setting, jobs) for name, setting in cases]
+    cases = [Case(name, setting, jobs) for name, setting in cases if DTYPES[setting.dtype] in LOW]
     reports = iter(on_device(jobs.list))
     wrong = []
     for case in cases:
@@ -102,7 +107,8 @@ def run_and_check(cases, jobs, on_device):
 
 
 class Case:
-    """One job in one setting, as several runs: in float32, in 16 bits, resumed, and a step at a learning rate of 0."""
+    """One job in one setting, as several runs: in float32, in 16 bits, resumed, and a step at a rate of 0 (of a
+    job that writes a whole model)."""
 
     def __init__(self, name, setting: Setting, jobs: Jobs):
         self.name, self.setting, self.jobs = name, setting, jobs
@@ -117,7 +123,10 @@ class Case:
         }
         checkpoint = self.outs["whole"] / f"checkpoint-{STOP}"
         self.outs["resumed"] = add("resumed", *low, *RUN, f"--resume_from_checkpoint={checkpoint}")
-        self.outs["still"] = add("still", *low, "--learning_rate=0", "--max_train_steps=1", "--checkpointing_steps=1")
+        if name in FULL:
+            self.outs["still"] = add(
+                "still", *low, "--learning_rate=0", "--max_train_steps=1", "--checkpointing_steps=1"
+            )
 
     def faults(self, reports) -> list:
         """What is wrong with the case, in words."""
@@ -129,7 +138,7 @@ class Case:
         found = failed + self.wrong_arithmetic(reports) + self.wrong_losses() + self.wrong_picture()
         if "resumed" not in failed_runs:
             found += self.wrong_resume()
-        if "still" not in failed_runs:
+        if "still" in self.outs.keys() - failed_runs:
             found += self.moved_without_learning()
         for run in self.outs.keys() - failed_runs:
             found += first(f"{run}: 16 bits in", low_tensors(self.outs[run]))
@@ -138,7 +147,7 @@ class Case:
 
     def wrong_arithmetic(self, reports) -> list:
         """Where products were not computed in the type, there and back, or anything warned."""
-        dtype = {"fp16": "float16", "bf16": "bfloat16"}[self.setting.dtype]
+        dtype = DTYPES[self.setting.dtype]
         kernels = [f"{kernel} {dtype} rounded" for kernel in ("matmul", "matmul_grad", "conv2d", "conv2d_grad")]
         if "prior" in self.name or "sd3" in self.name:  # no convolutions that learn or lie before what learns
             kernels = kernels[:2]
@@ -201,8 +210,6 @@ class Case:
 
     def moved_without_learning(self) -> list:
         """Where a step with a learning rate of 0 did not give back the weights that it began with, in float32."""
-        if self.name not in FULL:
-            return []
         found = []
         for part in PARTS.get(self.name, ["unet"]):
             base = tensors(self.jobs.base(self.name) / part.removesuffix("_target") / MODEL)
