@@ -26,7 +26,7 @@ from ppdiffusers_train.models.weight_files import (
     parse_name,
     remove_weights,
 )
-from ppdiffusers_train.models.weights import load_model, narrow_types, save_model
+from ppdiffusers_train.models.weights import load_model, narrow_types, save_model, stored_tensors
 
 TRANSFORMERS = {"ppdiffusers": "ppdiffusers.transformers", "diffusers": "transformers"}
 OTHER_WEIGHTS = (".msgpack", ".onnx", ".ckpt", ".pb")
@@ -173,8 +173,11 @@ class PipelineFolder:
             if files:
                 files.link_plainly(target, link_file)
             return
-        model = self.load(part, part_class)
-        save_model(model, target, save_format, narrow_types(files, model))
+        model = build_unloaded(part_class, str(self.folders[part]))
+        stored = stored_tensors(model, files)
+        if stored is None:
+            model = self.load(part, part_class)
+        save_model(model, target, save_format, narrow_types(files, model), tensors=stored)
 
 
 class ModelFolder(PipelineFolder):

@@ -26,7 +26,9 @@ LARGEST_FILE = 10**10  # bytes of tensors, as in both libraries
 FILES = {"ppdiffusers": "diffusion_paddle_model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors"}
 
 
-def save_model(model, directory, save_format="ppdiffusers", dtypes=None, largest_file=LARGEST_FILE) -> None:
+def save_model(
+    model, directory, save_format="ppdiffusers", dtypes=None, largest_file=LARGEST_FILE, tensors=None
+) -> None:
     """Write a model's folder, as the library `save_format` does: its configuration, and its weights as safetensors.
 
     Weights that stood there are gone afterwards, whatever their layout and however they were divided.
@@ -34,6 +36,7 @@ def save_model(model, directory, save_format="ppdiffusers", dtypes=None, largest
     Args:
         dtypes: {name: type to write a tensor in} where it is not the tensor's own.
         largest_file: bytes of tensors in a file; weights that are larger are divided.
+        tensors: {name: tensor} to write in place of the model's own, such as `stored_tensors`.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -48,7 +51,7 @@ def save_model(model, directory, save_format="ppdiffusers", dtypes=None, largest
     matrices = linear_weights(model) if for_torch else ()
     tensors = {
         key: Converted(tensor, dtypes.get(key, dtype_of(tensor)), transposed=key in matrices)
-        for key, tensor in model.state_dict().items()
+        for key, tensor in (tensors or model.state_dict()).items()
     }
     parts = write_parts(directory, name.removesuffix(".safetensors"), tensors.items(), largest_file, {"format": layout})
     if len(parts) > 1:
@@ -76,11 +79,9 @@ def load_model(part_class, folder: str, files):
     None of pickled weights and of tensors whose names or shapes are not those of the model: they are left to the
     libraries, which know the names of older releases.
     """
-    if files.is_pickled:
-        return None
     model = build_unloaded(part_class, folder)
-    saved, own = in_paddle_layout(files, model), model.state_dict()
-    if any(name not in own or list(tensor.shape) != list(own[name].shape) for name, tensor in saved.items()):
+    saved, own = fitting_tensors(model, files), model.state_dict()
+    if saved is None:
         return None
     found = {id(own[name]) for name in saved}  # T5's embedding has two names, in torch's files only one
     missing = {name for name, tensor in own.items() if id(tensor) not in found}
@@ -91,6 +92,28 @@ def load_model(part_class, folder: str, files):
         own = (model := build_new(part_class, folder)).state_dict()
     set_tensors({name: own[name] for name in saved}, saved)
     return model
+
+
+def stored_tensors(model, files):
+    """`{name: tensor on disk, as Paddle has it}` of all that a model without weights (`build_unloaded`) has.
+
+    None where a model has to be loaded for that: of files that do not fit it, or lack a parameter.
+    """
+    saved, own = fitting_tensors(model, files), model.state_dict()
+    stored = {id(own[name]): tensor for name, tensor in (saved or {}).items()}  # T5's embedding has two names
+    if any(id(parameter) not in stored for parameter in model.parameters()):
+        return None
+    return {name: stored.get(id(tensor), tensor) for name, tensor in own.items()}  # buffers are made with the model
+
+
+def fitting_tensors(model, files):
+    """`{name: tensor}` of `WeightFiles`, in Paddle's layout; None of pickled ones, and where names or shapes
+    are not those of the model."""
+    if files.is_pickled:
+        return None
+    saved, own = in_paddle_layout(files, model), model.state_dict()
+    fits = all(name in own and list(tensor.shape) == list(own[name].shape) for name, tensor in saved.items())
+    return saved if fits else None
 
 
 def unpublished_biases(model) -> set:

@@ -363,6 +363,16 @@ def test_the_host_holds_a_tensor_of_what_is_saved_and_loaded(tmp_path):
         assert peak < sum(sizes) / 4, f"{name}: {peak} of {sum(sizes)} bytes"
 
 
+@pytest.mark.parametrize("part", CLASSES)
+def test_an_export_to_the_other_layout_loads_no_model(models, tmp_path, monkeypatch, part):
+    """Kandinsky's largest tower is 7.4 GB, beside all that a run still holds when it writes its result."""
+    monkeypatch.delattr(PipelineFolder, "load")
+    for layout, target in (LAYOUTS, LAYOUTS[::-1]):
+        write_base(tmp_path / layout, part, models[part], layout, None, divided=False)
+        pipeline(tmp_path / layout).export(part, CLASSES[part], tmp_path / f"for {target}", target)
+        assert same(arrays(by_library(tmp_path / f"for {target}", CLASSES[part], target)), arrays(models[part]))
+
+
 @pytest.mark.once
 def test_of_a_repository_divided_weights_are_downloaded_with_their_index():
     files = ["model_index.json", "transformer/config.json", "t5/model.safetensors"]
