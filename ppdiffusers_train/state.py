@@ -16,7 +16,7 @@ from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.runtime.ema import EMA
 from ppdiffusers_train.runtime.gradient_sums import GradientSums
 from ppdiffusers_train.runtime.gradients import clipping_factor, scale_gradients, zero_unless
-from ppdiffusers_train.runtime.optimizer_state import SEPARATOR, load_optimizer_tensors, optimizer_tensors
+from ppdiffusers_train.runtime.optimizer_state import SEPARATOR, is_8bit, load_optimizer_tensors, optimizer_tensors
 from ppdiffusers_train.runtime.precision import Precision, holding, updated_parameters
 from ppdiffusers_train.tensor_files import open_tensors, write_parts
 
@@ -187,8 +187,12 @@ class TrainingState:
         flag = f"--resume_from_checkpoint: {folder}"
         if bool(self.ema) != (saved["ema_updates"] is not None):
             raise UserError(f"{flag} was written {'without' if self.ema else 'with'} --use_ema; expected the same now")
+        tensors = saved_tensors(folder, OPTIMIZER)
+        if tensors and is_8bit(tensors) != isinstance(self.optimizer, AdamW8bit):
+            how = "with" if is_8bit(tensors) else "without"
+            raise UserError(f"{flag} was written {how} --use_8bit_adam; expected the same now")
         # Fewer are right, too: what no step has used has no state.
-        unknown = {name.split(SEPARATOR)[0] for name in saved_tensors(folder, OPTIMIZER)} - set(self.parameters)
+        unknown = {name.split(SEPARATOR)[0] for name in tensors} - set(self.parameters)
         if unknown:
             raise UserError(
                 f"{flag} holds an optimizer of other weights, such as {min(unknown)}, which do not learn here"

@@ -6,6 +6,7 @@ has made so far: they differ between a script, a resumed script and another rank
 name in every precision. Masters themselves are not part of it: they are the weights that a checkpoint holds.
 """
 
+import numpy as np
 import paddle
 
 SEPARATOR, OF_MASTER = "//", "fp32_master_0_"
@@ -39,12 +40,34 @@ def load_optimizer_tensors(optimizer, parameters: dict, tensors: dict) -> None:
     # Paddle 2.6 insists on its learning-rate scheduler's state, which is restored elsewhere: it gets what it has. And
     # it drops masters that the state does not name.
     state = {k: v for k, v in optimizer.state_dict().items() if k in ("LR_Scheduler", "master_weights")}
-    masters = optimizer._master_weights
-    for key, value in tensors.items():
+    for key, value in {**unused_state(optimizer, parameters, tensors), **tensors}.items():
         structured, accumulator = key.split(SEPARATOR)
         if structured in parameters and accumulator != "master_weight":  # earlier versions wrote masters, too
             automatic = parameters[structured].name
+            of_master = OF_MASTER if automatic in optimizer._master_weights else ""
             tensor = paddle.to_tensor(value.numpy() if hasattr(value, "numpy") else value)
-            tensor.name = f"{automatic}_{OF_MASTER if automatic in masters else ''}{accumulator}"
+            tensor.name = f"{automatic}_{of_master}{accumulator.removeprefix(OF_MASTER)}"
             state[tensor.name] = tensor
     optimizer.set_state_dict(state)
+
+
+def is_8bit(tensors: dict) -> bool:
+    """Whether `{name: tensor}` of a checkpoint are those of `AdamW8bit`, which counts each parameter's steps."""
+    return any(key.endswith(f"{SEPARATOR}step") for key in tensors)
+
+
+def unused_state(optimizer, parameters: dict, tensors: dict) -> dict:
+    """The first state of Paddle's AdamW for parameters that had no gradient when `tensors` were written: where Paddle
+    is given any state, it fails when it then misses some."""
+    names = {key.split(SEPARATOR)[0] for key in tensors}
+    return {
+        f"{name}{SEPARATOR}{accumulator}": value
+        for name, parameter in parameters.items()
+        if names and name not in names and not is_8bit(tensors)
+        for accumulator, value in {
+            "moment1_0": np.zeros(parameter.shape, "float32"),
+            "moment2_0": np.zeros(parameter.shape, "float32"),
+            "beta1_pow_acc_0": np.float32([optimizer._beta1]),
+            "beta2_pow_acc_0": np.float32([optimizer._beta2]),
+        }.items()
+    }

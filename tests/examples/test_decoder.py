@@ -467,6 +467,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(train_decoder,
         (checkpoint, f"--train_data_dir={other_data}"): "is of another run: its data (a hash of all captions",
         (other_job, "--seed=0"): "its job is KandinskyPriorTrainingModule, here it is KandinskyDecoderTrainingModule",
         (checkpoint, "--use_ema"): "was written without --use_ema",
+        (checkpoint, "--use_8bit_adam"): "was written without --use_8bit_adam",
     }
     for (folder, flag), expected in cases.items():
         with pytest.raises(SystemExit) as stopped:

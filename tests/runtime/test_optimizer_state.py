@@ -63,3 +63,34 @@ def test_the_host_holds_a_tensor_of_the_state_that_it_writes_and_reads(tmp_path)
         tracemalloc.stop()
     assert len(list(tmp_path.iterdir())) > 2
     assert peak < total / 8
+
+
+def test_a_parameter_that_was_not_used_before_begins_its_moments_when_it_is():
+    layer, optimizer, parameters = build()
+    layer[0](paddle.ones([2, 3])).square().sum().backward()
+    optimizer.step()
+    optimizer.clear_grad(set_to_zero=False)
+    tensors = {name: tensor.numpy() for name, tensor in optimizer_tensors(optimizer, parameters).items()}
+    assert {name.split("//")[0] for name in tensors} == {"0.weight", "0.bias"}
+    other, other_optimizer, other_parameters = build()
+    other.set_state_dict(layer.state_dict())
+    load_optimizer_tensors(other_optimizer, other_parameters, tensors)
+    step(layer, optimizer, 2)
+    step(other, other_optimizer, 2)
+    for name, parameter in parameters.items():
+        assert np.array_equal(parameter.numpy(), other_parameters[name].numpy()), name
+
+
+def test_moments_that_an_earlier_version_named_after_masters_are_found():
+    layer, optimizer, parameters = build()
+    step(layer, optimizer, 1)
+    tensors = {name: tensor.numpy() for name, tensor in optimizer_tensors(optimizer, parameters).items()}
+    older = {name.replace("//", "//fp32_master_0_"): array for name, array in tensors.items()}
+    other, other_optimizer, other_parameters = build()
+    other.set_state_dict(layer.state_dict())
+    masters = {f"{name}//master_weight": parameter.numpy() for name, parameter in parameters.items()}
+    load_optimizer_tensors(other_optimizer, other_parameters, {**older, **masters})
+    step(layer, optimizer, 1)
+    step(other, other_optimizer, 1)
+    for name, parameter in parameters.items():
+        assert np.array_equal(parameter.numpy(), other_parameters[name].numpy()), name
