@@ -35,10 +35,10 @@ class LossScale:
             self.value, self.good_steps = self.value * 2, 0
 
     def state_dict(self) -> dict:
-        """What a checkpoint holds; empty where nothing is scaled."""
-        return {"scale": self.value, "good_steps": self.good_steps} if self.enabled else {}
+        """What a checkpoint holds, under the names of Paddle's `GradScaler`; empty where nothing is scaled."""
+        return {"scale": [self.value], "incr_count": self.good_steps} if self.enabled else {}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over what `state_dict` returned; after a run in another precision, nothing."""
         if self.enabled and state:
-            self.value, self.good_steps = float(state["scale"]), int(state["good_steps"])
+            self.value, self.good_steps = float(state["scale"][0]), int(state["incr_count"])

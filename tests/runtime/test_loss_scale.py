@@ -33,6 +33,9 @@ def test_its_state_goes_on_where_it_was_and_starts_anew_after_another_precision(
         scale.update(overflowed)
     other.load_state_dict(scale.state_dict())
     assert (other.value, other.good_steps) == (32768.0, 2)
+    # As earlier versions wrote it, by Paddle's scaler.
+    other.load_state_dict({"scale": [16384.0], "incr_count": 5, "decr_count": 0, "use_dynamic_loss_scaling": True})
+    assert (other.value, other.good_steps) == (16384.0, 5)
     other = LossScale(enabled=True)
     other.load_state_dict(LossScale(enabled=False).state_dict())
     assert other.value == 65536.0
