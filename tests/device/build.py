@@ -36,7 +36,7 @@ def build() -> Path:
     if not compiler:
         raise CannotBuild("there is no g++")
     folder = cache() / fingerprint(compiler)
-    with locked(folder.with_suffix(".lock")):
+    with locked(folder.with_name(f"{folder.name}.lock")):
         if not (folder / LIBRARY).exists():
             compile_into(folder, compiler)
     return folder
