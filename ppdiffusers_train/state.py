@@ -183,7 +183,7 @@ class TrainingState:
         }
 
     def load_weights(self, folder: Path, saved: dict) -> None:
-        """Read a checkpoint's weights, in float32; what is built upon them comes with `load`."""
+        """Read a checkpoint's weights, in float32; what is built upon them comes with `load_optimizer`."""
         flag = f"--resume_from_checkpoint: {folder}"
         if bool(self.ema) != (saved["ema_updates"] is not None):
             raise UserError(f"{flag} was written {'without' if self.ema else 'with'} --use_ema; expected the same now")
@@ -199,20 +199,27 @@ class TrainingState:
             )
         self.module.load_weights(str(folder))
 
-    def load(self, folder: Path, saved: dict) -> None:
-        """Take over the rest of what `save` and `record` wrote, once the weights have the types they are trained in."""
-        own = {parameter.name for parameter in updated_parameters(self.optimizer)}
-        updated = {name: parameter for name, parameter in self.parameters.items() if parameter.name in own}
-        load_optimizer_tensors(self.optimizer, updated, saved_tensors(folder, OPTIMIZER))
+    def load_record(self, saved: dict) -> None:
+        """Take over what `record` returned."""
         self.lr_scheduler.set_state_dict(saved["lr_scheduler"])
         self.precision.loss_scale.load_state_dict(saved["scaler"])
         if self.ema:
             self.ema.updates = saved["ema_updates"]
-            for name, tensor in saved_tensors(folder, AVERAGES).items():
-                self.ema.averages[name].set_value(tensor.numpy())
         self.step, self.position = saved["step"], saved["position"]
         self.failed_steps, self.overflowed_steps = saved["skipped_steps"], saved.get("overflowed_steps", 0)
         self.bad_samples.rows = set(saved["bad_rows"])
+
+    def load_optimizer(self, folder: Path) -> None:
+        """Read a checkpoint's optimizer and averages, once the weights have the types that they are trained in.
+
+        They are large: encoders should be gone by then where training does without.
+        """
+        own = {parameter.name for parameter in updated_parameters(self.optimizer)}
+        updated = {name: parameter for name, parameter in self.parameters.items() if parameter.name in own}
+        load_optimizer_tensors(self.optimizer, updated, saved_tensors(folder, OPTIMIZER))
+        if self.ema:
+            for name, tensor in saved_tensors(folder, AVERAGES).items():
+                self.ema.averages[name].set_value(tensor.numpy())
 
 
 def saved_tensors(folder: Path, beginning: str) -> dict:

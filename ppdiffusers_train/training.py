@@ -119,7 +119,7 @@ def launch_training_task(module, dataset, args) -> None:
     ranks.broadcast(state.parameters.values())
     state.cast_models()
     if checkpoint:
-        state.load(checkpoint, saved)
+        state.load_record(saved)
         say(f"resumed from {checkpoint} at step {state.step}")
     for line in [*remarks, *notices(args, state.precision, total_steps)]:
         say(line)
@@ -141,6 +141,8 @@ def launch_training_task(module, dataset, args) -> None:
         encode = None
     elif can_compile(module) and len(dataset) >= COMPILE_FROM_ROWS:
         module.encode = CompiledEncode(module)
+    if checkpoint:
+        state.load_optimizer(checkpoint)
     positions = [positions for _, share in steps for positions in share]
     batches = iterate_batches(samples, positions, args.dataloader_num_workers)
     draws = iterate_draws(order.seed, positions, to_device)

@@ -1,7 +1,7 @@
 """`--dry_run`: what it says of a run, against the run itself."""
 
 import ppdiffusers_train  # noqa: F401
-from ppdiffusers_train import dry_run
+from ppdiffusers_train import dry_run, state
 
 import gc
 import re
@@ -124,12 +124,28 @@ def test_a_run_loads_fills_its_cache_and_trains(build_sdxl_module, name, flags):
     assert set(inventory.phases(options)) == {"loading", "training"}
     cached = replace(options, cached=True)
     assert inventory.phases(cached)["filling the cache"] == everything + average + inventory.encoding
-    optimizer = inventory.memory(cached)["optimizer"]
-    assert inventory.phases(cached)["resuming"] == everything + average + optimizer
     assert inventory.phases(cached)["training"] < inventory.phases(options)["training"]
     assert inventory.peak(cached) == max(inventory.phases(cached).values())
     more = inventory.memory(replace(options, ranks=2))["gradients"] - inventory.memory(options)["gradients"]
     assert more == min(ON_THE_WAY, 4 * sum(inventory.trained)) > 0
+
+
+@pytest.mark.once
+def test_a_resumed_run_frees_its_encoders_before_it_reads_the_optimizer(sdxl_jobs, train_sdxl, monkeypatch):
+    """Else it would take more than the run that it goes on with."""
+    train_sdxl("sdxl", "--checkpointing_steps=1")
+    found, read = [], state.load_optimizer_tensors
+
+    def look_and_read(optimizer, parameters, tensors):
+        trained = next(iter(parameters.values()))
+        modules = [each for each in gc.get_objects() if isinstance(each, sdxl_jobs["sdxl"].SDXLTrainingModule)]
+        (module,) = (each for each in modules if any(parameter is trained for parameter in each.parameters()))
+        found.extend(getattr(module, name) for name in module.encoders)
+        read(optimizer, parameters, tensors)
+
+    monkeypatch.setattr(state, "load_optimizer_tensors", look_and_read)
+    train_sdxl("sdxl", "--resume_from_checkpoint=checkpoint-1")
+    assert found == [None] * 3
 
 
 @pytest.mark.once

@@ -93,11 +93,10 @@ class Inventory:
         loaded = 4 * sum(self.trained) + in_bytes(self.frozen, "no") + in_bytes(self.encoders, "no")
         phases = {"loading": loaded + training["EMA"], "training": sum(training.values())}
         if options.cached:
+            fixed = sum(training[kind] for kind in ("weights that learn", "frozen weights", "EMA"))
+            masters = 4 * self._lowered(options) // options.sharding_degree  # they are there from the beginning
             encoders = in_bytes(self.encoders, options.mixed_precision)
-            fixed = sum(training[kind] for kind in ("weights that learn", "frozen weights", "EMA")) + encoders
-            # Masters are there from the beginning.
-            phases["filling the cache"] = fixed + self.encoding + 4 * self._lowered(options) // options.sharding_degree
-            phases["resuming"] = fixed + training["optimizer"]  # encoders are freed afterwards
+            phases["filling the cache"] = fixed + masters + encoders + self.encoding
         return phases
 
     def peak(self, options: Options) -> int:
