@@ -296,7 +296,7 @@ def measure(case: Case, models: Path, folder: Path, parts, torch_python: str, is
         if "run" in parts:
             chain.run()
     except Failed as error:
-        figures["failed"] = str(error)
+        figures["failed"] = str(error).replace(f"{folder.parent}/", "")
         say(error)
     return {**figures, **chain.figures}
 
