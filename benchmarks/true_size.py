@@ -159,7 +159,6 @@ class Run:
         process.returncode = os.waitstatus_to_exitcode(status)
         reader.join()
         self.seconds, self.peak, self.status = self.now(), usage.ru_maxrss * 1024, process.returncode
-        self.was_killed = self.status == -signal.SIGKILL
 
     def now(self) -> float:
         """Seconds since it began."""
@@ -220,7 +219,6 @@ class Run:
             "checkpoint_seconds": self.between(f".checkpoint-{EVERY}.tmp", f"checkpoint-{EVERY}"),
             "result_seconds": self.between("..result.tmp", "written"),
             "status": self.status,
-            "said": "" if self.status in (0, -signal.SIGKILL) else "\n".join(self.lines[-5:]),
         }
 
 
