@@ -10,6 +10,14 @@ from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.state import OPTIMIZER, TrainingState
 from ppdiffusers_train.tensor_files import cast_files
 
+SHARDS = ".shards-"  # how the name of the folder begins in which ranks collect their shares of a checkpoint
+
+
+def remove_stale_shards(output_dir: Path) -> None:
+    """Remove what a run that was killed while it wrote a checkpoint has left."""
+    for folder in output_dir.glob(f"{SHARDS}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
 
 def save_checkpoint(state: TrainingState, ranks: Ranks, output_dir: Path, info: dict, args, say) -> None:
     """Write `checkpoint-<step>`: rank 0 all of it, but a sharded optimizer's share each rank that holds one.
@@ -17,7 +25,7 @@ def save_checkpoint(state: TrainingState, ranks: Ranks, output_dir: Path, info: 
     Raises:
         RunError: it cannot be written, and `--on_save_error` is not `continue`.
     """
-    shards = output_dir / f".checkpoint-{state.step}.shards"
+    shards = output_dir / f"{SHARDS}{ranks.name}"
     failures = [""]
     if ranks.sharding_degree > 1:
         failures = ranks.gather(write_shard(state, ranks, shards))  # and now all of them are there

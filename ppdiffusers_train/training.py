@@ -42,7 +42,7 @@ from ppdiffusers_train.runtime.kernel_repairs import repair_kernels
 from ppdiffusers_train.runtime.memory import compute_on_cpu
 from ppdiffusers_train.runtime.signals import StopRequest
 from ppdiffusers_train.runtime.tracing import compile_models
-from ppdiffusers_train.saving import save_checkpoint, write_result
+from ppdiffusers_train.saving import remove_stale_shards, save_checkpoint, write_result
 from ppdiffusers_train.state import StepFigures, TrainingState, build_training_state, check_schedule
 from ppdiffusers_train.step import backward, describe_failure, losses_by_file, seed_layers, set_training_mode
 from ppdiffusers_train.trainable import choose_trainable
@@ -130,6 +130,7 @@ def launch_training_task(module, dataset, args) -> None:
     )
     info = {**identity, "arguments": public_arguments(args), "command": public_command(args), "versions": versions()}
     if ranks.is_main:
+        remove_stale_shards(output_dir)
         (output_dir / "training_args.json").write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
     steps = [
         (window, micro_batches(window, ranks.rank, ranks.world_size, args.train_batch_size, order.bucket))

@@ -2,6 +2,7 @@
 
 import ppdiffusers_train  # noqa: F401
 
+import shutil
 import subprocess
 
 import pytest
@@ -135,6 +136,9 @@ def test_sharding_changes_no_bit_and_its_checkpoints_load_at_any_degree(runs, ba
     shard = "--sharding_degree=2"
     resumed = f"--resume_from_checkpoint={runs / 'two-prior' / 'checkpoint-10'}"
     gradients = "--sharding_stage=2"
+    stranger = tmp_path / "whole" / ".shards-of-a-run-that-was-killed" / "optimizer-00003-of-00004.safetensors"
+    stranger.parent.mkdir(parents=True)
+    shutil.copy(runs / "two-prior" / "checkpoint-10" / "optimizer.safetensors", stranger)
     launch(
         tmp_path,
         [
@@ -146,6 +150,7 @@ def test_sharding_changes_no_bit_and_its_checkpoints_load_at_any_degree(runs, ba
     checkpoint = tmp_path / "whole" / "checkpoint-10"
     shards = sorted(path.name for path in checkpoint.glob("optimizer*"))
     assert shards == ["optimizer-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors"]
+    assert not list((tmp_path / "whole").glob(".*"))
     parts = [tensors(checkpoint / name) for name in shards]
     assert not set(parts[0]) & set(parts[1]), "each rank holds its own share"
     whole = optimizer_state(runs / "two-prior" / "checkpoint-10")
