@@ -12,7 +12,7 @@ from ppdiffusers_train.data.bad_samples import BadSamples
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.runtime.adamw_8bit import AdamW8bit
-from ppdiffusers_train.runtime.distributed import Ranks
+from ppdiffusers_train.runtime.distributed import Ranks, check_sharding_degree
 from ppdiffusers_train.runtime.ema import EMA
 from ppdiffusers_train.runtime.gradient_sums import GradientSums
 from ppdiffusers_train.runtime.gradients import clipping_factor, scale_gradients, zero_unless
@@ -229,11 +229,16 @@ def saved_tensors(folder: Path, beginning: str) -> dict:
 
 
 def check_schedule(args, total_steps: int) -> None:
-    """Raise a `UserError` for an optimizer or a learning rate that the run cannot have."""
+    """Raise a `UserError` for a learning rate that the run cannot have."""
     if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= total_steps:
         raise UserError(
             f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {total_steps} steps; expected fewer with polynomial"
         )
+
+
+def check_optimizer(args) -> None:
+    """Raise a `UserError` for flags of the optimizer that contradict each other."""
+    check_sharding_degree(args.sharding_degree)
     if args.sharding_stage > 1 and args.sharding_degree == 1:
         raise UserError(f"--sharding_stage {args.sharding_stage}: expected it with a --sharding_degree above 1")
     if args.use_8bit_adam and (args.sharding_degree > 1 or args.amp_level == "O2"):

@@ -43,7 +43,7 @@ from ppdiffusers_train.runtime.memory import compute_on_cpu
 from ppdiffusers_train.runtime.signals import StopRequest
 from ppdiffusers_train.runtime.tracing import compile_models
 from ppdiffusers_train.saving import remove_stale_shards, save_checkpoint, write_result
-from ppdiffusers_train.state import StepFigures, TrainingState, build_training_state, check_schedule
+from ppdiffusers_train.state import StepFigures, TrainingState, build_training_state, check_optimizer, check_schedule
 from ppdiffusers_train.step import backward, describe_failure, losses_by_file, seed_layers, set_training_mode
 from ppdiffusers_train.trainable import choose_trainable
 
@@ -58,6 +58,7 @@ def check_run(args) -> None:
     if args.dry_run:
         compute_on_cpu()
     set_arithmetic(args)
+    check_optimizer(args)
     output_dir, images = Path(args.output_dir), getattr(args, "train_data_dir", None)
     if images and output_dir.resolve().is_relative_to(Path(images).resolve()):
         raise UserError(
@@ -108,6 +109,7 @@ def launch_training_task(module, dataset, args) -> None:
     order = order_samples(module, dataset, identity["seed"], samples_per_step, say)
     steps_per_epoch = order.steps_per_epoch(samples_per_step)
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    check_optimizer(args)
     check_schedule(args, total_steps)
     if args.dry_run:
         if ranks.is_main:

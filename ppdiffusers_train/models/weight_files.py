@@ -117,11 +117,16 @@ class WeightFiles:
 
     def tensors(self) -> dict:
         """`{name: tensor}` of safetensors files, each tensor read when it is fetched."""
-        tensors = {name: tensor for file in self.files for name, tensor in open_tensors(file)[0].items()}
-        for name, file in self._index()["weight_map"].items() if self.indices else ():
-            if name not in tensors:
-                raise UserError(f"{self.folder / file} does not hold {name}, as {self.indices[0].name} says")
-        return tensors
+        by_file = {file.name: open_tensors(file)[0] for file in self.files}
+        if self.indices:
+            index, weight_map = self.indices[0].name, self._index()["weight_map"]
+            for name, file in weight_map.items():
+                if name not in by_file[file]:
+                    raise UserError(f"{self.folder / file} does not hold {name}, as {index} says")
+            for file, tensors in by_file.items():
+                if unnamed := sorted(tensors.keys() - weight_map.keys()):
+                    raise UserError(f"{self.folder / file} holds {unnamed[0]}, which {index} does not name")
+        return {name: tensor for tensors in by_file.values() for name, tensor in tensors.items()}
 
     def link_plainly(self, target: Path, link) -> None:
         """Have `target` hold the same weights under names without a variant, as every library finds them.

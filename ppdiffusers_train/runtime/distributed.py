@@ -203,17 +203,23 @@ def synchronize() -> None:
         paddle.device.synchronize()
 
 
+def check_sharding_degree(sharding_degree: int) -> None:
+    """Raise a `UserError` unless the optimizer's state can be split over so many of the processes."""
+    if dist.get_world_size() % sharding_degree:
+        raise UserError(
+            f"--sharding_degree: {sharding_degree} does not divide the number of processes, which is "
+            f"{dist.get_world_size()}"
+        )
+
+
 def start_ranks(sharding_degree: int = 1, timeout: float = 1800) -> Ranks:
     """Join the ranks that `paddle.distributed.launch` started, or be the only one.
 
     Raises:
         UserError: the optimizer's state cannot be split as asked for.
     """
+    check_sharding_degree(sharding_degree)
     world_size = dist.get_world_size()
-    if world_size % sharding_degree:
-        raise UserError(
-            f"--sharding_degree: {sharding_degree} does not divide the number of processes, which is {world_size}"
-        )
     on_cpu = paddle.get_device().startswith("cpu")
     if world_size > 1 and on_cpu and os.environ.get("PADDLE_DISTRI_BACKEND") != "gloo":
         raise UserError(

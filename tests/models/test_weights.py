@@ -253,6 +253,16 @@ def edit_index(folder, **changes):
     index.write_text(json.dumps({**json.loads(index.read_text()), **changes}))
 
 
+def swapped(weight_map):
+    """The map with one tensor in another file."""
+    other = next(file for file in weight_map.values() if file != weight_map["conv_in.weight"])
+    return {**weight_map, "conv_in.weight": other}
+
+
+def without(weight_map, name):
+    return {other: file for other, file in weight_map.items() if other != name}
+
+
 STEM = "diffusion_paddle_model"
 DAMAGES = {
     "a missing file": (
@@ -282,6 +292,14 @@ DAMAGES = {
     "a tensor that is in no file": (
         lambda folder: edit_index(folder, weight_map=read_index(folder) | {"x": read_index(folder)["conv_in.weight"]}),
         rf"/unet/{STEM}-0000\d-of-0000\d\.safetensors does not hold x, as {STEM}\.safetensors\.index\.json says",
+    ),
+    "a tensor that is in another file": (
+        lambda folder: edit_index(folder, weight_map=swapped(read_index(folder))),
+        rf"/unet/{STEM}-0000\d-of-0000\d\.safetensors does not hold conv_in.weight, as {STEM}\.safetensors\.index",
+    ),
+    "a tensor that the index leaves out": (
+        lambda folder: edit_index(folder, weight_map=without(read_index(folder), "conv_in.weight")),
+        rf"/unet/{STEM}-0000\d-of-0000\d\.safetensors holds conv_in.weight, which {STEM}\.safetensors\.index",
     ),
     "a file that is cut short": (
         lambda folder: os.truncate(next(folder.glob("*-00002-of-*")), 1000),
