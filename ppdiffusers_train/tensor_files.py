@@ -171,15 +171,33 @@ def part_files(folder, stem: str) -> list:
 
 def cast_files(folder, dtype: str) -> None:
     """Give every floating-point tensor in the safetensors files below `folder` the type "float32", "float16" or
-    "bfloat16". Files are replaced, never written into: they may be hard links to somebody else's."""
+    "bfloat16". Files are replaced, never written into: they may be hard links to somebody else's.
+
+    A tensor with values that the type has no room for keeps its own, and a line says so.
+    """
     wanted = {"float32": DTYPES["F32"], "float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}[dtype]
     for file in Path(folder).rglob("*.safetensors"):
         tensors, metadata = open_tensors(file)
-        floats = {name: Converted(tensor, wanted) for name, tensor in tensors.items() if tensor.dtype in FLOATS}
-        if any(tensors[name].dtype != wanted for name in floats):
+        floats = {}
+        for name, tensor in tensors.items():
+            if tensor.dtype not in FLOATS or tensor.dtype == wanted:
+                continue
+            if fits(tensor, wanted):
+                floats[name] = Converted(tensor, wanted)
+            else:
+                print(f"--save_dtype {dtype}: {name} has values too large for it and stays {tensor.dtype}")
+        if floats:
             write_tensors(file, {**tensors, **floats}, metadata)
     for index in Path(folder).rglob("*.safetensors.index.json"):
         correct_size(index)
+
+
+def fits(tensor, dtype: np.dtype) -> bool:
+    """Whether a type can hold all finite values of a tensor; only float16 is smaller than the others."""
+    if dtype != DTYPES["F16"]:
+        return True
+    sizes = np.abs(as_array(tensor).astype("float32"))
+    return not bool((np.isfinite(sizes) & (sizes > np.finfo(np.float16).max)).any())
 
 
 def correct_size(index: Path) -> None:

@@ -155,6 +155,17 @@ def test_nothing_of_an_earlier_set_is_left(tmp_path):
     assert stored(tmp_path, "other").keys() == {"t0"}
 
 
+def test_a_tensor_too_large_for_float16_stays_as_it_is_and_is_named(tmp_path, capsys):
+    write_tensors(tmp_path / "a.safetensors", {"large": np.float32([1e5, 1]), "small": np.float32([6e4])}, {})
+    cast_files(tmp_path, "float16")
+    arrays = read_tensors(tmp_path / "a.safetensors")[0]
+    assert arrays["large"].tolist() == [1e5, 1] and {name: a.dtype.name for name, a in arrays.items()} == {
+        "large": "float32",
+        "small": "float16",
+    }
+    assert "large has values too large for it and stays float32" in capsys.readouterr().out
+
+
 def test_cast_files_leaves_integers_and_what_others_see_of_the_file(tmp_path):
     arrays = {"a": np.float32([1 / 3, 2]), "whole": np.arange(3)}
     write_tensors(tmp_path / "base.safetensors", arrays, {"format": "pd"})
