@@ -93,6 +93,7 @@ def test_weights_gradients_and_states_are_exact_to_the_byte(train_sdxl, build_sd
     assert memory["EMA"] == sum(array.nbytes for array in averages)
 
 
+@pytest.mark.once  # Paddle 2.6 takes an eighth more
 def test_what_an_update_takes_is_known():
     """Of the last of three: Paddle makes more of the first."""
     for size in (2**20, 2**20 + BLOCK // 2):
