@@ -3,6 +3,7 @@
 import contextlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import paddle
@@ -63,7 +64,6 @@ class TrainingState:
     bad_samples: BadSamples
     judges_before: bool  # whether a step's numbers are looked at before the weights change
     sharding_stage: int  # 2: gradients are kept by those that update their parameters alone
-    gradients: GradientSums = None  # from `cast_models` on
     step: int = 0  # optimizer steps taken
     position: int = 0  # samples seen
     failed_steps: int = 0  # of those steps, the ones that were NaN or infinite
@@ -74,11 +74,14 @@ class TrainingState:
         """Steps that left the weights as they were because of their numbers."""
         return self.failed_steps + self.overflowed_steps
 
-    def cast_models(self) -> None:
-        """Give weights the types that they are trained in."""
-        self.precision.cast_models(self.module, self.optimizer)
-        owners = self.owners() if self.sharding_stage == 2 else None
-        self.gradients = GradientSums(self.parameters, self.ranks, owners)
+    @cached_property
+    def gradients(self) -> GradientSums:
+        """Made when it is first asked for: parameters have the types by then that they are trained in."""
+        return GradientSums(self.parameters, self.ranks, self.owners() if self.sharding_stage == 2 else None)
+
+    def gradient_norm(self):
+        """Norm of all gradients together, as they are without the loss's scale: a scalar on the device."""
+        return self.gradients.squared_norm().sqrt() / self.precision.loss_scale.value
 
     def owners(self) -> dict:
         """{structured name: which of the ranks that share the optimizer's state has the parameter's}, of a sharded
@@ -86,7 +89,7 @@ class TrainingState:
         owners = getattr(self.optimizer, "_param2rank", {})
         return {name: owners[parameter.name] for name, parameter in self.parameters.items() if owners}
 
-    def take_step(self, window: range, loss, missing: int) -> StepFigures:
+    def take_step(self, window: range, loss, missing: int = 0) -> StepFigures:
         """Update the weights from the gradients of `window`, and everything that follows them.
 
         A step without a sample, and one whose numbers are NaN or infinite, leaves weights, averages and learning rate
@@ -99,7 +102,7 @@ class TrainingState:
         """
         factor = len(window) / max(len(window) - missing, 1)
         scale = self.precision.loss_scale
-        norm = self.gradients.squared_norm().sqrt() / scale.value
+        norm = self.gradient_norm()
         figures = StepFigures(self.step + 1, window, self.optimizer.get_lr(), factor, loss, norm)
         if self.judges_before:
             figures.fetch(self.ranks)

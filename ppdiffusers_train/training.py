@@ -119,7 +119,7 @@ def launch_training_task(module, dataset, args) -> None:
     if checkpoint:
         state.load_weights(checkpoint, saved)
     ranks.broadcast(state.parameters.values())
-    state.cast_models()
+    state.precision.cast_models(module, state.optimizer)
     if checkpoint:
         state.load_record(saved)
         say(f"resumed from {checkpoint} at step {state.step}")

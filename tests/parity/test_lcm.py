@@ -370,8 +370,9 @@ def test_student_and_target_agree_after_three_steps_of_adamw(teacher_of, name):
     parameters = list(side.learning.values())
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)
     for step in range(STEPS):
-        side.module(side.encoded, Draws(name, step)).backward()
-        state.take_step(range(step, step + 1), float(state.gradient_norm()))
+        loss = side.module(side.encoded, Draws(name, step))
+        loss.backward()
+        state.take_step(range(step, step + 1), loss.detach())
         side.torch_loss(Draws(name, step)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
