@@ -16,7 +16,7 @@ TITLES = {
     "sdxl_lora": "SDXL, LoRA",
     "prior_full": "Kandinsky 2.2 prior, full",
     "decoder_full": "Kandinsky 2.2 decoder, full, 8-bit AdamW",
-    "sdxl_full": "SDXL, full layout, its middle block learns",
+    "sdxl_full": "SDXL, full layout, its middle block is trained",
 }
 BAR = 0.15  # by which a peak may differ from its estimate
 TRAINING = ("train", "resume", "export")  # steps that are runs of the script

@@ -38,7 +38,7 @@ class GradientSums:
     than ever, when its bucket has gone, `finish` adds it.
 
     Args:
-        parameters: {structured name: parameter} of all that learn, in the type that they are trained in.
+        parameters: {structured name: parameter} of all that are trained, in the type that they are trained in.
         ranks: those of the run.
         owners: {structured name: place among the ranks that share an optimizer's state}, of the rank that holds the
             parameter's. Gradients are then reduced to their owners, and the others have none (ZeRO stage 2: Rajbhandari
@@ -106,7 +106,7 @@ class GradientSums:
     @paddle.no_grad()
     def finish(self, changed: bool) -> None:
         """Leave in `parameter.grad` the float32 mean over ranks of the sum over micro-batches, for each parameter that
-        any rank used; no gradient in the others, as on one card, where AdamW leaves them alone, too.
+        any rank used; no gradient in the others, as on one GPU, where AdamW leaves them alone, too.
 
         Args:
             changed: whether `send_rest` said so on any rank.
