@@ -109,7 +109,6 @@ def launch_training_task(module, dataset, args) -> None:
     order = order_samples(module, dataset, identity["seed"], samples_per_step, say)
     steps_per_epoch = order.steps_per_epoch(samples_per_step)
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    check_optimizer(args)
     check_schedule(args, total_steps)
     if args.dry_run:
         if ranks.is_main:

@@ -99,13 +99,8 @@ def cast_frozen(model, dtype: str) -> None:
 
 def float32_storage(model) -> list:
     """(tensor, another one with its storage) of all float32 parameters and buffers of a model."""
-    found = []
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.dtype == paddle.float32:
-            original = paddle.empty([0])
-            share_storage(original, tensor)
-            found.append((tensor, original))
-    return found
+    tensors = [*model.parameters(), *model.buffers()]
+    return [(tensor, same_storage(tensor)) for tensor in tensors if tensor.dtype == paddle.float32]
 
 
 def updated_parameters(optimizer) -> list:
@@ -122,15 +117,20 @@ def holding(pairs):
     """
     held = []
     for parameter, tensor in pairs:
-        own = paddle.empty([0], parameter.dtype)
-        share_storage(own, parameter)
-        held.append((parameter, own))
+        held.append((parameter, same_storage(parameter)))
         share_storage(parameter, tensor)
     try:
         yield
     finally:
         for parameter, own in held:
             share_storage(parameter, own)
+
+
+def same_storage(tensor):
+    """Another tensor with the storage of this one, which keeps it when this one gets another."""
+    other = paddle.empty([0], tensor.dtype)
+    share_storage(other, tensor)
+    return other
 
 
 def share_storage(tensor, other) -> None:
