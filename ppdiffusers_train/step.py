@@ -7,6 +7,7 @@ import paddle
 
 from ppdiffusers_train.data.order import SampleOrder
 from ppdiffusers_train.draws import Draws, generator
+from ppdiffusers_train.dropout import dropout_follows, follow_samples
 from ppdiffusers_train.runtime.cpu_levers import no_views
 from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.runtime.tracing import learning_models
@@ -41,14 +42,15 @@ def backward(
     draws.keep(good)
     if not good:
         return Part(paddle.zeros([]), draws, good, errors)
-    with state.precision.autocast():
-        encoded = encode(batch) if encode else batch
-        # By its share of the samples: right for a short last batch, and for a short last window.
-        loss = module(encoded, draws) * (len(good) / len(window))
-    # Gradients are averaged over ranks, but each rank has its part of one sum.
-    scale = state.precision.loss_scale.value * ranks.world_size
-    with state.gradients.micro_batch(last):
-        (loss * scale if scale != 1 else loss).backward()
+    with dropout_follows(draws):
+        with state.precision.autocast():
+            encoded = encode(batch) if encode else batch
+            # By its share of the samples: right for a short last batch, and for a short last window.
+            loss = module(encoded, draws) * (len(good) / len(window))
+        # Gradients are averaged over ranks, but each rank has its part of one sum.
+        scale = state.precision.loss_scale.value * ranks.world_size
+        with state.gradients.micro_batch(last):
+            (loss * scale if scale != 1 else loss).backward()
     return Part(loss.detach().astype("float32"), draws, good, errors)
 
 
@@ -62,13 +64,14 @@ def losses_by_file(parts: list, window_size: int, order: SampleOrder, dataset) -
 
 
 def seed_layers(seed: int, step: int, rank: int) -> None:
-    """Seed Paddle's own generator, from which dropout draws, as a function of (seed, step, rank) alone."""
+    """Seed Paddle's own generator, from which a module of one's own may draw, as a function of (seed, step, rank)."""
     paddle.seed(int(generator(seed, step, f"layers of rank {rank}").integers(2**31)))
 
 
 def set_training_mode(module) -> None:
-    """Put every model in which something learns into training mode; the frozen ones stay in evaluation mode."""
+    """Put every model that is trained into training mode; the frozen ones stay in evaluation mode."""
     learning = learning_models(module)
+    follow_samples(learning)
     for model in module.children():
         if model in learning:
             model.train()

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "argument_parser": set(),
     "arguments": {"argument_parser"},
     "draws": set(),
+    "dropout": {"draws"},
     "module": set(),
     "runtime": {"errors", "heap", "trainable"},
     "reporting": {"errors"},
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "saving": {"errors", "reporting", "runtime", "state", "tensor_files"},
     "run": {"runtime", "errors"},
     "dry_run": {"data", "draws", "errors", "module", "runtime", "step", "trainable"},
-    "step": {"data", "draws", "runtime", "state"},
+    "step": {"data", "draws", "dropout", "runtime", "state"},
     "training": {"data", "draws", "dry_run", "errors", "module", "reporting", "run", "runtime", "saving"}
     | {"state", "step", "trainable"},
     "trainable": {"errors"},

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from paddle.nn import functional
 from ppdiffusers.models.lora import LoRACompatibleConv, LoRACompatibleLinear, LoRAConv2dLayer, LoRALinearLayer
 
 from ppdiffusers_train.draws import generator
@@ -68,9 +67,8 @@ def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, s
         initial = generator(seed, 0, f"lora {name}").standard_normal(shape, dtype=np.float32) / rank
         lora.down.weight.set_value(initial)
         if dropout:
-            lora.register_forward_pre_hook(
-                lambda lora, inputs: functional.dropout(inputs[0], dropout, training=lora.training)
-            )
+            lora.dropout = paddle.nn.Dropout(dropout)
+            lora.register_forward_pre_hook(lambda lora, inputs: lora.dropout(inputs[0]))
         set_lora(layer, lora)
 
 

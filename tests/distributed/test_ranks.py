@@ -50,6 +50,7 @@ def runs(base_flags, kandinsky_jobs, sdxl, sdxl_jobs, sd3, sd3_jobs, sd, lcm_job
     ]
 
     def flags(out, *more):
+        more = ["--lora_dropout=0.3", *more] if "lora" in out else more
         if "lcm" in out:
             return [*of_lcm, f"--output_dir={root / out}", *more]
         models = of_sdxl if "sdxl" in out else of_sd3 if "sd3" in out else base_flags
