@@ -4,7 +4,6 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import ROOT
 from tests.distributed.launching import script
 
 FULL = ("decoder", "prior", "sdxl", "sd3", "own_sd", "lcm_distill_sd", "lcm_distill_sdxl")
@@ -15,11 +14,6 @@ FAMILIES = {
     "sd3": ("sd3", "lora_sd3"),
     "lcm": ("lcm_distill_sd", "lcm_distill_sdxl", "lcm_distill_lora_sd", "lcm_distill_lora_sdxl"),
 }
-
-
-def file_of(name) -> Path:
-    """A job's script."""
-    return ROOT / "examples" / "your_own_job" / "train_text_to_image_sd.py" if name == "own_sd" else script(name)
 
 
 @dataclass(frozen=True)
@@ -116,5 +110,5 @@ class Jobs:
         """Append a run of a job; returns its output folder."""
         output_dir = self.folder / out
         everything = [*self.flags(name), *map(str, flags), f"--output_dir={output_dir}"]
-        self.list.append({"script": str(file_of(name)), "flags": everything})
+        self.list.append({"script": str(script(name)), "flags": everything})
         return output_dir

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import photo_shards, scalars
 from tests.device.files import low_tensors, not_finite
-from tests.device.jobs import file_of
+from tests.distributed.launching import script
 from tests.distributed.launching import environment
 
 SDXL = """--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0
@@ -63,7 +63,7 @@ def check_commands(names, jobs, on_device, tmp_path):
     for name in names:
         outs.append(tmp_path / name)
         flags = [*typed(COMMANDS[name]), *in_place_of_the_hub(jobs, name, tmp_path), *SMALL, f"--output_dir={outs[-1]}"]
-        jobs.list.append({"script": str(file_of(name)), "flags": flags})
+        jobs.list.append({"script": str(script(name)), "flags": flags})
     for name, out, report in zip(names, outs, on_device(jobs.list)):
         assert report["status"] == 0, (name, report)
         assert len(scalars(out)) == 2 and "wrote the result" in report["said"], (name, report["said"])
@@ -83,11 +83,11 @@ def test_all_commands_of_the_guides(jobs, on_device, tmp_path):
 @pytest.mark.precision
 def test_the_guides_command_for_four_gpus(device, jobs, tmp_path):
     """Typed as it is there: Paddle's launcher takes `--gpus` for whatever devices there are."""
-    words = [sys.executable, "-u", "-m", "paddle.distributed.launch", "--gpus", "0,1,2,3", file_of("decoder").name]
+    words = [sys.executable, "-u", "-m", "paddle.distributed.launch", "--gpus", "0,1,2,3", script("decoder").name]
     words += typed(KANDINSKY.format("--gradient_checkpointing --mixed_precision=fp16"))
     words += [*in_place_of_the_hub(jobs, "decoder", tmp_path), *SMALL, f"--output_dir={tmp_path / 'out'}"]
     done = subprocess.run(
-        words, cwd=file_of("decoder").parent,
+        words, cwd=script("decoder").parent,
         env=environment(CUSTOM_DEVICE_ROOT=str(device), PADDLE_XCCL_BACKEND="soft_device", MKL_NUM_THREADS="1"),
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip

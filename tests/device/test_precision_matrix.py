@@ -16,7 +16,8 @@ from ppdiffusers_train.runtime.precision import DTYPES
 from tests.conftest import scalars, tensors
 from tests.device.conftest import LOW
 from tests.device.files import differing, fits, low_tensors, not_finite
-from tests.device.jobs import COVERING, EVERYTHING, FAMILIES, FULL, LORA, Jobs, Setting, file_of, pairs
+from tests.device.jobs import COVERING, EVERYTHING, FAMILIES, FULL, LORA, Jobs, Setting, pairs
+from tests.distributed.launching import script
 from tests.test_architecture import SCRIPTS
 
 STEPS, STOP = 4, 2
@@ -30,7 +31,7 @@ MODEL = "diffusion_paddle_model.safetensors"
 
 
 def test_the_jobs_are_all_scripts_and_settings_meet_in_pairs():
-    assert sorted(map(file_of, (*FULL, *LORA))) == SCRIPTS and set(COVERING) == {*FULL, *LORA}
+    assert sorted(map(script, (*FULL, *LORA))) == SCRIPTS and set(COVERING) == {*FULL, *LORA}
     assert sorted(name for family in FAMILIES.values() for name in family) == sorted(COVERING)
     covered = set().union(*map(pairs, COVERING.values()))
     off_and_on = (False, True)

@@ -33,6 +33,8 @@ def environment(**more):
 
 def script(name):
     """The file of a job."""
+    if name == "own_sd":
+        return ROOT / "examples" / "your_own_job" / "train_text_to_image_sd.py"
     if "lcm" in name:
         return LCM / f"train_{name}_wds.py"
     folder = next((family for family in ("sdxl", "sd3") if family in name), KANDINSKY.name)
