@@ -11,8 +11,7 @@ import pytest
 
 from tests.conftest import photo_shards, scalars
 from tests.device.files import low_tensors, not_finite
-from tests.distributed.launching import script
-from tests.distributed.launching import environment
+from tests.distributed.launching import environment, script
 
 SDXL = """--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0
     --dataset_name=lambdalabs/naruto-blip-captions --enable_xformers_memory_efficient_attention --resolution=512
