@@ -13,7 +13,6 @@ import ppdiffusers_train  # noqa: F401  (before paddle)
 import argparse
 import contextlib
 import json
-import signal
 import sys
 import tempfile
 import time
@@ -269,11 +268,7 @@ def build_parser():
 @one_line_errors
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    try:
-        status = args.run(args)
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-    if status:
+    if status := args.run(args):
         raise SystemExit(status)
 
 

@@ -6,6 +6,7 @@ import re
 import sys
 
 from ppdiffusers_train.last_word import say_after_launcher
+from ppdiffusers_train.signals import EndAtOnce
 
 
 class UserError(Exception):
@@ -40,13 +41,15 @@ def hide_tokens(text: str) -> str:
 def one_line_errors(main):
     """Wrap `main(argv)`: the errors above are printed as one line to standard error and end the process.
 
-    Any other keeps its traceback. On several ranks, the first that fails has the last word on the screen.
+    Any other keeps its traceback. A signal that nobody else waits for is one line, too.
+    On several ranks, the first that fails has the last word on the screen.
     """
 
     @functools.wraps(main)
     def run(argv=None):
         try:
-            return main(argv)
+            with EndAtOnce():
+                return main(argv)
         except (UserError, RunError) as error:
             message = hide_tokens(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}")
             print(message, file=sys.stderr)

@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+PARENT = os.getppid()  # also of the process that stands in for this one (stand_in.py)
+
 # Waits until a process has ended (also where nobody has asked for its status yet), then says something.
 WAIT_AND_SAY = """
 import os, select, sys
@@ -30,16 +32,15 @@ def say_after_launcher(message: str) -> None:
 
     Does nothing where Paddle's launcher is not this process's parent.
     """
-    launcher = os.getppid()
     # Linux tells all that is needed; where it does not, the message is in the rank's log alone.
     with contextlib.suppress(OSError):
-        if b"paddle.distributed.launch" not in Path(f"/proc/{launcher}/cmdline").read_bytes():
+        if not is_launcher(PARENT):
             return
-        marker = Path(tempfile.gettempdir()) / f"ppdiffusers_train-{launcher}"
+        marker = Path(tempfile.gettempdir()) / f"ppdiffusers_train-{PARENT}"
         marker.touch(exist_ok=False)
-        with open(f"/proc/{launcher}/fd/2", "a") as screen:
+        with open(f"/proc/{PARENT}/fd/2", "a") as screen:
             speaker = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", WAIT_AND_SAY, str(launcher), str(marker)],
+                [sys.executable, "-I", "-S", "-c", WAIT_AND_SAY, str(PARENT), str(marker)],
                 stdin=subprocess.PIPE,
                 stdout=screen,
                 stderr=screen,
@@ -48,3 +49,11 @@ def say_after_launcher(message: str) -> None:
             # Not as an argument: everybody on a machine can read those.
             speaker.stdin.write(message.encode())
             speaker.stdin.close()
+
+
+def is_launcher(process: int) -> bool:
+    """Whether a process is Paddle's launcher, as far as the system tells."""
+    try:
+        return b"paddle.distributed.launch" in Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False

@@ -1,12 +1,14 @@
-"""What a run writes: checkpoints while it lasts, and its result."""
+"""What a run writes: checkpoints while it lasts and when it is stopped, and its result."""
 
 import shutil
 from pathlib import Path
 
 from ppdiffusers_train.errors import RunError
+from ppdiffusers_train.last_word import say_after_launcher
 from ppdiffusers_train.reporting.hub import push_to_hub
 from ppdiffusers_train.runtime.checkpoint import replace_children, write_checkpoint
 from ppdiffusers_train.runtime.distributed import Ranks
+from ppdiffusers_train.signals import StopRequest
 from ppdiffusers_train.state import OPTIMIZER, TrainingState
 from ppdiffusers_train.tensor_files import cast_files
 
@@ -19,9 +21,11 @@ def remove_stale_shards(output_dir: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def save_checkpoint(state: TrainingState, ranks: Ranks, output_dir: Path, info: dict, args, say) -> None:
+def save_checkpoint(state: TrainingState, ranks: Ranks, output_dir: Path, info: dict, args, say) -> bool:
     """Write `checkpoint-<step>`: rank 0 all of it, but a sharded optimizer's share each rank that holds one.
 
+    Returns:
+        Whether rank 0, if this is it, has written it.
     Raises:
         RunError: it cannot be written, and `--on_save_error` is not `continue`.
     """
@@ -50,8 +54,10 @@ def save_checkpoint(state: TrainingState, ranks: Ranks, output_dir: Path, info: 
                 if args.on_save_error == "stop":
                     raise RunError(f"{message}; earlier checkpoints are untouched") from error
                 say(f"{message}; going on")
+                return False
             finally:
                 shutil.rmtree(shards, ignore_errors=True)
+    return ranks.is_main
 
 
 def write_shard(state: TrainingState, ranks: Ranks, folder: Path) -> str:
@@ -85,3 +91,20 @@ def write_result(module, output_dir: Path, args, say) -> None:
     if args.push_to_hub:
         url = push_to_hub(output_dir, args.hub_model_id, args.hub_token, module.card_data(), args.validation_prompts)
         say(f"uploaded to {url}")
+
+
+def end_stopped(stop: StopRequest, ranks: Ranks, checkpoint: Path, is_written: bool, where: str) -> None:
+    """End a run that a signal has stopped, on every rank with one line and the status 128 + the number of the signal.
+
+    Args:
+        is_written: whether rank 0 has written the checkpoint; of other ranks nobody asks.
+        where: in the run.
+    """
+    # Not every rank has to have got it. And one that ends takes the others down: first, all have to be here.
+    told = ranks.gather((stop.received, is_written))
+    received = next(number for number, _ in told if number)
+    written = f"wrote {checkpoint} {where}; go on with --resume_from_checkpoint latest"
+    message = f"{received.name}: {written if told[0][1] else f'ended {where}, without a checkpoint'}"
+    print(message, flush=True)
+    say_after_launcher(message)
+    raise SystemExit(128 + received)

@@ -7,7 +7,6 @@ import json
 from collections import deque
 from functools import partial
 from pathlib import Path
-from signal import Signals
 
 import paddle
 
@@ -36,13 +35,14 @@ from ppdiffusers_train.run import (
 )
 from ppdiffusers_train.runtime.checkpoint import find_checkpoint, require_writable
 from ppdiffusers_train.runtime.cpu_levers import COMPILE_FROM_ROWS, CompiledEncode, can_compile, pulled_levers
-from ppdiffusers_train.runtime.distributed import start_ranks
+from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
 from ppdiffusers_train.runtime.flops import FlopCounter, peak_tflops
+from ppdiffusers_train.runtime.folder_lock import folder_held, wait_for_folder
 from ppdiffusers_train.runtime.kernel_repairs import repair_kernels
 from ppdiffusers_train.runtime.memory import compute_on_cpu
-from ppdiffusers_train.runtime.signals import StopRequest
 from ppdiffusers_train.runtime.tracing import compile_models
-from ppdiffusers_train.saving import remove_stale_shards, save_checkpoint, write_result
+from ppdiffusers_train.saving import end_stopped, remove_stale_shards, save_checkpoint, write_result
+from ppdiffusers_train.signals import StopRequest
 from ppdiffusers_train.state import StepFigures, TrainingState, build_training_state, check_optimizer, check_schedule
 from ppdiffusers_train.step import backward, describe_failure, losses_by_file, seed_layers, set_training_mode
 from ppdiffusers_train.trainable import choose_trainable
@@ -76,6 +76,8 @@ def check_run(args) -> None:
         )
     settle_cache_folder(args)
     saved = None
+    if not args.dry_run:
+        wait_for_folder(output_dir)
     if args.resume_from_checkpoint:
         saved = find_checkpoint(args.resume_from_checkpoint, output_dir, say=lambda message: None)[1]
     settle_seed(args, saved)
@@ -96,6 +98,16 @@ def launch_training_task(module, dataset, args) -> None:
     repair_kernels()
     remarks = set_arithmetic(args)
     ranks = start_ranks(args.sharding_degree, args.collective_timeout)
+    with folder_held(Path(args.output_dir)) if ranks.is_main and not args.dry_run else contextlib.nullcontext():
+        train(module, dataset, args, ranks, remarks)
+
+
+def train(module, dataset, args, ranks: Ranks, remarks: list) -> None:
+    """What `launch_training_task` says, in a folder of its own.
+
+    Args:
+        remarks: lines to be printed.
+    """
     output_dir = Path(args.output_dir)
     say = print if ranks.is_main else lambda message: None
     checkpoint, saved = None, {}
@@ -166,7 +178,7 @@ def launch_training_task(module, dataset, args) -> None:
         progress = on_exit.enter_context(
             Progress(state.step, total_steps, visible=ranks.is_main, peak_tflops=peak and peak * ranks.world_size)
         )
-        stop = on_exit.enter_context(StopRequest())
+        stop = on_exit.enter_context(StopRequest(args.stop_signal))
         waiting = deque()  # (figures, parts) of steps whose numbers are still to be fetched
         for window, share in steps:
             ranks.step = state.step
@@ -212,16 +224,11 @@ def launch_training_task(module, dataset, args) -> None:
                         {f"loss_for/{name}": loss for part in losses for name, loss in part.items()}, figures.step
                     )
             if checkpoint_due:
-                save_checkpoint(state, ranks, output_dir, info, args, say)
+                is_written = save_checkpoint(state, ranks, output_dir, info, args, say)
             if stopping:
                 progress.close()
-                stopped_by = stop.received or Signals.SIGTERM  # another rank may have got it
-                say(
-                    f"{stopped_by.name}: wrote {output_dir / f'checkpoint-{state.step}'} after step {state.step} of "
-                    f"{total_steps}; go on with --resume_from_checkpoint latest"
-                )
-                ranks.gather(None)  # a rank that ends takes the others down: first, all have to be here
-                raise SystemExit(128 + stopped_by)
+                checkpoint = output_dir / f"checkpoint-{state.step}"
+                end_stopped(stop, ranks, checkpoint, is_written, f"after step {state.step} of {total_steps}")
             if validation_due:
                 with state.result_weights(), ranks.main_first() as is_turn:
                     if is_turn:
@@ -233,10 +240,13 @@ def launch_training_task(module, dataset, args) -> None:
                         file.parent.mkdir(exist_ok=True)
                         picture.save(file)
                         trackers.image("validation", picture, state.step)
-    with state.result_weights(), ranks.main_first() as is_turn:
-        if is_turn:
-            write_result(module, output_dir, args, say)
-    ranks.gather(None)  # rank 0 answers the others' questions whether it is done: it must not end before they know
+        progress.close()
+        with state.result_weights(), ranks.main_first() as is_turn:
+            if is_turn:
+                write_result(module, output_dir, args, say)
+        if stop.received:
+            print(f"{stop.received.name}: came after the last step; the run has ended, its result is written")
+        ranks.gather(None)  # rank 0 answers the others' questions whether it is done: it must not end before they know
 
 
 def order_samples(module, dataset, seed: int, samples_per_step: int, say) -> SampleOrder:

@@ -17,9 +17,11 @@ from paddle.distributed import fleet
 from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer import DygraphShardingOptimizer
 
 from ppdiffusers_train.errors import RunError, UserError
-from ppdiffusers_train.runtime.signals import STOP_SIGNALS
+from ppdiffusers_train.signals import STOP_SIGNALS, WARNINGS
+from ppdiffusers_train.stand_in import is_left_alone
 
 POLL_SECONDS = 0.1  # between two questions whether rank 0 has written a checkpoint, which takes seconds
+LEFT_ALONE_SECONDS = 60.0  # in a collective, once the launcher has given a rank up, and probably another one, too
 ASK_SECONDS = 0.0005  # between two questions whether the others have come to the end of a step
 
 
@@ -39,7 +41,8 @@ class Ranks:
         self._waiting = None  # (for what, since when), while in a collective
         if world_size > 1:
             # Paddle's store takes a call that a signal interrupts for a broken connection: none reaches this thread.
-            self._undisturbed = ThreadPoolExecutor(1, "store", signal.pthread_sigmask, (signal.SIG_BLOCK, STOP_SIGNALS))
+            blocked = (signal.SIG_BLOCK, STOP_SIGNALS + WARNINGS)
+            self._undisturbed = ThreadPoolExecutor(1, "store", signal.pthread_sigmask, blocked)
             threading.Thread(target=self._watch, daemon=True).start()
 
     @property
@@ -186,10 +189,12 @@ class Ranks:
         """End the process when a collective does not come back, and say who waited where for what."""
         while True:
             time.sleep(min(1.0, self.timeout / 4))
-            waiting = self._waiting
-            if waiting and time.monotonic() - waiting[1] > self.timeout:
+            waiting, timeout = self._waiting, self.timeout
+            if is_left_alone():
+                timeout = min(timeout, LEFT_ALONE_SECONDS)
+            if waiting and time.monotonic() - waiting[1] > timeout:
                 print(
-                    f"rank {self.rank} of {self.world_size}, step {self.step + 1}: waited {self.timeout:g} s for "
+                    f"rank {self.rank} of {self.world_size}, step {self.step + 1}: waited {timeout:g} s for "
                     f"{waiting[0]}; another rank hangs or has ended",
                     file=sys.stderr,
                     flush=True,

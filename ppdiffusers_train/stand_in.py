@@ -1,0 +1,87 @@
+"""A rank under Paddle's launcher is two processes: the launcher's child stands in for the run, which is its own child.
+
+The launcher kills (SIGKILL) what still lives 30 s after its SIGTERM, however long a step and a checkpoint take. It can
+kill the stand-in only. The run, in a session of its own, ends with its stand-in as long as nobody has asked it to stop;
+from then on it finishes step and checkpoint, and ends by itself.
+
+This happens while the package is imported, when the process has one thread, little memory and no GPU yet. A run that
+forks when it is asked to stop has threads of Paddle, whose locks the child would inherit, and a GPU, which it could not
+use; and a step that takes longer than the launcher waits would be lost.
+"""
+
+import os
+import signal
+import sys
+
+from ppdiffusers_train.last_word import PARENT, is_launcher
+from ppdiffusers_train.signals import (
+    ASKS,
+    INSISTS,
+    REPETITION_SECONDS,
+    STOP_SIGNALS,
+    WARNINGS,
+    Patience,
+    signal_at_parents_end,
+)
+
+LAUNCHER_ENDED = signal.SIGHUP
+HEARD = {*STOP_SIGNALS, *WARNINGS, LAUNCHER_ENDED, signal.SIGCHLD}
+
+_stand_in = None  # number of the process
+
+
+def leave_stand_in() -> None:
+    """Where Paddle's launcher has started this process: go on in a child, and stand in for it here until it ends."""
+    global _stand_in
+    if sys.platform != "linux" or "paddle" in sys.modules or not is_launcher(PARENT):
+        return
+    _stand_in = os.getpid()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
+    if run := os.fork():
+        signal_at_parents_end(LAUNCHER_ENDED)
+        end_like(stand_in_for(run))
+    os.setsid()
+    signal_at_parents_end(signal.SIGKILL)
+    if is_left_alone():
+        os._exit(1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def is_left_alone() -> bool:
+    """Whether this process had a stand-in that is gone."""
+    return _stand_in not in (None, os.getppid())
+
+
+def stand_in_for(run: int) -> int:
+    """Pass signals on to a child until it has ended; returns its status, as `os.waitpid` has it."""
+    patience = Patience()
+    while True:
+        number = signal.sigwait(HEARD)
+        if number == signal.SIGCHLD:
+            ended, status = os.waitpid(run, os.WNOHANG)
+            if ended:
+                return status
+            continue
+        # A launcher that was killed can tell nobody to stop.
+        heard = patience.hear(signal.SIGTERM if number == LAUNCHER_ENDED else number)
+        if heard == ASKS:
+            os.kill(run, signal.SIGTERM if number == LAUNCHER_ENDED else number)
+        elif heard == INSISTS and number != LAUNCHER_ENDED:
+            # The launcher's last SIGTERM, after 30 s, comes a moment before SIGKILL, which only this process gets.
+            if signal.sigtimedwait({signal.SIGCHLD}, REPETITION_SECONDS) is None:
+                print(f"{signal.Signals(number).name} again: ended at once", flush=True)
+                os.kill(run, signal.SIGKILL)
+                os.waitpid(run, 0)
+                return (128 + number) << 8
+            return os.waitpid(run, 0)[1]
+
+
+def end_like(status: int) -> None:
+    """End this process as a child has ended."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.kill(os.getpid(), number)
+    os._exit(os.waitstatus_to_exitcode(status))
