@@ -38,7 +38,7 @@ help:
 	@echo "make parity         the comparisons with the PyTorch reference"
 	@echo "make bench          how fast jobs train beside PyTorch: writes docs/performance.md (hours; BENCH_FLAGS='--jobs prior')"
 	@echo "make truesize       jobs at the published models' size: writes docs/true_size.md (hours, 24 GB of memory)"
-	@echo "make torture        kill runs 240 times and resume them, and hand every job from rank to rank"
+	@echo "make torture        kill runs 240 times and resume them, hand every job from rank to rank, stop on a slow disk"
 	@echo "make venvs          the three environments of the above, without running anything"
 	@echo "make lock           write the requirements*.txt again from the .in files"
 	@echo "make clean          remove the environments and caches"

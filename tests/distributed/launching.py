@@ -62,11 +62,18 @@ def wait_for(condition, seconds=120):
         time.sleep(0.1)
 
 
+def children_of(process):
+    """Numbers of a process's children."""
+    try:
+        return list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
+    except OSError:
+        return []
+
+
 def ranks_of(launcher):
     """Process numbers of a launcher's ranks, in order."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     ranks = {}
-    for child in map(int, children):
+    for child in children_of(launcher):
         variables = Path(f"/proc/{child}/environ").read_bytes().decode(errors="replace").split("\0")
         rank = next((v.split("=")[1] for v in variables if v.startswith("PADDLE_TRAINER_ID=")), None)
         if rank is not None:
@@ -74,23 +81,33 @@ def ranks_of(launcher):
     return [ranks[rank] for rank in sorted(ranks)]
 
 
+def runs_of(launcher):
+    """Process numbers of what a launcher's ranks stand in for."""
+    return [run for rank in ranks_of(launcher) for run in children_of(rank)]
+
+
+@contextlib.contextmanager
+def launched(command, folder, **variables):
+    """A launcher at work, whose screen is the file `said` in a folder; afterwards it is gone, and its ranks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "said", "w") as said:
+        launcher = subprocess.Popen(command, env=environment(**variables), stdout=said, stderr=said)
+    try:
+        yield launcher
+    finally:
+        for process in [*runs_of(launcher.pid), *ranks_of(launcher.pid), launcher.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        launcher.wait()
+
+
 @contextlib.contextmanager
 def endless_run(base_flags, tmp_path, *flags):
     """A run of two processes that has begun to write checkpoints: (its launcher, its two ranks' numbers)."""
     flags = [*base_flags, *TWO, f"--output_dir={tmp_path / 'out'}", "--max_train_steps=100000", *flags]
-    with open(tmp_path / "said", "w") as said:
-        command = launch_command(script("prior"), *flags, log_dir=tmp_path / "log")
-        launcher = subprocess.Popen(command, env=environment(), stdout=said, stderr=said)
-    ranks = []
-    try:
+    with launched(launch_command(script("prior"), *flags, log_dir=tmp_path / "log"), tmp_path) as launcher:
         wait_for(lambda: (tmp_path / "out" / "checkpoint-10").is_dir())
-        ranks = ranks_of(launcher.pid)
-        yield launcher, ranks
-    finally:
-        launcher.kill()
-        for rank in ranks:
-            with contextlib.suppress(ProcessLookupError):  # the launcher has ended it
-                os.kill(rank, signal.SIGKILL)
+        yield launcher, ranks_of(launcher.pid)
 
 
 def learned(name, folder):

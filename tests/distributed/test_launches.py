@@ -22,8 +22,11 @@ from tests.distributed.launching import (
     environment,
     launch,
     launch_command,
+    launched,
     learned,
+    runs_of,
     script,
+    wait_for,
 )
 
 
@@ -50,21 +53,51 @@ def test_the_guides_form_of_the_command_and_a_bad_sample_and_the_cache(base_flag
 
 
 @pytest.mark.once
-def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(base_flags, tmp_path):
-    with endless_run(base_flags, tmp_path) as (launcher, ranks):
-        os.kill(ranks[1], signal.SIGTERM)
-        launcher.wait(60)
+@pytest.mark.parametrize("name, to_all, status", [("SIGUSR1", False, 128 + signal.SIGUSR1), ("SIGINT", True, 2)])
+def test_signals_stop_all_ranks_after_the_same_step_with_a_checkpoint(base_flags, tmp_path, name, to_all, status):
+    """A scheduler's warning that reaches one rank; Ctrl-C, which a terminal sends to all and the launcher repeats."""
+    with endless_run(base_flags, tmp_path, "--stop_signal=USR1") as (launcher, ranks):
+        for process in [*runs_of(launcher.pid), *ranks, launcher.pid] if to_all else ranks[1:]:
+            os.kill(process, signal.Signals[name])
+        assert launcher.wait(60) == status
     newest = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    said = [(tmp_path / "log" / f"workerlog.{rank}").read_text() for rank in (0, 1)]
-    assert f"SIGTERM: wrote {newest}" in said[0], "".join(said)
-    assert json.loads((newest / "state.json").read_text())["step"] == int(newest.name.split("-")[1])
-    assert launcher.returncode != 0
+    step = int(newest.name.split("-")[1])
+    assert json.loads((newest / "state.json").read_text())["step"] == step
+    told = f"{name}: wrote {newest} after step {step} of 100000; go on with --resume_from_checkpoint latest"
+    for rank in (0, 1):
+        said = (tmp_path / "log" / f"workerlog.{rank}").read_text().splitlines()
+        assert [line for line in said if "SIG" in line or "rror" in line] == [told], said
+    assert (tmp_path / "said").read_text().splitlines()[-1] == told
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_takes_longer_than_the_launcher_waits_is_not_lost(base_flags, tmp_path):
+    """Each file's way to the disk takes ten seconds. The next run starts when the launcher has ended."""
+    flags = [*base_flags, *TWO, "--sharding_degree=2", "--max_train_steps=12", "--checkpointing_steps=6"]
+    resumed = [*flags, f"--output_dir={tmp_path / 'out'}", "--resume_from_checkpoint=latest"]
+    slow = Path(__file__).with_name("slow_machine.py")
+    command = launch_command(slow, *resumed, "--checkpointing_steps=100", log_dir=tmp_path / "log")
+    variables = {"SECONDS_PER_BATCH": "2", "SECONDS_PER_FILE": "10"}
+    with launched(command, tmp_path, **variables) as launcher:
+        wait_for(lambda: " 2/12 " in (tmp_path / "said").read_text())
+        runs, start = runs_of(launcher.pid), time.monotonic()
+        launcher.terminate()
+        assert launcher.wait(60) == signal.SIGTERM
+    print(f"the launcher has ended after {time.monotonic() - start:.0f} s")
+    assert not list((tmp_path / "out").glob("checkpoint-*")), "else this test shows nothing"
+    said = launch(tmp_path / "next", [("prior", resumed)])
+    assert said.count("another run still writes there") == 1 and "at step 0" not in said, said
+    written = (tmp_path / "log" / "workerlog.1").read_text().splitlines()[-1]
+    print(f"{written}; the checkpoint and the next run have taken {time.monotonic() - start:.0f} s")
+    assert written.startswith("SIGTERM: wrote ") and not [run for run in runs if Path(f"/proc/{run}").exists()]
+    launch(tmp_path / "whole", [("prior", [*flags, f"--output_dir={tmp_path / 'whole'}"])])
+    assert same(learned("prior", tmp_path / "whole"), learned("prior", tmp_path / "out"))
 
 
 @pytest.mark.once
 def test_a_rank_that_hangs_is_told_by_the_one_that_waits(base_flags, tmp_path):
-    with endless_run(base_flags, tmp_path, "--collective_timeout=3") as (launcher, ranks):
-        os.kill(ranks[1], signal.SIGSTOP)
+    with endless_run(base_flags, tmp_path, "--collective_timeout=3") as (launcher, _):
+        os.kill(runs_of(launcher.pid)[1], signal.SIGSTOP)
         start = time.monotonic()
         launcher.wait(60)
         assert time.monotonic() - start < 40

@@ -2,8 +2,10 @@
 
 import ppdiffusers_train  # noqa: F401
 
+import contextlib
 import shutil
-import subprocess
+import signal
+from pathlib import Path
 
 import pytest
 
@@ -14,11 +16,11 @@ from tests.distributed.launching import (
     STEPS,
     TWO,
     assert_close,
-    environment,
     launch,
     launch_command,
+    launched,
     learned,
-    script,
+    wait_for,
 )
 
 pytestmark = pytest.mark.once  # test_launches.py compares two processes with one there
@@ -106,21 +108,34 @@ def test_a_resumed_stream_of_two_processes_ends_in_the_same_bits(runs):
         assert same(weights(runs / "two-lcm_distill_sd", part), weights(runs / "lcm_parts", part))
 
 
-def test_two_machines_train_to_the_bits_of_one_with_two_processes(runs, base_flags, tmp_path):
-    """Two launchers that meet on this one, as `--master` and `--nnodes` have it."""
+def test_two_machines_that_are_stopped_and_go_on_train_to_the_bits_of_one_with_two_processes(
+    runs, base_flags, tmp_path
+):
+    """Two launchers that meet on this one, as `--master` and `--nnodes` have it; only the second is told to stop. Steps
+    take longer than it takes to say so three times."""
     flags = [*base_flags, *TWO, f"--output_dir={tmp_path / 'out'}", f"--encoded_cache_dir={runs / 'cache'}"]
-    launchers = []
-    master = f"127.0.0.1:{free_port()}"
-    for rank in ("0", "1"):
-        form = ("--master", master, "--nnodes", "2", "--rank", rank, "--nproc_per_node", "1")
-        command = launch_command(script("prior"), *flags, form=form, log_dir=tmp_path / f"log{rank}")
-        said = open(tmp_path / f"said{rank}", "w")
-        launchers.append(subprocess.Popen(command, env=environment(), stdout=said, stderr=said))
-    try:
-        assert [process.wait(200) for process in launchers] == [0, 0], (tmp_path / "said0").read_text()[-3000:]
-    finally:
-        for process in launchers:
-            process.kill()
+    flags += ["--checkpointing_steps=2", "--resume_from_checkpoint=latest"]
+
+    def start(both, seconds):
+        master = f"127.0.0.1:{free_port()}"
+        for rank in ("0", "1"):
+            form = ("--master", master, "--nnodes", "2", "--rank", rank, "--nproc_per_node", "1")
+            command = launch_command(slow_machine, *flags, form=form, log_dir=tmp_path / rank / "log")
+            yield both.enter_context(launched(command, tmp_path / rank, SECONDS_PER_BATCH=seconds))
+
+    slow_machine = Path(__file__).with_name("slow_machine.py")
+    with contextlib.ExitStack() as both:
+        launchers = list(start(both, "0.6"))
+        wait_for((tmp_path / "out" / "checkpoint-2").is_dir)
+        launchers[1].terminate()
+        assert [launcher.wait(60) for launcher in launchers] == [128 + signal.SIGTERM, signal.SIGTERM]
+    said = [next((tmp_path / rank / "log").glob("workerlog.*")).read_text() for rank in ("0", "1")]
+    told = [line for text in said for line in text.splitlines() if "SIGTERM" in line]
+    assert len(told) == 2 and told[0] == told[1] and told[0].startswith("SIGTERM: wrote "), said
+    with contextlib.ExitStack() as both:
+        assert [launcher.wait(200) for launcher in list(start(both, "0"))] == [0, 0], said
+    said = (tmp_path / "0" / "said").read_text()
+    assert "resumed from " in said and "at step 2\n" not in said, "the checkpoint is that of the signal"
     assert same(learned("prior", runs / "two-prior"), learned("prior", tmp_path / "out"))
 
 
