@@ -54,26 +54,36 @@ def is_left_alone() -> bool:
 
 def stand_in_for(run: int) -> int:
     """Pass signals on to a child until it has ended; returns its status, as `os.waitpid` has it."""
-    patience = Patience()
+    patience, passed_on = Patience(), set()
     while True:
         number = signal.sigwait(HEARD)
         if number == signal.SIGCHLD:
             ended, status = os.waitpid(run, os.WNOHANG)
+            if ended and os.WIFSIGNALED(status) and os.WTERMSIG(status) in passed_on:  # before it could handle any
+                return ended_by(os.WTERMSIG(status), "ended by {}")
             if ended:
                 return status
             continue
-        # A launcher that was killed can tell nobody to stop.
-        heard = patience.hear(signal.SIGTERM if number == LAUNCHER_ENDED else number)
+        may_insist = number != LAUNCHER_ENDED
+        if number == LAUNCHER_ENDED:  # one that was killed could tell nobody to stop
+            number = signal.SIGTERM
+        heard = patience.hear(number)
         if heard == ASKS:
-            os.kill(run, signal.SIGTERM if number == LAUNCHER_ENDED else number)
-        elif heard == INSISTS and number != LAUNCHER_ENDED:
+            passed_on.add(number)
+            os.kill(run, number)
+        elif heard == INSISTS and may_insist:
             # The launcher's last SIGTERM, after 30 s, comes a moment before SIGKILL, which only this process gets.
             if signal.sigtimedwait({signal.SIGCHLD}, REPETITION_SECONDS) is None:
-                print(f"{signal.Signals(number).name} again: ended at once", flush=True)
                 os.kill(run, signal.SIGKILL)
                 os.waitpid(run, 0)
-                return (128 + number) << 8
+                return ended_by(number, "{} again: ended at once")
             return os.waitpid(run, 0)[1]
+
+
+def ended_by(number: int, message: str) -> int:
+    """Say so; returns the status."""
+    print(message.format(signal.Signals(number).name), flush=True)
+    return (128 + number) << 8
 
 
 def end_like(status: int) -> None:

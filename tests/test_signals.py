@@ -173,6 +173,13 @@ def test_the_launcher_sees_the_status_of_the_run(started, ending, status):
     assert rank.number("rank") != rank.number("run")
 
 
+def test_a_signal_that_comes_before_anybody_handles_it_is_told_by_the_launchers_child(started):
+    rank = started("ready(); time.sleep(60)")
+    rank.number("run")
+    os.kill(rank.number("rank"), signal.SIGTERM)
+    assert rank.end() == ["ended by SIGTERM", "status 143"]
+
+
 def test_a_run_that_nobody_has_asked_to_stop_ends_with_what_the_launcher_kills(started):
     rank = started("ready(); time.sleep(60)")
     run = rank.number("run")

@@ -4,8 +4,10 @@ import ppdiffusers_train  # noqa: F401
 
 import contextlib
 import json
+import os
 import resource
 import shutil
+import signal
 import sys
 
 import numpy as np
@@ -194,6 +196,36 @@ def test_a_result_that_cannot_be_written_is_told_and_the_checkpoint_is_there_to_
         train("prior", *flags, "--on_save_error=continue")
     message = last_error(capsys)
     assert stopped.value.code == 1 and "the result cannot be written to" in message
+
+
+@pytest.fixture
+def interrupting(kandinsky_jobs, monkeypatch):
+    """`interrupting(method)`: SIGTERM arrives whenever that method of the prior's job is called."""
+    job = kandinsky_jobs["prior"].KandinskyPriorTrainingModule
+
+    def interrupt(name):
+        method = getattr(job, name)
+        monkeypatch.setattr(job, name, lambda *args: os.kill(os.getpid(), signal.SIGTERM) or method(*args))
+
+    return interrupt
+
+
+@pytest.mark.once
+def test_a_signal_after_the_last_step_costs_no_result(train, interrupting, capsys):
+    interrupting("save_pretrained")
+    out = train("prior", "--max_train_steps=1", "--report_to=none")
+    assert "SIGTERM: came after the last step; the run has ended, its result is written" in capsys.readouterr().out
+    assert weights(out, "prior") and not list(out.glob("checkpoint-*"))
+
+
+@pytest.mark.once
+def test_a_stop_without_a_checkpoint_does_not_claim_one(train, interrupting, capsys):
+    interrupting("forward")
+    with no_file_above(BETWEEN), pytest.raises(SystemExit) as stopped:
+        train("prior", "--on_save_error=continue", "--report_to=none")
+    said = capsys.readouterr().out
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "SIGTERM: ended after step 1 of 2, without a checkpoint" in said and "SIGTERM: wrote" not in said
 
 
 @pytest.mark.once
