@@ -20,6 +20,8 @@ LAUNCHER_SECONDS = 0.6
 
 ASKS, REPEATS, INSISTS = "asks", "repeats", "insists"
 
+_entered = []  # contexts of this process
+
 
 class Patience:
     """Tells a signal that repeats another from one that insists on it.
@@ -58,9 +60,15 @@ class StopRequest:
     def __enter__(self):
         for number in self.numbers:
             self._previous[number] = signal.signal(number, self._receive)
+        _entered.append(self)
         return self
 
     def __exit__(self, *_):
+        _entered.remove(self)
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the handlers back that were there before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -87,13 +95,22 @@ class EndAtOnce(StopRequest):
         usual = (signal.SIG_DFL, signal.default_int_handler)
         self.numbers = [number for number in STOP_SIGNALS + WARNINGS if signal.getsignal(number) in usual]
 
-    def __exit__(self, *_):
+    def restore(self) -> None:
         if self.received is None:  # else a repetition would kill the process while it ends
-            super().__exit__()
+            super().restore()
 
     def react(self) -> None:
         print(f"{os.path.basename(sys.argv[0])}: ended by {self.received.name}", file=sys.stderr, flush=True)
         raise SystemExit(128 + self.received)
+
+
+def leave_to_parent() -> None:
+    """In a forked child, such as a worker that its parent ends by SIGTERM: nobody waits for a step there."""
+    while _entered:
+        _entered.pop().restore()
+
+
+os.register_at_fork(after_in_child=leave_to_parent)
 
 
 def signal_at_parents_end(number: int) -> None:

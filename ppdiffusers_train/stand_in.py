@@ -10,6 +10,7 @@ use; and a step that takes longer than the launcher waits would be lost.
 """
 
 import os
+import select
 import signal
 import sys
 
@@ -25,21 +26,25 @@ from ppdiffusers_train.signals import (
 )
 
 LAUNCHER_ENDED = signal.SIGHUP
+END_SECONDS = 10.0  # in which a run that has nothing to finish has to end
 HEARD = {*STOP_SIGNALS, *WARNINGS, LAUNCHER_ENDED, signal.SIGCHLD}
 
 _stand_in = None  # number of the process
+_to_stand_in = None  # a pipe
 
 
 def leave_stand_in() -> None:
     """Where Paddle's launcher has started this process: go on in a child, and stand in for it here until it ends."""
-    global _stand_in
+    global _stand_in, _to_stand_in
     if sys.platform != "linux" or "paddle" in sys.modules or not is_launcher(PARENT):
         return
     _stand_in = os.getpid()
+    from_run, _to_stand_in = os.pipe()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
     if run := os.fork():
         signal_at_parents_end(LAUNCHER_ENDED)
-        end_like(stand_in_for(run))
+        end_like(stand_in_for(run, from_run))
+    os.close(from_run)
     os.setsid()
     signal_at_parents_end(signal.SIGKILL)
     if is_left_alone():
@@ -52,36 +57,53 @@ def is_left_alone() -> bool:
     return _stand_in not in (None, os.getppid())
 
 
-def stand_in_for(run: int) -> int:
-    """Pass signals on to a child until it has ended; returns its status, as `os.waitpid` has it."""
+def ask_for_time() -> None:
+    """Tell the stand-in that from now on this process has something to finish when it is asked to stop."""
+    if _to_stand_in is not None:
+        os.write(_to_stand_in, b".")
+
+
+def stand_in_for(run: int, from_run: int) -> int:
+    """Pass signals on to a child until it has ended; returns its status, as `os.waitpid` has it.
+
+    Args:
+        from_run: a pipe from which something can be read once the run has asked for time.
+    """
     patience, passed_on = Patience(), set()
     while True:
-        number = signal.sigwait(HEARD)
-        if number == signal.SIGCHLD:
-            ended, status = os.waitpid(run, os.WNOHANG)
-            if ended and os.WIFSIGNALED(status) and os.WTERMSIG(status) in passed_on:  # before it could handle any
-                return ended_by(os.WTERMSIG(status), "ended by {}")
-            if ended:
-                return status
-            continue
+        number, seconds, message = signal.sigwait(HEARD), 0.0, None  # how long it may live on, and what is said then
         may_insist = number != LAUNCHER_ENDED
         if number == LAUNCHER_ENDED:  # one that was killed could tell nobody to stop
             number = signal.SIGTERM
-        heard = patience.hear(number)
+        heard = patience.hear(number) if number != signal.SIGCHLD else None
         if heard == ASKS:
             passed_on.add(number)
             os.kill(run, number)
+            if number in STOP_SIGNALS and not select.select([from_run], [], [], 0)[0]:
+                # A rank that waits for others, in Paddle, hears nothing, and they may be gone.
+                seconds, message = END_SECONDS, "ended by {}"
         elif heard == INSISTS and may_insist:
             # The launcher's last SIGTERM, after 30 s, comes a moment before SIGKILL, which only this process gets.
-            if signal.sigtimedwait({signal.SIGCHLD}, REPETITION_SECONDS) is None:
-                os.kill(run, signal.SIGKILL)
-                os.waitpid(run, 0)
-                return ended_by(number, "{} again: ended at once")
-            return os.waitpid(run, 0)[1]
+            seconds, message = REPETITION_SECONDS, "{} again: ended at once"
+        status = wait_for_end(run, seconds)
+        if status is None and message:
+            os.kill(run, signal.SIGKILL)
+            os.waitpid(run, 0)
+            return ended_by(number, message)
+        if status is not None:
+            told = os.WIFSIGNALED(status) and os.WTERMSIG(status) in passed_on  # before it could handle any
+            return ended_by(os.WTERMSIG(status), "ended by {}") if told else status
+
+
+def wait_for_end(run: int, seconds: float):
+    """A child's status, or None if it lives on for so many seconds."""
+    signal.sigtimedwait({signal.SIGCHLD}, seconds)
+    ended, status = os.waitpid(run, os.WNOHANG)
+    return status if ended else None
 
 
 def ended_by(number: int, message: str) -> int:
-    """Say so; returns the status."""
+    """Say by which signal a run was ended; returns its status, as `os.waitpid` has it."""
     print(message.format(signal.Signals(number).name), flush=True)
     return (128 + number) << 8
 

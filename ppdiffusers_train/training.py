@@ -43,6 +43,7 @@ from ppdiffusers_train.runtime.memory import compute_on_cpu
 from ppdiffusers_train.runtime.tracing import compile_models
 from ppdiffusers_train.saving import end_stopped, remove_stale_shards, save_checkpoint, write_result
 from ppdiffusers_train.signals import StopRequest
+from ppdiffusers_train.stand_in import ask_for_time
 from ppdiffusers_train.state import StepFigures, TrainingState, build_training_state, check_optimizer, check_schedule
 from ppdiffusers_train.step import backward, describe_failure, losses_by_file, seed_layers, set_training_mode
 from ppdiffusers_train.trainable import choose_trainable
@@ -178,6 +179,7 @@ def train(module, dataset, args, ranks: Ranks, remarks: list) -> None:
         progress = on_exit.enter_context(
             Progress(state.step, total_steps, visible=ranks.is_main, peak_tflops=peak and peak * ranks.world_size)
         )
+        ask_for_time()
         stop = on_exit.enter_context(StopRequest(args.stop_signal))
         waiting = deque()  # (figures, parts) of steps whose numbers are still to be fetched
         for window, share in steps:

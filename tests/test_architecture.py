@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "dry_run": {"data", "draws", "errors", "module", "runtime", "step", "trainable"},
     "step": {"data", "draws", "dropout", "runtime", "state"},
     "training": {"data", "draws", "dry_run", "errors", "module", "reporting", "run", "runtime", "saving"}
-    | {"signals", "state", "step", "trainable"},
+    | {"signals", "stand_in", "state", "step", "trainable"},
     "trainable": {"errors"},
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ppdiffusers_train.signals import REPETITION_SECONDS, Patience, StopRequest
+from ppdiffusers_train.signals import REPETITION_SECONDS, EndAtOnce, Patience, StopRequest
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.once  # Paddle has no part in it
@@ -57,6 +57,18 @@ def test_a_warning_asks_where_it_is_asked_for_and_what_it_announces_does_not_ins
     assert heard_outside == [signal.SIGUSR1] and stop.received == signal.SIGUSR1
 
 
+def test_a_worker_that_a_run_forks_ends_when_it_is_told_to(heard_outside):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with EndAtOnce(), StopRequest():
+        worker = os.fork()
+        if not worker:
+            time.sleep(10)
+            os._exit(0)
+        time.sleep(0.1)
+        os.kill(worker, signal.SIGTERM)
+        assert os.WTERMSIG(os.waitpid(worker, 0)[1]) == signal.SIGTERM
+
+
 def test_the_launcher_takes_longer_to_tell_more_ranks(monkeypatch):
     monkeypatch.setenv("PADDLE_LOCAL_SIZE", "8")
     eight = Patience().seconds
@@ -80,6 +92,8 @@ def ready():
     write("run", os.getpid())
 """
 SAVES = """
+from ppdiffusers_train.stand_in import ask_for_time
+ask_for_time()
 with StopRequest("USR1") as stop:
     ready()
     while not stop.received: time.sleep(0.02)
@@ -178,6 +192,14 @@ def test_a_signal_that_comes_before_anybody_handles_it_is_told_by_the_launchers_
     rank.number("run")
     os.kill(rank.number("rank"), signal.SIGTERM)
     assert rank.end() == ["ended by SIGTERM", "status 143"]
+
+
+def test_a_run_that_hears_nothing_and_has_nothing_to_finish_is_ended(started):
+    """As a rank that waits in Paddle for others that have ended."""
+    rank = started("signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); time.sleep(60)")
+    run = rank.number("run")
+    os.kill(rank.number("rank"), signal.SIGTERM)
+    assert rank.end() == ["ended by SIGTERM", "status 143"] and not is_alive(run)
 
 
 def test_a_run_that_nobody_has_asked_to_stop_ends_with_what_the_launcher_kills(started):
