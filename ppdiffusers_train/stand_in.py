@@ -13,11 +13,13 @@ import os
 import select
 import signal
 import sys
+import time
 
 from ppdiffusers_train.last_word import PARENT, is_launcher
 from ppdiffusers_train.signals import (
     ASKS,
     INSISTS,
+    LAUNCHER_SECONDS,
     REPETITION_SECONDS,
     STOP_SIGNALS,
     WARNINGS,
@@ -77,11 +79,13 @@ def stand_in_for(run: int, from_run: int) -> int:
             number = signal.SIGTERM
         heard = patience.hear(number) if number != signal.SIGCHLD else None
         if heard == ASKS:
+            has_time = number not in STOP_SIGNALS or select.select([from_run], [], [], 0)[0]
+            if not has_time:
+                time.sleep(until_last_is_told())  # or a rank that is told later would fail, because others have ended
+                # One that waits for others, in Paddle, hears nothing.
+                seconds, message = END_SECONDS, "ended by {}"
             passed_on.add(number)
             os.kill(run, number)
-            if number in STOP_SIGNALS and not select.select([from_run], [], [], 0)[0]:
-                # A rank that waits for others, in Paddle, hears nothing, and they may be gone.
-                seconds, message = END_SECONDS, "ended by {}"
         elif heard == INSISTS and may_insist:
             # The launcher's last SIGTERM, after 30 s, comes a moment before SIGKILL, which only this process gets.
             seconds, message = REPETITION_SECONDS, "{} again: ended at once"
@@ -93,6 +97,12 @@ def stand_in_for(run: int, from_run: int) -> int:
         if status is not None:
             told = os.WIFSIGNALED(status) and os.WTERMSIG(status) in passed_on  # before it could handle any
             return ended_by(os.WTERMSIG(status), "ended by {}") if told else status
+
+
+def until_last_is_told() -> float:
+    """Seconds until the launcher, which tells one rank of this machine after the other, has told the last."""
+    ranks, rank = int(os.environ.get("PADDLE_LOCAL_SIZE", 1)), int(os.environ.get("PADDLE_LOCAL_RANK", 0))
+    return LAUNCHER_SECONDS * (ranks - 1 - rank)
 
 
 def wait_for_end(run: int, seconds: float):

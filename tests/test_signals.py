@@ -102,6 +102,9 @@ with StopRequest("USR1") as stop:
     write("saved")
 raise SystemExit(128 + stop.received)
 """
+# In which the launcher's signals to three ranks are one.
+WINDOW = REPETITION_SECONDS + 2 * 0.6
+
 # Says how the rank that it has started has ended; Paddle's launcher is known by its name on the command line.
 LAUNCHER = """
 import subprocess, sys
@@ -132,7 +135,10 @@ class Rank:
         (folder / "program.py").write_text(RUN + program)
         command = [sys.executable, "-c", LAUNCHER, "paddle.distributed.launch", folder / "program.py", folder]
         self.folder = folder
-        self.launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        environment = {**os.environ, "PADDLE_LOCAL_SIZE": "3", "PADDLE_LOCAL_RANK": "1"}
+        self.launcher = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def number(self, name):
         wait_for((self.folder / name).exists)
@@ -190,8 +196,10 @@ def test_the_launcher_sees_the_status_of_the_run(started, ending, status):
 def test_a_signal_that_comes_before_anybody_handles_it_is_told_by_the_launchers_child(started):
     rank = started("ready(); time.sleep(60)")
     rank.number("run")
+    start = time.monotonic()
     os.kill(rank.number("rank"), signal.SIGTERM)
     assert rank.end() == ["ended by SIGTERM", "status 143"]
+    assert time.monotonic() - start > 0.6, "the launcher has told the third rank, too, by then"
 
 
 def test_a_run_that_hears_nothing_and_has_nothing_to_finish_is_ended(started):
@@ -211,12 +219,12 @@ def test_a_run_that_nobody_has_asked_to_stop_ends_with_what_the_launcher_kills(s
 
 @pytest.mark.parametrize("asking", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_that_was_asked_to_stop_saves_though_the_launcher_kills(started, tmp_path, asking):
-    """As the launcher does it: SIGTERM three times, and 30 s later (here: 3) once more, and SIGKILL."""
+    """As the launcher does it: SIGTERM three times, and 30 s later (here: 4) once more, and SIGKILL."""
     rank = started(SAVES)
     run, child = rank.number("run"), rank.number("rank")
     os.kill(child, asking)
     wait_for((tmp_path / "asked").exists)
-    for pause in (0.2, 0.2, REPETITION_SECONDS + 0.6, 0.2, 0.2, 0.2):
+    for pause in (0.2, 0.2, WINDOW + 0.4, 0.2, 0.2, 0.2):
         os.killpg(child, signal.SIGTERM)
         time.sleep(pause)
     os.kill(child, signal.SIGKILL)
@@ -232,7 +240,7 @@ def test_a_second_signal_to_the_launchers_child_ends_a_run_that_does_not_end(sta
     rank = started(SAVES)
     run, child = rank.number("run"), rank.number("rank")
     os.kill(child, signal.SIGTERM)
-    time.sleep(REPETITION_SECONDS + 0.2)
+    time.sleep(WINDOW + 0.2)
     os.kill(child, signal.SIGTERM)
     assert rank.end() == ["SIGTERM again: ended at once", "status 143"] and not is_alive(run)
 
