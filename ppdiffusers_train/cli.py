@@ -3,6 +3,7 @@
 ppdiffusers-train check my-photos
 ppdiffusers-train preview train_text_to_image_sdxl.py --pretrained_model_name_or_path sdxl --train_data_dir my-photos
 ppdiffusers-train pack my-photos shards --shard_size 500MB
+ppdiffusers-train launch --gpus 0,1 train_text_to_image_sdxl.py --train_data_dir my-photos --output_dir my-sdxl
 ppdiffusers-train convert-lora my-lora --to diffusers --output my-lora-for-torch
 ppdiffusers-train toy-data shapes --count 1000 --size 32
 ppdiffusers-train demo --job lcm-lora
@@ -29,6 +30,7 @@ from ppdiffusers_train.argument_parser import (
     seed,
 )
 from ppdiffusers_train.errors import UserError, one_line_errors
+from ppdiffusers_train.launching import add_launch_command
 from ppdiffusers_train.models.lora_libraries import FILES
 from ppdiffusers_train.toy.jobs import JOBS
 from ppdiffusers_train.toy.looks import LOOKS, SIZES
@@ -230,6 +232,8 @@ def build_parser():
         "command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="the training script and its flags"
     )
     command.set_defaults(run=preview_training)
+
+    add_launch_command(commands)
 
     command = commands.add_parser("convert-lora", help="rewrite a LoRA's file for another library")
     command.add_argument("source", help="the file, or a folder with one: what a LoRA script or another trainer wrote")

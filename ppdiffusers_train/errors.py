@@ -5,8 +5,9 @@ import os
 import re
 import sys
 
-from ppdiffusers_train.last_word import say_after_launcher
+from ppdiffusers_train.last_word import say_after_launcher, watch_launcher
 from ppdiffusers_train.signals import EndAtOnce
+from ppdiffusers_train.tokens import secrets_in
 
 
 class UserError(Exception):
@@ -25,7 +26,7 @@ class RunError(Exception):
     exit_status = 1
 
 
-TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY")
+SHORTEST_SECRET = 6  # characters; what is shorter may stand in any text
 
 
 def hide_tokens(text: str) -> str:
@@ -33,7 +34,8 @@ def hide_tokens(text: str) -> str:
     the hub or after the word bearer."""
     given = [word.partition("=")[2] for word in sys.argv if word.startswith("--hub_token=")]
     given += [word for flag, word in zip(sys.argv, sys.argv[1:]) if flag == "--hub_token"]
-    for token in filter(None, [*given, *map(os.environ.get, TOKEN_VARIABLES)]):
+    given += [value for value in secrets_in(os.environ).values() if len(value) >= SHORTEST_SECRET]
+    for token in filter(None, given):
         text = text.replace(token, "***")
     return re.sub(r"hf_\w{8,}|(?i:(bearer\s+)[^\s'\"]+)", lambda match: f"{match[1] or ''}***", text)
 
@@ -42,11 +44,12 @@ def one_line_errors(main):
     """Wrap `main(argv)`: the errors above are printed as one line to standard error and end the process.
 
     Any other keeps its traceback. A signal that nobody else waits for is one line, too.
-    On several ranks, the first that fails has the last word on the screen.
+    On several ranks, the first that fails or is killed has the last word on the screen.
     """
 
     @functools.wraps(main)
     def run(argv=None):
+        watch_launcher()
         try:
             with EndAtOnce():
                 return main(argv)

@@ -1,54 +1,62 @@
 """The last line on the screen after a failure under `paddle.distributed.launch`.
 
 The launcher ends a run in which a rank failed with lines of its own: the command, the end of the rank's log, a number.
-What the rank had to say is somewhere among them. A small process that outlives the launcher says it once more.
+What the rank had to say is somewhere among them, and of one that was killed there is nothing. A small process that
+outlives the launcher says it once more. Under `ppdiffusers-train launch` that command does.
 """
 
 import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-PARENT = os.getppid()  # also of the process that stands in for this one (stand_in.py)
+from ppdiffusers_train.watched_ranks import message_file, status_file
 
-# Waits until a process has ended (also where nobody has asked for its status yet), then says something.
-WAIT_AND_SAY = """
-import os, select, sys
-launcher, marker = sys.argv[1:]
-message = sys.stdin.read()
-try:
-    select.select([os.pidfd_open(int(launcher))], [], [])
-except ProcessLookupError:
-    pass
-os.unlink(marker)
-print(message, flush=True)
-"""
+PARENT = os.getppid()  # also of the process that stands in for this one (stand_in.py)
+WATCHED = "PPDIFFUSERS_TRAIN_WATCHED"  # is set where whoever started the launcher watches it
+PROGRAM = Path(__file__).with_name("watched_ranks.py")
+
+
+def watch_launcher() -> None:
+    """Have the run's last word said where the launcher prints, after its last line; one of its ranks sees to that."""
+    with contextlib.suppress(OSError):  # another rank was first
+        if is_launcher(PARENT) and WATCHED not in os.environ:
+            _marker().touch(0o600, exist_ok=False)
+            with open(f"/proc/{PARENT}/fd/2", "a") as screen:
+                subprocess.Popen(
+                    [sys.executable, "-I", "-S", PROGRAM, str(PARENT)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=screen,
+                    stderr=screen,
+                    start_new_session=True,
+                )
 
 
 def say_after_launcher(message: str) -> None:
-    """Print `message` where the launcher prints, after its last line; only the first rank that fails is heard.
+    """Make `message` the run's last word, unless another rank has said one or was killed before."""
+    with contextlib.suppress(OSError):  # another rank was first
+        if is_launcher(PARENT):
+            file = message_file(PARENT)
+            whole = file.with_suffix(f".{os.getpid()}")  # first: the file is there with all of it, or not at all
+            whole.touch(0o600, exist_ok=False)
+            try:
+                whole.write_text(message)
+                os.link(whole, file)
+            finally:
+                whole.unlink()
 
-    Does nothing where Paddle's launcher is not this process's parent.
-    """
-    # Linux tells all that is needed; where it does not, the message is in the rank's log alone.
-    with contextlib.suppress(OSError):
-        if not is_launcher(PARENT):
-            return
-        marker = Path(tempfile.gettempdir()) / f"ppdiffusers_train-{PARENT}"
-        marker.touch(exist_ok=False)
-        with open(f"/proc/{PARENT}/fd/2", "a") as screen:
-            speaker = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", WAIT_AND_SAY, str(PARENT), str(marker)],
-                stdin=subprocess.PIPE,
-                stdout=screen,
-                stderr=screen,
-                start_new_session=True,
-            )
-            # Not as an argument: everybody on a machine can read those.
-            speaker.stdin.write(message.encode())
-            speaker.stdin.close()
+
+def note_status(status: int) -> None:
+    """Before this process ends: leave its run's wait status to who watches the launcher, if anybody does."""
+    with contextlib.suppress(OSError):  # the launcher has ended
+        if WATCHED in os.environ or _marker().exists():
+            status_file(PARENT, os.getpid()).write_text(str(status))
+
+
+def _marker() -> Path:
+    """Is there while a process of `watch_launcher` watches."""
+    return message_file(PARENT).with_suffix(".watched")
 
 
 def is_launcher(process: int) -> bool:

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 
-from ppdiffusers_train.last_word import PARENT, is_launcher
+from ppdiffusers_train.last_word import PARENT, is_launcher, note_status
 from ppdiffusers_train.signals import (
     ASKS,
     INSISTS,
@@ -45,7 +45,9 @@ def leave_stand_in() -> None:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
     if run := os.fork():
         signal_at_parents_end(LAUNCHER_ENDED)
-        end_like(stand_in_for(run, from_run))
+        status = stand_in_for(run, from_run)
+        note_status(status)
+        end_like(status)
     os.close(from_run)
     os.setsid()
     signal_at_parents_end(signal.SIGKILL)

@@ -7,7 +7,7 @@ import huggingface_hub
 from ppdiffusers_train.errors import RunError, UserError
 
 # What a run leaves beside its result.
-NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/*", "logs/*", "validation/*", "encoded/*", ".*"]
+NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/*", "logs/*", "log/*", "validation/*", "encoded/*", ".*"]
 
 
 def check_hub_login(token) -> None:
