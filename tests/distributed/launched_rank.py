@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 
-from ppdiffusers_train.errors import UserError, one_line_errors
+from ppdiffusers_train.errors import RunError, UserError, one_line_errors
 
 RANK = int(os.environ["PADDLE_TRAINER_ID"])
 
@@ -32,7 +32,7 @@ def main(argv=None):
             os.kill(os.getpid(), signal.SIGKILL)
         raise UserError("--flag: of rank 1 is wrong")
     time.sleep(0.2)
-    raise UserError("another rank has ended")
+    raise RunError("another rank has ended")
 
 
 if __name__ == "__main__":
