@@ -17,6 +17,7 @@ from paddle.distributed import fleet
 from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer import DygraphShardingOptimizer
 
 from ppdiffusers_train.errors import RunError, UserError
+from ppdiffusers_train.runtime.groups import connect_ranks, make_sharding_groups
 from ppdiffusers_train.runtime.signals import STOP_SIGNALS
 
 POLL_SECONDS = 0.1  # between two questions whether rank 0 has written a checkpoint, which takes seconds
@@ -226,19 +227,10 @@ def start_ranks(sharding_degree: int = 1, timeout: float = 1800) -> Ranks:
             f"{world_size} processes were started for cards, and there is none (or this Paddle was built without "
             "them); on CPUs, start with --nproc_per_node instead of --gpus, and unset CUDA_VISIBLE_DEVICES"
         )
-    if world_size > 1 and not dist.is_initialized():
-        # The store's newer server (Paddle 3) aborts rank 0, often after its last word, when another rank's connection
-        # is reset; Paddle 2.6 has the older one only, and not the flag.
-        with contextlib.suppress(ValueError):
-            paddle.set_flags({"FLAGS_tcp_store_using_libuv": False})
-        strategy = fleet.DistributedStrategy()
-        strategy.hybrid_configs = {
-            "dp_degree": world_size // sharding_degree,
-            "mp_degree": 1,
-            "pp_degree": 1,
-            "sharding_degree": sharding_degree,
-        }
-        fleet.init(is_collective=True, strategy=strategy)
+    if world_size > 1:
+        connect_ranks()
+    if sharding_degree > 1:
+        make_sharding_groups(world_size, sharding_degree)
     ranks = Ranks(dist.get_rank(), world_size, sharding_degree, timeout)
     ranks.name = ranks.share(secrets.token_hex(8))
     return ranks
