@@ -79,6 +79,8 @@ def check_run(args) -> None:
     if args.resume_from_checkpoint:
         saved = find_checkpoint(args.resume_from_checkpoint, output_dir, say=lambda message: None)[1]
     settle_seed(args, saved)
+    # Before models are loaded: who has loaded them waits for those that still give signs of life.
+    start_ranks(args.sharding_degree, args.collective_timeout)
 
 
 @pulled_levers()
@@ -167,6 +169,7 @@ def launch_training_task(module, dataset, args) -> None:
             Progress(state.step, total_steps, visible=ranks.is_main, peak_tflops=peak and peak * ranks.world_size)
         )
         stop = on_exit.enter_context(StopRequest())
+        ranks.wait_for_all("the others to begin")  # rank 0 has trackers to open, and disks are slow or fast
         waiting = deque()  # (figures, parts) of steps whose numbers are still to be fetched
         for window, share in steps:
             ranks.step = state.step
@@ -223,7 +226,7 @@ def launch_training_task(module, dataset, args) -> None:
                 ranks.gather(None)  # a rank that ends takes the others down: first, all have to be here
                 raise SystemExit(128 + stopped_by)
             if validation_due:
-                with state.result_weights(), ranks.main_first() as is_turn:
+                with state.result_weights(), ranks.main_first("pictures to be drawn") as is_turn:
                     if is_turn:
                         with state.precision.autocast():
                             picture = draw_validation(
@@ -233,7 +236,7 @@ def launch_training_task(module, dataset, args) -> None:
                         file.parent.mkdir(exist_ok=True)
                         picture.save(file)
                         trackers.image("validation", picture, state.step)
-    with state.result_weights(), ranks.main_first() as is_turn:
+    with state.result_weights(), ranks.main_first("the result to be written") as is_turn:
         if is_turn:
             write_result(module, output_dir, args, say)
     ranks.gather(None)  # rank 0 answers the others' questions whether it is done: it must not end before they know
