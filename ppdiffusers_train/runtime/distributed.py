@@ -35,6 +35,8 @@ class Ranks:
         self._rounds, self._totals = 0, ({}, {})  # of `total`: how many so far, and what its counters stand at
         self.name = ""  # the run's, among those of a process
         self._meetings, self._counters = Meetings(rank, world_size, timeout), 0
+        # Gloo, which CPUs have, waits 30 s for another rank, and Paddle has no way to say how long.
+        self._has_gloo = paddle.get_device().startswith("cpu")
         self._waiting = None  # (for what, the `Absent`, or since when in a collective), while waiting for others
         if world_size > 1:
             threading.Thread(target=self._watch, daemon=True).start()
@@ -47,8 +49,7 @@ class Ranks:
     def broadcast(self, parameters) -> None:
         """Give every rank the parameters of rank 0."""
         if self.world_size > 1:
-            self.wait_for_all("the others to load their models")
-            with self.waits_for("the first weights"):
+            with self.waits_for("the others to load their models", even=False):
                 for parameter in parameters:
                     dist.broadcast(parameter, src=0)
                 synchronize()
@@ -69,8 +70,7 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values = []
-        self.wait_for_all(what)
-        with self.waits_for("messages"):
+        with self.waits_for(what, even=False):
             dist.all_gather_object(values, value)
         return values
 
@@ -189,14 +189,14 @@ class Ranks:
     @contextlib.contextmanager
     def _asks_store(self, what: str):
         """Around what asks the store for `what`. Yields an `Absent`: how long this may last depends on it."""
-        where, absent = f"rank {self.rank} of {self.world_size}, step {self.step + 1}: ", Absent()
+        absent = Absent()
         around, self._waiting = self._waiting, (what, absent)
         try:
             yield absent
         except Failure as failure:
-            raise RunError(f"{where}rank {failure} failed while this one waited for {what}") from failure
+            raise RunError(f"{self._place}: {failure} while this one waited for {what}") from failure
         except ConnectionError as error:
-            raise RunError(f"{where}rank 0 has ended while this one waited for {what}") from error
+            raise RunError(f"{self._place}: rank 0 has ended while this one waited for {what}") from error
         finally:
             self._waiting = around
 
@@ -211,15 +211,28 @@ class Ranks:
             self._waiting = around
 
     @contextlib.contextmanager
-    def waits_for(self, what: str):
+    def waits_for(self, what: str, even: bool = True):
+        """Around a collective, which all ranks come to. On CPUs it begins when all are here.
+
+        Args:
+            even: whether they come at about the same time, so that the collective may begin to wait for the others.
+        Raises:
+            RunError: another rank has ended, or failed.
+        """
+        if self._has_gloo or not even:
+            self.wait_for_all(what)
         with self.watch(what):
             try:
                 yield
             except RuntimeError as error:
                 raise RunError(
-                    f"rank {self.rank} of {self.world_size}, step {self.step + 1}: another rank has ended while this "
-                    f"one waited for {what} ({str(error).splitlines()[-1].strip()})"
+                    f"{self._place}: the connection to another rank broke while this one waited for {what} "
+                    f"({str(error).splitlines()[-1].strip()})"
                 ) from error
+
+    @property
+    def _place(self) -> str:
+        return f"rank {self.rank} of {self.world_size}, step {self.step + 1}"
 
     def _watch(self) -> None:
         """End the process when a collective does not come back, and say who waited where for what."""
@@ -232,13 +245,8 @@ class Ranks:
             absent = since if isinstance(since, Absent) else None
             if time.monotonic() - (absent.since if absent else since) > self.timeout:
                 silent = ", ".join(map(str, absent.silent(self.timeout))) if absent else ""
-                of = f" without a sign of life from rank {silent}" if silent else ""
-                print(
-                    f"rank {self.rank} of {self.world_size}, step {self.step + 1}: waited {self.timeout:g} s for "
-                    f"{what}{of}; another rank hangs or has ended",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                of = f" without a sign of life from rank {silent}" if silent else ", and another rank did not come"
+                print(f"{self._place}: waited {self.timeout:g} s for {what}{of}", file=sys.stderr, flush=True)
                 os._exit(1)
 
 

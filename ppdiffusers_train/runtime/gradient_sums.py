@@ -79,7 +79,7 @@ class GradientSums:
         """Around a backward pass, the last of this rank's in the step or not.
 
         Raises:
-            RunError: another rank has ended.
+            RunError: another rank has ended, or failed.
         """
         self._is_last = last and self._ranks.world_size > 1
         try:

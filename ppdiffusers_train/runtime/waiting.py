@@ -7,7 +7,9 @@ when one that it waits for has given none for a while.
 import contextlib
 import functools
 import itertools
+import os
 import signal
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ from pathlib import Path
 
 from paddle.base import core
 
+from ppdiffusers_train.runtime.processes import is_alive, this_machine
 from ppdiffusers_train.runtime.signals import STOP_SIGNALS
 
 BEAT_SECONDS = 0.5  # between two looks at what this process has done
@@ -24,6 +27,7 @@ BEAT_SECONDS = 0.5  # between two looks at what this process has done
 WORKING_CPU = 0.02
 WORKING_BYTES = 4096  # a second, read or written; less is what a thread reads of /proc
 ASK_SECONDS = (0.0005, 1.0)  # the least and most between two questions; as steps end in milliseconds, fills in hours
+PROCESS_BITS = 23  # Linux numbers processes below 2**22
 FAILED = 1 << 40  # what a rank adds that will never come
 
 
@@ -34,9 +38,29 @@ def store_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "store", signal.pthread_sigmask, (signal.SIG_BLOCK, STOP_SIGNALS))
 
 
+@functools.cache
+def open_store():
+    """The store that the ranks of a run have met at."""
+    store = core.create_or_get_global_tcp_store()
+    send_at_once()
+    return store
+
+
+def send_at_once() -> None:
+    """Have the connections of this process send what is written to them without waiting for more (TCP_NODELAY).
+
+    Paddle's store writes a question in parts, of which the second waits until the first has been acknowledged: 44 ms
+    for each question instead of 0.03, on one machine.
+    """
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+            if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 def ask_store(name: str, more: int):
     """Add `more` to a number that all ranks see; the number comes as a future."""
-    return store_thread().submit(core.create_or_get_global_tcp_store().add, name, more)
+    return store_thread().submit(open_store().add, name, more)
 
 
 def add(name: str, more: int) -> int:
@@ -82,7 +106,9 @@ class Work:
 
 @functools.cache
 def start_signs_of_life(rank: int) -> None:
-    """From now on, a thread tells the other ranks whenever this process works."""
+    """From now on, the other ranks of this machine see whether this process exists, and a thread tells all of them
+    whenever it works."""
+    add(f"process {rank}", this_machine() << PROCESS_BITS | os.getpid())
     threading.Thread(target=_tell, args=(rank,), daemon=True).start()
 
 
@@ -115,8 +141,14 @@ class Absent:
         return [rank for rank, told in list(self.signs.items()) if now - told >= seconds]
 
 
+def has_ended(rank: int) -> bool:
+    """Whether a rank is known to have ended: those on the same machine can see that."""
+    machine, process = divmod(add(f"process {rank}", 0), 1 << PROCESS_BITS)
+    return machine != 0 and machine == this_machine() and not is_alive(process)
+
+
 class Failure(Exception):
-    """A rank that others wait for has failed; its number is the argument."""
+    """A rank that others wait for will not come; the message says which, and why."""
 
 
 class Meetings:
@@ -154,7 +186,7 @@ class Meetings:
         """Return when all have come to where this rank is; meanwhile keep in `absent` who has not.
 
         Raises:
-            Failure: a rank has failed.
+            Failure: a rank has failed, or ended.
             ConnectionError: rank 0 has ended.
         """
         began, looked, seen = absent.answered, absent.answered, {}
@@ -167,7 +199,7 @@ class Meetings:
             # A wait is at most a twentieth longer than the work that it is for.
             time.sleep(min(max(ASK_SECONDS[0], (now - began) / 20), ASK_SECONDS[1], self.look_seconds))
         if told >= FAILED:
-            raise Failure(next(rank for rank in range(self.world_size) if self._told(rank) >= FAILED))
+            raise Failure(f"rank {next(r for r in range(self.world_size) if self._told(r) >= FAILED)} failed")
 
     def _look(self, absent: Absent, seen: dict) -> None:
         """Who has come, and of the others, who works: their `seen` number has changed since the last look."""
@@ -175,6 +207,8 @@ class Meetings:
             if self._told(rank) >= self.held:
                 del absent.signs[rank]
                 continue
+            if has_ended(rank):
+                raise Failure(f"rank {rank} has ended")
             sign = add(sign_of(rank), 0)
             if seen.setdefault(rank, sign) != sign:
                 seen[rank], absent.signs[rank] = sign, time.monotonic()

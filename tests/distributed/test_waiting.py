@@ -18,11 +18,11 @@ pytestmark = pytest.mark.once  # counters in the store, and a system's count of 
 TIMEOUT = 2
 
 
-def run(scenario, folder, ranks=2, first=0):
+def run(scenario, folder, ranks=2, first=0, timeout=TIMEOUT):
     """Returns the status of the rank that is waited for first, seconds until it ended, and what all said."""
     log = folder / "log"
     log.touch()
-    processes, began = start(waiting_worker, [scenario, TIMEOUT, folder], ranks, log), time.monotonic()
+    processes, began = start(waiting_worker, [scenario, timeout, folder], ranks, log), time.monotonic()
     try:
         status = wait_for(processes[first])
         seconds = time.monotonic() - began
@@ -52,10 +52,16 @@ def test_work_may_last_for_several_timeouts_as_long_as_it_goes_on(tmp_path):
     assert status == 0 and seconds > 2 * LONGER * TIMEOUT, said
 
 
+def test_a_timeout_above_gloos_own_holds(tmp_path):
+    status, seconds, said = run("sleep_beyond_gloo", tmp_path, timeout=60)
+    assert status == 0 and seconds > 31, said
+
+
 @pytest.mark.parametrize(
     "scenario, survivor, told",
     [
         ("hang_on_one", 0, "waited 2 s for a share of something without a sign of life from rank 1"),
+        ("kill_one", 0, "rank 0 of 2, step 1: rank 1 has ended while this one waited for a sum"),
         ("stop_zero", 1, "waited 2 s for a checkpoint without a sign of life from rank 0"),
         ("kill_zero", 1, "rank 1 of 2, step 1: rank 0 has ended while this one waited for a checkpoint"),
         ("fail_on_zero", 1, "rank 1 of 2, step 1: rank 0 failed while this one waited for a checkpoint"),

@@ -62,6 +62,13 @@ def hang_on_one(ranks, folder):
     ranks.gather(None, "a share of something")
 
 
+def sleep_beyond_gloo(ranks, folder):
+    """Longer than gloo waits for another rank."""
+    if ranks.rank == 1:
+        time.sleep(31)
+    assert float(ranks.sum(paddle.ones([]))) == 2
+
+
 def stop_zero(ranks, folder):
     """Stopped from outside, with the store that it keeps."""
     if ranks.is_main:
@@ -75,6 +82,12 @@ def kill_zero(ranks, folder):
         if is_turn:
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_one(ranks, folder):
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.sum(paddle.ones([]))
 
 
 def fail_on_zero(ranks, folder):
