@@ -23,6 +23,7 @@ from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.run import settle_cache_folder, settle_seed
 from ppdiffusers_train.runtime.checkpoint import find_checkpoint
+from ppdiffusers_train.runtime.distributed import start_ranks
 from ppdiffusers_train.runtime.memory import compute_on_cpu
 from ppdiffusers_train.training import order_samples
 
@@ -53,7 +54,8 @@ def preview(words: list) -> tuple:
     quiet_libraries()
     settle_cache_folder(args)
     resumed = args.resume_from_checkpoint
-    settle_seed(args, find_checkpoint(resumed, Path(args.output_dir))[1] if resumed else None)
+    saved = find_checkpoint(resumed, Path(args.output_dir))[1] if resumed else None
+    settle_seed(args, saved, start_ranks())
     dataset = build_dataset(args)
     module = module_class(job)(args)
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps

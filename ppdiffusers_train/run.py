@@ -2,6 +2,7 @@
 
 from ppdiffusers_train import __version__
 
+import inspect
 import platform
 import secrets
 import shlex
@@ -11,11 +12,32 @@ from pathlib import Path
 import paddle
 
 from ppdiffusers_train.errors import UserError, hide_tokens
-from ppdiffusers_train.runtime.distributed import start_ranks
+from ppdiffusers_train.runtime.agreement import agree, digest, ranks_elsewhere
+from ppdiffusers_train.runtime.checkpoint import STATE_FILE, find_checkpoint, read_state, require_writable
+from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.runtime.precision import Precision, set_deterministic, set_tf32
 from ppdiffusers_train.runtime.tracing import can_compile_models
 
+LIBRARY = Path(__file__).parent.name
 SECRETS = ("hub_token",)
+# Flags that a rank may have for itself. What is found in these places is compared, so each node may have a copy:
+OWN_PLACES = {
+    "train_data_dir",
+    "dataset_name",
+    "train_shards_path_or_url",
+    "encoded_cache_dir",
+    "pretrained_model_name_or_path",
+    "pretrained_decoder_model_name_or_path",
+    "pretrained_prior_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "pretrained_teacher_model",
+}
+# `config` holds other flags, `output_dir` has rules of its own (`settle_folders`), `local_rank` has no effect. No
+# number depends on how and from where a rank loads. The rest rank 0 alone reads.
+OWN_FLAGS = {
+    *("config", "output_dir", "local_rank", "cache_dir", "dataloader_num_workers"),
+    *("hub_token", "report_to", "logging_dir", "peak_tflops"),
+}
 
 
 def settle_cache_folder(args) -> None:
@@ -26,11 +48,88 @@ def settle_cache_folder(args) -> None:
         args.encoded_cache_dir = str(Path(args.output_dir) / "encoded")
 
 
-def settle_seed(args, saved) -> None:
+def settle_seed(args, saved, ranks: Ranks) -> None:
     """Without `--seed`, set it to that of the checkpoint to resume from, or to one drawn for all ranks."""
     if args.seed is None:
-        ranks = start_ranks(args.sharding_degree, args.collective_timeout)
         args.seed = saved["seed"] if saved else ranks.share(secrets.randbelow(2**31))
+
+
+def compared_flags(args) -> dict:
+    """The flags that all ranks have to have alike; of places that are a rank's own, whether there is one."""
+    flags = {name: value for name, value in public_arguments(args).items() if name not in OWN_FLAGS}
+    flags = {name: value is not None if name in OWN_PLACES else value for name, value in flags.items()}
+    return {f"--{name}": value for name, value in flags.items()}
+
+
+def compared_code() -> dict:
+    """The versions that all ranks have to have alike, and a hash of this project's code, which may be edited."""
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
+    libraries = {f"version of {name}": version for name, version in versions().items() if name != "python"}
+    return {**libraries, f"code of {LIBRARY}": digest(code)}
+
+
+def job_code(module) -> dict:
+    """{file of a script: a hash} of those that say what a training module does."""
+    written = [part for part in type(module).__mro__ if part.__module__.partition(".")[0] not in (LIBRARY, "paddle")]
+    functions = [value for part in written for value in vars(part).values() if inspect.isfunction(value)]
+    files = {Path(inspect.getfile(function)) for function in functions}
+    return {f"code of {file.name}": digest(file.read_bytes()) for file in sorted(files)}
+
+
+def choose_checkpoint(args, ranks: Ranks, say) -> tuple:
+    """What rank 0 finds for `--resume_from_checkpoint`, for all ranks: (folder, state), or (None, {}).
+
+    Raises:
+        UserError: on every rank the same: it is none, or another rank does not see it.
+    """
+    if not args.resume_from_checkpoint:
+        return None, {}
+    output_dir, place, mistake = Path(args.output_dir), None, ""
+    if ranks.is_main:
+        try:
+            folder, _ = find_checkpoint(args.resume_from_checkpoint, output_dir, say)
+            place = folder and (folder.parent == output_dir, folder.name, str(folder))
+        except UserError as error:
+            mistake = str(error)
+    place, mistake = ranks.share((place, mistake))
+    if mistake:
+        raise UserError(mistake)
+    if place is None:
+        return None, {}
+    is_inside, name, path = place
+    folder, saved = output_dir / name if is_inside else Path(path), {}
+    try:
+        saved = read_state(folder)
+        found = f"{name}, after step {saved['step']}, {digest((folder / STATE_FILE).read_bytes())}"
+    except UserError as error:
+        found = f"{name}, which {str(error).removeprefix(f'{folder} ')}"
+    agree(ranks, {f"--resume_from_checkpoint {args.resume_from_checkpoint}": found})
+    return folder, saved
+
+
+def settle_folders(args, ranks: Ranks, is_resumed: bool) -> None:
+    """See that the ranks share the folders that they have to: to resume they do, and to write a sharded optimizer's
+    state, and what one rank encodes all read. In a fresh run rank 0 alone writes the rest.
+
+    Raises:
+        UserError: on every rank the same, which names those that see another folder.
+    """
+    flags = {"--output_dir": args.output_dir, "--encoded_cache_dir": args.encoded_cache_dir}
+    for flag, folder in flags.items():
+        if ranks.world_size == 1 or folder is None:
+            continue
+        require_writable(Path(folder), flag)
+        elsewhere, folders = ranks_elsewhere(Path(folder), ranks), ranks.gather(str(folder))
+        if not elsewhere:
+            continue
+        rank = elsewhere[0]
+        told = f"{flag}: rank {rank} has {folders[rank]!r}, which is another folder than rank 0's {folders[0]!r}"
+        if flag == "--output_dir" and not is_resumed and args.sharding_degree == 1:
+            if ranks.is_main:
+                print(f"{told}; rank 0 alone writes")
+            continue
+        why = "a resumed run" if is_resumed else "--sharding_degree" if flag == "--output_dir" else "the encoded cache"
+        raise UserError(f"{told}; expected one that all ranks share, which {why} needs")
 
 
 def public_arguments(args) -> dict:

@@ -32,7 +32,8 @@ def save_checkpoint(state: TrainingState, ranks: Ranks, output_dir: Path, info: 
     shards = output_dir / f"{SHARDS}{ranks.name}"
     failures = [""]
     if ranks.sharding_degree > 1:
-        failures = ranks.gather(write_shard(state, ranks, shards))  # and now all of them are there
+        # And now all of them are there.
+        failures = ranks.gather(write_shard(state, ranks, shards), "the others to write their shares of a checkpoint")
 
     def write(folder):
         state.save(folder)
@@ -42,7 +43,7 @@ def save_checkpoint(state: TrainingState, ranks: Ranks, output_dir: Path, info: 
             for file in shards.iterdir():
                 file.rename(folder / file.name)
 
-    with state.float32_weights(only_main=True), ranks.main_first() as is_turn:
+    with state.float32_weights(only_main=True), ranks.main_first("a checkpoint to be written") as is_turn:
         if is_turn:
             try:
                 if any(failures):

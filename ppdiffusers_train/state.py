@@ -34,6 +34,7 @@ class StepFigures:
     factor: float  # the window's size by the number of samples that came
     loss: object  # of the window, were those that did not come 0: a scalar on the device, or a float
     norm: object  # of its gradients, likewise
+    own_squares: list  # see `GradientSums.take_own_squares`
     overflowed: bool = False  # in float16, which left the weights as they were
 
     def fetch(self, ranks: Ranks) -> None:
@@ -103,7 +104,8 @@ class TrainingState:
         factor = len(window) / max(len(window) - missing, 1)
         scale = self.precision.loss_scale
         norm = self.gradient_norm()
-        figures = StepFigures(self.step + 1, window, self.optimizer.get_lr(), factor, loss, norm)
+        own_squares = self.gradients.take_own_squares()
+        figures = StepFigures(self.step + 1, window, self.optimizer.get_lr(), factor, loss, norm, own_squares)
         if self.judges_before:
             figures.fetch(self.ranks)
             figures.overflowed = scale.can_shrink and not math.isfinite(figures.norm)

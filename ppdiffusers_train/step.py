@@ -80,11 +80,15 @@ def set_training_mode(module) -> None:
 
 
 def describe_failure(parts: list, figures: StepFigures, ranks: Ranks, order: SampleOrder, dataset) -> str:
-    """Which of this rank's samples and draws made a step NaN or infinite; empty where none did."""
+    """Which of this rank's samples and draws made a step NaN or infinite; empty where none did.
+
+    The norm is that of all ranks together, so it tells nothing: each looks at what it had before it got the others'.
+    """
     bad = [part for part in parts if not math.isfinite(float(part.loss))]
-    if not bad and (ranks.rank > 0 or math.isfinite(figures.norm)):
+    own = float(sum(figures.own_squares)) if ranks.world_size > 1 else figures.norm
+    if not bad and math.isfinite(own):
         return ""
-    what = f"the loss is {float(bad[0].loss)}" if bad else f"the norm of the gradients is {figures.norm}"
+    what = f"the loss is {float(bad[0].loss)}" if bad else f"the norm of the gradients is {own}"
     named = [
         f"{', '.join(dataset.name(order.row(position)) for position in part.positions)} ("
         + ("; ".join(f"{name} {values.tolist()}" for name, values in part.draws.drawn_integers.items()) or "no draws")

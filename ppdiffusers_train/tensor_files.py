@@ -28,6 +28,7 @@ DTYPES = {
     "BOOL": np.dtype("bool"),
 }
 FLOATS = [DTYPES[name] for name in ("F64", "F32", "F16", "BF16")]
+STEADY_BYTES = 2**26
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 
 
@@ -111,10 +112,21 @@ def write_tensors(file, tensors: dict, metadata: dict) -> None:
         with open(temporary, "wb") as opened:
             opened.write(len(text).to_bytes(8, "little") + text)
             for name in ordered:
-                opened.write(as_array(tensors[name]).reshape(-1).view(np.uint8))
+                write_steadily(opened, as_array(tensors[name]).reshape(-1).view(np.uint8))
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)  # of a full disk
+
+
+def write_steadily(opened, content: np.ndarray) -> None:
+    """Write bytes at the pace of the disk. What the system had in its memory would all be waited for at the end: for
+    minutes, on a slow disk, in which this process would look as if it hung."""
+    for start in range(0, content.size, STEADY_BYTES):
+        before = opened.tell()
+        opened.write(content[start : start + STEADY_BYTES])
+        if before // STEADY_BYTES < opened.tell() // STEADY_BYTES:
+            opened.flush()
+            os.fdatasync(opened.fileno())
 
 
 def as_array(tensor) -> np.ndarray:

@@ -12,6 +12,7 @@ import paddle
 
 from ppdiffusers_train.data.buckets import assign_buckets, describe_buckets
 from ppdiffusers_train.data.encoded_cache import encode_dataset
+from ppdiffusers_train.data.identity import agree_on_data
 from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches, to_device
 from ppdiffusers_train.data.order import SampleOrder, micro_batches
 from ppdiffusers_train.draws import iterate_draws
@@ -24,16 +25,22 @@ from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.trackers import open_trackers, tracker_names
 from ppdiffusers_train.reporting.validation import draw_validation
 from ppdiffusers_train.run import (
+    choose_checkpoint,
+    compared_code,
+    compared_flags,
+    job_code,
     notices,
     public_arguments,
     public_command,
     run_identity,
     set_arithmetic,
     settle_cache_folder,
+    settle_folders,
     settle_seed,
     versions,
 )
-from ppdiffusers_train.runtime.checkpoint import find_checkpoint, require_writable
+from ppdiffusers_train.runtime.agreement import agree, model_digests
+from ppdiffusers_train.runtime.checkpoint import require_writable
 from ppdiffusers_train.runtime.cpu_levers import COMPILE_FROM_ROWS, CompiledEncode, can_compile, pulled_levers
 from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
 from ppdiffusers_train.runtime.flops import FlopCounter, peak_tflops
@@ -58,6 +65,11 @@ def check_run(args) -> None:
     quiet_libraries()
     if args.dry_run:
         compute_on_cpu()
+    # First of all, as flags say which groups and collectives there are. And before models are loaded: who has loaded
+    # them waits for those that still give signs of life.
+    ranks = start_ranks(timeout=args.collective_timeout)
+    if ranks.world_size > 1:
+        agree(ranks, {**compared_flags(args), **compared_code()})
     set_arithmetic(args)
     check_optimizer(args)
     output_dir, images = Path(args.output_dir), getattr(args, "train_data_dir", None)
@@ -68,7 +80,7 @@ def check_run(args) -> None:
         )
     require_writable(output_dir, "--output_dir")
     tracker_names(args.report_to)
-    if args.push_to_hub:
+    if args.push_to_hub and ranks.is_main:
         check_hub_login(args.hub_token)
     if args.save_dtype == "bfloat16" and args.save_format == "ppdiffusers":
         raise UserError(
@@ -76,12 +88,12 @@ def check_run(args) -> None:
             "diffusers"
         )
     settle_cache_folder(args)
-    saved = None
     if not args.dry_run:
         wait_for_folder(output_dir)
-    if args.resume_from_checkpoint:
-        saved = find_checkpoint(args.resume_from_checkpoint, output_dir, say=lambda message: None)[1]
-    settle_seed(args, saved)
+    checkpoint, saved = choose_checkpoint(args, ranks, say=lambda message: None)
+    settle_seed(args, saved, ranks)
+    if not args.dry_run:
+        settle_folders(args, ranks, is_resumed=checkpoint is not None)
 
 
 @pulled_levers()
@@ -111,10 +123,12 @@ def train(module, dataset, args, ranks: Ranks, remarks: list) -> None:
     """
     output_dir = Path(args.output_dir)
     say = print if ranks.is_main else lambda message: None
-    checkpoint, saved = None, {}
-    if args.resume_from_checkpoint:
-        checkpoint, saved = find_checkpoint(args.resume_from_checkpoint, output_dir, say)
-    settle_seed(args, saved)
+    checkpoint, saved = choose_checkpoint(args, ranks, say)
+    settle_seed(args, saved, ranks)
+    if ranks.world_size > 1 and not args.dry_run:
+        agree(ranks, job_code(module))
+        agree_on_data(dataset, ranks)
+        agree(ranks, model_digests(module))
     for part, size in choose_trainable(module, args.trainable_modules).items():
         say(f"--trainable_modules: {part}, {size:,} parameters, learns in full")
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size
@@ -181,6 +195,7 @@ def train(module, dataset, args, ranks: Ranks, remarks: list) -> None:
         )
         ask_for_time()
         stop = on_exit.enter_context(StopRequest(args.stop_signal))
+        ranks.wait_for_all("the others to begin")  # rank 0 has trackers to open, and disks are slow or fast
         waiting = deque()  # (figures, parts) of steps whose numbers are still to be fetched
         for window, share in steps:
             ranks.step = state.step
@@ -215,7 +230,8 @@ def train(module, dataset, args, ranks: Ranks, remarks: list) -> None:
                 figures.fetch(ranks)
                 if figures.failed:
                     told = ranks.gather(describe_failure(parts, figures, ranks, order, dataset))
-                    told = next(filter(None, told), "")
+                    together = f"the ranks' sums come to a loss of {figures.loss} and a norm of {figures.norm}"
+                    told = next(filter(None, told), together)
                     if not state.judges_before or state.failed_steps > args.skip_nonfinite:
                         raise RunError(f"step {figures.step}, {told}; the last checkpoint is untouched")
                     say(f"skipped step {figures.step}, {state.failed_steps} of at most {args.skip_nonfinite}: {told}")
@@ -232,7 +248,7 @@ def train(module, dataset, args, ranks: Ranks, remarks: list) -> None:
                 checkpoint = output_dir / f"checkpoint-{state.step}"
                 end_stopped(stop, ranks, checkpoint, is_written, f"after step {state.step} of {total_steps}")
             if validation_due:
-                with state.result_weights(), ranks.main_first() as is_turn:
+                with state.result_weights(), ranks.main_first("pictures to be drawn") as is_turn:
                     if is_turn:
                         with state.precision.autocast():
                             picture = draw_validation(
@@ -243,7 +259,7 @@ def train(module, dataset, args, ranks: Ranks, remarks: list) -> None:
                         picture.save(file)
                         trackers.image("validation", picture, state.step)
         progress.close()
-        with state.result_weights(), ranks.main_first() as is_turn:
+        with state.result_weights(), ranks.main_first("the result to be written") as is_turn:
             if is_turn:
                 write_result(module, output_dir, args, say)
         if stop.received:

@@ -9,12 +9,14 @@ written under another name and renamed, so that a cache interrupted anywhere goe
 and read one at the same time. Files are mapped into memory, where all ranks of a machine share them.
 """
 
+import contextlib
 import hashlib
 import inspect
 import json
 import os
 import secrets
-from itertools import islice
+import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,11 @@ from ppdiffusers_train.heap import return_free_memory
 from ppdiffusers_train.module import encode_each
 from ppdiffusers_train.runtime.checkpoint import require_writable, sync
 from ppdiffusers_train.runtime.cpu_levers import COMPILE_FROM_ROWS, CompiledEncode, can_compile
+from ppdiffusers_train.runtime.processes import is_alive, this_machine
 from ppdiffusers_train.tensor_files import write_tensors
+
+ROWS_AT_ONCE = 64  # that a rank looks through for what the cache lacks; of those to encode it takes one
+OLD_SECONDS = 24 * 3600  # after which nobody is still writing an entry
 
 
 def encode_dataset(module, dataset, order, args, ranks, precision, bad_samples, say):
@@ -40,7 +46,7 @@ def encode_dataset(module, dataset, order, args, ranks, precision, bad_samples, 
     root, (folder, is_compiled) = folder, encoders_folder(folder, module, precision, len(dataset))
     if not folder.exists() and any(root.iterdir()):
         say(f"{root}: what is there comes of other models, settings or code; it stays, and is not used")
-    ranks.gather(None)  # before anyone makes the folder
+    ranks.wait_for_all("the others to hash their encoders")  # before anyone makes the folder
     variants, is_random = args.cache_variants, draws_something(module, dataset)
     if variants > 1 and not is_random:
         say(f"--cache_variants {variants}: no effect, this job prepares a sample in one way only")
@@ -48,30 +54,72 @@ def encode_dataset(module, dataset, order, args, ranks, precision, bad_samples, 
     elif variants == 1 and is_random:
         say("--cache_variants 1: each sample keeps one crop, flip and caption for the whole run")
     samples = EncodedSamples(folder, dataset, order, variants)
-    share = samples.missing(ranks.rank, ranks.world_size)
-    say(f"{folder}: {sum(ranks.gather(len(share)))} of {samples.count} samples are still to be encoded")
-    # Another process may be filling the same cache: each begins somewhere else, and skips what it meets.
-    start = secrets.randbelow(len(share)) if share else 0
-    share = share[start:] + share[:start]
-    batches = iterate_batches(
-        Entries(share, dataset, module.preprocess), [[i] for i in range(len(share))], args.dataloader_num_workers
-    )
-    if is_compiled and share:
-        module.encode = CompiledEncode(module)
-    found = {}
-    for entry in tqdm(share, desc="encoding", unit="sample", disable=not (ranks.is_main and share)):
-        batch, errors = next(batches)
-        if errors:
-            found[entry.row] = errors[0]
-        elif batch:  # else another process has encoded it by now
-            with precision.autocast():
-                encoded = encode_each(module, batch)
-            entry.write({name: tensor[0].numpy() for name, tensor in encoded.items()})
-    bad_samples.add({row: message for part in ranks.gather(found) for row, message in part.items()}, say)
+    missing = samples.missing(ranks)
+    say(f"{folder}: {sum(map(len, missing.values()))} of {samples.count} samples are still to be encoded")
+    if missing:
+        if ranks.is_main:
+            remove_leftovers(folder)
+        if is_compiled:
+            module.encode = CompiledEncode(module)
+        bad_samples.add(fill(samples, missing, module, ranks, precision, args.dataloader_num_workers), say)
     for name in module.encoders:
         setattr(module, name, None)
     return_free_memory()
     return samples
+
+
+def fill(samples, missing: dict, module, ranks, precision, num_workers: int) -> dict:
+    """Encode what is missing. Whichever rank is free takes the next row, so all end at about the same time.
+
+    Args:
+        missing: see `EncodedSamples.missing`.
+    Returns:
+        {row: why it cannot be used}, on every rank.
+    """
+    rows, taken, found, done = list(missing), deque(), {}, ranks.counter()
+    # Another process may be filling the same cache: each begins somewhere else, and skips what it meets.
+    start = ranks.share(secrets.randbelow(len(rows)))
+
+    def take():
+        for piece in ranks.pieces(len(rows)):
+            row = rows[(start + piece.start) % len(rows)]
+            entries = samples.entries(row)
+            for number in missing[row]:
+                taken.append(entries[number])
+                yield [entries[number]]
+
+    batches = iterate_batches(Entries(samples.dataset, module.preprocess), take(), num_workers)
+    total = sum(map(len, missing.values()))
+    with tqdm(total=total, desc="encoding", unit="sample", disable=not ranks.is_main) as bar:
+        for batch, errors in batches:
+            entry = taken.popleft()
+            if errors:
+                found[entry.row] = errors[0]
+            elif batch:  # else another process has encoded it by now
+                with precision.autocast():
+                    encoded = encode_each(module, batch)
+                entry.write({name: tensor[0].numpy() for name, tensor in encoded.items()})
+            bar.update(done(1) - bar.n)  # by all ranks
+        parts = ranks.gather(found, "the others to encode their last samples")
+        bar.update(total - bar.n)
+    return {row: message for part in parts for row, message in part.items()}
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files of processes that have been killed while they filled the cache.
+
+    Whether a writer lives can be seen on its own machine only; a file of another one, or in another container, is left
+    alone for a day.
+    """
+    for file in folder.glob("??/.*"):
+        with contextlib.suppress(FileNotFoundError):  # its writer has finished it, or another run was faster
+            machine, _, process = file.name.strip(".").removesuffix(".tmp").partition(".")[2].partition(".")
+            if this_machine() and machine == f"{this_machine():x}" and process.isdigit():
+                is_left = not is_alive(int(process))
+            else:
+                is_left = time.time() - file.stat().st_mtime > OLD_SECONDS
+            if is_left:
+                file.unlink()
 
 
 def encoders_folder(root: Path, module, precision, rows: int) -> tuple:
@@ -137,7 +185,7 @@ class Entry:
     def write(self, arrays: dict) -> None:
         """Put the entry on disk, whole or not at all."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_name(f".{self.file.stem}.{os.getpid()}")
+        temporary = self.file.with_name(f".{self.file.stem}.{this_machine():x}.{os.getpid()}")
         write_tensors(temporary, arrays, {})
         sync(temporary)
         os.replace(temporary, self.file)
@@ -146,11 +194,10 @@ class Entry:
 class Entries:
     """Entries to encode, preprocessed; one that exists by now is empty."""
 
-    def __init__(self, entries: list, dataset, preprocess):
-        self.entries, self.dataset, self.preprocess = entries, dataset, preprocess
+    def __init__(self, dataset, preprocess):
+        self.dataset, self.preprocess = dataset, preprocess
 
-    def __getitem__(self, index):
-        entry = self.entries[index]
+    def __getitem__(self, entry):
         if entry.file.exists():
             return {}
         try:
@@ -186,20 +233,33 @@ class EncodedSamples:
         """Number of entries."""
         return self.dataset.count_captions() * self.variants
 
-    def entries(self):
-        """All entries that a run may ask for."""
-        for row in range(len(self.dataset)):
-            try:
-                captions = self.dataset.captions(row)
-            except BadSampleError:  # training says so when it meets it
-                continue
-            for caption in captions:
-                for variant in range(self.variants):
-                    yield Entry(self.folder, self._digest(row), row, caption, variant)
+    def entries(self, row: int) -> list:
+        """All entries that a run may ask for of a row."""
+        try:
+            captions = self.dataset.captions(row)
+        except BadSampleError:  # training says so when it meets it
+            return []
+        numbers = range(self.variants)
+        return [
+            Entry(self.folder, self._digest(row), row, caption, number) for caption in captions for number in numbers
+        ]
 
-    def missing(self, rank: int, world_size: int) -> list:
-        """What is still to be encoded of a rank's share, which is the same whatever other processes write meanwhile."""
-        return [entry for entry in islice(self.entries(), rank, None, world_size) if not entry.file.exists()]
+    def missing(self, ranks) -> dict:
+        """`{row: numbers of those of its entries that are still to be encoded}` where there are any, on every rank.
+
+        Ranks share out the search, and tell the others what they found: these need not read the images, too.
+        """
+        found = {}
+        for piece in ranks.pieces(len(self.dataset), ROWS_AT_ONCE):
+            for row in piece:
+                numbers = [number for number, entry in enumerate(self.entries(row)) if not entry.file.exists()]
+                if numbers:
+                    found[row] = self._digest(row), numbers
+        missing = {}
+        for part in ranks.gather(found, "the others to look what the cache lacks"):
+            for row, (digest, numbers) in part.items():
+                self.digests[row], missing[row] = digest, numbers
+        return dict(sorted(missing.items()))  # as they lie on disk
 
     def entry(self, position: int) -> Entry:
         """The entry that the sample at `position` of the run takes.

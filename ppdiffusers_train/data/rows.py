@@ -68,6 +68,14 @@ class Rows:
         """
         raise NotImplementedError
 
+    def stored_names(self, start: int, stop: int) -> list:
+        """What the images of rows `start` to `stop` are called in any copy of the data."""
+        raise NotImplementedError
+
+    def stored_sizes(self, start: int, stop: int) -> list:
+        """How many bytes these images have, as they are stored; None of one that is not there."""
+        raise NotImplementedError
+
     def stored_image(self, index: int):
         """The image of row `index` as it is stored: its bytes, or a path.
 

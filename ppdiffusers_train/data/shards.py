@@ -52,6 +52,13 @@ class ShardRows(Rows):
         row = self._usable(index)
         return self.shards[row["shard"]], row["offset"], row["size"]
 
+    def stored_names(self, start: int, stop: int) -> list:
+        rows = self.table[start:stop]
+        return [f"{self.shards[shard].name}: {name}" for shard, name in zip(rows["shard"], rows["name"])]
+
+    def stored_sizes(self, start: int, stop: int) -> list:
+        return self.table[start:stop]["size"]
+
     def captions(self, index: int) -> list:
         return self._usable(index)["captions"]
 

@@ -2,28 +2,25 @@
 collective, and Paddle has none to offer it, so each call asks first."""
 
 import contextlib
+import itertools
 import os
 import secrets
-import signal
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import paddle
 import paddle.distributed as dist
-from paddle.base import core
 from paddle.distributed import fleet
 from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer import DygraphShardingOptimizer
 
 from ppdiffusers_train.errors import RunError, UserError
 from ppdiffusers_train.runtime.groups import connect_ranks, make_sharding_groups
-from ppdiffusers_train.signals import STOP_SIGNALS, WARNINGS
+from ppdiffusers_train.runtime.waiting import Absent, Failure, Meetings, add, start_signs_of_life
 from ppdiffusers_train.stand_in import is_left_alone
 
-POLL_SECONDS = 0.1  # between two questions whether rank 0 has written a checkpoint, which takes seconds
-LEFT_ALONE_SECONDS = 60.0  # in a collective, once the launcher has given a rank up, and probably another one, too
-ASK_SECONDS = 0.0005  # between two questions whether the others have come to the end of a step
+LEFT_ALONE_SECONDS = 60.0  # of waiting, once the launcher has given a rank up, and probably another one, too
 
 
 class Ranks:
@@ -31,19 +28,20 @@ class Ranks:
 
     Args:
         sharding_degree: over how many ranks the optimizer's state is split (ZeRO stage 1).
-        timeout: seconds that a rank waits for the others in a collective before it gives up, and says where.
+        timeout: seconds that a rank waits for the others in a collective, or elsewhere for a sign of life of theirs,
+            before it gives up, and says where.
     """
 
     def __init__(self, rank: int, world_size: int, sharding_degree: int = 1, timeout: float = 1800):
         self.rank, self.world_size, self.sharding_degree = rank, world_size, sharding_degree
-        self.timeout, self.step, self.turns = timeout, 0, 0
+        self.timeout, self.step = timeout, 0
         self._rounds, self._totals = 0, ({}, {})  # of `total`: how many so far, and what its counters stand at
         self.name = ""  # the run's, among those of a process
-        self._waiting = None  # (for what, since when), while in a collective
+        self._meetings, self._counters = Meetings(rank, world_size, timeout), 0
+        # Gloo, which CPUs have, waits 30 s for another rank, and Paddle has no way to say how long.
+        self._has_gloo = paddle.get_device().startswith("cpu")
+        self._waiting = None  # (for what, the `Absent`, or since when in a collective), while waiting for others
         if world_size > 1:
-            # Paddle's store takes a call that a signal interrupts for a broken connection: none reaches this thread.
-            blocked = (signal.SIG_BLOCK, STOP_SIGNALS + WARNINGS)
-            self._undisturbed = ThreadPoolExecutor(1, "store", signal.pthread_sigmask, blocked)
             threading.Thread(target=self._watch, daemon=True).start()
 
     @property
@@ -54,7 +52,7 @@ class Ranks:
     def broadcast(self, parameters) -> None:
         """Give every rank the parameters of rank 0."""
         if self.world_size > 1:
-            with self.waits_for("the first weights"):
+            with self.waits_for("the others to load their models", even=False):
                 for parameter in parameters:
                     dist.broadcast(parameter, src=0)
                 synchronize()
@@ -66,12 +64,16 @@ class Ranks:
                 dist.all_reduce(values)
         return values
 
-    def gather(self, value) -> list:
-        """Every rank's picklable `value`, on every rank."""
+    def gather(self, value, what: str = "the others to come to the same point") -> list:
+        """Every rank's picklable `value`, on every rank; however long it takes one of them to have it (`wait_for_all`).
+
+        Args:
+            what: is waited for.
+        """
         if self.world_size == 1:
             return [value]
         values = []
-        with self.waits_for("messages"):
+        with self.waits_for(what, even=False):
             dist.all_gather_object(values, value)
         return values
 
@@ -90,21 +92,36 @@ class Ranks:
             return list(counts.values())
         seen, turn = self._totals[self._rounds % 2], self._rounds % 2
         self._rounds += 1
-        names = {name: f"{self.name} total {turn} {name}" for name in [*counts, ""]}
-        with self.waits_for("the others to come to the end of their backward passes"):
-            for name, count in counts.items():
-                if count:
-                    self._count(names[name], int(count))
-            self._count(names[""], 1)
-            seen[""] = seen.get("", 0) + self.world_size
-            while self._count(names[""], 0) < seen[""]:
-                time.sleep(ASK_SECONDS)
-            totals = []
-            for name in counts:
-                now = self._count(names[name], 0)
-                totals.append(now - seen.get(name, 0))
-                seen[name] = now
+        names = {name: f"{self.name} total {turn} {name}" for name in counts}
+        for name, more in counts.items():
+            if more:
+                self._add(names[name], int(more))
+        self.wait_for_all("the others to come to the end of their backward passes")
+        totals = []
+        for name in counts:
+            now = self._add(names[name], 0)
+            totals.append(now - seen.get(name, 0))
+            seen[name] = now
         return totals
+
+    def counter(self):
+        """A function that adds to a number, 0 at first, which all ranks see, and returns it.
+
+        All ranks have to ask for theirs in the same order.
+        """
+        self._counters += 1
+        if self.world_size > 1:
+            return partial(self._add, f"{self.name} counter {self._counters}")
+        return partial(add_to, [0])
+
+    def pieces(self, count: int, size: int = 1):
+        """Share out `count` things: an iterator of ranges of at most `size`. Whoever is free takes the next one.
+
+        All ranks have to ask for it in the same order.
+        """
+        taken = self.counter()
+        starts = iter(lambda: (taken(1) - 1) * size, None)
+        return (range(start, min(start + size, count)) for start in itertools.takewhile(lambda s: s < count, starts))
 
     def broadcast_in_shard(self, tensor, parameter, owner: int):
         """A float32 tensor of the shape of `parameter` that one rank has of those that share an optimizer's state, on
@@ -136,34 +153,55 @@ class Ranks:
         return self.rank < self.sharding_degree
 
     @contextlib.contextmanager
-    def main_first(self):
-        """Rank 0 runs the body, the others wait for its end however long it takes: no collective, so no timeout.
+    def main_first(self, what: str):
+        """Rank 0 runs the body, the others wait for its end, however long it takes (`wait_for_all`).
 
         Yields whether this rank is to run it. An error in the body ends the waiting, too, with an error there.
+
+        Args:
+            what: the others wait for.
+        """
+        try:
+            yield self.is_main
+        except BaseException:
+            if self.world_size > 1:
+                with contextlib.suppress(RuntimeError):  # rank 0 has ended, so nobody listens
+                    self._meetings.fail()
+            raise
+        self.wait_for_all(what)
+
+    def wait_for_all(self, what: str) -> None:
+        """Wait until all ranks have come here, as long as those that have not give signs of life.
+
+        Before a collective, and after whatever may take one rank longer than another.
+
+        Raises:
+            RunError: another rank has failed, or rank 0 has ended.
         """
         if self.world_size == 1:
-            yield True
             return
-        self.turns += 1
-        done = f"{self.name} {self.turns}"
-        failed = f"{done} failed"
-        if self.is_main:
-            try:
-                yield True
-            except BaseException:
-                self._count(failed, 1)
-                raise
-            self._count(done, 1)
-            return
-        yield False
-        while self._count(done, 0) == 0:
-            if self._count(failed, 0):
-                raise RunError(f"rank {self.rank}: rank 0 failed")
-            time.sleep(POLL_SECONDS)
+        with self._asks_store(what) as absent:
+            self._meetings.come()
+            self._meetings.wait(absent)
 
-    def _count(self, name: str, more: int) -> int:
+    def _add(self, name: str, more: int) -> int:
         """Add `more` to a number that all ranks see, and return it."""
-        return self._undisturbed.submit(core.create_or_get_global_tcp_store().add, name, more).result()
+        with self._asks_store("rank 0's answer"):
+            return add(name, more)
+
+    @contextlib.contextmanager
+    def _asks_store(self, what: str):
+        """Around what asks the store for `what`. Yields an `Absent`: how long this may last depends on it."""
+        absent = Absent()
+        around, self._waiting = self._waiting, (what, absent)
+        try:
+            yield absent
+        except Failure as failure:
+            raise RunError(f"{self._place}: {failure} while this one waited for {what}") from failure
+        except ConnectionError as error:
+            raise RunError(f"{self._place}: rank 0 has ended while this one waited for {what}") from error
+        finally:
+            self._waiting = around
 
     @contextlib.contextmanager
     def watch(self, what: str):
@@ -176,31 +214,51 @@ class Ranks:
             self._waiting = around
 
     @contextlib.contextmanager
-    def waits_for(self, what: str):
+    def waits_for(self, what: str, even: bool = True):
+        """Around a collective, which all ranks come to. On CPUs it begins when all are here.
+
+        Args:
+            even: whether they come at about the same time, so that the collective may begin to wait for the others.
+        Raises:
+            RunError: another rank has ended, or failed.
+        """
+        if self._has_gloo or not even:
+            self.wait_for_all(what)
         with self.watch(what):
             try:
                 yield
             except RuntimeError as error:
                 raise RunError(
-                    f"rank {self.rank} of {self.world_size}, step {self.step + 1}: another rank has ended while this "
-                    f"one waited for {what} ({str(error).splitlines()[-1].strip()})"
+                    f"{self._place}: the connection to another rank broke while this one waited for {what} "
+                    f"({str(error).splitlines()[-1].strip()})"
                 ) from error
+
+    @property
+    def _place(self) -> str:
+        return f"rank {self.rank} of {self.world_size}, step {self.step + 1}"
 
     def _watch(self) -> None:
         """End the process when a collective does not come back, and say who waited where for what."""
         while True:
             time.sleep(min(1.0, self.timeout / 4))
             waiting, timeout = self._waiting, self.timeout
+            if not waiting:
+                continue
             if is_left_alone():
                 timeout = min(timeout, LEFT_ALONE_SECONDS)
-            if waiting and time.monotonic() - waiting[1] > timeout:
-                print(
-                    f"rank {self.rank} of {self.world_size}, step {self.step + 1}: waited {timeout:g} s for "
-                    f"{waiting[0]}; another rank hangs or has ended",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            what, since = waiting
+            absent = since if isinstance(since, Absent) else None
+            if time.monotonic() - (absent.since if absent else since) > timeout:
+                silent = ", ".join(map(str, absent.silent(timeout))) if absent else ""
+                of = f" without a sign of life from rank {silent}" if silent else ", and another rank did not come"
+                print(f"{self._place}: waited {timeout:g} s for {what}{of}", file=sys.stderr, flush=True)
                 os._exit(1)
+
+
+def add_to(number: list, more: int) -> int:
+    """Add to the only number in a list, and return it."""
+    number[0] += more
+    return number[0]
 
 
 def synchronize() -> None:
@@ -234,6 +292,7 @@ def start_ranks(sharding_degree: int = 1, timeout: float = 1800) -> Ranks:
         )
     if world_size > 1:
         connect_ranks()
+        start_signs_of_life(dist.get_rank())
     if sharding_degree > 1:
         make_sharding_groups(world_size, sharding_degree)
     ranks = Ranks(dist.get_rank(), world_size, sharding_degree, timeout)

@@ -57,6 +57,7 @@ class GradientSums:
         self._times = Counter()  # {name: how often its gradient comes in a backward pass here}
         self._agreed = None  # what this rank had used when the ranks last agreed
         self._used_by_any = set()  # by any rank, in the last step
+        self._own_squares = []  # of this step's gradients, before they went: scalars on the device
         self._begin_step()
         come, came = weakref.WeakMethod(self._come), weakref.WeakMethod(self._came)  # parameters outlive a run
         for name, parameter in parameters.items():
@@ -79,7 +80,7 @@ class GradientSums:
         """Around a backward pass, the last of this rank's in the step or not.
 
         Raises:
-            RunError: another rank has ended.
+            RunError: another rank has ended, or failed.
         """
         self._is_last = last and self._ranks.world_size > 1
         try:
@@ -147,6 +148,12 @@ class GradientSums:
             with self._ranks.waits_for("the norm of gradients"):
                 dist.all_reduce(squares, group=self._sharing)
         return squares.sum()
+
+    def take_own_squares(self) -> list:
+        """Scalars on the device, all of them finite where this rank's part of the step's gradients was: its own sums
+        over micro-batches, before the other ranks' came to them. None on one rank."""
+        squares, self._own_squares = self._own_squares, []
+        return squares
 
     @paddle.no_grad()
     def _come(self, name: str, gradient) -> None:
@@ -217,6 +224,8 @@ class GradientSums:
     def _reduce(self, numbers, name: str):
         """Begin to replace numbers by their mean over ranks, with owners only on those of `name`; returns the task."""
         numbers.scale_(1 / self._ranks.world_size)
+        flat = numbers.flatten()
+        self._own_squares.append(paddle.matmul(flat, flat))
         with self._ranks.waits_for("the mean of gradients"):
             if not self._owners:
                 return dist.all_reduce(numbers, sync_op=False)

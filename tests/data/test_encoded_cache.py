@@ -3,9 +3,12 @@
 import ppdiffusers_train  # noqa: F401
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,9 +16,12 @@ import paddle
 import pytest
 from PIL import Image
 
-from ppdiffusers_train.data.encoded_cache import EncodedSamples, Entry, encoders_digest
+from ppdiffusers_train.data.encoded_cache import EncodedSamples, Entry, encoders_digest, remove_leftovers
 from ppdiffusers_train.module import DiffusionTrainingModule
+from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.runtime.precision import Precision
+from ppdiffusers_train.runtime.processes import this_machine
+from ppdiffusers_train.tensor_files import Stored
 from tests.conftest import DECODER_SCRIPT, copy_photos, same, scalars, weights
 
 
@@ -92,10 +98,13 @@ def test_an_interrupted_cache_goes_on(cached, tmp_path):
     lost = sorted(entries)[:3]
     for file in lost:
         file.unlink()
-    (lost[0].parent / f".{lost[0].stem}.99").write_bytes(b"half a file")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    half = lost[0].parent / f".{lost[0].stem}.{this_machine():x}.{ended.pid}"
+    half.write_bytes(b"half a file")
     kept = {file: time for file, time in entries.items() if file not in lost}
     again = cached(out="again")[1]
-    assert kept.items() <= again.items() and set(entries) < set(again)
+    assert kept.items() <= again.items() and set(entries) == set(again), "and the half file is gone"
     assert same(weights(tmp_path / "cached"), weights(tmp_path / "again"))
 
 
@@ -124,18 +133,59 @@ def test_two_processes_fill_one_cache_together(decoder_flags, tmp_path, train_de
 
 
 @pytest.mark.once
-def test_ranks_share_out_the_entries_alike_while_others_are_written(tmp_path):
+def test_what_other_processes_have_written_is_not_missing(tmp_path):
     class Pictures:
-        name, captions, image_digest = str, staticmethod(lambda row: ["a"]), staticmethod(lambda row: bytes([row]))
+        name, captions, image_digest = str, staticmethod(lambda row: ["a", "b"]), staticmethod(lambda row: bytes([row]))
 
         def __len__(self):
-            return 7
+            return 100
 
     samples = EncodedSamples(tmp_path, Pictures(), None, 1)
-    first = samples.missing(0, 2)
-    first[0].write({"x": np.zeros(1)})
-    assert sorted(entry.row for entry in first + samples.missing(1, 2)) == list(range(7))
-    assert len(samples.missing(0, 2)) == len(first) - 1
+    samples.entries(70)[0].write({"x": np.zeros(1)})
+    assert samples.missing(Ranks(0, 1)) == {row: [1] if row == 70 else [0, 1] for row in range(100)}
+
+
+@pytest.mark.once
+def test_unfinished_files_go_when_their_writers_have_ended(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    entry, here = Entry(tmp_path, b"image", 0, "caption", 0), f"{this_machine():x}"
+    names = {
+        f".{entry.file.stem}.{here}.{ended.pid}": False,
+        f"..{entry.file.stem}.{here}.{ended.pid}.tmp": False,
+        f".{entry.file.stem}.{here}.{os.getpid()}": True,
+        f".{entry.file.stem}.{here}0.{ended.pid}": True,  # of another machine
+        f".{entry.file.stem}.{here}1.{ended.pid}": False,  # likewise, two days ago
+    }
+    entry.write({"x": np.zeros(1)})
+    for name in names:
+        entry.file.with_name(name).write_bytes(b"half")
+    long_ago = time.time() - 2 * 24 * 3600
+    os.utime(entry.file.with_name(list(names)[-1]), (long_ago, long_ago))
+    remove_leftovers(tmp_path)
+    kept = {file.name for file in entry.file.parent.iterdir()}
+    assert kept == {entry.file.name, *(name for name, is_kept in names.items() if is_kept)}
+
+
+@pytest.mark.once
+def test_a_process_that_is_killed_while_it_writes_leaves_what_the_next_fill_removes(tmp_path):
+    """The names that `Entry.write` gives, whatever they are."""
+
+    class HalfWritten(Stored):
+        def numpy(self):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = os.fork()
+    if not process:
+        try:
+            half = HalfWritten(None, np.dtype("float32"), [4], 0)
+            Entry(tmp_path, b"image", 0, "caption", 0).write({"x": half})
+        finally:
+            os._exit(1)
+    os.waitpid(process, 0)
+    assert len(files(tmp_path)) == 1
+    remove_leftovers(tmp_path)
+    assert not files(tmp_path)
 
 
 def test_validation_loads_the_freed_encoders_and_draws_the_same(train_decoder, cached):

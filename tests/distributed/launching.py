@@ -43,16 +43,24 @@ def script(name):
 
 def launch(folder, jobs, form=("--nproc_per_node", "2"), **more):
     """Run [(name of a job, flags)] one after another on two ranks; returns what rank 0 and the launcher said."""
+    done, everything = launch_all(folder, [(script(name), flags) for name, flags in jobs], form, **more)
+    assert "ended with status" not in everything, everything
+    return done
+
+
+def launch_all(folder, jobs, form=("--nproc_per_node", "2"), **more):
+    """Run [(script, flags)] one after another on two ranks, also when some fail; returns what rank 0 and the launcher
+    said, and what all said."""
     folder.mkdir(parents=True, exist_ok=True)
-    spec = [[str(script(name)), list(map(str, flags))] for name, flags in jobs]
+    spec = [[str(file), list(map(str, flags))] for file, flags in jobs]
     (folder / "jobs.json").write_text(json.dumps(spec))
     done = subprocess.run(
         launch_command(WORKER, folder / "jobs.json", form=form, log_dir=folder / "log"),
         env=environment(**more), capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     everything = done.stdout + done.stderr + "".join(path.read_text() for path in folder.glob("log/workerlog.*"))
-    assert done.returncode == 0 and "ended with status" not in everything, everything
-    return done.stdout
+    assert done.returncode == 0, everything
+    return done.stdout, everything
 
 
 def wait_for(condition, seconds=120):

@@ -1,4 +1,7 @@
-"""Run several jobs one after another, as one rank of a launch: `worker.py jobs.json`, a list of [script, flags]."""
+"""Run several jobs one after another, as one rank of a launch: `worker.py jobs.json`, a list of [script, flags].
+
+`{rank}` in a flag is the rank's number.
+"""
 
 import ppdiffusers_train  # noqa: F401
 
@@ -12,17 +15,19 @@ sys.path.insert(0, str(ROOT))
 
 from tests.conftest import load_script  # noqa: E402
 
-caches = Path(sys.argv[1]).parent / "caches"
+BEGINS = "--- next job ---"
 
 
 def main():
     import datasets
 
-    datasets.config.HF_DATASETS_CACHE = caches / os.environ.get("PADDLE_TRAINER_ID", "0")
+    rank = os.environ.get("PADDLE_TRAINER_ID", "0")
+    datasets.config.HF_DATASETS_CACHE = Path(sys.argv[1]).parent / "caches" / rank
     datasets.disable_progress_bars()
     for script, flags in json.loads(Path(sys.argv[1]).read_text()):
+        print(BEGINS, flush=True)
         try:
-            load_script(Path(script)).main(flags)
+            load_script(Path(script)).main([flag.replace("{rank}", rank) for flag in flags])
         except SystemExit as stopped:
             print(f"{Path(script).stem} ended with status {stopped.code}", flush=True)
 
