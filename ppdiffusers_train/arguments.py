@@ -106,7 +106,7 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
         "--sharding_stage", type=int, choices=(1, 2), default=1, help="2: they share gradients, too (ZeRO 2)"
     )
     group.add_argument(
-        "--collective_timeout", type=positive_float, default=1800.0, help="seconds a card waits for others in a step"
+        "--collective_timeout", type=positive_float, default=1800.0, help="seconds a card waits for idle others"
     )
 
     group = parser.add_argument_group("optimizer")
