@@ -121,8 +121,8 @@ def last_word(ends: list, message: str, memory_ran_out: bool) -> str:
         return f"{text}: the machine ran out of memory, and killed it or another process to get some"
     if all(was_killed(status) for _, status in ends):
         return (
-            f"{text}, as were all on this host: for want of memory, or by the launcher, which does not wait long for "
-            "a stop; the run then ends by itself, and its log says how"
+            f"{text}, as were all on this host, probably by the launcher, which does not wait long for a stop; the run "
+            "then ends by itself, and its log says how"
         )
     return f"{text}; if nobody did that, the machine did for want of memory, and `dmesg` says so"
 
