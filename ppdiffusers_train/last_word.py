@@ -14,7 +14,7 @@ from pathlib import Path
 from ppdiffusers_train.watched_ranks import message_file, status_file
 
 PARENT = os.getppid()  # also of the process that stands in for this one (stand_in.py)
-WATCHED = "PPDIFFUSERS_TRAIN_WATCHED"  # is set where whoever started the launcher watches it
+WATCHED = "PPDIFFUSERS_TRAIN_WATCHED"  # the process that started the launcher and watches it, where one does
 PROGRAM = Path(__file__).with_name("watched_ranks.py")
 
 
@@ -36,7 +36,7 @@ def watch_launcher() -> None:
 def say_after_launcher(message: str) -> None:
     """Make `message` the run's last word, unless another rank has said one or was killed before."""
     with contextlib.suppress(OSError):  # another rank was first
-        if is_launcher(PARENT):
+        if is_launcher(PARENT) and _is_watched():
             file = message_file(PARENT)
             whole = file.with_suffix(f".{os.getpid()}")  # first: the file is there with all of it, or not at all
             whole.touch(0o600, exist_ok=False)
@@ -50,8 +50,12 @@ def say_after_launcher(message: str) -> None:
 def note_status(status: int) -> None:
     """Before this process ends: leave its run's wait status to who watches the launcher, if anybody does."""
     with contextlib.suppress(OSError):  # the launcher has ended
-        if WATCHED in os.environ or _marker().exists():
+        if _is_watched():
             status_file(PARENT, os.getpid()).write_text(str(status))
+
+
+def _is_watched() -> bool:
+    return Path("/proc", os.environ[WATCHED]).exists() if WATCHED in os.environ else _marker().exists()
 
 
 def _marker() -> Path:

@@ -66,7 +66,7 @@ def launch(words: list) -> int:
     hand_over(environment)
     launcher = subprocess.Popen(
         [sys.executable, "-u", "-m", "paddle.distributed.launch", *flags, *script],
-        env={**environment, WATCHED: "1"},
+        env={**environment, WATCHED: str(os.getpid())},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,  # or Ctrl-C would reach it twice
