@@ -1,0 +1,58 @@
+"""What tells copies of data from each other."""
+
+import ppdiffusers_train  # noqa: F401
+
+import shutil
+
+import datasets
+import pytest
+
+from ppdiffusers_train.data.identity import content, described
+from ppdiffusers_train.data.image_folder import ImageCaptionDataset
+from ppdiffusers_train.data.shards import open_shards
+from tests.conftest import photo_shards
+
+pytestmark = pytest.mark.once  # no Paddle in it
+
+
+def table_of(folder, embedded):
+    files = sorted(folder.glob("*.jpg"))
+    images = [{"bytes": file.read_bytes(), "path": file.name} if embedded else str(file) for file in files]
+    table = datasets.Dataset.from_dict({"image": images, "text": [["a", "b"]] * len(files)})
+    return ImageCaptionDataset(table.cast_column("image", datasets.Image()), "image", "text")
+
+
+def as_files(folder):
+    return table_of(folder, False)
+
+
+def embedded(folder):
+    return table_of(folder, True)
+
+
+def in_shards(folder):
+    shards = sorted(photo_shards(folder, folder / "shards").glob("*.tar"))
+    return open_shards(shards, "text", folder)
+
+
+@pytest.mark.parametrize("rows_of", [as_files, embedded, in_shards])
+def test_copies_are_alike_and_a_longer_picture_is_named(rows_of, photos, tmp_path):
+    copies = [shutil.copytree(photos, tmp_path / name) for name in ("one", "another/place", "longer")]
+    coffee = copies[2] / "coffee.jpg"
+    coffee.write_bytes(coffee.read_bytes() + b" ")
+    one, same, longer = map(rows_of, copies)
+    told = described(one, 0)
+    assert told == described(same, 0) and len(told) == 3 * len(one) == 21
+    assert [content(one, row) for row in range(7)] == [content(same, row) for row in range(7)]
+    ((name, size),) = [(name, value) for name, value in described(longer, 0).items() if value != told[name]]
+    assert "coffee" in name and size == told[name] + 1
+    chosen = one.select([3, 1])
+    assert [chosen.stored_names(0, 2)[i] for i in (0, 1)] == [one.stored_names(r, r + 1)[0] for r in (3, 1)]
+
+
+def test_a_picture_that_is_not_there_has_no_size(photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    rows = as_files(folder)
+    (folder / "coffee.jpg").unlink()
+    sizes = dict(zip(rows.stored_names(0, 7), rows.stored_sizes(0, 7)))
+    assert sizes["coffee.jpg"] is None and content(rows, list(sizes).index("coffee.jpg")) == "what cannot be read"
