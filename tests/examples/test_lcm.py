@@ -100,7 +100,7 @@ def test_a_teacher_whose_file_says_nothing_of_guidance_gets_a_student_that_is_to
     del config["time_cond_proj_dim"]
     file.write_text(json.dumps(config))
     module = build("sd", f"--pretrained_teacher_model={folder}", "--unet_time_cond_proj_dim=32")
-    assert module.unet.config.time_cond_proj_dim == module.target_unet.config.time_cond_proj_dim == 32
+    assert module.unet.config.time_cond_proj_dim == module.unet_target.config.time_cond_proj_dim == 32
     assert module(batch_of(module), Draws(0, [0, 1])).item() > 0
 
 
