@@ -45,10 +45,8 @@ class KandinskyDecoderTrainingModule(FullTraining):
     def __init__(self, args):
         super().__init__()
         self.args = args
-        self.folders = KandinskyFolders(
-            args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path, args.cache_dir,
-            weights=not args.dry_run,
-        )  # fmt: skip
+        names = args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path
+        self.folders = KandinskyFolders(*names, args.cache_dir, weights=not args.dry_run)
         self.folders.check_resolution(args.resolution)
         decoder, prior = self.folders.decoder, self.folders.prior
         self.image_processor = prior.load("image_processor", CLIPImageProcessor)

@@ -50,10 +50,8 @@ class KandinskyPriorTrainingModule(FullTraining):
     def __init__(self, args):
         super().__init__()
         self.args = args
-        self.folders = KandinskyFolders(
-            args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path, args.cache_dir,
-            weights=not args.dry_run,
-        )  # fmt: skip
+        names = args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path
+        self.folders = KandinskyFolders(*names, args.cache_dir, weights=not args.dry_run)
         folder = self.folders.prior
         if args.validation_prompts:
             self.folders.check_resolution(args.resolution)  # only pictures need the decoder

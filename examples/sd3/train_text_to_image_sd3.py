@@ -51,11 +51,9 @@ class SD3TrainingModule(FullTraining):
     def __init__(self, args):
         super().__init__()
         self.args = args
-        self.folder = SD3Folder(
-            args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path,
-            "--pretrained_model_name_or_path", args.cache_dir, args.revision, args.variant, weights=not args.dry_run,
-            t5=args.t5,
-        )  # fmt: skip
+        names = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+        options = {"revision": args.revision, "variant": args.variant, "weights": not args.dry_run, "t5": args.t5}
+        self.folder = SD3Folder(*names, "--pretrained_model_name_or_path", cache_dir=args.cache_dir, **options)
         self.folder.check_resolution(args.resolution)
         self.scheduler = self.folder.load_scheduler(args.shift)
         count, shift = self.scheduler.config.num_train_timesteps, self.scheduler.config.shift

@@ -57,10 +57,9 @@ class SDXLTrainingModule(FullTraining):
     def __init__(self, args):
         super().__init__()
         self.args = args
-        self.folder = SDXLFolder(
-            args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path,
-            "--pretrained_model_name_or_path", args.cache_dir, args.revision, args.variant, weights=not args.dry_run,
-        )  # fmt: skip
+        names = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+        where = args.cache_dir, args.revision, args.variant
+        self.folder = SDXLFolder(*names, "--pretrained_model_name_or_path", *where, weights=not args.dry_run)
         self.folder.check_resolution(args.resolution)
         self.scheduler = self.folder.load_scheduler(args.prediction_type, DDPMScheduler)
         with named_by_flags():
