@@ -18,6 +18,7 @@ RUN = """
 import ppdiffusers_train, sys, json, runpy
 import paddle
 from paddle.base import core
+sys.path.insert(0, sys.argv[1].rpartition("/")[0])  # where a script finds the one that it extends
 job = runpy.run_path(sys.argv[1])
 job["main"](sys.argv[2:])
 print(json.dumps(core.host_memory_stat_peak_value("Allocated", 0)))

@@ -47,6 +47,9 @@ class DiffusionTrainingModule(nn.Layer):
         """The loss of a batch, a scalar: the mean over its samples, through the models that learn."""
         raise NotImplementedError
 
+    def inspect_dataset(self, dataset):
+        """Called once before training: print here what is unusual about the data. Nothing, by default."""
+
     def after_step(self):
         """Called once after each optimizer step."""
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -58,7 +59,9 @@ def own_caches(tmp_path_factory):
 
 
 def load_script(path):
-    """A script of `examples/` as a module, without running it."""
+    """A script of `examples/` as a module, without running it. It finds its neighbours as if it were run."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -59,7 +59,7 @@ def test_flags_and_methods_that_are_named_exist(name):
     known = {option for action in job.build_parser()._actions for option in action.option_strings}
     assert set(re.findall(r"--\w+", text)) - theirs - known == set()
     methods = [re.match(r"`(\w+)", row[0])[1] for row in tables(name)[1][2:]]
-    assert len(methods) == 12 and all(hasattr(job.SDTrainingModule, method) for method in methods)
+    assert len(methods) == 13 and all(hasattr(job.SDTrainingModule, method) for method in methods)
 
 
 def test_a_reader_can_type_all_of_it_in_this_order(sd, tmp_path, monkeypatch):

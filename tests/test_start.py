@@ -27,13 +27,14 @@ except SystemExit as end:
     assert end.code == {status}, end.code
 """
 SCRIPTS = """
-import contextlib, io, pathlib, runpy
+import contextlib, io, pathlib, runpy, sys
 import ppdiffusers_train, ppdiffusers
 before = set(sys.modules)
 for script in sorted(pathlib.Path({root!r}, "examples").glob("*/train_*.py")):
     for flag, status in (("--help", 0), ("--resolutoin=64", 2)):
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                sys.path.insert(0, str(script.parent))
                 runpy.run_path(str(script))["main"]([flag])
         except SystemExit as end:
             assert end.code == status, end.code

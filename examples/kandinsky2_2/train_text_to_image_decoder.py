@@ -6,60 +6,47 @@ The result is a folder for `KandinskyV22CombinedPipeline.from_pretrained`, with 
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
+from ppdiffusers_train import arguments
 
 import numpy as np
 from PIL import Image
 from ppdiffusers import DDPMScheduler, UNet2DConditionModel, VQModel
 from ppdiffusers.transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from ppdiffusers_train.arguments import (
-    ArgumentParser,
-    add_data_arguments,
-    add_diffusion_arguments,
-    add_kandinsky_arguments,
-    add_output_arguments,
-    add_reporting_arguments,
-    add_training_arguments,
-    add_validation_arguments,
-)
-from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels
-from ppdiffusers_train.errors import one_line_errors
-from ppdiffusers_train.models.attention import enable_memory_efficient_attention
+from ppdiffusers_train.job import run_job
+from ppdiffusers_train.model_training import FullTraining
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, draw_combined
-from ppdiffusers_train.models.recompute import enable_recompute
-from ppdiffusers_train.models.weights import load_in_place, save_model
-from ppdiffusers_train.module import DiffusionTrainingModule, freeze
+from ppdiffusers_train.models.unet import save_memory
+from ppdiffusers_train.module import freeze
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
 from ppdiffusers_train.objectives.noise_schedule import add_noise
-from ppdiffusers_train.training import check_run, launch_training_task
 
 
-def build_parser():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    add_kandinsky_arguments(parser)
-    add_data_arguments(parser)
-    add_training_arguments(parser, weight_decay=0.0, train_batch_size=1)
-    add_diffusion_arguments(parser, noise_offset=True)
-    add_output_arguments(parser, output_dir="kandi_2_2-model-finetuned")
-    add_validation_arguments(parser)
-    add_reporting_arguments(parser)
+def build_parser(doc=__doc__):
+    parser = arguments.ArgumentParser(description=doc.splitlines()[0])
+    arguments.add_kandinsky_arguments(parser)
+    arguments.add_data_arguments(parser)
+    arguments.add_training_arguments(parser, weight_decay=0.0, train_batch_size=1)
+    arguments.add_diffusion_arguments(parser, noise_offset=True)
+    arguments.add_output_arguments(parser, output_dir="kandi_2_2-model-finetuned")
+    arguments.add_validation_arguments(parser)
+    arguments.add_reporting_arguments(parser)
     return parser
 
 
-class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
+class KandinskyDecoderTrainingModule(FullTraining):
     """The UNet learns to denoise MoVQ latents, given the CLIP embedding of the same image."""
 
+    trained = "unet"
     encoders = ("movq", "image_encoder")
     can_compile_encode = True
 
     def __init__(self, args):
         super().__init__()
         self.args = args
-        self.folders = KandinskyFolders(
-            args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path, args.cache_dir,
-            weights=not args.dry_run,
-        )  # fmt: skip
+        names = args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path
+        self.folders = KandinskyFolders(*names, args.cache_dir, weights=not args.dry_run)
         self.folders.check_resolution(args.resolution)
         decoder, prior = self.folders.decoder, self.folders.prior
         self.image_processor = prior.load("image_processor", CLIPImageProcessor)
@@ -67,10 +54,7 @@ class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
         self.movq = freeze(decoder.load("movq", VQModel))
         self.unet = decoder.load("unet", UNet2DConditionModel)
         self.scheduler = decoder.load("scheduler", DDPMScheduler)
-        if args.gradient_checkpointing:
-            enable_recompute(self.unet)
-        if args.enable_xformers_memory_efficient_attention:
-            enable_memory_efficient_attention(self.unet)
+        save_memory(self.unet, args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention)
 
     def preprocess(self, row, draws):
         """pixel_values [3, R, R] of the centred square; clip_pixel_values of the whole image, as CLIP crops it."""
@@ -120,12 +104,6 @@ class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
         )
         return draw_combined(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
-    def save_weights(self, directory):
-        save_model(self.unet, f"{directory}/unet")
-
-    def load_weights(self, directory):
-        load_in_place(self.unet, f"{directory}/unet")
-
     def save_pretrained(self, directory):
         self.folders.export_combined(directory, own={"unet": self.unet}, save_format=self.args.save_format)
 
@@ -137,12 +115,8 @@ class KandinskyDecoderTrainingModule(DiffusionTrainingModule):
         }
 
 
-@one_line_errors
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    check_run(args)
-    dataset = build_dataset(args)
-    launch_training_task(KandinskyDecoderTrainingModule(args), dataset, args)
+    run_job(build_parser(), KandinskyDecoderTrainingModule, argv)
 
 
 if __name__ == "__main__":

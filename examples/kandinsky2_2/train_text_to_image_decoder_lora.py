@@ -6,64 +6,29 @@ The result is loaded by `pipe.unet.load_attn_procs("my-lora")`.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
+from ppdiffusers_train import arguments
 
-import sys
-from pathlib import Path
+from train_text_to_image_decoder import KandinskyDecoderTrainingModule
+from train_text_to_image_decoder import build_parser as build_full_parser
 
-from ppdiffusers_train.arguments import add_lora_arguments
-from ppdiffusers_train.data.dataset import build_dataset
-from ppdiffusers_train.errors import one_line_errors
-from ppdiffusers_train.models.lora import (
-    ADDED_ATTENTION_TARGETS,
-    add_lora,
-    load_lora_weights,
-    save_lora,
-    save_lora_weights,
-)
-from ppdiffusers_train.training import check_run, launch_training_task
-
-sys.path.append(str(Path(__file__).parent))  # where this file is imported, not run
-from train_text_to_image_decoder import KandinskyDecoderTrainingModule  # noqa: E402
-from train_text_to_image_decoder import build_parser as build_full_parser  # noqa: E402
+from ppdiffusers_train.job import run_job
+from ppdiffusers_train.model_training import LoRATraining
+from ppdiffusers_train.models.lora import ADDED_ATTENTION_TARGETS
 
 
 def build_parser():
-    parser = build_full_parser()
-    parser.description = __doc__.splitlines()[0]
-    add_lora_arguments(parser, ADDED_ATTENTION_TARGETS)
-    parser.set_defaults(output_dir="kandi_2_2-model-finetuned-lora", num_validation_images=4, validation_epochs=1)
+    parser = build_full_parser(__doc__)
+    defaults = {"output_dir": "kandi_2_2-model-finetuned-lora", "num_validation_images": 4, "validation_epochs": 1}
+    arguments.add_lora_arguments(parser, ADDED_ATTENTION_TARGETS, **defaults)
     return parser
 
 
-class KandinskyDecoderLoRATrainingModule(KandinskyDecoderTrainingModule):
+class KandinskyDecoderLoRATrainingModule(LoRATraining, KandinskyDecoderTrainingModule):
     """LoRA layers on the decoder's attention learn what the full decoder would."""
 
-    def __init__(self, args):
-        super().__init__(args)
-        rank, alpha, seed = args.lora_rank, args.lora_alpha, args.seed or 0
-        add_lora(self.unet, args.lora_target_modules, rank, alpha, args.lora_dropout, seed)
 
-    def save_weights(self, directory):
-        save_lora_weights(self.unet, directory)
-
-    def load_weights(self, directory):
-        load_lora_weights(self.unet, directory)
-
-    def save_pretrained(self, directory):
-        save_lora(self.unet, directory, self.args.save_format)
-
-    def card_data(self):
-        card = super().card_data()
-        return {**card, "tags": [*card["tags"], "lora"]}
-
-
-@one_line_errors
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    check_run(args)
-    dataset = build_dataset(args)
-    module = KandinskyDecoderLoRATrainingModule(args)
-    launch_training_task(module, dataset, args)
+    run_job(build_parser(), KandinskyDecoderLoRATrainingModule, argv)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The result is a prior pipeline; with `DiffusionPipeline.from_pretrained` its com
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
+from ppdiffusers_train import arguments
 
 from ppdiffusers import DDPMScheduler, PriorTransformer
 from ppdiffusers.transformers import (
@@ -15,55 +16,42 @@ from ppdiffusers.transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ppdiffusers_train.arguments import (
-    ArgumentParser,
-    add_data_arguments,
-    add_diffusion_arguments,
-    add_kandinsky_arguments,
-    add_output_arguments,
-    add_reporting_arguments,
-    add_training_arguments,
-    add_validation_arguments,
-)
-from ppdiffusers_train.data.dataset import build_dataset
-from ppdiffusers_train.errors import one_line_errors
+from ppdiffusers_train.job import run_job
+from ppdiffusers_train.model_training import FullTraining
 from ppdiffusers_train.models.attention import announce_plain_attention
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, draw_combined
 from ppdiffusers_train.models.recompute import enable_block_recompute
 from ppdiffusers_train.models.text import tokenize, warn_of_long_captions
-from ppdiffusers_train.models.weights import load_in_place, save_model
-from ppdiffusers_train.module import DiffusionTrainingModule, freeze
+from ppdiffusers_train.module import freeze
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
 from ppdiffusers_train.objectives.noise_schedule import add_noise
 from ppdiffusers_train.trainable import keep_frozen
-from ppdiffusers_train.training import check_run, launch_training_task
 
 
-def build_parser():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    add_kandinsky_arguments(parser)
-    add_data_arguments(parser)
-    add_training_arguments(parser, weight_decay=0.0, train_batch_size=1)
-    add_diffusion_arguments(parser)
-    add_output_arguments(parser, output_dir="kandi_2_2-model-finetuned")
-    add_validation_arguments(parser)
-    add_reporting_arguments(parser)
+def build_parser(doc=__doc__):
+    parser = arguments.ArgumentParser(description=doc.splitlines()[0])
+    arguments.add_kandinsky_arguments(parser)
+    arguments.add_data_arguments(parser)
+    arguments.add_training_arguments(parser, weight_decay=0.0, train_batch_size=1)
+    arguments.add_diffusion_arguments(parser)
+    arguments.add_output_arguments(parser, output_dir="kandi_2_2-model-finetuned")
+    arguments.add_validation_arguments(parser)
+    arguments.add_reporting_arguments(parser)
     return parser
 
 
-class KandinskyPriorTrainingModule(DiffusionTrainingModule):
+class KandinskyPriorTrainingModule(FullTraining):
     """The prior learns to predict an image's normalised CLIP embedding from a noisy one and the caption."""
 
+    trained = "prior"
     encoders = ("image_encoder", "text_encoder")
     can_compile_encode = True
 
     def __init__(self, args):
         super().__init__()
         self.args = args
-        self.folders = KandinskyFolders(
-            args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path, args.cache_dir,
-            weights=not args.dry_run,
-        )  # fmt: skip
+        names = args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path
+        self.folders = KandinskyFolders(*names, args.cache_dir, weights=not args.dry_run)
         folder = self.folders.prior
         if args.validation_prompts:
             self.folders.check_resolution(args.resolution)  # only pictures need the decoder
@@ -105,6 +93,9 @@ class KandinskyPriorTrainingModule(DiffusionTrainingModule):
             "text_mask": batch["text_mask"],
         }
 
+    def inspect_dataset(self, dataset):
+        warn_of_long_captions(self.tokenizer, dataset)
+
     def forward(self, encoded, draws):
         schedule = self.scheduler.alphas_cumprod
         target = (encoded["image_embeds"] - self.prior.clip_mean) / self.prior.clip_std
@@ -130,12 +121,6 @@ class KandinskyPriorTrainingModule(DiffusionTrainingModule):
         )
         return draw_combined(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
-    def save_weights(self, directory):
-        save_model(self.prior, f"{directory}/prior")
-
-    def load_weights(self, directory):
-        load_in_place(self.prior, f"{directory}/prior")
-
     def save_pretrained(self, directory):
         self.folders.export_prior(directory, own={"prior": self.prior}, save_format=self.args.save_format)
 
@@ -146,14 +131,8 @@ class KandinskyPriorTrainingModule(DiffusionTrainingModule):
         }
 
 
-@one_line_errors
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    check_run(args)
-    dataset = build_dataset(args)
-    module = KandinskyPriorTrainingModule(args)
-    warn_of_long_captions(module.tokenizer, dataset)
-    launch_training_task(module, dataset, args)
+    run_job(build_parser(), KandinskyPriorTrainingModule, argv)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,11 @@ The result is loaded by `pipe.load_lora_weights("x")`, for `LCMScheduler`.
 
 import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
 
-import sys
-from pathlib import Path
+from train_lcm_distill_lora_sd_wds import LCMLoRATrainingModule
+from train_lcm_distill_lora_sd_wds import build_parser as build_lora_parser
+from train_lcm_distill_sdxl_wds import LCMSDXLTrainingModule, add_sdxl_arguments
 
-from ppdiffusers_train.data.dataset import build_dataset
-from ppdiffusers_train.errors import one_line_errors
-from ppdiffusers_train.training import check_run, launch_training_task
-
-sys.path.append(str(Path(__file__).parent))  # where this file is imported, not run
-from train_lcm_distill_lora_sd_wds import LCMLoRATrainingModule  # noqa: E402
-from train_lcm_distill_lora_sd_wds import build_parser as build_lora_parser  # noqa: E402
-from train_lcm_distill_sdxl_wds import LCMSDXLTrainingModule, add_sdxl_arguments  # noqa: E402
+from ppdiffusers_train.job import run_job
 
 
 def build_parser():
@@ -28,12 +22,8 @@ class LCMLoRASDXLTrainingModule(LCMLoRATrainingModule, LCMSDXLTrainingModule):
     """The LoRA of the one, the conditions of the other."""
 
 
-@one_line_errors
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    check_run(args)
-    dataset = build_dataset(args)
-    launch_training_task(LCMLoRASDXLTrainingModule(args), dataset, args)
+    run_job(build_parser(), LCMLoRASDXLTrainingModule, argv)
 
 
 if __name__ == "__main__":

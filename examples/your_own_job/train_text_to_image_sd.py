@@ -10,19 +10,16 @@ from ppdiffusers_train import arguments
 
 from ppdiffusers import DDPMScheduler
 
-from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
-from ppdiffusers_train.errors import one_line_errors
-from ppdiffusers_train.models.attention import enable_memory_efficient_attention
+from ppdiffusers_train.job import run_job
 from ppdiffusers_train.models.drawing import draw
-from ppdiffusers_train.models.recompute import enable_recompute
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder, encode_images, encode_prompt
 from ppdiffusers_train.models.text import tokenize
+from ppdiffusers_train.models.unet import save_memory
 from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule, freeze
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
 from ppdiffusers_train.objectives.noise_schedule import add_noise
-from ppdiffusers_train.training import check_run, launch_training_task
 
 
 def build_parser():
@@ -59,10 +56,7 @@ class SDTrainingModule(DiffusionTrainingModule):
         self.scheduler = self.folder.load("scheduler", DDPMScheduler)
         self.vae, self.text_encoder = (freeze(self.folder.load(name)) for name in self.encoders)
         self.tokenizer, self.unet = self.folder.load("tokenizer"), self.folder.load("unet")
-        if args.gradient_checkpointing:
-            enable_recompute(self.unet)
-        if args.enable_xformers_memory_efficient_attention:
-            enable_memory_efficient_attention(self.unet)
+        save_memory(self.unet, args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention)
 
     def preprocess(self, row, draws):
         """pixel_values [3, R, R]; input_ids [L]."""
@@ -107,12 +101,8 @@ class SDTrainingModule(DiffusionTrainingModule):
         return {"base_model": self.args.pretrained_model_name_or_path, "tags": ["stable-diffusion", "text-to-image"]}
 
 
-@one_line_errors
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    check_run(args)
-    dataset = build_dataset(args)
-    launch_training_task(SDTrainingModule(args), dataset, args)
+    run_job(build_parser(), SDTrainingModule, argv)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,12 @@ def nearest_bucket(sizes: list, width: int, height: int) -> int:
     return min(range(len(sizes)), key=lambda index: abs(math.log(sizes[index][0] / sizes[index][1]) - ratio))
 
 
+def size_for(width: int, height: int, resolution: int, buckets: list) -> tuple:
+    """(height, width) that an image is brought to: the nearest of `buckets`, a square where there are none."""
+    sizes = buckets or [(resolution, resolution)]
+    return sizes[nearest_bucket(sizes, width, height)]
+
+
 def assign_buckets(sizes: list, dataset) -> list:
     """The bucket's index of each row; a row that cannot be read gets the first."""
     buckets = []

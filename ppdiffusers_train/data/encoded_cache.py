@@ -11,7 +11,6 @@ and read one at the same time. Files are mapped into memory, where all ranks of 
 
 import contextlib
 import hashlib
-import inspect
 import json
 import os
 import secrets
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from ppdiffusers_train.data.loader import as_error, choose_caption, iterate_batches
 from ppdiffusers_train.data.rows import with_one_caption
+from ppdiffusers_train.data.source_code import sources
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.errors import BadSampleError
 from ppdiffusers_train.heap import return_free_memory
@@ -137,8 +137,8 @@ def encoders_folder(root: Path, module, precision, rows: int) -> tuple:
 def encoders_digest(module, precision) -> str:
     """A hash of all that turns a sample into its encoding: code, settings, precision, and the encoders' weights."""
     digest = hashlib.blake2b(digest_size=16)
-    for method in (type(module).preprocess, type(module).encode):
-        digest.update(inspect.getsource(method).encode())  # a script is made to be edited
+    for source in sources(type(module), "preprocess", "encode"):  # a script is made to be edited
+        digest.update(source.encode())
     settings = {"precision": precision.mixed_precision if precision.enabled else "no", **module.encoding_settings()}
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for name in module.encoders:

@@ -210,6 +210,13 @@ def reading(name: str):
         raise BadSampleError(f"{name}: the image cannot be read: {error}") from error
 
 
+def refuse_small_image(row: dict, smallest) -> None:
+    """Raise a `BadSampleError` for an image with a side shorter than `smallest` pixels, where that is not None."""
+    width, height = row["image"].size
+    if smallest and min(width, height) < smallest:
+        raise BadSampleError(f"{row['name']}: {width} x {height} pixels, --min_image_size is {smallest}")
+
+
 def warn_of_small_images(dataset, size: int) -> None:
     """Say how many images have a side shorter than `size` pixels, and name one: enlarging makes them no sharper."""
     if not isinstance(dataset, Rows):  # a stream, which cannot be looked through beforehand

@@ -1,6 +1,7 @@
 """Validation pictures, the way a user would draw them."""
 
 import paddle
+from PIL import Image
 
 
 def draw(pipeline, prompts, seeds, resolution: int, inference_steps: int, **options) -> list:
@@ -13,3 +14,13 @@ def draw(pipeline, prompts, seeds, resolution: int, inference_steps: int, **opti
             prompt, height=resolution, width=resolution, num_inference_steps=inference_steps, **options
         ).images
     return images
+
+
+def beside(images: list) -> Image.Image:
+    """Images of one height as one, from left to right."""
+    joined = Image.new("RGB", (sum(image.width for image in images), images[0].height))
+    left = 0
+    for image in images:
+        joined.paste(image, (left, 0))
+        left += image.width
+    return joined

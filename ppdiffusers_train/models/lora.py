@@ -24,6 +24,13 @@ from ppdiffusers_train.trainable import is_lora
 
 ATTENTION_TARGETS = "to_q,to_k,to_v,to_out.0"
 ADDED_ATTENTION_TARGETS = f"{ATTENTION_TARGETS},add_k_proj,add_v_proj"  # the added ones are where an image enters
+JOINT_ATTENTION_TARGETS = "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj"  # of both streams, image's and text's
+TEXT_ENCODER_TARGETS = "q_proj,k_proj,v_proj,out_proj"
+# All of a UNet's layers that files of LoRA layers have names for.
+UNET_TARGETS = (
+    "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,downsamplers.0.conv,"
+    "upsamplers.0.conv,time_emb_proj"
+)
 PARAMETERS_FILE = "lora_parameters.safetensors"
 FULL_FILE = "trainable_modules.safetensors"
 
@@ -94,14 +101,14 @@ def lora_layers(model) -> dict:
 
 @contextlib.contextmanager
 def lora_switched_off(model):
-    """Within, a model answers as if it had no LoRA layers: it is its own teacher."""
+    """A context that gives the model, and in which it answers as if it had no LoRA layers: it is its own teacher."""
     adapted = [
         (layer, layer.lora_layer) for layer in model.sublayers() if getattr(layer, "lora_layer", None) is not None
     ]
     for layer, _ in adapted:
         layer.lora_layer = None
     try:
-        yield
+        yield model
     finally:
         for layer, lora in adapted:
             layer.lora_layer = lora

@@ -6,10 +6,13 @@ from ppdiffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pi
 from ppdiffusers.models.normalization import AdaLayerNormContinuous
 from ppdiffusers.transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.attention import provide_joint_attention
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder
+from ppdiffusers_train.models.text import count_tokens, tokenize
 from ppdiffusers_train.trainable import keep_frozen
 
+INPUT_IDS = ("input_ids", "input_ids_2", "input_ids_3")
 T5_PARTS = {"text_encoder_3": T5EncoderModel, "tokenizer_3": T5Tokenizer}
 
 
@@ -41,6 +44,28 @@ class SD3Folder(StableDiffusionFolder):
             self.options = dict.fromkeys(T5_PARTS)
         super().__init__(*names, **options)
 
+    @property
+    def tokenizers(self) -> list:
+        """Names of the tokenizers, in the order of the text encoders."""
+        return [name for name in self.parts if name.startswith("tokenizer")]
+
+    @property
+    def text_encoders(self) -> list:
+        """Names of the text encoders that are used."""
+        return [name for name in self.parts if name.startswith("text_encoder")]
+
+    def load(self, part: str, part_class=None):
+        """A part; of the transformer, what the published model does not have is not trained."""
+        model = super().load(part, part_class)
+        if part == "transformer":
+            freeze_unpublished_biases(model)
+        return model
+
+    def load_scheduler(self, shift=None):
+        """The pipeline's scheduler, with another shift of its timesteps where one is given."""
+        scheduler = self.load("scheduler")
+        return type(scheduler).from_config(scheduler.config, shift=shift) if shift else scheduler
+
     def pixels_per_token(self) -> int:
         """Height and width, in pixels, of what becomes one token of the transformer."""
         return super().pixels_per_token() * self.base.config("transformer")["patch_size"]
@@ -56,21 +81,45 @@ def freeze_unpublished_biases(transformer) -> None:
             keep_frozen(layer.norm.bias)
 
 
-def encode_prompts(text_encoder, text_encoder_2, text_encoder_3, input_ids, input_ids_2, input_ids_3, width) -> tuple:
-    """Token ids [B, L] of the three tokenizers -> prompt embeddings [B, 2L, D], pooled embedding [B, P1 + P2].
+def tokenize_caption(tokenizers: list, caption: str) -> dict:
+    """input_ids, input_ids_2, and with T5 input_ids_3 [L]: of the first tokenizer's length, as in the pipeline."""
+    length = tokenizers[0].model_max_length
+    return {name: tokenize(tokenizer, caption, length)[0] for name, tokenizer in zip(INPUT_IDS, tokenizers)}
+
+
+def check_prompts(prompts, tokenizers: list) -> None:
+    """Refuse prompts that ppdiffusers' pipeline (0.29.0) would cut: it fails when it looks for what is cut.
+
+    Args:
+        prompts: of `--validation_prompts`, or None.
+    Raises:
+        UserError: one is too long for one of the tokenizers.
+    """
+    limit = tokenizers[0].model_max_length
+    for prompt in prompts or ():
+        longest = max(count_tokens(tokenizer, prompt) for tokenizer in tokenizers)
+        if longest >= limit:
+            raise UserError(f"--validation_prompts: {prompt[:40]!r}… has {longest} tokens; expected below {limit}")
+
+
+def encode_captions(text_encoders: list, tokens: dict, width: int) -> dict:
+    """prompt_embeds [B, 2L, D], pooled_prompt_embeds [B, P1 + P2] of the stacked results of `tokenize_caption`.
 
     CLIP's penultimate hidden states side by side, filled up with zeros to D; behind them T5's last hidden states, or
     zeros without T5; and CLIP's two projections (Esser et al. 2024, arXiv 2403.03206, section 4 and appendix B).
 
     Args:
-        text_encoder_3, input_ids_3: None without T5.
+        text_encoders: two of CLIP and, where it is used, T5's.
         width: D, the transformer's `joint_attention_dim`.
     """
-    first = text_encoder(input_ids, output_hidden_states=True)
-    second = text_encoder_2(input_ids_2, output_hidden_states=True)
+    first = text_encoders[0](tokens["input_ids"], output_hidden_states=True)
+    second = text_encoders[1](tokens["input_ids_2"], output_hidden_states=True)
     clip = paddle.concat([first.hidden_states[-2], second.hidden_states[-2]], axis=-1)
     clip = functional.pad(clip, [0, width - clip.shape[-1]], data_format="NCL")
     t5 = paddle.zeros_like(clip)
-    if text_encoder_3 is not None:
-        t5 = text_encoder_3(input_ids_3)[0].astype(clip.dtype)
-    return paddle.concat([clip, t5], axis=1), paddle.concat([first[0], second[0]], axis=-1)
+    if len(text_encoders) > 2:
+        t5 = text_encoders[2](tokens["input_ids_3"])[0].astype(clip.dtype)
+    return {
+        "prompt_embeds": paddle.concat([clip, t5], axis=1),
+        "pooled_prompt_embeds": paddle.concat([first[0], second[0]], axis=-1),
+    }

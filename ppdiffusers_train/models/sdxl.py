@@ -2,11 +2,13 @@
 
 from functools import cached_property
 
+import numpy as np
 import paddle
 from ppdiffusers import StableDiffusionXLPipeline
 from ppdiffusers.transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder
+from ppdiffusers_train.models.text import tokenize
 
 
 class SDXLFolder(StableDiffusionFolder):
@@ -21,10 +23,36 @@ class SDXLFolder(StableDiffusionFolder):
     options = {"add_watermarker": False}
     kept_settings = ("force_zeros_for_empty_prompt",)
 
+    def load_scheduler(self, prediction_type=None, scheduler_class=None):
+        """The scheduler, the pipeline's own or of another class, with another prediction type where one is given."""
+        scheduler = self.load("scheduler", scheduler_class)
+        if prediction_type:
+            scheduler.register_to_config(prediction_type=prediction_type)
+        return scheduler
+
     @cached_property
     def no_prompt_is_zeros(self) -> bool:
         """Whether guidance knows no prompt as zeros; else as the embeddings of an empty text."""
         return self.settings().get("force_zeros_for_empty_prompt", True)
+
+
+def tokenize_caption(tokenizer, tokenizer_2, caption: str, is_dropped: bool, no_prompt_is_zeros: bool) -> dict:
+    """What `encode_captions` needs of a caption: input_ids, input_ids_2 int64 [L]; has_prompt float32 [], 0 where it is
+    dropped and its embeddings are to be zeros."""
+    caption = "" if is_dropped else caption
+    return {
+        "input_ids": tokenize(tokenizer, caption)[0],
+        "input_ids_2": tokenize(tokenizer_2, caption)[0],
+        "has_prompt": np.float32(not (is_dropped and no_prompt_is_zeros)),
+    }
+
+
+def encode_captions(text_encoder, text_encoder_2, tokens: dict) -> dict:
+    """prompt_embeds [B, L, D1 + D2], pooled_prompt_embeds [B, D] of the stacked results of `tokenize_caption`."""
+    embeds, pooled = encode_prompts(
+        text_encoder, text_encoder_2, tokens["input_ids"], tokens["input_ids_2"], tokens["has_prompt"]
+    )
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
 def encode_prompts(text_encoder, text_encoder_2, input_ids, input_ids_2, has_prompt=None) -> tuple:

@@ -30,6 +30,12 @@ def consistency_function(noisy, predicted_sample, timesteps, timestep_scaling: f
     return skip * noisy + out * predicted_sample
 
 
+def consistency_output(prediction_type: str, alphas_cumprod, prediction, noisy, timesteps, timestep_scaling: float):
+    """f(x, t) of a model whose prediction from `noisy` [B, …] this is; computed in float32."""
+    sample, _ = sample_and_noise(prediction_type, alphas_cumprod, prediction.astype("float32"), noisy, timesteps)
+    return consistency_function(noisy, sample, timesteps, timestep_scaling)
+
+
 def sample_and_noise(prediction_type: str, alphas_cumprod, prediction, noisy, timesteps) -> tuple:
     """x̂_0 and ε̂ that a model's prediction stands for, [B, …] each.
 
@@ -49,27 +55,53 @@ def sample_and_noise(prediction_type: str, alphas_cumprod, prediction, noisy, ti
     raise ValueError(f"prediction type {prediction_type!r} is none of epsilon, v_prediction, sample")
 
 
-def guided(conditional, unconditional, guidance):
+def apply_guidance(conditional, unconditional, guidance):
     """c + w · (c - u) (eq. 14): a guidance scale of w + 1 as pipelines count it. [B, …], [B] -> [B, …]."""
     return conditional + per_sample(guidance, conditional) * (conditional - unconditional)
 
 
 def ddim_timesteps(train_timesteps: int, count: int) -> np.ndarray:
-    """The `count` timesteps between which the solver steps, ascending: k·(T // N) - 1 for k = 1 … N. int64 [N]."""
+    """The `count` timesteps between which the solver steps, ascending: k·(T // N) - 1 for k = 1 … N. int64 [N].
+
+    Raises:
+        ValueError: there are fewer than `count`.
+    """
+    if count > train_timesteps:
+        raise ValueError(f"num_ddim_timesteps: {count} is more than the {train_timesteps} timesteps of the teacher")
     return np.arange(1, count + 1, dtype=np.int64) * (train_timesteps // count) - 1
+
+
+def step_before(steps, index):
+    """`steps[index - 1]`, and 0 before the first: [N], [B] -> [B] int64."""
+    return paddle.concat([paddle.zeros([1], "int64"), steps[:-1]])[index]
 
 
 def ddim_step(alphas_cumprod, steps, index, predicted_sample, predicted_noise):
     """From timestep `steps[index]` to the solver's one before it: √ᾱ_s x̂_0 + √(1 - ᾱ_s) ε̂ (Song et al. 2020, arXiv
-    2010.02502, eq. 12 with σ = 0), where s is `steps[index - 1]`, or 0 before the first.
+    2010.02502, eq. 12 with σ = 0), where s is of `step_before`.
 
     Args:
         steps: [N] int64 of `ddim_timesteps`, as a tensor.
         index: [B] int64 into it.
     """
-    earlier = paddle.concat([paddle.zeros([1], "int64"), steps[:-1]])[index]
-    alpha_bar = per_sample(alphas_cumprod[earlier], predicted_sample)
+    alpha_bar = per_sample(alphas_cumprod[step_before(steps, index)], predicted_sample)
     return alpha_bar.sqrt() * predicted_sample + (1 - alpha_bar).sqrt() * predicted_noise
+
+
+def guided_ddim_step(prediction_type: str, alphas_cumprod, steps, index, noisy, conditional, unconditional, guidance):
+    """The teacher's step under guidance: `noisy` [B, …] at timesteps `steps[index]` -> the solver's sample one before.
+
+    Args:
+        conditional, unconditional: the teacher's predictions from `noisy` with a caption and without; computed with in
+            float32.
+        guidance: w [B] of `apply_guidance`.
+    """
+    predictions = (prediction.astype("float32") for prediction in (conditional, unconditional))
+    (sample, noise), (empty_sample, empty_noise) = (
+        sample_and_noise(prediction_type, alphas_cumprod, prediction, noisy, steps[index]) for prediction in predictions
+    )
+    sample, noise = apply_guidance(sample, empty_sample, guidance), apply_guidance(noise, empty_noise, guidance)
+    return ddim_step(alphas_cumprod, steps, index, sample, noise)
 
 
 def guidance_embedding(guidance, dimensions: int):

@@ -8,6 +8,7 @@ et al. 2024, arXiv 2403.03206, "SD3" below.)
 import math
 
 import numpy as np
+import paddle
 
 from ppdiffusers_train.objectives.noise_schedule import per_sample
 
@@ -33,6 +34,20 @@ def interpolate(sample, noise, sigmas):
 def velocity(sample, noise):
     """v = dx/dσ = ε - x_0: what a model predicts (Rectified flow, eq. 1, with time reversed). [B, …] -> [B, …]."""
     return noise - sample
+
+
+def timestep_weighting(scheme: str, sigmas: np.ndarray, begin, end, logit_mean, logit_std, mode_scale) -> tuple:
+    """How often each timestep of the table is drawn, [T] float64; how much its loss counts, [T], or None: all alike.
+
+    Args:
+        scheme: of `timestep_density`, as are the other arguments, or "bell": drawn uniformly, with `bell_weights`.
+        sigmas: the table, [T].
+    Raises:
+        ValueError: as `timestep_density`.
+    """
+    count, is_bell = len(sigmas), scheme == "bell"
+    density = timestep_density("uniform" if is_bell else scheme, count, begin, end, logit_mean, logit_std, mode_scale)
+    return density, paddle.to_tensor(bell_weights(count * sigmas, count)) if is_bell else None
 
 
 def timestep_density(

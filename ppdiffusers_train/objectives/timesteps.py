@@ -3,8 +3,16 @@
 import numpy as np
 
 
-def timestep_weights(strategy: str, count: int, multiplier: float, portion: float, begin: int, end: int) -> np.ndarray:
-    """The probability of each timestep, [count] float64, some of them `multiplier` times as likely as the others.
+def draw_timesteps(draws, count: int, weights=None):
+    """Timesteps [B] int64 below `count`: all alike, or with the probabilities `weights` [count]."""
+    if weights is None:
+        return draws.integers("timesteps", 0, count)
+    return draws.categorical("timesteps", weights)
+
+
+def timestep_weights(strategy: str, count: int, multiplier: float, portion: float, begin: int, end: int):
+    """The probability of each timestep, [count] float64, some of them `multiplier` times as likely as the others; None
+    where all are alike.
 
     Args:
         strategy: which: the first ("earlier") or last ("later") `portion` of all, those in [begin, end) ("range"),
@@ -13,11 +21,11 @@ def timestep_weights(strategy: str, count: int, multiplier: float, portion: floa
     Raises:
         ValueError: names the parameter that makes no sense, what it is and what is expected.
     """
-    weights = np.ones(count)
     if strategy == "none":
-        return weights / count
+        return None
     if multiplier <= 0:
         raise ValueError(f"timestep_bias_multiplier: {multiplier:g} is not above 0; to leave steps out, use a range")
+    weights = np.ones(count)
     if strategy == "range":
         if not 0 <= begin < end <= count:
             raise ValueError(

@@ -35,13 +35,3 @@ def _fitting(text, draw, font, width):
     while text and draw.textlength(text, font=font) > width:
         text = text[:-1]
     return text
-
-
-def beside(images: list) -> Image.Image:
-    """Images of one height as one, from left to right."""
-    joined = Image.new("RGB", (sum(image.width for image in images), images[0].height))
-    left = 0
-    for image in images:
-        joined.paste(image, (left, 0))
-        left += image.width
-    return joined

@@ -18,7 +18,7 @@ import paddle
 from paddle import nn
 from PIL import Image
 
-from ppdiffusers_train.errors import one_line_errors
+from ppdiffusers_train.job import run_job
 from ppdiffusers_train.models.text import tokenize
 from ppdiffusers_train.models.weights import FILES, load_in_place
 from ppdiffusers_train.module import DiffusionTrainingModule
@@ -50,7 +50,6 @@ from ppdiffusers_train.toy.towers import (
     build_vision_tower,
 )
 from ppdiffusers_train.toy.words import name_look, vocabulary
-from ppdiffusers_train.training import check_run, launch_training_task
 
 FIRST_LOGIT_SCALE, MAX_LOGIT_SCALE = 1 / 0.07, 100.0  # the paper's
 NAMED_LOOKS = 0.5  # share of captions that say how the shape is drawn
@@ -173,11 +172,8 @@ def embedding_statistics(vision, image_processor) -> tuple:
     return embeddings.mean(0, keepdims=True), embeddings.std(0, keepdims=True)
 
 
-@one_line_errors
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    check_run(args)
-    launch_training_task(CLIPTrainingModule(args), recipe.build_shapes(args), args)
+    run_job(build_parser(), CLIPTrainingModule, argv, recipe.build_shapes)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,13 @@ from ppdiffusers_train.arguments import (
     add_training_arguments,
     add_validation_arguments,
 )
-from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.transforms import normalize_pixels
-from ppdiffusers_train.errors import one_line_errors
+from ppdiffusers_train.job import run_job
 from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.objectives.losses import mse_loss
 from ppdiffusers_train.toy.movq import build_movq
 from ppdiffusers_train.toy.shipped import write_weights
-from ppdiffusers_train.training import check_run, launch_training_task
 
 
 def build_parser():
@@ -94,12 +92,8 @@ class MoVQTrainingModule(DiffusionTrainingModule):
         write_weights(f"{directory}/{self.shipped_as}", {"": self.movq})
 
 
-@one_line_errors
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    check_run(args)
-    dataset = build_dataset(args)
-    launch_training_task(MoVQTrainingModule(args), dataset, args)
+    run_job(build_parser(), MoVQTrainingModule, argv)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ It begins with the one of photographs, which has learned what pictures need: col
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
 from ppdiffusers_train.data.transforms import normalize_pixels
-from ppdiffusers_train.errors import one_line_errors
+from ppdiffusers_train.job import run_job
 from ppdiffusers_train.toy import recipe
 from ppdiffusers_train.toy.movq import WEIGHTS
 from ppdiffusers_train.toy.shipped import load_weights
 from ppdiffusers_train.toy.train_movq import MoVQTrainingModule
-from ppdiffusers_train.training import check_run, launch_training_task
 
 
 def build_parser():
@@ -42,11 +41,8 @@ class ShapesMoVQTrainingModule(MoVQTrainingModule):
         return {"pixel_values": normalize_pixels(row["image"])}
 
 
-@one_line_errors
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    check_run(args)
-    launch_training_task(ShapesMoVQTrainingModule(args), recipe.build_shapes(args), args)
+    run_job(build_parser(), ShapesMoVQTrainingModule, argv, recipe.build_shapes)
 
 
 if __name__ == "__main__":

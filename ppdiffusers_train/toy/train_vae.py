@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 
 from ppdiffusers_train.data.transforms import normalize_pixels
-from ppdiffusers_train.errors import one_line_errors
+from ppdiffusers_train.job import run_job
 from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.objectives.losses import mse_loss
@@ -20,7 +20,6 @@ from ppdiffusers_train.toy import recipe
 from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.shipped import load_weights, write_weights
 from ppdiffusers_train.toy.vae import LATENT_STD, build_vae
-from ppdiffusers_train.training import check_run, launch_training_task
 
 PRIOR_WEIGHT = 1e-3
 MEASURED_PICTURES = 500
@@ -80,11 +79,8 @@ def latent_std(vae) -> float:
     return float(vae.encode(pixels).latent_dist.mode().std())
 
 
-@one_line_errors
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    check_run(args)
-    launch_training_task(VAETrainingModule(args), recipe.build_shapes(args), args)
+    run_job(build_parser(), VAETrainingModule, argv, recipe.build_shapes)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from paddle import nn
 from PIL import Image
 
 from ppdiffusers_train.draws import generator
-from ppdiffusers_train.errors import one_line_errors
+from ppdiffusers_train.job import run_job
 from ppdiffusers_train.models.weights import FILES, load_in_place
 from ppdiffusers_train.module import DiffusionTrainingModule, freeze
 from ppdiffusers_train.tensor_files import write_tensors
@@ -39,7 +39,6 @@ from ppdiffusers_train.toy.tokenizer import build_tokenizer
 from ppdiffusers_train.toy.towers import EMBEDDING, MEAN, STD, TEXT, VISION, WEIGHTS, load_text_tower, load_vision_tower
 from ppdiffusers_train.toy.train_clip import draw_scene, embedding_statistics
 from ppdiffusers_train.toy.words import vocabulary
-from ppdiffusers_train.training import check_run, launch_training_task
 
 TOLD = {"plain": "plain", "outlined": "plain", "striped": "striped"}
 NAMELESS_SHARE = 0.5
@@ -140,11 +139,8 @@ def share_of_variance(embeds, told):
     return (embeds - told).square().mean() / (told - told.mean(0)).square().mean()
 
 
-@one_line_errors
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    check_run(args)
-    launch_training_task(VisionTrainingModule(args), recipe.build_shapes(args), args)
+    run_job(build_parser(), VisionTrainingModule, argv, recipe.build_shapes)
 
 
 if __name__ == "__main__":

@@ -87,8 +87,6 @@ def run_job(job) -> dict:
 def run_script(job):
     path = Path(job["script"])
     sys.argv = [str(path), *job["flags"]]
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # where a script finds the one that it extends
     load_script(path).main(job["flags"])
 
 

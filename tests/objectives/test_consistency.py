@@ -8,12 +8,12 @@ import pytest
 from ppdiffusers import DDIMScheduler, LCMScheduler
 
 from ppdiffusers_train.objectives.consistency import (
+    apply_guidance,
     boundary_scalings,
     consistency_function,
     ddim_step,
     ddim_timesteps,
     guidance_embedding,
-    guided,
     sample_and_noise,
 )
 from ppdiffusers_train.objectives.losses import pseudo_huber_loss
@@ -57,7 +57,7 @@ def test_a_perfect_prediction_gives_back_what_was_mixed(kind):
 
 def test_guidance_is_the_pipelines_scale_less_one():
     conditional, unconditional, scale = random(2, 3), 2 * random(2, 3) + 1, 7.5
-    ours = guided(conditional, unconditional, paddle.to_tensor([scale - 1, 0.0]))
+    ours = apply_guidance(conditional, unconditional, paddle.to_tensor([scale - 1, 0.0]))
     assert np.allclose(ours[0].numpy(), (unconditional + scale * (conditional - unconditional))[0].numpy(), atol=1e-5)
     assert np.array_equal(ours[1].numpy(), conditional[1].numpy())
 

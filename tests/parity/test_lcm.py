@@ -138,7 +138,7 @@ def test_steps_of_the_solver_agree():
 def test_guided_predictions_agree():
     (caption, torch_caption), (nothing, torch_nothing) = numbers(0), numbers(1)
     guidance = torch.linspace(0, 15, DDIM_TIMESTEPS)
-    ours = consistency.guided(caption, nothing, to_paddle(guidance))
+    ours = consistency.apply_guidance(caption, nothing, to_paddle(guidance))
     assert_agree(ours, torch_guided(torch_caption, torch_nothing, guidance.double()))
 
 
@@ -260,7 +260,7 @@ class Side:
             return
         self.student, self.target = (other_unet(self.teacher, seed) for seed in (1, 2))
         copy_weights(self.module.unet, self.student)
-        copy_weights(self.module.target_unet, self.target)
+        copy_weights(self.module.unet_target, self.target)
         self.ours, self.learning = in_torch_layout(self.module.unet), dict(self.student.named_parameters())
 
     def torch_loss(self, draws, scaling=SCALING, huber_c=None):
@@ -340,7 +340,7 @@ def test_student_and_target_begin_as_the_teacher(fresh_module, teacher_of, name)
     module = fresh_module(name)
     teacher = torch_part(diffusers.UNet2DConditionModel, teacher_of(name), "unet").state_dict()
     teacher["time_embedding.cond_proj.weight"] = torch.from_numpy(module.unet.time_embedding.cond_proj.weight.numpy().T)
-    for unet in (module.unet, module.target_unet):
+    for unet in (module.unet, module.unet_target):
         assert_close(in_torch_layout(unet), teacher, 1e-9)
 
 
@@ -383,7 +383,7 @@ def test_student_and_target_agree_after_three_steps_of_adamw(teacher_of, name):
                     average.copy_(DECAY * average + (1 - DECAY) * parameter)
     assert_close(side.ours, {key: parameter.detach() for key, parameter in side.learning.items()}, 1e-4)
     if name in FULL:
-        assert_close(in_torch_layout(side.module.target_unet), side.target.state_dict(), 1e-4)
+        assert_close(in_torch_layout(side.module.unet_target), side.target.state_dict(), 1e-4)
 
 
 # Files.
@@ -404,7 +404,9 @@ def test_lora_files_answer_the_same_in_diffusers(side_of, teacher_of, tmp_path, 
     times = torch.tensor([19, 299, 499, 999])
     with torch.no_grad(), paddle.no_grad():
         condition, _ = side.module.conditions(side.encoded)
-        ours = side.module.student_predicts(side.encoded["latents"], to_paddle(times), condition, None).numpy()
+        ours = side.module.with_guidance(
+            side.module.unet, side.encoded["latents"], to_paddle(times), condition, None
+        ).numpy()
         base = side.teacher(latents, times, **caption).sample.numpy()
         assert np.abs(ours - base).max() > 1e-2 * np.abs(base).max()
         for file in ("pytorch_lora_weights.safetensors", "lora.safetensors"):

@@ -1,0 +1,91 @@
+import importlib
+import sys
+
+import pytest
+
+from ppdiffusers_train.data.source_code import sources
+
+pytestmark = pytest.mark.once  # no Paddle in it
+
+HELPERS = """
+def shrink(image):
+    return image[: half(len(image))]
+
+def half(number):
+    return number // 2
+
+def unused(image):
+    return image
+"""
+SCRIPT = """
+import helpers
+from helpers import shrink
+from ppdiffusers_train.data.transforms import normalize_pixels
+
+class Base:
+    def preprocess(self, row, draws):
+        return self.prepared(row)
+
+    def prepared(self, row):
+        return row
+
+    def forward(self, encoded, draws):
+        return 0
+
+class Job(Base):
+    def preprocess(self, row, draws):
+        return [normalize_pixels(part) for part in super().preprocess(shrink(row), draws)[: self.size]]
+
+    @property
+    def size(self):
+        return 7
+
+    @staticmethod
+    def encode(batch):
+        return (lambda: helpers.half(batch))()
+"""
+
+
+@pytest.fixture
+def sources_of(tmp_path, monkeypatch):
+    """`sources_of(old=new)` is the source of the job above in which `old` was edited."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would be taken for that of a file written just after
+
+    def find(old="", new=""):
+        for name, text in (("helpers", HELPERS), ("job", SCRIPT)):
+            (tmp_path / f"{name}.py").write_text(text.replace(old, new) if old else text)
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        importlib.import_module("linecache").clearcache()
+        return sources(importlib.import_module("job").Job, "preprocess", "encode")
+
+    yield find
+    for name in ("helpers", "job"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("number // 2", "number // 3"),  # called by a function that is called
+        ("image[: half", "image[1 : half"),
+        ("return self.prepared(row)", "return self.prepared(2 * row)"),  # overridden, and called by `super`
+        ("        return row\n", "        return 2 * row\n"),
+        ("return 7", "return 6"),
+        ("helpers.half(batch)", "helpers.half(2 * batch)"),
+    ],
+)
+def test_an_edit_of_whatever_is_called_is_noticed(sources_of, old, new):
+    assert sources_of() != sources_of(old, new)
+
+
+@pytest.mark.parametrize("old, new", [("return image\n", "return 2 * image\n"), ("return 0", "return 1")])
+def test_an_edit_of_what_is_not_called_is_not(sources_of, old, new):
+    assert sources_of() == sources_of(old, new)
+
+
+def test_the_library_s_functions_belong_to_it_and_those_of_other_libraries_do_not(sources_of):
+    found = sources_of()
+    assert any(source.startswith("def normalize_pixels") for source in found)
+    assert sum(source.lstrip().startswith("def ") for source in found) + 2 == len(found), "a property, a static method"
