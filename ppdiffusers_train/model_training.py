@@ -32,8 +32,8 @@ class FullTraining(DiffusionTrainingModule):
 class LoRATraining:
     """Makes a job train LoRA layers on its model instead of the model: `class MyLoRAJob(LoRATraining, MyJob)`.
 
-    The job's `trained` names the model. The flags are those of `arguments.add_lora_arguments`. A checkpoint and the result hold the LoRA layers, and the
-    parts of the model that `--trainable_modules` names.
+    The job's `trained` names the model. The flags are those of `arguments.add_lora_arguments`. A checkpoint and the
+    result hold the LoRA layers, and the parts of the model that `--trainable_modules` names.
     """
 
     adapted = {}

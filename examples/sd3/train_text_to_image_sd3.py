@@ -59,7 +59,7 @@ class SD3TrainingModule(FullTraining):
         count, shift = self.scheduler.config.num_train_timesteps, self.scheduler.config.shift
         self.sigmas = paddle.to_tensor(shifted_sigmas(count, shift))
         with named_by_flags():
-            self.density, self.loss_weights = timestep_weighting(
+            self.density, self.weights = timestep_weighting(
                 args.weighting_scheme, self.sigmas.numpy(), args.min_timestep_boundary, args.max_timestep_boundary,
                 args.logit_mean, args.logit_std, args.mode_scale,
             )  # fmt: skip
@@ -118,7 +118,7 @@ class SD3TrainingModule(FullTraining):
             pooled_projections=encoded["pooled_prompt_embeds"],
             timestep=sigmas * len(self.sigmas),
         ).sample
-        weights = None if self.loss_weights is None else self.loss_weights[steps]
+        weights = None if self.weights is None else self.weights[steps]
         return mse_loss(prediction, velocity(latents, noise), weights)
 
     def generate(self, prompts, seeds):
