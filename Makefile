@@ -50,7 +50,7 @@ demo: .venv/ready
 # share it, and in which order.
 TOYS = outputs/toys
 WEIGHTS = ppdiffusers_train/toy/weights
-RECIPE = MKL_NUM_THREADS=1 PPDIFFUSERS_TRAIN_CPU_LEVERS=none .venv/bin/python -m ppdiffusers_train.toy.train
+RECIPE = MKL_NUM_THREADS=1 PPDIFFUSERS_TRAIN_CPU_LEVERS=none .venv/bin/python -m ppdiffusers_train.toy.recipes.train
 ENCODERS = $(TOYS)/vae_further/vae.safetensors $(TOYS)/movq_further/movq_shapes.safetensors \
 	$(TOYS)/vision_further/clip.safetensors
 PIPELINES = $(addprefix $(TOYS)/,$(addsuffix .safetensors,decoder prior sd last/sdxl last/sd3))

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ppdiffusers_train.toy.kandinsky2_2 import build_kandinsky
+from ppdiffusers_train.toy.models.kandinsky2_2 import build_kandinsky
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples" / "kandinsky2_2"))

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 
-from ppdiffusers_train.runtime.cpu import SETTINGS
+from ppdiffusers_train.cpu.environment import SETTINGS
 
 STEP = """
 import time

@@ -49,7 +49,7 @@ def run(flags: list) -> tuple:
 
 
 def main():
-    from ppdiffusers_train.toy.sdxl import build_sdxl
+    from ppdiffusers_train.toy.models.sdxl import build_sdxl
 
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)

@@ -25,7 +25,7 @@ from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches
 from ppdiffusers_train.data.order import SampleOrder
 from ppdiffusers_train.draws import Draws
 from ppdiffusers_train.module import encode_each
-from ppdiffusers_train.toy.kandinsky2_2 import build_kandinsky
+from ppdiffusers_train.toy.models.kandinsky2_2 import build_kandinsky
 from ppdiffusers_train.training import check_run, launch_training_task
 
 ROOT = Path(__file__).resolve().parent.parent

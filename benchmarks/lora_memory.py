@@ -40,7 +40,7 @@ def main(argv=None):
     import ppdiffusers_train  # noqa: F401
 
     from ppdiffusers_train.reporting.quiet import quiet_libraries
-    from ppdiffusers_train.toy.kandinsky2_2 import build_kandinsky
+    from ppdiffusers_train.toy.models.kandinsky2_2 import build_kandinsky
 
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:

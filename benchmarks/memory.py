@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ppdiffusers_train.data.dataset import build_dataset
-from ppdiffusers_train.dry_run import CARDS, first_row, inventory_of, options_of
+from ppdiffusers_train.loop.dry_run import CARDS, first_row, inventory_of, options_of
 from ppdiffusers_train.reporting.quiet import quiet_libraries
-from ppdiffusers_train.toy.tokenizer import build_tokenizer
+from ppdiffusers_train.toy.models.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -29,8 +29,8 @@ from check import make_folder  # noqa: E402
 from speed_gate import Side  # noqa: E402
 from speed_page import STEP_LEVERS, page  # noqa: E402
 
-from ppdiffusers_train.runtime.cpu import SETTINGS  # noqa: E402
-from ppdiffusers_train.runtime.cpu_levers import LEVERS, VARIABLE  # noqa: E402
+from ppdiffusers_train.cpu.environment import SETTINGS  # noqa: E402
+from ppdiffusers_train.cpu.patches import LEVERS, VARIABLE  # noqa: E402
 
 HERE, FIGURES, PAGE = ROOT / "benchmarks", ROOT / "docs" / "performance.json", ROOT / "docs" / "performance.md"
 SCRIPTS = {

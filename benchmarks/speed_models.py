@@ -34,7 +34,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ppdiffusers_train.toy.tokenizer import build_tokenizer
+from ppdiffusers_train.toy.models.tokenizer import build_tokenizer
 
 HEAD = 64  # channels of a head of attention
 VOCABULARY, POSITIONS = 514, 77  # of the toys' tokenizer

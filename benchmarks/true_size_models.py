@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 
-from ppdiffusers_train.toy.tokenizer import END, START, build_tokenizer
+from ppdiffusers_train.toy.models.tokenizer import END, START, build_tokenizer
 
 CONFIGURATIONS = Path(__file__).parent / "configurations"
 POOL = 2**24  # normal numbers that are drawn; a tensor takes some of them, again and again

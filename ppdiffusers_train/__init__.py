@@ -6,10 +6,10 @@ the environment is touched, and nothing is printed. In a process that Paddle's l
 that secrets are masked in what the launcher has written of the environment; then it goes on in a child (`stand_in.py`).
 """
 
-from ppdiffusers_train.runtime.cpu import prepare_cpu
+from ppdiffusers_train.cpu.environment import prepare_cpu
+from ppdiffusers_train.launcher.stand_in import leave_stand_in
+from ppdiffusers_train.launcher.tokens import scrub_launcher_logs, take_over
 from ppdiffusers_train.runtime.light_paddlenlp import import_paddlenlp_lightly
-from ppdiffusers_train.stand_in import leave_stand_in
-from ppdiffusers_train.tokens import scrub_launcher_logs, take_over
 
 scrub_launcher_logs()
 take_over()

@@ -20,7 +20,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from ppdiffusers_train.argument_parser import (
+from ppdiffusers_train.arguments.parser import (
     ArgumentParser,
     CommandParser,
     Flag,
@@ -30,10 +30,10 @@ from ppdiffusers_train.argument_parser import (
     seed,
 )
 from ppdiffusers_train.errors import UserError, one_line_errors
-from ppdiffusers_train.launching import add_launch_command
 from ppdiffusers_train.models.lora_libraries import FILES
-from ppdiffusers_train.toy.jobs import JOBS
-from ppdiffusers_train.toy.looks import LOOKS, SIZES
+from ppdiffusers_train.tools.launch import add_launch_command
+from ppdiffusers_train.toy.demo.jobs import JOBS
+from ppdiffusers_train.toy.world.looks import LOOKS, SIZES
 
 MIXED = "mixed"  # all looks in turn
 
@@ -43,10 +43,10 @@ MIXED = "mixed"  # all looks in turn
 
 def check_data(args) -> int:
     """Say what is wrong with a data set; the status is 1 where training would stop or lose samples."""
-    from ppdiffusers_train.data.checks import Tokens, check, describe_shards
-    from ppdiffusers_train.data.inspection import processors
-    from ppdiffusers_train.data.sources import LIST
     from ppdiffusers_train.models.text import count_tokens, load_tokenizer
+    from ppdiffusers_train.tools.check import Tokens, check, describe_shards
+    from ppdiffusers_train.tools.inspection import processors
+    from ppdiffusers_train.tools.sources import LIST
 
     with stdout_for_result(args.json):
         tokenizer = load_tokenizer(args.tokenizer, "--tokenizer") if args.tokenizer else None
@@ -68,8 +68,8 @@ def pack_data(args) -> int:
     """Write a data set into tar shards; the status is 1 where samples had to be left out."""
     from tqdm import tqdm
 
-    from ppdiffusers_train.data.inspection import processors
-    from ppdiffusers_train.data.packing import PLAN_FILE, pack, summary
+    from ppdiffusers_train.tools.inspection import processors
+    from ppdiffusers_train.tools.pack import PLAN_FILE, pack, summary
 
     started, read, written = time.monotonic(), Path(args.source).resolve(), Path(args.output_dir).resolve()
     if read.is_dir() and read in (written, *written.parents):
@@ -95,7 +95,7 @@ def pack_data(args) -> int:
 
 def preview_training(args) -> int:
     """Draw the samples that a training script would learn from; the status is 1 where one cannot be used."""
-    from ppdiffusers_train.preview import preview
+    from ppdiffusers_train.tools.preview import preview
 
     with contextlib.redirect_stdout(sys.stderr):
         text, status = preview(args.command)
@@ -126,8 +126,8 @@ def convert_lora(args) -> None:
 
 def toy_data(args) -> None:
     """Draw training data from the world of shapes, as a folder or as shards."""
-    from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
-    from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
+    from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
+    from ppdiffusers_train.toy.world.shapes_folder import write_shapes_folder
 
     looks = LOOKS if args.look == MIXED else (args.look,)
     shapes = ShapesDataset(args.seed, args.count, args.size, looks, args.held_out)
@@ -135,8 +135,8 @@ def toy_data(args) -> None:
         folder = Path(scratch, "shapes") if args.shard_size else args.output
         write_shapes_folder(folder, shapes)
         if args.shard_size:
-            from ppdiffusers_train.data.packing import pack
-            from ppdiffusers_train.data.sources import open_source
+            from ppdiffusers_train.tools.pack import pack
+            from ppdiffusers_train.tools.sources import open_source
 
             pack(
                 open_source(str(folder), "image", "text"),
@@ -152,7 +152,7 @@ def toy_data(args) -> None:
 
 def demo(args) -> None:
     """Train a tiny model and show what it learned."""
-    from ppdiffusers_train.toy.demo import run_demo
+    from ppdiffusers_train.toy.demo.demo import run_demo
 
     steps = ["--max_train_steps", str(args.max_train_steps)] if args.max_train_steps else []
     run_demo(args.job, args.output_dir, *steps, pictures=args.pictures)
@@ -171,7 +171,7 @@ def printable(text: str) -> str:
 
 def open_named(args):
     """The `Source` that the flags of `add_source_arguments` name."""
-    from ppdiffusers_train.data.sources import open_source
+    from ppdiffusers_train.tools.sources import open_source
 
     return open_source(args.source, args.image_column, args.caption_column, args.dataset_config_name, args.cache_dir)
 

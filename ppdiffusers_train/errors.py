@@ -5,9 +5,9 @@ import os
 import re
 import sys
 
-from ppdiffusers_train.last_word import say_after_launcher, watch_launcher
-from ppdiffusers_train.signals import EndAtOnce
-from ppdiffusers_train.tokens import secrets_in
+from ppdiffusers_train.launcher.last_word import say_after_launcher, watch_launcher
+from ppdiffusers_train.launcher.signals import EndAtOnce
+from ppdiffusers_train.launcher.tokens import secrets_in
 
 
 class UserError(Exception):

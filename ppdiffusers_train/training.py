@@ -10,21 +10,19 @@ from pathlib import Path
 
 import paddle
 
+from ppdiffusers_train.cpu.kernel_repairs import repair_kernels
+from ppdiffusers_train.cpu.patches import COMPILE_FROM_ROWS, CompiledEncode, can_compile, pulled_levers
 from ppdiffusers_train.data.buckets import assign_buckets, describe_buckets
 from ppdiffusers_train.data.encoded_cache import encode_dataset
 from ppdiffusers_train.data.identity import agree_on_data
 from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches, to_device
 from ppdiffusers_train.data.order import SampleOrder, micro_batches
 from ppdiffusers_train.draws import iterate_draws
-from ppdiffusers_train.dry_run import describe_run
 from ppdiffusers_train.errors import RunError, UserError
-from ppdiffusers_train.module import encode_each
-from ppdiffusers_train.reporting.hub import check_hub_login
-from ppdiffusers_train.reporting.progress import Progress
-from ppdiffusers_train.reporting.quiet import quiet_libraries
-from ppdiffusers_train.reporting.trackers import open_trackers, tracker_names
-from ppdiffusers_train.reporting.validation import draw_validation
-from ppdiffusers_train.run import (
+from ppdiffusers_train.launcher.signals import StopRequest
+from ppdiffusers_train.launcher.stand_in import ask_for_time
+from ppdiffusers_train.loop.dry_run import describe_run
+from ppdiffusers_train.loop.identity import (
     choose_checkpoint,
     compared_code,
     compared_flags,
@@ -39,21 +37,28 @@ from ppdiffusers_train.run import (
     settle_seed,
     versions,
 )
+from ppdiffusers_train.loop.memory_estimate import compute_on_cpu
+from ppdiffusers_train.loop.saving import end_stopped, remove_stale_shards, save_checkpoint, write_result
+from ppdiffusers_train.loop.state import (
+    StepFigures,
+    TrainingState,
+    build_training_state,
+    check_optimizer,
+    check_schedule,
+)
+from ppdiffusers_train.loop.step import backward, describe_failure, losses_by_file, seed_layers, set_training_mode
+from ppdiffusers_train.loop.validation import draw_validation
+from ppdiffusers_train.module import choose_trainable, encode_each
+from ppdiffusers_train.reporting.hub import check_hub_login
+from ppdiffusers_train.reporting.progress import Progress
+from ppdiffusers_train.reporting.quiet import quiet_libraries
+from ppdiffusers_train.reporting.trackers import open_trackers, tracker_names
 from ppdiffusers_train.runtime.agreement import agree, model_digests
 from ppdiffusers_train.runtime.checkpoint import require_writable
-from ppdiffusers_train.runtime.cpu_levers import COMPILE_FROM_ROWS, CompiledEncode, can_compile, pulled_levers
 from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
 from ppdiffusers_train.runtime.flops import FlopCounter, peak_tflops
 from ppdiffusers_train.runtime.folder_lock import folder_held, wait_for_folder
-from ppdiffusers_train.runtime.kernel_repairs import repair_kernels
-from ppdiffusers_train.runtime.memory import compute_on_cpu
 from ppdiffusers_train.runtime.tracing import compile_models
-from ppdiffusers_train.saving import end_stopped, remove_stale_shards, save_checkpoint, write_result
-from ppdiffusers_train.signals import StopRequest
-from ppdiffusers_train.stand_in import ask_for_time
-from ppdiffusers_train.state import StepFigures, TrainingState, build_training_state, check_optimizer, check_schedule
-from ppdiffusers_train.step import backward, describe_failure, losses_by_file, seed_layers, set_training_mode
-from ppdiffusers_train.trainable import choose_trainable
 
 
 def check_run(args) -> None:

@@ -19,7 +19,7 @@ import paddle
 import pytest
 from paddle.base import core
 
-from ppdiffusers_train.runtime.kernel_repairs import repair_kernels
+from ppdiffusers_train.cpu.kernel_repairs import repair_kernels
 
 hypothesis.settings.register_profile("any_machine", deadline=None)  # how long an example takes says nothing
 hypothesis.settings.load_profile("any_machine")
@@ -91,7 +91,7 @@ def sdxl_jobs():
 def sdxl(tmp_path_factory):
     """The folder of the tiny SDXL."""
     from ppdiffusers_train.reporting.quiet import quiet_libraries
-    from ppdiffusers_train.toy.sdxl import build_sdxl
+    from ppdiffusers_train.toy.models.sdxl import build_sdxl
 
     quiet_libraries()
     return build_sdxl(tmp_path_factory.mktemp("sdxl"))
@@ -108,7 +108,7 @@ def sd3_jobs():
 def sd3(tmp_path_factory):
     """The folder of the tiny SD3."""
     from ppdiffusers_train.reporting.quiet import quiet_libraries
-    from ppdiffusers_train.toy.sd3 import build_sd3
+    from ppdiffusers_train.toy.models.sd3 import build_sd3
 
     quiet_libraries()
     return build_sd3(tmp_path_factory.mktemp("sd3"))
@@ -143,7 +143,7 @@ def lcm_jobs():
 def sd(tmp_path_factory):
     """The folder of the tiny Stable Diffusion."""
     from ppdiffusers_train.reporting.quiet import quiet_libraries
-    from ppdiffusers_train.toy.sd import build_sd
+    from ppdiffusers_train.toy.models.sd import build_sd
 
     quiet_libraries()
     return build_sd(tmp_path_factory.mktemp("sd"))
@@ -197,7 +197,7 @@ def builder(jobs, flags):
 def kandinsky(tmp_path_factory):
     """(prior folder, decoder folder) of the tiny Kandinsky 2.2."""
     from ppdiffusers_train.reporting.quiet import quiet_libraries
-    from ppdiffusers_train.toy.kandinsky2_2 import build_kandinsky
+    from ppdiffusers_train.toy.models.kandinsky2_2 import build_kandinsky
 
     quiet_libraries()
     return build_kandinsky(tmp_path_factory.mktemp("kandinsky"), channels=(16, 32))
@@ -291,7 +291,7 @@ def kept_for_backward(module):
     """Bytes that the forward pass of two samples keeps for the backward pass, and the gradients that come of it."""
     from ppdiffusers_train.data.dataset import build_dataset
     from ppdiffusers_train.draws import Draws
-    from ppdiffusers_train.step import set_training_mode
+    from ppdiffusers_train.loop.step import set_training_mode
 
     set_training_mode(module)
     encoded = encode(module, build_dataset(module.args), [0, 1])
@@ -338,7 +338,7 @@ def weights(folder, name="unet"):
 
 def held_out_prompts(count):
     """Captions in all wordings of combinations that no training has had."""
-    from ppdiffusers_train.toy.shapes import HELD_OUT, WORDINGS, caption
+    from ppdiffusers_train.toy.world.shapes import HELD_OUT, WORDINGS, caption
 
     wordings = [wording for several in WORDINGS.values() for wording in several]
     return [

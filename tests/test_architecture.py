@@ -16,38 +16,23 @@ SCRIPTS = [path for path in sorted((ROOT / "examples").glob("*/train_*.py"))]
 # Each part of the package and what of the package it may import. Scripts and toys may import anything.
 MAY_IMPORT = {
     "objectives": set(),
-    "tensor_files": {"errors"},
-    "errors": {"last_word", "signals", "tokens"},
-    "last_word": {"watched_ranks"},
-    "watched_ranks": set(),
-    "signals": set(),
-    "stand_in": {"last_word", "signals"},
-    "tokens": set(),
-    "launching": {"errors", "last_word", "signals", "tokens", "watched_ranks"},
-    "heap": set(),
-    "argument_parser": set(),
-    "arguments": {"argument_parser", "job_arguments", "output_arguments"},
-    "job_arguments": {"argument_parser"},
-    "output_arguments": {"argument_parser"},
     "draws": set(),
-    "dropout": {"draws"},
-    "module": set(),
-    "runtime": {"errors", "heap", "signals", "stand_in", "trainable"},
+    "arguments": set(),
+    "cpu": {"errors"},
+    "launcher": set(),
+    "errors": {"launcher"},
+    "tensor_files": {"errors"},
+    "module": {"errors"},
     "reporting": {"errors"},
-    "data": {"draws", "errors", "heap", "module", "runtime", "tensor_files"},
-    "models": {"draws", "errors", "heap", "module", "objectives", "tensor_files", "trainable"},
-    "cli": {"argument_parser", "data", "errors", "launching", "models", "preview", "toy"},
-    "preview": {"arguments", "data", "errors", "models", "module", "reporting", "run", "runtime", "training"},
-    "state": {"data", "errors", "module", "runtime", "tensor_files"},
-    "saving": {"errors", "last_word", "reporting", "runtime", "signals", "state", "tensor_files"},
-    "run": {"runtime", "errors"},
-    "dry_run": {"data", "draws", "errors", "module", "runtime", "step", "trainable"},
-    "step": {"data", "draws", "dropout", "runtime", "state"},
-    "training": {"data", "draws", "dry_run", "errors", "module", "reporting", "run", "runtime", "saving"}
-    | {"signals", "stand_in", "state", "step", "trainable"},
-    "job": {"data", "errors", "training"},
-    "model_training": {"models", "module"},
-    "trainable": {"errors"},
+    "runtime": {"cpu", "errors", "launcher", "module"},
+    "models": {"cpu", "draws", "errors", "module", "objectives", "tensor_files"},
+    "data": {"cpu", "draws", "errors", "module", "runtime", "tensor_files"},
+    "loop": {"data", "draws", "errors", "launcher", "module", "reporting", "runtime", "tensor_files", "cpu"},
+    "training": {"cpu", "data", "draws", "errors", "launcher", "loop", "module", "reporting", "runtime"},
+    "job": {"data", "errors", "models", "module", "training"},
+    "tools": {"arguments", "cpu", "data", "errors", "launcher", "loop", "models", "module", "reporting", "runtime"}
+    | {"tensor_files", "training"},
+    "cli": {"arguments", "errors", "models", "tools", "toy", "launcher"},
 }
 
 
@@ -96,7 +81,7 @@ def test_one_place_knows_the_format_of_tensor_files():
 
 def test_jobs_leave_reading_and_writing_of_models_to_one_place():
     """`models/weights.py` divides large weights, and reads and writes a tensor at a time; the libraries do not."""
-    for path in [*SCRIPTS, *(PACKAGE / "toy").glob("train_*.py")]:
+    for path in [*SCRIPTS, *(PACKAGE / "toy" / "recipes").glob("train_*.py")]:
         text = path.read_text(encoding="utf-8")
         for method, function in (("save_weights", "save_model"), ("load_weights", "load_in_place")):
             bodies = re.findall(rf"    def {method}\(.*\n((?:(?:        .*)?\n)+)", text)
@@ -109,13 +94,13 @@ def test_the_library_never_imports_a_script():
 
 def test_flags_are_read_only_in_scripts_dataset_and_loop():
     loop, dataset = (
-        {"training.py", "run.py", "saving.py", "state.py", "arguments.py", "dry_run.py"},
+        {"training.py", "identity.py", "saving.py", "state.py", "arguments.py", "dry_run.py"},
         {"dataset.py", "image_folder.py", "encoded_cache.py"},
     )
-    recipes = {"recipe.py", *(path.name for path in (PACKAGE / "toy").glob("train_*.py"))}
-    jobs = {"model_training.py"}  # bases of the scripts' modules
+    recipes = {"recipe.py", *(path.name for path in (PACKAGE / "toy" / "recipes").glob("train_*.py"))}
+    jobs = {"job.py"}  # bases of the scripts' modules
     # Tools have flags of their own.
-    allowed = loop | dataset | recipes | jobs | {"cli.py", "launching.py", "preview.py"}
+    allowed = loop | dataset | recipes | jobs | {"cli.py", "launch.py", "preview.py"}
     for path in LIBRARY:
         if path.name not in allowed:
             assert not re.search(r"\bargs\.", path.read_text(encoding="utf-8")), path

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.trainable import choose_trainable
+from ppdiffusers_train.module import choose_trainable
 from tests.conftest import tensors, weights
 
 

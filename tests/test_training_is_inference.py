@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.module import encode_each
-from ppdiffusers_train.toy.sd3 import build_scheduler
+from ppdiffusers_train.toy.models.sd3 import build_scheduler
 from tests.conftest import PHOTOS, ROOT, load_script, module_class, short_run, weights
 
 STEPS, SCALE = 3, 7.5

@@ -14,8 +14,7 @@ from ppdiffusers import DDPMScheduler, UNet2DConditionModel, VQModel
 from ppdiffusers.transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels
-from ppdiffusers_train.job import run_job
-from ppdiffusers_train.model_training import FullTraining
+from ppdiffusers_train.job import FullTraining, run_job
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, draw_combined
 from ppdiffusers_train.models.unet import save_memory
 from ppdiffusers_train.module import freeze

@@ -11,8 +11,7 @@ from ppdiffusers_train import arguments
 from train_text_to_image_decoder import KandinskyDecoderTrainingModule
 from train_text_to_image_decoder import build_parser as build_full_parser
 
-from ppdiffusers_train.job import run_job
-from ppdiffusers_train.model_training import LoRATraining
+from ppdiffusers_train.job import LoRATraining, run_job
 from ppdiffusers_train.models.lora import ADDED_ATTENTION_TARGETS
 
 

@@ -16,16 +16,14 @@ from ppdiffusers.transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ppdiffusers_train.job import run_job
-from ppdiffusers_train.model_training import FullTraining
+from ppdiffusers_train.job import FullTraining, run_job
 from ppdiffusers_train.models.attention import announce_plain_attention
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, draw_combined
 from ppdiffusers_train.models.recompute import enable_block_recompute
 from ppdiffusers_train.models.text import tokenize, warn_of_long_captions
-from ppdiffusers_train.module import freeze
+from ppdiffusers_train.module import freeze, keep_frozen
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
 from ppdiffusers_train.objectives.noise_schedule import add_noise
-from ppdiffusers_train.trainable import keep_frozen
 
 
 def build_parser(doc=__doc__):

@@ -12,8 +12,7 @@ from train_lcm_distill_sd_wds import LCMTrainingModule
 from train_lcm_distill_sd_wds import build_parser as build_full_parser
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.job import run_job
-from ppdiffusers_train.model_training import LoRATraining
+from ppdiffusers_train.job import LoRATraining, run_job
 from ppdiffusers_train.models.lora import UNET_TARGETS, lora_switched_off
 
 

@@ -13,8 +13,7 @@ from ppdiffusers import DDPMScheduler
 
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.job import named_by_flags, run_job
-from ppdiffusers_train.model_training import FullTraining
+from ppdiffusers_train.job import FullTraining, named_by_flags, run_job
 from ppdiffusers_train.models.consistency import TeacherAndStudent, build_student
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder, encode_images, encode_prompt
 from ppdiffusers_train.models.text import tokenize

@@ -12,8 +12,7 @@ from ppdiffusers_train import arguments
 from train_text_to_image_sd3 import SD3TrainingModule
 from train_text_to_image_sd3 import build_parser as build_full_parser
 
-from ppdiffusers_train.job import run_job
-from ppdiffusers_train.model_training import LoRATraining
+from ppdiffusers_train.job import LoRATraining, run_job
 from ppdiffusers_train.models.lora import JOINT_ATTENTION_TARGETS
 
 

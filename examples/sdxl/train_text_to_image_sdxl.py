@@ -14,8 +14,7 @@ from ppdiffusers import DDPMScheduler
 from ppdiffusers_train.data.buckets import bucket_sizes, size_for
 from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
-from ppdiffusers_train.job import named_by_flags, run_job
-from ppdiffusers_train.model_training import FullTraining
+from ppdiffusers_train.job import FullTraining, named_by_flags, run_job
 from ppdiffusers_train.models.attention import announce_plain_attention
 from ppdiffusers_train.models.drawing import draw
 from ppdiffusers_train.models.sdxl import SDXLFolder, encode_captions, tokenize_caption

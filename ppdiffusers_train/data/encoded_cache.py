@@ -3,7 +3,7 @@
     <encoded_cache_dir>/<encoders>/<first two digits of the sample>/<sample>.safetensors
 
 `<encoders>` is a hash of the code, the settings and the weights that encode, with `-compiled` behind it where they were
-compiled (`runtime/cpu_levers.py`); `<sample>` is one of the image's bytes, the caption and the variant. An entry never
+compiled (`cpu/patches.py`); `<sample>` is one of the image's bytes, the caption and the variant. An entry never
 has to be invalidated, because what it was made of is its name. A file is
 written under another name and renamed, so that a cache interrupted anywhere goes on, and several processes can fill
 and read one at the same time. Files are mapped into memory, where all ranks of a machine share them.
@@ -23,15 +23,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
+from ppdiffusers_train.cpu.free_memory import return_free_memory
+from ppdiffusers_train.cpu.patches import COMPILE_FROM_ROWS, CompiledEncode, can_compile
 from ppdiffusers_train.data.loader import as_error, choose_caption, iterate_batches
 from ppdiffusers_train.data.rows import with_one_caption
 from ppdiffusers_train.data.source_code import sources
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.errors import BadSampleError
-from ppdiffusers_train.heap import return_free_memory
 from ppdiffusers_train.module import encode_each
 from ppdiffusers_train.runtime.checkpoint import require_writable, sync
-from ppdiffusers_train.runtime.cpu_levers import COMPILE_FROM_ROWS, CompiledEncode, can_compile
 from ppdiffusers_train.runtime.processes import is_alive, this_machine
 from ppdiffusers_train.tensor_files import write_tensors
 

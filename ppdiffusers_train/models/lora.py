@@ -18,9 +18,8 @@ from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.lora_files import Update, read_lora, write_lora
 from ppdiffusers_train.models.lora_libraries import FILES
 from ppdiffusers_train.models.weights import linear_weights, require_same_shapes, set_tensors
-from ppdiffusers_train.module import freeze
+from ppdiffusers_train.module import freeze, is_lora
 from ppdiffusers_train.tensor_files import Converted, dtype_of, open_tensors, read_tensors, write_tensors
-from ppdiffusers_train.trainable import is_lora
 
 ATTENTION_TARGETS = "to_q,to_k,to_v,to_out.0"
 ADDED_ATTENTION_TARGETS = f"{ATTENTION_TARGETS},add_k_proj,add_v_proj"  # the added ones are where an image enters

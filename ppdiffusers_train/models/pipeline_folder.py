@@ -14,8 +14,8 @@ from pathlib import Path
 import huggingface_hub
 import ppdiffusers
 
+from ppdiffusers_train.cpu.free_memory import return_free_memory
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.heap import return_free_memory
 from ppdiffusers_train.models.own_type import compute_in_own_type
 from ppdiffusers_train.models.unloaded import build_unloaded
 from ppdiffusers_train.models.weight_files import (

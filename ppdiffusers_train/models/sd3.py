@@ -10,7 +10,7 @@ from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.attention import provide_joint_attention
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder
 from ppdiffusers_train.models.text import count_tokens, tokenize
-from ppdiffusers_train.trainable import keep_frozen
+from ppdiffusers_train.module import keep_frozen
 
 INPUT_IDS = ("input_ids", "input_ids_2", "input_ids_3")
 T5_PARTS = {"text_encoder_3": T5EncoderModel, "tokenizer_3": T5Tokenizer}

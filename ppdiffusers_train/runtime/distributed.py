@@ -16,9 +16,9 @@ from paddle.distributed import fleet
 from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer import DygraphShardingOptimizer
 
 from ppdiffusers_train.errors import RunError, UserError
+from ppdiffusers_train.launcher.stand_in import is_left_alone
 from ppdiffusers_train.runtime.groups import connect_ranks, make_sharding_groups
 from ppdiffusers_train.runtime.waiting import Absent, Failure, Meetings, add, start_signs_of_life
-from ppdiffusers_train.stand_in import is_left_alone
 
 LEFT_ALONE_SECONDS = 60.0  # of waiting, once the launcher has given a rank up, and probably another one, too
 

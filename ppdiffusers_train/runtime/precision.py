@@ -8,8 +8,8 @@ import contextlib
 
 import paddle
 
+from ppdiffusers_train.module import is_lora
 from ppdiffusers_train.runtime.loss_scale import LossScale
-from ppdiffusers_train.trainable import is_lora
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 

@@ -2,10 +2,7 @@
 
 import paddle
 
-
-def learning_models(module) -> list:
-    """Those of its models in which something learns."""
-    return [model for model in module.children() if any(not weights.stop_gradient for weights in model.parameters())]
+from ppdiffusers_train.module import learning_models
 
 
 def can_compile_models() -> bool:

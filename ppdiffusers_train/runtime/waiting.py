@@ -18,8 +18,8 @@ from pathlib import Path
 
 from paddle.base import core
 
+from ppdiffusers_train.launcher.signals import STOP_SIGNALS, WARNINGS
 from ppdiffusers_train.runtime.processes import is_alive, this_machine
-from ppdiffusers_train.signals import STOP_SIGNALS, WARNINGS
 
 BEAT_SECONDS = 0.5  # between two looks at what this process has done
 # As a share of the time between them. A process that hangs uses less: threads that look at a clock; on rank 0 the

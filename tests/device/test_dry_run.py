@@ -8,11 +8,11 @@ from pathlib import Path
 import paddle
 import pytest
 
-from ppdiffusers_train.dry_run import options_of
+from ppdiffusers_train.loop.dry_run import options_of
+from ppdiffusers_train.loop.memory_estimate import take_inventory
+from ppdiffusers_train.loop.state import build_training_state
+from ppdiffusers_train.module import choose_trainable
 from ppdiffusers_train.runtime.distributed import start_ranks
-from ppdiffusers_train.runtime.memory import take_inventory
-from ppdiffusers_train.state import build_training_state
-from ppdiffusers_train.trainable import choose_trainable
 from tests.conftest import load_script, module_class
 from tests.distributed.launching import script
 
@@ -36,7 +36,7 @@ def dry_run(decoder_flags):
 
 def test_a_dry_run_and_a_preview_leave_the_device_alone(on_device, train_decoder, dry_run, capsys, tmp_path):
     words = [dry_run["script"], *dry_run["flags"][:-1], f"--preview_output={tmp_path / 'preview.png'}"]
-    preview = {"call": "ppdiffusers_train.preview:preview", "arguments": {"words": words}}
+    preview = {"call": "ppdiffusers_train.tools.preview:preview", "arguments": {"words": words}}
     counted, _, drawn = on_device([dry_run, USE_DEVICE, preview])
     assert counted["status"] == drawn["status"] == 0, counted["error"] + drawn["error"]
     assert computed(counted) == computed(drawn) == set()

@@ -170,25 +170,25 @@ def make_flags(root: Path, build_models) -> list:
 
 
 def build_kandinsky(folder: Path) -> None:
-    from ppdiffusers_train.toy import kandinsky2_2
+    from ppdiffusers_train.toy.models import kandinsky2_2
 
     kandinsky2_2.build_kandinsky(folder, channels=(16, 32))
 
 
 def build_sdxl(folder: Path) -> None:
-    from ppdiffusers_train.toy import sdxl
+    from ppdiffusers_train.toy.models import sdxl
 
     sdxl.build_sdxl(folder / "sdxl")
 
 
 def build_sd3(folder: Path) -> None:
-    from ppdiffusers_train.toy import sd3
+    from ppdiffusers_train.toy.models import sd3
 
     sd3.build_sd3(folder / "sd3")
 
 
 def build_sd(folder: Path) -> None:
-    from ppdiffusers_train.toy import sd
+    from ppdiffusers_train.toy.models import sd
 
     sd.build_sd(folder / "sd")
 

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 
-from ppdiffusers_train.data.bad_samples import BadSamples
 from ppdiffusers_train.data.encoded_cache import encode_dataset
 from ppdiffusers_train.errors import BadSampleError, one_line_errors
+from ppdiffusers_train.loop.bad_samples import BadSamples
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.runtime.distributed import start_ranks
 from ppdiffusers_train.runtime.precision import Precision

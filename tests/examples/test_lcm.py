@@ -14,7 +14,7 @@ from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.models.lora import lora_switched_off
 from ppdiffusers_train.runtime import precision
-from ppdiffusers_train.toy.sd import build_sd
+from ppdiffusers_train.toy.models.sd import build_sd
 from tests.conftest import (
     builder,
     encode,

@@ -13,7 +13,7 @@ from ppdiffusers import StableDiffusionPipeline
 
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import RowDraws
-from ppdiffusers_train.toy.sd import build_sd
+from ppdiffusers_train.toy.models.sd import build_sd
 from tests.conftest import (
     ROOT,
     builder,

@@ -8,12 +8,12 @@ from pathlib import Path
 from ppdiffusers_train.models.lora_files import read_lora
 from ppdiffusers_train.models.lora_libraries import FILES
 from ppdiffusers_train.reporting.images import captioned_grid
-from ppdiffusers_train.toy.demo import run_demo
-from ppdiffusers_train.toy.jobs import DRAWING, DROPOUT, JOBS, LONGEST, MANY, Job
-from ppdiffusers_train.toy.judge import NAMES, accuracy, confusion_table, look_shares
-from ppdiffusers_train.toy.running import draw, load_pipeline, train, write_pretrained
-from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
-from ppdiffusers_train.toy.shapes_folder import write_shapes_folder
+from ppdiffusers_train.toy.demo.demo import run_demo
+from ppdiffusers_train.toy.demo.jobs import DRAWING, DROPOUT, JOBS, LONGEST, MANY, Job
+from ppdiffusers_train.toy.demo.running import draw, load_pipeline, train, write_pretrained
+from ppdiffusers_train.toy.world.judge import NAMES, accuracy, confusion_table, look_shares
+from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
+from ppdiffusers_train.toy.world.shapes_folder import write_shapes_folder
 from tests.conftest import held_out_prompts
 
 PROMPTS = held_out_prompts(200)

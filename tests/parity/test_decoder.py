@@ -14,8 +14,8 @@ from PIL import Image
 from ppdiffusers import KandinskyV22CombinedPipeline
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+from ppdiffusers_train.loop.state import build_training_state
 from ppdiffusers_train.runtime.distributed import start_ranks
-from ppdiffusers_train.state import build_training_state
 from tests.conftest import DECODER_SCRIPT, PHOTOS, load_script
 from tests.parity.common import RecordedDraws, assert_close, in_torch_layout, our_batch, torch_part
 from tests.parity.torch_kandinsky import save_decoder, save_prior

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ppdiffusers_train.loop.state import build_training_state
 from ppdiffusers_train.objectives import consistency
 from ppdiffusers_train.objectives.losses import pseudo_huber_loss
 from ppdiffusers_train.runtime.distributed import start_ranks
-from ppdiffusers_train.state import build_training_state
-from ppdiffusers_train.toy.tokenizer import build_tokenizer
+from ppdiffusers_train.toy.models.tokenizer import build_tokenizer
 from tests.conftest import PHOTOS, ROOT, load_script, module_class
 from tests.parity import test_sdxl
 from tests.parity.common import (

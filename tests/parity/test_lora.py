@@ -12,9 +12,9 @@ from ppdiffusers import UNet2DConditionModel as PaddleUNet
 from torch.nn import functional
 
 from ppdiffusers_train.cli import main as convert
+from ppdiffusers_train.loop.state import build_training_state
 from ppdiffusers_train.models.lora import add_lora, lora_layers, save_lora
 from ppdiffusers_train.runtime.distributed import start_ranks
-from ppdiffusers_train.state import build_training_state
 from tests.conftest import KANDINSKY, PHOTOS, load_script
 from tests.parity import test_decoder, test_prior
 from tests.parity.common import assert_close, our_batch, randomize, torch_part

@@ -12,8 +12,8 @@ from diffusers import DDPMScheduler, PriorTransformer
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from ppdiffusers_train.loop.state import build_training_state
 from ppdiffusers_train.runtime.distributed import start_ranks
-from ppdiffusers_train.state import build_training_state
 from tests.conftest import KANDINSKY, PHOTOS, load_script
 from tests.parity.common import RecordedDraws, assert_close, in_torch_layout, our_batch, torch_part
 from tests.parity.torch_kandinsky import WIDTH, save_decoder, save_prior

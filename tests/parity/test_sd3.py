@@ -12,13 +12,13 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from ppdiffusers_train.cli import main as cli
+from ppdiffusers_train.loop.state import build_training_state
 from ppdiffusers_train.models.lora import load_lora
 from ppdiffusers_train.models.sd3 import SD3Folder
 from ppdiffusers_train.objectives.flow_matching import interpolate, shifted_sigmas
 from ppdiffusers_train.runtime.distributed import start_ranks
-from ppdiffusers_train.state import build_training_state
-from ppdiffusers_train.toy.t5 import build_t5_tokenizer
-from ppdiffusers_train.toy.tokenizer import build_tokenizer
+from ppdiffusers_train.toy.models.t5 import build_t5_tokenizer
+from ppdiffusers_train.toy.models.tokenizer import build_tokenizer
 from tests.conftest import PHOTOS, ROOT, load_script
 from tests.parity.common import assert_close, in_torch_layout, our_batch, torch_part, write_pipeline
 from tests.parity.test_lora import ALPHA, RANK, share_lora

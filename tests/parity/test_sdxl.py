@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, U
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ppdiffusers_train.loop.state import build_training_state
 from ppdiffusers_train.runtime.distributed import start_ranks
-from ppdiffusers_train.state import build_training_state
-from ppdiffusers_train.toy.tokenizer import build_tokenizer
+from ppdiffusers_train.toy.models.tokenizer import build_tokenizer
 from tests.conftest import PHOTOS, ROOT, load_script
 from tests.parity.common import RecordedDraws, assert_close, in_torch_layout, our_batch, torch_part, write_pipeline
 from tests.parity.test_lora import ALPHA, RANK, share_lora

@@ -20,7 +20,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ppdiffusers_train.toy.tokenizer import build_tokenizer
+from ppdiffusers_train.toy.models.tokenizer import build_tokenizer
 from tests.parity.common import write_pipeline
 
 WIDTH = 32

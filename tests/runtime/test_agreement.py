@@ -8,7 +8,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ppdiffusers_train.run import OWN_FLAGS, OWN_PLACES, compared_code, compared_flags
+from ppdiffusers_train.loop.identity import OWN_FLAGS, OWN_PLACES, compared_code, compared_flags
 from ppdiffusers_train.runtime.agreement import SAMPLED, disagreement, model_digests
 from tests.conftest import ROOT, load_script
 

@@ -8,8 +8,8 @@ from paddle import nn
 from paddle.nn import functional
 from ppdiffusers import UNet2DConditionModel
 
+from ppdiffusers_train.cpu.patches import pull_levers, release_levers
 from ppdiffusers_train.reporting.progress import Progress
-from ppdiffusers_train.runtime.cpu_levers import pull_levers, release_levers
 from ppdiffusers_train.runtime.flops import FlopCounter
 
 BATCH, SIDE, TOKENS, C, TIME, TEXT = 2, 8, 5, 8, 32, 6  # C: channels; TIME: of the time embedding; TEXT: of the caption
@@ -64,7 +64,7 @@ def run(unet):
 
 @pytest.fixture(params=[False, True], ids=["plain", "levers"])
 def with_levers(request):
-    """With Paddle's functions and with those of runtime/cpu_levers.py: what is computed is the same."""
+    """With Paddle's functions and with those of cpu/patches.py: what is computed is the same."""
     release_levers()
     if request.param:
         pull_levers()

@@ -8,11 +8,11 @@ import numpy as np
 import paddle
 import pytest
 
+from ppdiffusers_train.cpu import onednn
+from ppdiffusers_train.cpu.patches import no_views, pulled_levers
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import Draws
-from ppdiffusers_train.runtime import onednn
-from ppdiffusers_train.runtime.cpu_levers import no_views, pulled_levers
-from ppdiffusers_train.step import set_training_mode
+from ppdiffusers_train.loop.step import set_training_mode
 from tests.conftest import builder, encode, short_run
 from tests.operators import OPERATORS, inputs_of, kernels_behind, output_and_gradients, wanted_gradients, weights_of
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ppdiffusers_train.toy import jobs
-from ppdiffusers_train.toy.demo import PROMPTS
-from ppdiffusers_train.toy.judge import parse_caption
-from ppdiffusers_train.toy.shapes import is_held_out
+from ppdiffusers_train.toy.demo import jobs
+from ppdiffusers_train.toy.demo.demo import PROMPTS
+from ppdiffusers_train.toy.world.judge import parse_caption
+from ppdiffusers_train.toy.world.shapes import is_held_out
 from tests.conftest import load_script
 
 

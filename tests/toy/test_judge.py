@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.toy.judge import accuracy, confusion_table, judge, parse_caption
-from ppdiffusers_train.toy.looks import SIZES
-from ppdiffusers_train.toy.shapes import (
+from ppdiffusers_train.toy.world.judge import accuracy, confusion_table, judge, parse_caption
+from ppdiffusers_train.toy.world.looks import SIZES
+from ppdiffusers_train.toy.world.shapes import (
     BACKGROUNDS,
     COLOURS,
     CONTENTS,

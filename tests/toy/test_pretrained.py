@@ -25,12 +25,14 @@ from ppdiffusers_train.toy import (
     train_vision,
     vae,
 )
-from ppdiffusers_train.toy.clip import build_image_processor
-from ppdiffusers_train.toy.jobs import JOBS
-from ppdiffusers_train.toy.judge import accuracy, judge
-from ppdiffusers_train.toy.running import draw as draw_with
-from ppdiffusers_train.toy.running import load_pipeline, write_pretrained
-from ppdiffusers_train.toy.shapes import (
+from ppdiffusers_train.toy.demo.jobs import JOBS
+from ppdiffusers_train.toy.demo.running import draw as draw_with
+from ppdiffusers_train.toy.demo.running import load_pipeline, write_pretrained
+from ppdiffusers_train.toy.models.clip import build_image_processor
+from ppdiffusers_train.toy.models.shipped import FOLDER
+from ppdiffusers_train.toy.models.tokenizer import build_tokenizer
+from ppdiffusers_train.toy.world.judge import accuracy, judge
+from ppdiffusers_train.toy.world.shapes import (
     CONTENTS,
     HELD_OUT,
     LOOKS,
@@ -44,10 +46,8 @@ from ppdiffusers_train.toy.shapes import (
     draw,
     sample,
 )
-from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
-from ppdiffusers_train.toy.shipped import FOLDER
-from ppdiffusers_train.toy.tokenizer import build_tokenizer
-from ppdiffusers_train.toy.words import vocabulary
+from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
+from ppdiffusers_train.toy.world.words import vocabulary
 from tests.conftest import ROOT, held_out_prompts, tensors
 
 SEED = 7  # of pictures that no recipe has seen

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from ppdiffusers_train.arguments import ArgumentParser, add_data_arguments
 from ppdiffusers_train.data.dataset import build_dataset
-from ppdiffusers_train.toy import shapes_dataset, shapes_folder
-from ppdiffusers_train.toy.looks import SIZES
-from ppdiffusers_train.toy.shapes import (
+from ppdiffusers_train.toy.world import shapes_dataset, shapes_folder
+from ppdiffusers_train.toy.world.looks import SIZES
+from ppdiffusers_train.toy.world.shapes import (
     ARM,
     BACKGROUNDS,
     BANDS,
@@ -39,7 +39,7 @@ from ppdiffusers_train.toy.shapes import (
     coverage,
     sample,
 )
-from ppdiffusers_train.toy.shapes_dataset import ShapesDataset
+from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
 
 pytestmark = pytest.mark.once  # no Paddle in it
 
@@ -293,8 +293,6 @@ def test_captions_name_the_look_if_asked_to_and_a_plain_shape_has_none():
 
 
 def test_drawing_and_judging_need_no_paddle():
-    code = (
-        "import sys, ppdiffusers_train.toy.judge, ppdiffusers_train.toy.shapes_folder; print('paddle' in sys.modules)"
-    )
+    code = "import sys; from ppdiffusers_train.toy.world import judge, shapes_folder; print('paddle' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr

@@ -7,10 +7,10 @@ import paddle
 import pytest
 
 from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels
-from ppdiffusers_train.toy.movq import WEIGHTS, load_movq
-from ppdiffusers_train.toy.shapes import SEEN, WORDINGS, caption
-from ppdiffusers_train.toy.tokenizer import build_tokenizer, learn_merges
-from ppdiffusers_train.toy.words import vocabulary
+from ppdiffusers_train.toy.models.movq import WEIGHTS, load_movq
+from ppdiffusers_train.toy.models.tokenizer import build_tokenizer, learn_merges
+from ppdiffusers_train.toy.world.shapes import SEEN, WORDINGS, caption
+from ppdiffusers_train.toy.world.words import vocabulary
 from tests.conftest import PHOTOS
 
 
@@ -79,7 +79,7 @@ def test_movq_weights_are_small_enough_to_ship():
 
 
 def test_the_recipe_of_the_movq_runs(tmp_path):
-    from ppdiffusers_train.toy import train_movq
+    from ppdiffusers_train.toy.recipes import train_movq
 
     train_movq.main(
         [f"--train_data_dir={PHOTOS}", "--max_train_steps=1", "--report_to=none", f"--output_dir={tmp_path}"]

@@ -1,0 +1,139 @@
+"""`--dry_run`: what a run would do and what memory it would take, said before the hours are spent.
+
+The module has models of their real size without weights. What stays in memory is counted. Activations are measured: the
+job's own forward and backward pass of one sample, at sizes small enough for any machine, carried on to the run's.
+"""
+
+import argparse
+from dataclasses import replace
+
+import paddle.distributed as dist
+
+from ppdiffusers_train.data.loader import stack
+from ppdiffusers_train.data.rows import with_one_caption
+from ppdiffusers_train.draws import Draws, RowDraws
+from ppdiffusers_train.errors import BadSampleError, UserError
+from ppdiffusers_train.loop.memory_estimate import (
+    Inventory,
+    Options,
+    Peaks,
+    StepMeter,
+    extrapolate,
+    extrapolate_peak,
+    take_inventory,
+)
+from ppdiffusers_train.loop.step import set_training_mode
+from ppdiffusers_train.module import choose_trainable, encode_each
+
+MEASURED = (128, 192, 256)  # heights and widths in pixels; below, weights' gradients hide the activations
+CARDS = (8, 12, 16, 24, 40, 80)  # GB
+
+
+def describe_run(module, dataset, args, total_steps: int, samples_per_step: int, steps_per_epoch: int) -> None:
+    """Print what the run would be."""
+    print(f"{type(module).__name__}: a dry run, nothing is loaded, trained or written\n\nmodels")
+    learning = {id(parameter) for parameter in module.trainable_parameters()}
+    for name, model in module.named_children():
+        size = sum(parameter.size for parameter in model.parameters())
+        learns = sum(parameter.size for parameter in model.parameters() if id(parameter) in learning)
+        role = f"{learns:,} learn" if learns else "frozen, encodes samples" if name in module.encoders else "frozen"
+        print(f"  {name:<16} {size:>15,} parameters of {type(model).__name__}, {role}")
+
+    inventory, options = inventory_of(module, first_row(dataset), args), options_of(args)
+    captions = dataset.count_captions()
+    entries = captions * args.cache_variants
+    print(f"\ndata\n  {len(dataset)} samples with {captions} captions")
+    print(
+        f"  {total_steps} steps of {samples_per_step} samples: {total_steps / steps_per_epoch:.1f} epochs of "
+        f"{steps_per_epoch} steps"
+    )
+    print(
+        f"  {captions} x {args.cache_variants} encoded samples of {human(inventory.encoded)}: "
+        f"{human(entries * inventory.encoded)} on disk "
+        + (f"in {args.encoded_cache_dir}" if options.cached else "with --encoded_cache")
+    )
+
+    print("\nmemory of each card")
+    for name, size in inventory.memory(options).items():
+        print(f"  {name:<32} {human(size):>10}")
+    for name, size in inventory.phases(options).items():
+        print(f"  {f'all together, {name}':<32} {human(size):>10}")
+    peak = inventory.peak(options)
+    print(f"  {'at its most':<32} {human(peak):>10}   {fitting(peak)}")
+    print("  (activations: measured on one sample of at most 256 pixels, carried on to this run's)")
+    print("\nwhat would lower it")
+    for saving, flag in sorted(savings(inventory, options), reverse=True):
+        print(f"  {flag:<28} -{human(saving)}")
+
+
+def human(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
+def fitting(size: int) -> str:
+    """Which card is large enough for so many bytes."""
+    fits = next((card for card in CARDS if size <= card * 1e9), None)
+    return f"fits a card of {fits} GB" if fits else f"too much for a card of {CARDS[-1]} GB"
+
+
+def options_of(args) -> Options:
+    """The flags on which memory depends."""
+    return Options(
+        args.train_batch_size, args.mixed_precision, args.amp_level, args.use_ema, args.use_8bit_adam,
+        args.sharding_degree, args.gradient_checkpointing, args.encoded_cache_dir is not None, dist.get_world_size(),
+    )  # fmt: skip
+
+
+def savings(inventory: Inventory, options: Options):
+    """(bytes, flag) of each change of the flags that would save any."""
+    changes = {
+        "--gradient_checkpointing": {"gradient_checkpointing": True},
+        "--encoded_cache": {"cached": True},
+        "--mixed_precision bf16": {"mixed_precision": "bf16"},
+        "--use_8bit_adam": {"use_8bit_adam": True},
+        "--no_use_ema": {"use_ema": False},
+        "--train_batch_size 1": {"train_batch_size": 1},
+    }
+    now = inventory.peak(options)
+    for flag, change in changes.items():
+        saving = now - inventory.peak(replace(options, **change))
+        if saving > 0:
+            yield saving, flag
+
+
+def first_row(dataset) -> dict:
+    """The first sample that can be used, with one of its captions."""
+    for index in range(len(dataset)):
+        try:
+            return with_one_caption(dataset[index])
+        except BadSampleError as error:
+            broken = error
+    raise UserError(f"none of the {len(dataset)} samples can be used; the last: {broken}")
+
+
+def inventory_of(module, row: dict, args) -> Inventory:
+    """What the job of `module` consists of, at the size that `args` ask for."""
+    sizes = [args.resolution] if args.resolution <= MEASURED[-1] else list(MEASURED)
+    samples, encoded, encoding, activations = [], [], [], {}
+    for recompute in (False, True):
+        # Buckets have as many pixels as the square.
+        changed = {"gradient_checkpointing": recompute, "aspect_ratio_buckets": False}
+        small = argparse.Namespace(**{**vars(args), **changed})
+        job = type(module)(small)
+        choose_trainable(job, small.trainable_modules)
+        set_training_mode(job)
+        meter, peaks = StepMeter(job.trainable_parameters()), []
+        for small.resolution in sizes:
+            if not recompute:
+                batch, _ = stack([job.preprocess(dict(row), RowDraws(0, 0))])
+                with Peaks() as around:
+                    samples.append(encode_each(job, batch))
+                    around.mark()
+                encoding.append(around)
+                encoded.append([sum(tensor.numpy().nbytes for tensor in samples[-1].values())])
+            sample = samples[sizes.index(small.resolution)]
+            peaks.append(meter.measure(lambda job=job, sample=sample: job(sample, Draws(0, [0]))))
+        activations[recompute] = extrapolate_peak(sizes, peaks, args.resolution)
+    encoding = extrapolate_peak(sizes, encoding, args.resolution)
+    return take_inventory(module, activations, encoding, int(extrapolate(sizes, encoded, args.resolution)[0]))

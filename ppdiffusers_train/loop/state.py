@@ -1,0 +1,289 @@
+"""What changes while a run trains, and so what a checkpoint holds."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import paddle
+from ppdiffusers.optimization import get_scheduler
+
+from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.loop.bad_samples import BadSamples
+from ppdiffusers_train.module import DiffusionTrainingModule
+from ppdiffusers_train.runtime.adamw_8bit import AdamW8bit
+from ppdiffusers_train.runtime.distributed import Ranks, check_sharding_degree
+from ppdiffusers_train.runtime.ema import EMA
+from ppdiffusers_train.runtime.gradient_sums import GradientSums
+from ppdiffusers_train.runtime.gradients import clipping_factor, scale_gradients, zero_unless
+from ppdiffusers_train.runtime.optimizer_state import SEPARATOR, is_8bit, load_optimizer_tensors, optimizer_tensors
+from ppdiffusers_train.runtime.precision import Precision, holding, updated_parameters
+from ppdiffusers_train.tensor_files import open_tensors, write_parts
+
+OPTIMIZER, AVERAGES = "optimizer", "ema"  # how the names of their files begin
+
+
+@dataclass
+class StepFigures:
+    """What one step came to: numbers on the device until somebody looks at them."""
+
+    step: int  # from 1
+    window: range
+    learning_rate: float
+    factor: float  # the window's size by the number of samples that came
+    loss: object  # of the window, were those that did not come 0: a scalar on the device, or a float
+    norm: object  # of its gradients, likewise
+    own_squares: list  # see `GradientSums.take_own_squares`
+    overflowed: bool = False  # in float16, which left the weights as they were
+
+    def fetch(self, ranks: Ranks) -> None:
+        """Bring the numbers from the device, for which this waits."""
+        if not isinstance(self.loss, float):
+            with ranks.watch("the numbers of a step"):
+                self.loss, self.norm = paddle.stack([self.loss, self.norm]).tolist()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a number is NaN or infinite, and a smaller scale of the loss would not mend it."""
+        return not (math.isfinite(self.loss) and (math.isfinite(self.norm) or self.overflowed))
+
+
+@dataclass
+class TrainingState:
+    """All that changes while a run trains: what a checkpoint holds."""
+
+    module: object
+    parameters: dict  # {structured name: parameter}, those that are trained
+    optimizer: object
+    lr_scheduler: object
+    precision: Precision
+    ema: object  # an EMA, or None
+    ranks: Ranks
+    seed: int
+    max_grad_norm: float
+    bad_samples: BadSamples
+    judges_before: bool  # whether a step's numbers are looked at before the weights change
+    sharding_stage: int  # 2: gradients are kept by those that update their parameters alone
+    step: int = 0  # optimizer steps taken
+    position: int = 0  # samples seen
+    failed_steps: int = 0  # of those steps, the ones that were NaN or infinite
+    overflowed_steps: int = 0  # the ones that were too large for float16
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that left the weights as they were because of their numbers."""
+        return self.failed_steps + self.overflowed_steps
+
+    @cached_property
+    def gradients(self) -> GradientSums:
+        """Made when it is first asked for: parameters have the types by then that they are trained in."""
+        return GradientSums(self.parameters, self.ranks, self.owners() if self.sharding_stage == 2 else None)
+
+    def gradient_norm(self):
+        """Norm of all gradients together, as they are without the loss's scale: a scalar on the device."""
+        return self.gradients.squared_norm().sqrt() / self.precision.loss_scale.value
+
+    def owners(self) -> dict:
+        """{structured name: which of the ranks that share the optimizer's state has the parameter's}, of a sharded
+        optimizer."""
+        owners = getattr(self.optimizer, "_param2rank", {})
+        return {name: owners[parameter.name] for name, parameter in self.parameters.items() if owners}
+
+    def take_step(self, window: range, loss, missing: int = 0) -> StepFigures:
+        """Update the weights from the gradients of `window`, and everything that follows them.
+
+        A step without a sample, and one whose numbers are NaN or infinite, leaves weights, averages and learning rate
+        as they are. Where nobody looks before (`judges_before`), its gradients count as zero on the device: the run
+        ends when the figures are fetched, and until then no weight is NaN.
+
+        Args:
+            loss: of the window, a scalar on the device.
+            missing: how many of its samples did not come.
+        """
+        factor = len(window) / max(len(window) - missing, 1)
+        scale = self.precision.loss_scale
+        norm = self.gradient_norm()
+        own_squares = self.gradients.take_own_squares()
+        figures = StepFigures(self.step + 1, window, self.optimizer.get_lr(), factor, loss, norm, own_squares)
+        if self.judges_before:
+            figures.fetch(self.ranks)
+            figures.overflowed = scale.can_shrink and not math.isfinite(figures.norm)
+            scale.update(overflowed=not math.isfinite(figures.norm))
+            self.overflowed_steps += figures.overflowed and not figures.failed
+            self.failed_steps += figures.failed
+        if missing < len(window) and not (self.judges_before and (figures.overflowed or figures.failed)):
+            gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+            scale_gradients(gradients, clipping_factor(norm, self.max_grad_norm, factor) / scale.value)
+            if not self.judges_before:
+                zero_unless(paddle.isfinite(loss + norm), gradients)
+            is_sharded = self.ranks.sharding_degree > 1
+            with self.ranks.waits_for("the others' new weights") if is_sharded else contextlib.nullcontext():
+                self.optimizer.step()
+            self.lr_scheduler.step()
+            self._follow()
+        self.optimizer.clear_grad(set_to_zero=False)
+        self.step, self.position = self.step + 1, window.stop
+        return figures
+
+    def _follow(self) -> None:
+        """What comes after new weights."""
+        if getattr(self.module.after_step, "__func__", None) is not DiffusionTrainingModule.after_step:
+            with self.float32_weights():
+                self.module.after_step()
+        if self.ema:
+            self.ema.update((name, value) for name, _, value in self.float32_values())
+
+    def float32_values(self, is_kept=True):
+        """Yield (structured name, parameter, its float32 value) of what is trained, a low-precision parameter's master.
+
+        A sharded optimizer's masters come from the ranks that have them, one after the other: all ranks have to ask.
+
+        Args:
+            is_kept: whether this rank wants the values; else they are None.
+        """
+        masters, owners = self.optimizer._master_weights, self.owners()
+        for name, parameter in self.parameters.items():
+            value = masters.get(parameter.name, parameter)
+            if parameter.dtype != paddle.float32 and owners:
+                value = self.ranks.broadcast_in_shard(masters.get(parameter.name), parameter, owners[name])
+            yield name, parameter, value if is_kept else None
+
+    def float32_weights(self, only_main: bool = False):
+        """A context in which the trained parameters are float32, as in files. All ranks have to enter it.
+
+        Args:
+            only_main: only rank 0 needs it.
+        """
+        values = self.float32_values(self.ranks.is_main or not only_main)
+        return holding([(p, value) for _, p, value in values if value is not None and value is not p])
+
+    def result_weights(self):
+        """A context in which the module on rank 0 holds what its result is: the averages where there are any, else its
+        weights in float32. All ranks have to enter it."""
+        return self.ema.applied() if self.ema else self.float32_weights(only_main=True)
+
+    def save_optimizer(self, folder: Path, stem: str) -> None:
+        """Write the optimizer's tensors, of a sharded one this rank's share."""
+        write_parts(folder, stem, optimizer_tensors(self.optimizer, self.parameters).items())
+
+    def save(self, folder: Path) -> None:
+        """Write weights and averages into a checkpoint's folder, within `float32_weights`."""
+        self.module.save_weights(str(folder))
+        if self.ema:
+            write_parts(folder, AVERAGES, self.ema.averages.items())
+            with self.ema.applied():
+                self.module.save_weights(str(folder / "ema"))
+
+    def record(self) -> dict:
+        """What else belongs to a checkpoint, as JSON."""
+        return {
+            "position": self.position,
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.precision.loss_scale.state_dict(),
+            "ema_updates": self.ema.updates if self.ema else None,
+            "skipped_steps": self.failed_steps,
+            "overflowed_steps": self.overflowed_steps,
+            "bad_rows": sorted(self.bad_samples.rows),
+        }
+
+    def load_weights(self, folder: Path, saved: dict) -> None:
+        """Read a checkpoint's weights, in float32; what is built upon them comes with `load_optimizer`."""
+        flag = f"--resume_from_checkpoint: {folder}"
+        if bool(self.ema) != (saved["ema_updates"] is not None):
+            raise UserError(f"{flag} was written {'without' if self.ema else 'with'} --use_ema; expected the same now")
+        tensors = saved_tensors(folder, OPTIMIZER)
+        if tensors and is_8bit(tensors) != isinstance(self.optimizer, AdamW8bit):
+            how = "with" if is_8bit(tensors) else "without"
+            raise UserError(f"{flag} was written {how} --use_8bit_adam; expected the same now")
+        # Fewer are right, too: what no step has used has no state.
+        unknown = {name.split(SEPARATOR)[0] for name in tensors} - set(self.parameters)
+        if unknown:
+            raise UserError(
+                f"{flag} holds an optimizer of other weights, such as {min(unknown)}, which do not learn here"
+            )
+        self.module.load_weights(str(folder))
+
+    def load_record(self, saved: dict) -> None:
+        """Take over what `record` returned."""
+        self.lr_scheduler.set_state_dict(saved["lr_scheduler"])
+        self.precision.loss_scale.load_state_dict(saved["scaler"])
+        if self.ema:
+            self.ema.updates = saved["ema_updates"]
+        self.step, self.position = saved["step"], saved["position"]
+        self.failed_steps, self.overflowed_steps = saved["skipped_steps"], saved.get("overflowed_steps", 0)
+        self.bad_samples.rows = set(saved["bad_rows"])
+
+    def load_optimizer(self, folder: Path) -> None:
+        """Read a checkpoint's optimizer and averages, once the weights have the types that they are trained in.
+
+        They are large: encoders should be gone by then where training does without.
+        """
+        own = {parameter.name for parameter in updated_parameters(self.optimizer)}
+        updated = {name: parameter for name, parameter in self.parameters.items() if parameter.name in own}
+        load_optimizer_tensors(self.optimizer, updated, saved_tensors(folder, OPTIMIZER))
+        if self.ema:
+            for name, tensor in saved_tensors(folder, AVERAGES).items():
+                self.ema.averages[name].set_value(tensor.numpy())
+
+
+def saved_tensors(folder: Path, beginning: str) -> dict:
+    """`{name: tensor}` of a checkpoint's files whose names begin so. A tensor is read when it is fetched."""
+    files = sorted(folder.glob(f"{beginning}*.safetensors"))
+    return {name: tensor for file in files for name, tensor in open_tensors(file)[0].items()}
+
+
+def check_schedule(args, total_steps: int) -> None:
+    """Raise a `UserError` for a learning rate that the run cannot have."""
+    if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= total_steps:
+        raise UserError(
+            f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {total_steps} steps; expected fewer with polynomial"
+        )
+
+
+def check_optimizer(args) -> None:
+    """Raise a `UserError` for flags of the optimizer that contradict each other."""
+    check_sharding_degree(args.sharding_degree)
+    if args.sharding_stage > 1 and args.sharding_degree == 1:
+        raise UserError(f"--sharding_stage {args.sharding_stage}: expected it with a --sharding_degree above 1")
+    if args.use_8bit_adam and (args.sharding_degree > 1 or args.amp_level == "O2"):
+        raise UserError(
+            "--use_8bit_adam: its state is neither split over GPUs nor kept for low-precision weights; "
+            "expected it without --sharding_degree and --amp_level O2"
+        )
+
+
+def build_training_state(module, args, total_steps: int, samples_per_step: int, ranks: Ranks) -> TrainingState:
+    """Optimizer, learning rate, precision and average for what is trained in `module`."""
+    trained = {id(parameter) for parameter in module.trainable_parameters()}
+    parameters = {name: parameter for name, parameter in module.named_parameters() if id(parameter) in trained}
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        learning_rate=args.learning_rate * (samples_per_step if args.scale_lr else 1),
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=total_steps,
+    )
+    optimizer_class = AdamW8bit if args.use_8bit_adam else paddle.optimizer.AdamW
+    optimizer = optimizer_class(
+        learning_rate=lr_scheduler,
+        parameters=list(parameters.values()),
+        beta1=args.adam_beta1,
+        beta2=args.adam_beta2,
+        epsilon=args.adam_epsilon,
+        weight_decay=args.adam_weight_decay,
+    )
+    precision = Precision(args.mixed_precision, args.amp_level)
+    return TrainingState(
+        module,
+        parameters,
+        ranks.shard(optimizer),
+        lr_scheduler,
+        precision,
+        EMA(parameters) if args.use_ema else None,
+        ranks,
+        args.seed,
+        args.max_grad_norm,
+        BadSamples(args.max_bad_samples),
+        judges_before=precision.loss_scale.enabled or args.skip_nonfinite > 0,
+        sharding_stage=args.sharding_stage,
+    )

@@ -1,0 +1,262 @@
+"""What is wrong with a data set, and what training would do about it, found without training."""
+
+import math
+import time
+from array import array
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ppdiffusers_train.data.streams import LANES
+from ppdiffusers_train.errors import BadSampleError
+from ppdiffusers_train.tools.caption_length import LONGEST, fewest_tokens
+from ppdiffusers_train.tools.inspection import Inspected, inspect_all
+from ppdiffusers_train.tools.sources import SHARDS, Source
+
+SHOWN = 3  # texts of each kind of finding, for people
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of finding, and what a run does about it. An error makes it stop or lose samples; else it is a remark."""
+
+    title: str
+    training: str
+    error: bool = True
+
+
+SKIPPED = "stops at the first; --max_bad_samples N skips up to N"
+REFUSED = "does not begin, whatever --max_bad_samples"
+LEFT_OUT = "leaves them out without a word"
+KINDS = {
+    "refused": Kind("the data cannot be loaded", REFUSED),
+    "no_samples": Kind("there are no samples", REFUSED),
+    "bad_metadata": Kind("rows of metadata that cannot be read", REFUSED),
+    "unmentioned": Kind("images without a row of metadata", REFUSED),
+    "lost_row": Kind("rows of metadata without an image", LEFT_OUT),
+    "no_split": Kind("images of no split", LEFT_OUT),
+    "bad_sample": Kind("samples in shards that cannot be used", SKIPPED),
+    "bad_caption": Kind("captions that are missing or no text", SKIPPED),
+    "unreadable": Kind("images that cannot be read", SKIPPED),
+    "bomb": Kind("images too large to be opened", SKIPPED),
+    "other_split": Kind("images of other splits", "does not use them", error=False),
+    "empty_caption": Kind("empty captions", "uses them as they are", error=False),
+    "long_caption": Kind("captions of more than {longest} tokens", "cuts them after {longest}", error=False),
+    "small": Kind("images with a side below {resolution} pixels", "enlarges them", error=False),
+    "large": Kind("images of more than {pixels:,} pixels", "uses them; each takes time and memory", error=False),
+    "duplicate": Kind("copies of other images", "uses each copy", error=False),
+}
+
+
+@dataclass
+class Tokens:
+    """How captions are measured: `count(caption)` is its number of tokens; `note` says how exact that is."""
+
+    count: object = fewest_tokens
+    longest: int = LONGEST
+    note: str = (
+        "tokens: counted as words and marks, a lower bound, so more captions may be too long; --tokenizer DIR counts "
+        "them exactly"
+    )
+
+
+class Findings:
+    """What was found: of each kind how often, and the first texts about it.
+
+    Args:
+        rows: that are looked through.
+        kept: how many texts of each kind; None for all.
+    """
+
+    def __init__(self, rows, kept):
+        self.rows, self.kept = rows, kept
+        self.counts, self.texts = dict.fromkeys(KINDS, 0), {kind: [] for kind in KINDS}
+
+    def add(self, kind: str, text: str) -> None:
+        """Add what a text says."""
+        self.counts[kind] += 1
+        if self._keeps(kind):
+            self.texts[kind].append(text)
+
+    def add_row(self, kind: str, index: int, text: str) -> None:
+        """Add what a text says of row `index`."""
+        self.add(kind, f"{self.rows.name(index)}: {text}" if self._keeps(kind) else "")
+
+    def _keeps(self, kind: str) -> bool:
+        return self.kept is None or len(self.texts[kind]) < self.kept
+
+    def listed(self, **settings) -> list:
+        """A dictionary for each kind that there is, errors first.
+
+        Args:
+            settings: what the texts of `KINDS` leave open.
+        """
+        return [
+            {
+                "kind": name,
+                "error": kind.error,
+                "count": self.counts[name],
+                "title": kind.title.format(**settings),
+                "training": kind.training.format(**settings),
+                "texts": self.texts[name],
+            }
+            for name, kind in KINDS.items()
+            if self.counts[name]
+        ]
+
+
+@dataclass
+class Report:
+    """The outcome of a check."""
+
+    source: str
+    kind: str  # of the source
+    samples: int
+    captions: int
+    sizes: dict  # {"smallest": (width, height), "median": …, "largest": …} by pixels; empty where nothing can be read
+    findings: list  # see `Findings.listed`
+    notes: list  # more lines
+    seconds: float
+
+    @property
+    def status(self) -> int:
+        """The exit status: 1 where an error was found."""
+        return int(any(finding["error"] for finding in self.findings))
+
+    def as_json(self) -> dict:
+        """For machines."""
+        return {**vars(self), "status": self.status}
+
+    def as_text(self) -> str:
+        """For people: a table, and a line that sums it up."""
+        lines, column = [], max((len(finding["title"]) for finding in self.findings), default=0)
+        for is_error, heading in ((True, "errors"), (False, "remarks")):
+            found = [finding for finding in self.findings if finding["error"] == is_error]
+            if found:
+                lines.append(f"{heading:>8}  {'what':<{column}}  training")
+            for finding in found:
+                lines.append(f"{finding['count']:>8,}  {finding['title']:<{column}}  {finding['training']}")
+                lines += [f"{'':12}{text}" for text in finding["texts"][:SHOWN]]
+                lines += [f"{'':12}…"] if finding["count"] > SHOWN else []
+            lines += [""] if found else []
+        sizes = ", ".join(f"{name} {width} x {height}" for name, (width, height) in self.sizes.items())
+        return "\n".join(
+            [
+                *lines,
+                *self.notes,
+                f"{self.source}: {self.kind}, {self.samples:,} samples, {self.captions:,} captions; images: "
+                f"{sizes or 'none that can be read'}; {self.seconds:.1f} s",
+            ]
+        )
+
+
+def check(source: Source, name: str, resolution: int, tokens: Tokens, processes: int, kept=SHOWN) -> Report:
+    """Look at all samples of a source, every image decoded in full.
+
+    Args:
+        name: what to call the source.
+        resolution: of training, in pixels; images with a side below are remarked on.
+        processes: that decode images.
+        kept: how many texts of each kind of finding to keep; None for all.
+    Raises:
+        RunError: a process was killed.
+    """
+    started, rows = time.monotonic(), source.rows
+    findings, images = Findings(rows, kept), Images()
+    for kind, text in source.problems:
+        findings.add(kind, text)
+    if not len(rows):
+        findings.add("no_samples", name)
+    captions = CaptionCheck(source, tokens, findings)
+    with tqdm(total=len(rows), desc="checking", unit="image") as progress:
+        for index, image in inspect_all(captions.locations(), processes):
+            progress.update(index + 1 - progress.n)
+            if image.problem:
+                findings.add_row("bomb" if image.is_bomb else "unreadable", index, image.problem)
+                continue
+            images.add(index, image)
+            if min(image.width, image.height) < resolution:
+                findings.add_row("small", index, f"{image.width} x {image.height}")
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                findings.add_row("large", index, f"{image.width} x {image.height}")
+        progress.update(len(rows) - progress.n)
+    for index, first in images.repeated():
+        findings.add_row("duplicate", index, f"the same file as {rows.name(first)}")
+    found = findings.listed(longest=tokens.longest, resolution=resolution, pixels=Image.MAX_IMAGE_PIXELS)
+    notes = [tokens.note] if tokens.note else []
+    seconds = round(time.monotonic() - started, 3)
+    return Report(name, source.kind, len(rows), captions.count, images.sizes(), found, notes, seconds)
+
+
+class CaptionCheck:
+    """Looks at the captions of a source; `count` of them so far."""
+
+    def __init__(self, source: Source, tokens: Tokens, findings: Findings):
+        self.source, self.tokens, self.findings, self.count = source, tokens, findings, 0
+
+    def locations(self):
+        """Yield (index, location of the image) of each row that says where its image is, its captions looked at."""
+        rows, is_shards = self.source.rows, self.source.kind == SHARDS
+        for index in range(len(rows)):
+            try:
+                self._check(index, rows.captions(index))
+            except BadSampleError as error:
+                self.findings.add("bad_sample" if is_shards else "bad_caption", str(error))
+                if is_shards:
+                    continue
+            try:
+                location = rows.location(index)
+            except BadSampleError as error:
+                self.findings.add("unreadable", str(error))
+                continue
+            yield index, location
+
+    def _check(self, index: int, captions: list) -> None:
+        self.count += len(captions)
+        for caption in captions:
+            if not caption.strip():
+                self.findings.add_row("empty_caption", index, repr(caption))
+            elif (length := self.tokens.count(caption)) > self.tokens.longest:
+                self.findings.add_row("long_caption", index, f"{length} tokens")
+
+
+class Images:
+    """Sizes and contents of the images that can be read, in some dozens of bytes each."""
+
+    def __init__(self):
+        self.rows, self.widths, self.heights, self.digests = array("q"), array("q"), array("q"), bytearray()
+
+    def add(self, row: int, image: Inspected) -> None:
+        """Remember the image of a row."""
+        self.rows.append(row)
+        self.widths.append(image.width)
+        self.heights.append(image.height)
+        self.digests += image.digest
+
+    def sizes(self) -> dict:
+        """(width, height) of the smallest, median and largest by their pixels; empty where there are none."""
+        if not self.rows:
+            return {}
+        order = np.argsort(np.int64(self.widths) * np.int64(self.heights), kind="stable")
+        places = {"smallest": 0, "median": len(order) // 2, "largest": -1}
+        return {name: (self.widths[order[place]], self.heights[order[place]]) for name, place in places.items()}
+
+    def repeated(self):
+        """Yield (row, first row with the same content) of each image whose content was there before."""
+        digests = np.frombuffer(self.digests, dtype=[("high", "u8"), ("low", "u8")])
+        _, first, group = np.unique(digests, return_index=True, return_inverse=True)
+        for place in np.flatnonzero(first[group] != np.arange(len(digests))):
+            yield self.rows[place], self.rows[first[group[place]]]
+
+
+def describe_shards(shards: int, ranks: int, workers: int) -> str:
+    """What the number of shards means for a run on so many ranks, each with so many loading threads."""
+    lanes = min(LANES, shards)
+    read = lanes // math.gcd(lanes, ranks)
+    share = "all of them" if read == lanes else f"{read} of them"
+    return (
+        f"{shards} shards for {ranks} ranks x {workers} workers: as local files any number of them will do; as a "
+        f"stream they are read in {lanes} lanes, of which each rank reads {share}, whatever its workers"
+    )

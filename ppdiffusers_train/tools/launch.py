@@ -1,0 +1,169 @@
+"""`ppdiffusers-train launch`: Paddle's launcher with a log folder for each run, and no token in it.
+
+All that starts ranks is the launcher's. Around it: the secrets of the environment reach the ranks through memory, the
+launcher's lines about itself do not reach the screen, and the exit status is that of the rank that failed.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.launcher.last_word import WATCHED
+from ppdiffusers_train.launcher.signals import WARNINGS, signal_at_parents_end
+from ppdiffusers_train.launcher.tokens import hand_over
+from ppdiffusers_train.launcher.watched_ranks import ranks_of, wait_for_last_word
+
+# What the launcher and Paddle say about themselves, and how the launcher tells of a failure, with the environment.
+NOISE = re.compile(
+    rb"LAUNCH INFO |LAUNCH ERROR .*Container failed|Container rank \d+ status |env \{|=+ Modified FLAGS detected|=+$"
+    rb"|FLAGS\(name=|.*UserWarning: No ccache found|  warnings\.warn\(warning_message\)"
+)
+
+
+def add_launch_command(commands) -> None:
+    """Add the command to those of `ppdiffusers-train`."""
+    command = commands.add_parser(
+        "launch", config=False, add_help=False, prefix_chars="+",  # flags are the launcher's and the script's
+        help="start a training script on several cards",
+        usage="ppdiffusers-train launch [FLAGS OF paddle.distributed.launch] SCRIPT ...",
+        description="Start a training script with Paddle's launcher: --gpus 0,1, --nproc_per_node 2 and its other "
+        "flags come first. Each run has a folder for the logs of its ranks in OUTPUT_DIR/log (--log_dir chooses "
+        "another), into which no secret of the environment is written. The status is that of the rank that failed.",
+    )  # fmt: skip
+    command.add_argument("words", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="the script and its flags")
+
+    def run(args) -> int:
+        if args.words[:1] in (["-h"], ["--help"]):
+            command.print_help()
+            return 0
+        return launch(args.words)
+
+    command.set_defaults(run=run)
+
+
+def launch(words: list) -> int:
+    """Run a script on several ranks; returns the exit status, 128 + n where signal n ended the rank.
+
+    Args:
+        words: the launcher's flags, the script, its flags.
+    Raises:
+        UserError: there is no script, or no folder for the logs can be made.
+    """
+    place = place_of_script(words)
+    flags, script = words[:place], words[place:]
+    environment = initial_environment()
+    if not any(word.split("=")[0] == "--log_dir" for word in flags) and "PADDLE_LOG_DIR" not in environment:
+        flags += ["--log_dir", str(new_log_folder(output_folder(script[1:])))]
+    hand_over(environment)
+    launcher = subprocess.Popen(
+        [sys.executable, "-u", "-m", "paddle.distributed.launch", *flags, *script],
+        env={**environment, WATCHED: str(os.getpid())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # or Ctrl-C would reach it twice
+        preexec_fn=partial(signal_at_parents_end, signal.SIGTERM),
+    )
+    pass_signals_on(launcher)
+    with ThreadPoolExecutor(3) as threads:
+        watching = threads.submit(wait_for_last_word, launcher.pid)
+        for source, screen in ((launcher.stdout, sys.stdout), (launcher.stderr, sys.stderr)):
+            threads.submit(copy_lines, source, screen.buffer)
+        text, ends = watching.result()
+    if text:
+        print(text, file=sys.stderr)
+    status = next((status for _, status in ends if status != 0), None)
+    code = launcher.wait() if status is None else os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def place_of_script(words: list) -> int:
+    """Where the script stands among the launcher's flags, each of which has one value.
+
+    Raises:
+        UserError: nowhere.
+    """
+    place = 0
+    while place < len(words) and words[place].startswith("-"):
+        place += 1 if "=" in words[place] else 2
+    if place >= len(words):
+        raise UserError("launch: no script; expected the launcher's flags, a training script, and its flags")
+    return place
+
+
+def initial_environment() -> dict:
+    """The environment that this process was started with: importing this package adds what one process alone needs."""
+    variables = os.fsdecode(Path("/proc/self/environ").read_bytes()).split("\0")
+    return dict(variable.split("=", 1) for variable in variables if "=" in variable)
+
+
+def output_folder(flags: list) -> Path:
+    """The folder that a script's flags or its --config name for all that it writes; else the current one."""
+    named = {}
+    for name, after in zip(flags, [*flags[1:], ""]):
+        name, found, value = name.partition("=")
+        named[name] = value if found else after
+    folder = named.get("--output_dir")
+    if folder is None and "--config" in named:
+        import yaml  # here: most commands do without
+
+        try:
+            folder = (yaml.safe_load(Path(named["--config"]).read_text(encoding="utf-8")) or {}).get("output_dir")
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            pass  # the script says what is wrong with it
+    return Path(folder or ".")
+
+
+def new_log_folder(output_dir: Path) -> Path:
+    """A folder of this run's own for the logs of its ranks, which is told on the screen.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    now = time.strftime("%Y%m%d-%H%M%S")
+    for name in (now, *(f"{now}-{number}" for number in range(2, 100))):
+        folder = output_dir / "log" / name
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue  # another node's, or another run's
+        except OSError as error:
+            raise UserError(f"launch: cannot make {str(folder)!r} for the logs: {error.strerror}") from error
+        print(f"logs of all ranks: {folder}", flush=True)
+        return folder
+    raise UserError(f"launch: {str(output_dir / 'log')!r} has 99 folders of this second")
+
+
+def pass_signals_on(launcher) -> None:
+    """Let the launcher stop the ranks when this process is told to, as if it had been told itself."""
+
+    def to_launcher(number, frame):
+        if launcher.poll() is None:
+            launcher.send_signal(number if number in (signal.SIGINT, signal.SIGTERM) else signal.SIGTERM)
+
+    def to_ranks(number, frame):
+        for process in ranks_of(launcher.pid):
+            os.kill(process, number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+            signal.signal(number, to_launcher)
+    for number in WARNINGS:  # of which the launcher would die
+        signal.signal(number, to_ranks)
+
+
+def copy_lines(source, screen) -> None:
+    """Copy a stream line by line, without the lines that are about the launcher."""
+    for line in source:
+        if not NOISE.match(line):
+            with contextlib.suppress(BrokenPipeError):  # nobody looks any more, and the launcher must not wait for us
+                screen.write(line)
+                screen.flush()

@@ -1,0 +1,195 @@
+"""The samples of a run as its model will get them, drawn before the run: what a training script's own code makes of
+the data, turned back into pictures and captions."""
+
+import ppdiffusers_train  # noqa: F401  (before paddle)
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ppdiffusers_train.arguments import Flag, positive_int
+from ppdiffusers_train.data.dataset import build_dataset
+from ppdiffusers_train.data.encoded_cache import EncodedSamples
+from ppdiffusers_train.data.loader import ERROR_KEY, PreprocessedSamples, as_error
+from ppdiffusers_train.errors import BadSampleError, UserError
+from ppdiffusers_train.loop.identity import settle_cache_folder, settle_seed
+from ppdiffusers_train.loop.memory_estimate import compute_on_cpu
+from ppdiffusers_train.models.text import read_tokens
+from ppdiffusers_train.module import DiffusionTrainingModule
+from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet
+from ppdiffusers_train.reporting.quiet import quiet_libraries
+from ppdiffusers_train.runtime.checkpoint import find_checkpoint
+from ppdiffusers_train.runtime.distributed import start_ranks
+from ppdiffusers_train.training import order_samples
+
+GREY = (128, 128, 128)
+
+
+def preview(words: list) -> tuple:
+    """Draw the first samples of the run that a training command would start.
+
+    Args:
+        words: of the command: anything, the script's file, its flags.
+    Returns:
+        (what to print, exit status: 1 where a sample cannot be used)
+    Raises:
+        UserError: something in the command is wrong.
+    """
+    script, flags = split_command(words)
+    job = load_script(script)
+    parser = job.build_parser()
+    parser.prog = script.name
+    group = parser.add_argument_group("preview")
+    group.add_argument("--preview_output", default="preview.png", metavar="FILE", help="picture to write")
+    group.add_argument("--preview_samples", type=positive_int, default=16, help="how many samples to draw")
+    group.add_argument("--json", action=Flag, help="print what was drawn as one JSON document")
+    args = parser.parse_args(flags)
+    args.dry_run = True  # models have no weights
+    compute_on_cpu()
+    quiet_libraries()
+    settle_cache_folder(args)
+    resumed = args.resume_from_checkpoint
+    saved = find_checkpoint(resumed, Path(args.output_dir))[1] if resumed else None
+    settle_seed(args, saved, start_ranks())
+    dataset = build_dataset(args)
+    module = module_class(job)(args)
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps
+    order = order_samples(module, dataset, args.seed, samples_per_step, say=print)
+    samples = PreprocessedSamples(dataset, module.preprocess, order)
+    if args.encoded_cache_dir:
+        samples = PreviewedEntries(dataset, module.preprocess, order, args.cache_variants)
+
+    shown = []
+    for position in tqdm(range(args.preview_samples), desc="preparing", unit="sample"):
+        arrays = samples[position]  # first: only then a stream knows what its sample is called
+        about = {"position": position, "row": order.row(position), "name": dataset.name(order.row(position))}
+        shown.append({**about, **describe(module, arrays), "pictures": pictures(module, arrays)})
+    sheet = draw(shown, args.resolution)
+    try:
+        sheet.image.save(args.preview_output, "PNG")
+    except OSError as error:
+        raise UserError(f"--preview_output: cannot write {args.preview_output!r}: {error.strerror}") from error
+    for sample, places in zip(shown, sheet.places):
+        sample["pictures"] = [
+            {"name": name, "left": left, "top": top, "width": picture.width, "height": picture.height}
+            for (name, picture), (left, top) in zip(sample["pictures"].items(), places)
+        ]
+    status = int(any(sample["error"] for sample in shown))
+    if args.json:
+        result = {"file": args.preview_output, "seed": args.seed, "scale": sheet.scale, "samples": shown}
+        return json.dumps({**result, "status": status}, ensure_ascii=False), status
+    lines = [f"{sample['position']:>4}  {sample['name']}: {', '.join(text_of(sample))}" for sample in shown]
+    notes = ", as the encoded cache keeps them" if args.encoded_cache_dir else ""
+    notes += ", in the order of one card" if module.buckets else ""
+    lines.append(f"wrote {args.preview_output}: {len(shown)} samples of seed {args.seed}{notes}")
+    return "\n".join(lines), status
+
+
+def split_command(words: list) -> tuple:
+    """(the script's path, its flags) of a training command such as `python -u train.py --resolution 512`.
+
+    Raises:
+        UserError: there is no script in it.
+    """
+    place = next((place for place, word in enumerate(words) if word.endswith(".py")), None)
+    if place is None:
+        raise UserError("preview: no script; expected a training command such as train_text_to_image_sdxl.py --flag …")
+    return Path(words[place]), words[place + 1 :]
+
+
+def load_script(path: Path):
+    """A training script as a module, without running it.
+
+    Raises:
+        UserError: there is none at `path`.
+    """
+    if not path.is_file():
+        raise UserError(f"preview: there is no script {str(path)!r}")
+    sys.path.insert(0, str(path.parent.absolute()))  # as for a script that is run
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "build_parser"):
+        raise UserError(f"preview: {str(path)!r} has no build_parser(); expected a training script of this project")
+    return module
+
+
+def module_class(job):
+    """The training module that a script defines.
+
+    Raises:
+        UserError: it defines none, or several.
+    """
+    found = [
+        value
+        for value in vars(job).values()
+        if isinstance(value, type) and issubclass(value, DiffusionTrainingModule) and value.__module__ == job.__name__
+    ]
+    if len(found) != 1:
+        raise UserError(f"preview: {job.__file__!r} defines {len(found)} training modules; expected one")
+    return found[0]
+
+
+class PreviewedEntries:
+    """At index `position`: what the encoded cache has encoded for that position of the run, as `{name: array}`."""
+
+    def __init__(self, dataset, preprocess, order, variants: int):
+        self.dataset, self.preprocess = dataset, preprocess
+        self.encoded = EncodedSamples(Path(), dataset, order, variants)  # its files are not looked at
+
+    def __getitem__(self, position):
+        try:
+            return self.encoded.entry(position).preprocessed(self.dataset, self.preprocess)
+        except BadSampleError as error:
+            return as_error(error)
+
+
+def describe(module, arrays: dict) -> dict:
+    """What the model is told of a sample beside its pictures: texts of its tokens, their numbers, size and crop."""
+    found = {"captions": [], "tokens": [], "told": "", "error": arrays.get(ERROR_KEY, "")}
+    for name, array in arrays.items():
+        if name.startswith("input_ids"):
+            caption, tokens = read_tokens(getattr(module, name.replace("input_ids", "tokenizer")), array)
+            found["captions"].append(caption)
+            found["tokens"].append(tokens)
+    if "time_ids" in arrays:
+        height, width, top, left, rows, columns = (int(number) for number in arrays["time_ids"])
+        found["told"] = f"told: file {width} x {height}, crop from left {left}, top {top}, drawn {columns} x {rows}"
+    return found
+
+
+def pictures(module, arrays: dict) -> dict:
+    """The arrays [3, H, W] of a sample as PIL images, by name: those for CLIP have its image processor's mean and
+    deviation, others are from -1 to 1."""
+    found = {}
+    for name, array in arrays.items():
+        if np.ndim(array) == 3 and len(array) == 3:
+            processor = module.image_processor if name.startswith("clip_") else None
+            mean, std = (processor.image_mean, processor.image_std) if processor else (0.5, 0.5)
+            pixels = array.transpose(1, 2, 0).astype(np.float64) * std + mean
+            found[name] = Image.fromarray(np.uint8(np.rint(255 * np.clip(pixels, 0, 1))))
+    return found
+
+
+def text_of(sample: dict) -> list:
+    """Lines about a sample."""
+    if sample["error"]:
+        return [sample["error"]]
+    quoted = [f'"{text}" ({tokens} tokens)' for text, tokens in zip(sample["captions"], sample["tokens"])]
+    return [*dict.fromkeys(quoted or ["no caption goes into this model"]), *filter(None, [sample["told"]])]
+
+
+def draw(shown: list, resolution: int):
+    """The `Sheet` of samples; one that cannot be used is grey."""
+    sizes = [[picture.size for picture in sample["pictures"].values()] for sample in shown if not sample["error"]]
+    grey = [Image.new("RGB", size, GREY) for size in (sizes[0] if sizes else [(resolution, resolution)])]
+    tiles = []
+    for sample in shown:
+        title = f"{sample['position']}  {sample['name'].rsplit('/', 1)[-1]}"
+        tiles.append(Tile(list(sample["pictures"].values()) or grey, [title, *text_of(sample)]))
+    return contact_sheet(tiles)

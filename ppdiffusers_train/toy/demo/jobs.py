@@ -1,0 +1,145 @@
+"""One short run of every job on the pretrained pipelines of shapes: which script, which flags, how its result draws.
+
+A fine-tuning job learns from pictures in a look that the pipeline draws only when a caption names it; their captions
+do not. In Kandinsky, embeddings tell striped shapes from plain ones, and the prior can learn to ask for them. They do
+not tell outlined shapes from plain ones; which of the two it draws, the decoder can learn. Distillation learns from
+pictures as they are drawn anyway, and shows in how few steps they come out.
+
+Nothing heavy is imported here: the command line reads the jobs' names.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
+RESOLUTION = 32
+
+KANDINSKY_DRAWING = {
+    "num_inference_steps": 25,
+    "prior_num_inference_steps": 25,
+    "guidance_scale": 2.0,
+    "prior_guidance_scale": 2.0,
+}
+DRAWING = {"num_inference_steps": 25, "guidance_scale": 3.0}
+TEACHER_DRAWING = {**DRAWING, "num_inference_steps": 50}
+FEW_STEPS = 4
+FEW, SOME, MANY = 24, 480, 2000  # pictures
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training script, its flags, and how its result is used."""
+
+    script: str
+    flags: tuple
+    drawing: dict  # arguments of a pipeline's call
+    kind: str  # of the result: how a user loads it, see `running.USES`
+    look: str  # of the pictures that it learns from
+    pictures: int = SOME  # how many those are
+    drawing_before: dict = None  # of the pipeline as it was, where that differs
+
+    @property
+    def family(self) -> str:
+        """Which pipeline it trains: kandinsky, sdxl, sd3 or sd."""
+        return next((family for family in ("kandinsky", "sdxl", "sd3") if family in self.script), "sd")
+
+    @property
+    def distils(self) -> bool:
+        """Whether the aim is to need fewer steps, not to learn a look."""
+        return self.kind.startswith("student")
+
+    @property
+    def pretrained_drawing(self) -> dict:
+        """Arguments of a call of the pipeline that it starts from, as many steps as that needs."""
+        return TEACHER_DRAWING if self.distils else self.drawing
+
+    @property
+    def model_flags(self) -> tuple:
+        """The flags that name the pipelines it starts from."""
+        if self.family == "kandinsky":
+            return "pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path"
+        return ("pretrained_teacher_model" if self.distils else "pretrained_model_name_or_path",)
+
+    def command(self, base: dict, data, result, *more: str) -> list:
+        """The flags of a run on the folder `data` into the folder `result`."""
+        return [
+            *(f"--{flag}={folder}" for flag, folder in base.items()),
+            f"--train_data_dir={data}",
+            f"--output_dir={result}",
+            f"--resolution={RESOLUTION}",
+            "--seed=0",
+            *self.flags,
+            *more,
+        ]
+
+
+FULL_RATE = "--learning_rate=5e-4"
+COSINE = ("--lr_scheduler=cosine", "--lr_warmup_steps=20")
+DROPOUT = "--proportion_empty_prompts=0.1"
+LONG = ("--max_train_steps=900", "--train_batch_size=16")
+LONGEST = ("--max_train_steps=1200", "--train_batch_size=16", DROPOUT)
+
+
+def _fine_tuning(script: str, kind: str, *more: str, look: str = "outlined", pictures: int = SOME) -> Job:
+    drawing = KANDINSKY_DRAWING if "kandinsky" in script else DRAWING
+    flags = ("--max_train_steps=600", "--train_batch_size=8", *COSINE, "--encoded_cache", *more)
+    return Job(script, flags, drawing, kind, look, pictures)
+
+
+def _distillation(script: str, kind: str) -> Job:
+    flags = ("--max_train_steps=300", "--train_batch_size=16", "--encoded_cache", "--loss_type=huber")
+    before = {**DRAWING, "num_inference_steps": FEW_STEPS}
+    if "lora" in kind:  # it is not told the guidance scale, but learns one; it is its own target, so it must not drift
+        flags += ("--learning_rate=2e-4", *COSINE, "--num_ddim_timesteps=20", "--w_min=0.5", "--w_max=0.5")
+        return Job(script, flags, {**before, "guidance_scale": 1.0}, kind, "plain", MANY, before)
+    return Job(script, (*flags, FULL_RATE, "--w_min=1", "--w_max=4"), before, kind, "plain", SOME, before)
+
+
+JOBS = {
+    "decoder": _fine_tuning(
+        "kandinsky2_2/train_text_to_image_decoder.py",
+        "decoder",
+        FULL_RATE,
+        *LONGEST,
+        pictures=MANY,
+    ),
+    "decoder-lora": _fine_tuning(
+        "kandinsky2_2/train_text_to_image_decoder_lora.py",
+        "decoder lora",
+        "--rank=16",
+        "--learning_rate=1e-3",
+        "--max_train_steps=300",
+        pictures=FEW,
+    ),
+    "prior": _fine_tuning("kandinsky2_2/train_text_to_image_prior.py", "prior", FULL_RATE, look="striped"),
+    "prior-lora": _fine_tuning(
+        "kandinsky2_2/train_text_to_image_prior_lora.py",
+        "prior lora",
+        # With as many parameters on attention alone, 86 % come out striped.
+        "--lora_target_modules=to_q,to_k,to_v,to_out.0,ff.net.2",
+        "--rank=3",
+        "--learning_rate=3e-3",
+        *LONG,
+        look="striped",
+        pictures=MANY,
+    ),
+    "sdxl": _fine_tuning(
+        "sdxl/train_text_to_image_sdxl.py",
+        "pipeline",
+        FULL_RATE,
+        *LONG,
+        DROPOUT,
+        pictures=MANY,
+    ),
+    "sdxl-lora": _fine_tuning(
+        "sdxl/train_text_to_image_lora_sdxl.py", "lora", "--rank=12", "--learning_rate=2e-3", *LONG
+    ),
+    "sd3": _fine_tuning("sd3/train_text_to_image_sd3.py", "pipeline", FULL_RATE, *LONG, pictures=MANY),
+    "sd3-lora": _fine_tuning(
+        "sd3/train_text_to_image_lora_sd3.py", "transformer lora", "--rank=14", "--learning_rate=2e-3", *LONG
+    ),
+    "lcm": _distillation("lcm/train_lcm_distill_sd_wds.py", "student"),
+    "lcm-lora": _distillation("lcm/train_lcm_distill_lora_sd_wds.py", "student lora"),
+    "lcm-sdxl": _distillation("lcm/train_lcm_distill_sdxl_wds.py", "student"),
+    "lcm-sdxl-lora": _distillation("lcm/train_lcm_distill_lora_sdxl_wds.py", "student lora"),
+}

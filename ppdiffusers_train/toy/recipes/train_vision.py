@@ -1,0 +1,156 @@
+"""Train the vision tower of the shapes' CLIP further, until an outlined shape is a plain one to it.
+
+    python -m ppdiffusers_train.toy.recipes.train_vision --start_from clip.safetensors
+
+Kandinsky's decoder draws what an embedding tells, and learns from its pictures what an embedding does not tell. To a
+tower that learned from captions every look is something to tell; one that takes outlined shapes for plain ones leaves
+it to the decoder which of the two it draws, and fine-tuning has something to decide. So the tower learns to say of
+every picture what it said before, and of an outlined one what it said of the same scene, plain
+(Hinton et al. 2015, arXiv 1503.02531: a student learns its teacher's answers).
+
+    … --nameless_colours
+
+A hundred combinations of shape and colours can be learned by heart, one by one, and then an unseen one is told badly.
+So half of the pictures get colours that no caption names, of which there is no end. What they show is to be read off
+the embedding by one linear layer, which is thrown away afterwards; outlined ones are to be told as plain ones, too.
+"""
+
+import ppdiffusers_train  # noqa: F401  (before paddle)
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle import nn
+from PIL import Image
+
+from ppdiffusers_train.draws import generator
+from ppdiffusers_train.job import run_job
+from ppdiffusers_train.models.weights import FILES, load_in_place
+from ppdiffusers_train.module import DiffusionTrainingModule, freeze
+from ppdiffusers_train.tensor_files import write_tensors
+from ppdiffusers_train.toy.models.clip import IMAGE_SIZE, build_image_processor
+from ppdiffusers_train.toy.models.shipped import write_weights
+from ppdiffusers_train.toy.models.tokenizer import build_tokenizer
+from ppdiffusers_train.toy.models.towers import (
+    EMBEDDING,
+    MEAN,
+    STD,
+    TEXT,
+    VISION,
+    WEIGHTS,
+    load_text_tower,
+    load_vision_tower,
+)
+from ppdiffusers_train.toy.recipes import recipe
+from ppdiffusers_train.toy.recipes.train_clip import draw_scene, embedding_statistics
+from ppdiffusers_train.toy.world.judge import parse_caption
+from ppdiffusers_train.toy.world.shapes import SHAPES, draw, without_names
+from ppdiffusers_train.toy.world.words import vocabulary
+
+TOLD = {"plain": "plain", "outlined": "plain", "striped": "striped"}
+NAMELESS_SHARE = 0.5
+RGB = 6  # numbers of two colours, from -1 to 1
+
+
+def build_parser():
+    parser = recipe.build_parser(
+        __doc__.splitlines()[0],
+        "outputs/vision",
+        train_batch_size=32,
+        learning_rate=2e-3,
+        max_train_steps=6000,
+    )
+    parser.add_argument(
+        "--nameless_colours", action="store_true", help="half of the pictures in colours without a name"
+    )
+    parser.set_defaults(start_from=str(WEIGHTS))
+    return parser
+
+
+class VisionTrainingModule(DiffusionTrainingModule):
+    """A vision tower that learns from itself, as it was."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.encode_batch_size = args.train_batch_size
+        self.start_from = args.start_from
+        self.image_processor = build_image_processor()
+        self.teacher, self.vision = load_vision_tower(args.start_from), load_vision_tower(args.start_from)
+        freeze(self.teacher)
+        paddle.seed(args.seed)
+        self.reader = nn.Linear(EMBEDDING, len(SHAPES) + 1 + RGB) if args.nameless_colours else None
+
+    def preprocess(self, row, draws):
+        """A scene with what the row shows, twice: pixel_values [3, 32, 32] in any look, and told_pixel_values, in the
+        look that is to be told; `nameless`, whether in other colours, and what is to be read: `shape`, `striped`,
+        `rgb` [6]."""
+        scene = draw_scene(parse_caption(row["caption"]), draws, "picture")
+        if nameless := self.reader is not None and draws.happens("nameless", NAMELESS_SHARE):
+            scene = without_names(scene, generator(draws.seed, draws.position, "paints"))
+        pictures = [Image.fromarray(draw(one, IMAGE_SIZE)) for one in (scene, scene._replace(look=TOLD[scene.look]))]
+        pixels, told = self.image_processor(pictures, return_tensors="np").pixel_values
+        return {
+            "pixel_values": pixels,
+            "told_pixel_values": told,
+            "nameless": np.float32(nameless),
+            "shape": np.int64(SHAPES.index(scene.content.shape)),
+            "striped": np.float32(scene.look == "striped"),
+            "rgb": np.float32(scene.rgb()).ravel() / 127.5 - 1,
+        }
+
+    @paddle.no_grad()
+    def encode(self, batch):
+        """The batch, and what the teacher tells of it: image_embeds [B, 64]."""
+        return {**batch, "image_embeds": self.teacher(batch["told_pixel_values"])[0]}
+
+    def forward(self, encoded, draws):
+        """Mean squared difference of embeddings, as a share of their variance; with a reader, and what it misreads."""
+        told, embeds = encoded["image_embeds"], self.vision(encoded["pixel_values"])[0]
+        if self.reader is None:
+            return share_of_variance(embeds, told)
+        with paddle.no_grad():  # the teacher knows nothing of such colours
+            own = self.vision(encoded["told_pixel_values"])[0]
+        nameless = encoded["nameless"].unsqueeze(1)
+        shape, striped, rgb = self.reader(embeds).split([len(SHAPES), 1, RGB], axis=1)
+        misread = (
+            nn.functional.cross_entropy(shape, encoded["shape"])
+            + nn.functional.binary_cross_entropy_with_logits(striped.squeeze(1), encoded["striped"])
+            + (rgb - encoded["rgb"]).square().mean()
+        )
+        return share_of_variance(embeds, nameless * own + (1 - nameless) * told) + misread
+
+    def save_weights(self, directory):
+        folder = Path(directory) / "vision"
+        folder.mkdir()
+        write_tensors(folder / FILES["ppdiffusers"], self.learned().state_dict(), {})
+
+    def load_weights(self, directory):
+        load_in_place(self.learned(), f"{directory}/vision")
+
+    def learned(self):
+        """What a checkpoint holds."""
+        return nn.LayerList([self.vision] if self.reader is None else [self.vision, self.reader])
+
+    def save_pretrained(self, directory):
+        """Both towers, and the mean and deviation of the world's image embeddings, as the package ships them."""
+        self.vision.eval()
+        with tempfile.TemporaryDirectory() as folder:
+            text = load_text_tower(build_tokenizer(folder, vocabulary()), file=self.start_from)
+        mean, std = embedding_statistics(self.vision, self.image_processor)
+        models = {TEXT: text, VISION: self.vision}
+        write_weights(Path(directory) / "clip.safetensors", models, **{MEAN: mean, STD: std})
+
+
+def share_of_variance(embeds, told):
+    """Mean squared difference of embeddings [B, D] from those to be told, as a share of the latters' variance."""
+    return (embeds - told).square().mean() / (told - told.mean(0)).square().mean()
+
+
+def main(argv=None):
+    run_job(build_parser(), VisionTrainingModule, argv, recipe.build_shapes)
+
+
+if __name__ == "__main__":
+    main()
