@@ -24,7 +24,7 @@ from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.loader import PreprocessedSamples, iterate_batches
 from ppdiffusers_train.data.order import SampleOrder
 from ppdiffusers_train.draws import Draws
-from ppdiffusers_train.module import encode_each
+from ppdiffusers_train.module import encode_batch
 from ppdiffusers_train.toy.models.kandinsky2_2 import build_kandinsky
 from ppdiffusers_train.training import check_run, launch_training_task
 
@@ -89,7 +89,7 @@ def main(argv=None):
         module = job.KandinskyDecoderTrainingModule(args)
         samples = PreprocessedSamples(dataset, module.preprocess, SampleOrder(0, len(dataset)))
         batch, _ = next(iterate_batches(samples, [[0, 1, 2, 3]], 0))
-        encoded = encode_each(module, batch)
+        encoded = encode_batch(module, batch)
         ratios = []
         for pair in range(own.pairs):
             halves = [

@@ -6,10 +6,11 @@ import contextlib
 
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.errors import UserError, one_line_errors
+from ppdiffusers_train.loop.run import resolve_run
 from ppdiffusers_train.models.lora import add_lora, load_lora_weights, save_lora, save_lora_weights
 from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule
-from ppdiffusers_train.training import check_run, launch_training_task
+from ppdiffusers_train.training import train_job
 
 
 def run_job(parser, module_class, argv=None, build_dataset=build_dataset) -> None:
@@ -25,11 +26,11 @@ def run_job(parser, module_class, argv=None, build_dataset=build_dataset) -> Non
     @one_line_errors
     def main(argv):
         args = parser.parse_args(argv)
-        check_run(args)
-        dataset = build_dataset(args)
-        module = module_class(args)
+        run = resolve_run(args)
+        dataset = build_dataset(run.args)
+        module = module_class(run.args)
         module.inspect_dataset(dataset)
-        launch_training_task(module, dataset, args)
+        train_job(module, dataset, run)
 
     main(argv)
 

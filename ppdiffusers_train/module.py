@@ -83,7 +83,7 @@ class DiffusionTrainingModule(nn.Layer):
 
 
 @paddle.no_grad()
-def encode_each(module, batch: dict) -> dict:
+def encode_batch(module, batch: dict) -> dict:
     """A batch through `module.encode`: `{name: [B, …]} -> {name: [B, …]}`, floats as float32.
 
     One sample at a time unless the module says otherwise, because how a product of matrices is rounded depends on their

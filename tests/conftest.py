@@ -279,10 +279,10 @@ def build(kandinsky_jobs, decoder_flags):
 def encode(module, rows, indices):
     """Rows of a dataset through `preprocess` and `encode`."""
     from ppdiffusers_train.draws import RowDraws
-    from ppdiffusers_train.module import encode_each
+    from ppdiffusers_train.module import encode_batch
 
     samples = [module.preprocess(rows[index], RowDraws(0, index)) for index in indices]
-    return encode_each(
+    return encode_batch(
         module, {name: paddle.to_tensor(np.stack([sample[name] for sample in samples])) for name in samples[0]}
     )
 

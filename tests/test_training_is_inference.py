@@ -22,7 +22,7 @@ from ppdiffusers.image_processor import VaeImageProcessor
 from safetensors.numpy import save_file
 
 from ppdiffusers_train.draws import RowDraws
-from ppdiffusers_train.module import encode_each
+from ppdiffusers_train.module import encode_batch
 from ppdiffusers_train.toy.models.sd3 import build_scheduler
 from tests.conftest import PHOTOS, ROOT, load_script, module_class, short_run, weights
 
@@ -292,7 +292,7 @@ def disagreements(name, module, pipelines, directory):
     def fed(timestep, draws=RowDraws):
         sample = {name: paddle.to_tensor(array[None]) for name, array in module.preprocess(ROW, draws(0, 0)).items()}
         with paddle.no_grad(), recorded([m for m in module.children() if isinstance(m, model_class)]) as calls:
-            module(encode_each(module, sample), Given(timestep))
+            module(encode_batch(module, sample), Given(timestep))
         return calls  # of a distillation: student, teacher with and without caption, target
 
     def compare(where, trained, inferred, but=()):
@@ -339,7 +339,7 @@ def test_what_training_wants_the_model_to_say_leads_its_pipeline_to_the_image(na
     sample = {name: paddle.to_tensor(array[None]) for name, array in module.preprocess(ROW, RowDraws(0, 0)).items()}
     said = []
     with recorded([model := getattr(module, pipeline.model)]) as calls, wrapped([model], partial(keep, said)):
-        loss = module(encode_each(module, sample), Given(timestep))
+        loss = module(encode_batch(module, sample), Given(timestep))
     (gradient,) = paddle.grad(loss, said)
     wanted = said[0] - 2 * loss / (gradient**2).sum() * gradient  # there the mean of squares is zero
     with wrapped([getattr(pipeline.pipe, pipeline.model)], partial(replace, wanted)):

@@ -70,7 +70,7 @@ def release_levers() -> None:
 
 
 @contextlib.contextmanager
-def pulled_levers():
+def patched_paddle():
     """The levers are pulled inside, and released at the end, whatever that is."""
     pull_levers()
     try:

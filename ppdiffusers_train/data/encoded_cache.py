@@ -13,96 +13,25 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import time
-from collections import deque
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
-from tqdm import tqdm
 
-from ppdiffusers_train.cpu.free_memory import return_free_memory
-from ppdiffusers_train.cpu.patches import COMPILE_FROM_ROWS, CompiledEncode, can_compile
-from ppdiffusers_train.data.loader import as_error, choose_caption, iterate_batches
+from ppdiffusers_train.cpu.patches import COMPILE_FROM_ROWS, can_compile
+from ppdiffusers_train.data.loader import as_error, choose_caption
 from ppdiffusers_train.data.rows import with_one_caption
 from ppdiffusers_train.data.source_code import sources
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.errors import BadSampleError
-from ppdiffusers_train.module import encode_each
-from ppdiffusers_train.runtime.checkpoint import require_writable, sync
+from ppdiffusers_train.runtime.checkpoint import sync
 from ppdiffusers_train.runtime.processes import is_alive, this_machine
 from ppdiffusers_train.tensor_files import write_tensors
 
 ROWS_AT_ONCE = 64  # that a rank looks through for what the cache lacks; of those to encode it takes one
 OLD_SECONDS = 24 * 3600  # after which nobody is still writing an entry
-
-
-def encode_dataset(module, dataset, order, args, ranks, precision, bad_samples, say):
-    """Fill the cache with what it lacks of `dataset`, free the module's encoders, and return the `EncodedSamples`."""
-    folder = Path(args.encoded_cache_dir)
-    require_writable(folder, "--encoded_cache_dir")
-    root, (folder, is_compiled) = folder, encoders_folder(folder, module, precision, len(dataset))
-    if not folder.exists() and any(root.iterdir()):
-        say(f"{root}: what is there comes of other models, settings or code; it stays, and is not used")
-    ranks.wait_for_all("the others to hash their encoders")  # before anyone makes the folder
-    variants, is_random = args.cache_variants, draws_something(module, dataset)
-    if variants > 1 and not is_random:
-        say(f"--cache_variants {variants}: no effect, this job prepares a sample in one way only")
-        variants = 1
-    elif variants == 1 and is_random:
-        say("--cache_variants 1: each sample keeps one crop, flip and caption for the whole run")
-    samples = EncodedSamples(folder, dataset, order, variants)
-    missing = samples.missing(ranks)
-    say(f"{folder}: {sum(map(len, missing.values()))} of {samples.count} samples are still to be encoded")
-    if missing:
-        if ranks.is_main:
-            remove_leftovers(folder)
-        if is_compiled:
-            module.encode = CompiledEncode(module)
-        bad_samples.add(fill(samples, missing, module, ranks, precision, args.dataloader_num_workers), say)
-    for name in module.encoders:
-        setattr(module, name, None)
-    return_free_memory()
-    return samples
-
-
-def fill(samples, missing: dict, module, ranks, precision, num_workers: int) -> dict:
-    """Encode what is missing. Whichever rank is free takes the next row, so all end at about the same time.
-
-    Args:
-        missing: see `EncodedSamples.missing`.
-    Returns:
-        {row: why it cannot be used}, on every rank.
-    """
-    rows, taken, found, done = list(missing), deque(), {}, ranks.counter()
-    # Another process may be filling the same cache: each begins somewhere else, and skips what it meets.
-    start = ranks.share(secrets.randbelow(len(rows)))
-
-    def take():
-        for piece in ranks.pieces(len(rows)):
-            row = rows[(start + piece.start) % len(rows)]
-            entries = samples.entries(row)
-            for number in missing[row]:
-                taken.append(entries[number])
-                yield [entries[number]]
-
-    batches = iterate_batches(Entries(samples.dataset, module.preprocess), take(), num_workers)
-    total = sum(map(len, missing.values()))
-    with tqdm(total=total, desc="encoding", unit="sample", disable=not ranks.is_main) as bar:
-        for batch, errors in batches:
-            entry = taken.popleft()
-            if errors:
-                found[entry.row] = errors[0]
-            elif batch:  # else another process has encoded it by now
-                with precision.autocast():
-                    encoded = encode_each(module, batch)
-                entry.write({name: tensor[0].numpy() for name, tensor in encoded.items()})
-            bar.update(done(1) - bar.n)  # by all ranks
-        parts = ranks.gather(found, "the others to encode their last samples")
-        bar.update(total - bar.n)
-    return {row: message for part in parts for row, message in part.items()}
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -219,6 +148,10 @@ class EncodedSamples:
     def __init__(self, folder: Path, dataset, order, variants: int):
         self.folder, self.dataset, self.order, self.variants = folder, dataset, order, variants
         self.digests = {}  # of the images that were asked for
+
+    def encode(self, batch: dict) -> dict:
+        """A batch of them is what `forward` takes."""
+        return batch
 
     def _digest(self, row: int) -> bytes:
         if row not in self.digests:

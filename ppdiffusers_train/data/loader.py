@@ -12,6 +12,7 @@ import paddle
 
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.errors import BadSampleError
+from ppdiffusers_train.module import encode_batch
 
 ERROR_KEY = "error"
 BATCHES_AHEAD = 4
@@ -40,6 +41,22 @@ class PreprocessedSamples:
             return self.preprocess(row, draws)
         except BadSampleError as error:
             return as_error(error)
+
+
+class OnlineSamples(PreprocessedSamples):
+    """The same, encoded batch by batch while the run trains.
+
+    Args:
+        module: the training module, whose `preprocess` and `encode` are used.
+    """
+
+    def __init__(self, rows, module, order):
+        super().__init__(rows, module.preprocess, order)
+        self.module = module
+
+    def encode(self, batch: dict) -> dict:
+        """`{name: [B, …]} -> {name: [B, …]}`: what the module's `forward` takes."""
+        return encode_batch(self.module, batch)
 
 
 def as_error(error) -> dict:

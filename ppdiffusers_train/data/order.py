@@ -5,6 +5,7 @@ from itertools import groupby
 
 import numpy as np
 
+from ppdiffusers_train.data.buckets import assign_buckets, describe_buckets
 from ppdiffusers_train.draws import generator
 
 
@@ -85,3 +86,16 @@ def micro_batches(window: range, rank: int, world_size: int, batch_size: int, bu
         share = list(share)
         batches += [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
     return batches
+
+
+def order_samples(module, dataset, seed: int, samples_per_step: int, log) -> SampleOrder:
+    """Which sample of a run comes when. Where the module has buckets, a line says how many images each has.
+
+    Args:
+        log: prints a line.
+    """
+    buckets = None
+    if module.buckets:
+        buckets = assign_buckets(module.buckets, dataset)
+        log(describe_buckets(module.buckets, buckets))
+    return SampleOrder(seed, len(dataset), buckets, samples_per_step, getattr(dataset, "sequential", False))

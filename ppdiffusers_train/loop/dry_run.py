@@ -22,15 +22,17 @@ from ppdiffusers_train.loop.memory_estimate import (
     extrapolate_peak,
     take_inventory,
 )
+from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.step import set_training_mode
-from ppdiffusers_train.module import choose_trainable, encode_each
+from ppdiffusers_train.module import choose_trainable, encode_batch
 
 MEASURED = (128, 192, 256)  # heights and widths in pixels; below, weights' gradients hide the activations
 CARDS = (8, 12, 16, 24, 40, 80)  # GB
 
 
-def describe_run(module, dataset, args, total_steps: int, samples_per_step: int, steps_per_epoch: int) -> None:
+def describe_run(plan: Plan) -> None:
     """Print what the run would be."""
+    module, dataset, args = plan.module, plan.dataset, plan.run.args
     print(f"{type(module).__name__}: a dry run, nothing is loaded, trained or written\n\nmodels")
     learning = {id(parameter) for parameter in module.trainable_parameters()}
     for name, model in module.named_children():
@@ -44,8 +46,8 @@ def describe_run(module, dataset, args, total_steps: int, samples_per_step: int,
     entries = captions * args.cache_variants
     print(f"\ndata\n  {len(dataset)} samples with {captions} captions")
     print(
-        f"  {total_steps} steps of {samples_per_step} samples: {total_steps / steps_per_epoch:.1f} epochs of "
-        f"{steps_per_epoch} steps"
+        f"  {plan.total_steps} steps of {plan.run.samples_per_step} samples: "
+        f"{plan.total_steps / plan.steps_per_epoch:.1f} epochs of {plan.steps_per_epoch} steps"
     )
     print(
         f"  {captions} x {args.cache_variants} encoded samples of {human(inventory.encoded)}: "
@@ -128,7 +130,7 @@ def inventory_of(module, row: dict, args) -> Inventory:
             if not recompute:
                 batch, _ = stack([job.preprocess(dict(row), RowDraws(0, 0))])
                 with Peaks() as around:
-                    samples.append(encode_each(job, batch))
+                    samples.append(encode_batch(job, batch))
                     around.mark()
                 encoding.append(around)
                 encoded.append([sum(tensor.numpy().nbytes for tensor in samples[-1].values())])

@@ -6,6 +6,7 @@ from pathlib import Path
 from ppdiffusers_train.errors import RunError
 from ppdiffusers_train.launcher.last_word import say_after_launcher
 from ppdiffusers_train.launcher.signals import StopRequest
+from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import OPTIMIZER, TrainingState
 from ppdiffusers_train.reporting.hub import push_to_hub
 from ppdiffusers_train.runtime.checkpoint import replace_children, write_checkpoint
@@ -21,7 +22,7 @@ def remove_stale_shards(output_dir: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def save_checkpoint(state: TrainingState, ranks: Ranks, output_dir: Path, info: dict, args, say) -> bool:
+def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
     """Write `checkpoint-<step>`: rank 0 all of it, but a sharded optimizer's share each rank that holds one.
 
     Returns:
@@ -29,6 +30,7 @@ def save_checkpoint(state: TrainingState, ranks: Ranks, output_dir: Path, info: 
     Raises:
         RunError: it cannot be written, and `--on_save_error` is not `continue`.
     """
+    ranks, output_dir, args = plan.run.ranks, plan.run.output_dir, plan.run.args
     shards = output_dir / f"{SHARDS}{ranks.name}"
     failures = [""]
     if ranks.sharding_degree > 1:
@@ -48,13 +50,13 @@ def save_checkpoint(state: TrainingState, ranks: Ranks, output_dir: Path, info: 
             try:
                 if any(failures):
                     raise OSError(next(filter(None, failures)))
-                record = {**info, **state.record()}
+                record = {**plan.info, **state.record()}
                 write_checkpoint(output_dir, state.step, write, record, args.checkpoints_total_limit)
             except OSError as error:
                 message = f"checkpoint-{state.step} cannot be written to {str(output_dir)!r}: {error}"
                 if args.on_save_error == "stop":
                     raise RunError(f"{message}; earlier checkpoints are untouched") from error
-                say(f"{message}; going on")
+                plan.run.log(f"{message}; going on")
                 return False
             finally:
                 shutil.rmtree(shards, ignore_errors=True)
@@ -73,8 +75,9 @@ def write_shard(state: TrainingState, ranks: Ranks, folder: Path) -> str:
     return ""
 
 
-def write_result(module, output_dir: Path, args, say) -> None:
-    """Write what the run was for into `output_dir`, and upload it where that is asked for."""
+def write_result(plan: Plan) -> None:
+    """Write what the run was for into its folder, and upload it where that is asked for."""
+    module, output_dir, args = plan.module, plan.run.output_dir, plan.run.args
 
     def save(folder):
         module.save_pretrained(folder)
@@ -88,21 +91,22 @@ def write_result(module, output_dir: Path, args, say) -> None:
             f"the result cannot be written to {str(output_dir)!r}: {error}; the same command with "
             "--resume_from_checkpoint latest goes on from the last checkpoint"
         ) from error
-    say(f"wrote the result to {output_dir}")
+    plan.run.log(f"wrote the result to {output_dir}")
     if args.push_to_hub:
         url = push_to_hub(output_dir, args.hub_model_id, args.hub_token, module.card_data(), args.validation_prompts)
-        say(f"uploaded to {url}")
+        plan.run.log(f"uploaded to {url}")
 
 
-def end_stopped(stop: StopRequest, ranks: Ranks, checkpoint: Path, is_written: bool, where: str) -> None:
+def end_stopped(stop: StopRequest, plan: Plan, state: TrainingState, is_written: bool) -> None:
     """End a run that a signal has stopped, on every rank with one line and the status 128 + the number of the signal.
 
     Args:
         is_written: whether rank 0 has written the checkpoint; of other ranks nobody asks.
-        where: in the run.
     """
+    checkpoint = plan.run.output_dir / f"checkpoint-{state.step}"
+    where = f"after step {state.step} of {plan.total_steps}"
     # Not every rank has to have got it. And one that ends takes the others down: first, all have to be here.
-    told = ranks.gather((stop.received, is_written))
+    told = plan.run.ranks.gather((stop.received, is_written))
     received = next(number for number, _ in told if number)
     written = f"wrote {checkpoint} {where}; go on with --resume_from_checkpoint latest"
     message = f"{received.name}: {written if told[0][1] else f'ended {where}, without a checkpoint'}"

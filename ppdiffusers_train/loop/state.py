@@ -13,10 +13,11 @@ from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.loop.bad_samples import BadSamples
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.runtime.adamw_8bit import AdamW8bit
-from ppdiffusers_train.runtime.distributed import Ranks, check_sharding_degree
+from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.runtime.ema import EMA
 from ppdiffusers_train.runtime.gradient_sums import GradientSums
 from ppdiffusers_train.runtime.gradients import clipping_factor, scale_gradients, zero_unless
+from ppdiffusers_train.runtime.groups import check_sharding_degree
 from ppdiffusers_train.runtime.optimizer_state import SEPARATOR, is_8bit, load_optimizer_tensors, optimizer_tensors
 from ppdiffusers_train.runtime.precision import Precision, holding, updated_parameters
 from ppdiffusers_train.tensor_files import open_tensors, write_parts

@@ -15,7 +15,7 @@ from ppdiffusers_train.runtime.distributed import Ranks
 
 
 @dataclass
-class Part:
+class MicroBatch:
     """One batch's contribution to a step."""
 
     loss: object  # its part of the window's mean loss, on the device
@@ -25,33 +25,33 @@ class Part:
 
 
 @no_views()
-def backward(
-    module, encode, loaded, draws: Draws, positions, window: range, state: TrainingState, ranks: Ranks, last: bool
-) -> Part:
+def add_gradients(
+    module, samples, loaded, draws: Draws, positions: list, window: range, state: TrainingState, is_last: bool
+) -> MicroBatch:
     """Add the gradients of one batch, the samples at `positions`, to those of its step's `window`.
 
     Args:
-        encode: turns the batch into encoded samples; None where it holds them already.
+        samples: where the batch comes from, with a method `encode`.
         loaded: the batch, and the messages of samples that cannot be used.
         draws: of all its samples.
-        last: whether it is this rank's last batch of the window.
+        is_last: whether it is this rank's last batch of the window.
     """
     batch, errors = loaded
     errors = {positions[i]: message for i, message in errors.items()}
     good = [position for position in positions if position not in errors]
     draws.keep(good)
     if not good:
-        return Part(paddle.zeros([]), draws, good, errors)
+        return MicroBatch(paddle.zeros([]), draws, good, errors)
     with dropout_follows(draws):
         with state.precision.autocast():
-            encoded = encode(batch) if encode else batch
+            encoded = samples.encode(batch)
             # By its share of the samples: right for a short last batch, and for a short last window.
             loss = module(encoded, draws) * (len(good) / len(window))
         # Gradients are averaged over ranks, but each rank has its part of one sum.
-        scale = state.precision.loss_scale.value * ranks.world_size
-        with state.gradients.micro_batch(last):
+        scale = state.precision.loss_scale.value * state.ranks.world_size
+        with state.gradients.micro_batch(is_last):
             (loss * scale if scale != 1 else loss).backward()
-    return Part(loss.detach().astype("float32"), draws, good, errors)
+    return MicroBatch(loss.detach().astype("float32"), draws, good, errors)
 
 
 def losses_by_file(parts: list, window_size: int, order: SampleOrder, dataset) -> dict:

@@ -4,6 +4,8 @@ import contextlib
 
 import paddle
 
+from ppdiffusers_train.loop.plan import Plan
+from ppdiffusers_train.loop.state import TrainingState
 from ppdiffusers_train.reporting.images import captioned_grid
 
 
@@ -26,3 +28,18 @@ def draw_validation(module, prompts: list, count: int, seed: int):
     with evaluation(module):
         images = module.generate([prompt for prompt in prompts for _ in seeds], seeds * len(prompts))
     return captioned_grid([images[start : start + count] for start in range(0, len(images), count)], prompts)
+
+
+def save_validation_pictures(plan: Plan, state: TrainingState, trackers) -> None:
+    """Draw pictures with what the result would be now, into the run's folder and its trackers."""
+    run, args = plan.run, plan.run.args
+    with state.result_weights(), run.ranks.main_first("pictures to be drawn") as is_turn:
+        if is_turn:
+            with state.precision.autocast():
+                picture = draw_validation(
+                    plan.module, args.validation_prompts, args.num_validation_images, plan.order.seed
+                )
+            file = run.output_dir / "validation" / f"step-{state.step}.png"
+            file.parent.mkdir(exist_ok=True)
+            picture.save(file)
+            trackers.image("validation", picture, state.step)

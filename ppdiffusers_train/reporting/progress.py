@@ -1,5 +1,6 @@
 """What a run says on the screen: one line that moves, and single lines above it."""
 
+import contextlib
 import resource
 import sys
 import time
@@ -69,6 +70,15 @@ class Progress:
         )
         self.bar.update()
         return rate
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Within, time does not count: samples per second are those of training."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.started += time.monotonic() - began
 
     def close(self):
         self.bar.close()

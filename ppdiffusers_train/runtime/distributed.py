@@ -17,7 +17,7 @@ from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer import DygraphSh
 
 from ppdiffusers_train.errors import RunError, UserError
 from ppdiffusers_train.launcher.stand_in import is_left_alone
-from ppdiffusers_train.runtime.groups import connect_ranks, make_sharding_groups
+from ppdiffusers_train.runtime.groups import check_sharding_degree, connect_ranks, make_sharding_groups
 from ppdiffusers_train.runtime.waiting import Absent, Failure, Meetings, add, start_signs_of_life
 
 LEFT_ALONE_SECONDS = 60.0  # of waiting, once the launcher has given a rank up, and probably another one, too
@@ -136,6 +136,13 @@ class Ranks:
         with self.waits_for("another rank's share of the weights"):
             dist.broadcast(tensor, src=group.ranks[owner], group=group)
         return tensor
+
+    def share_optimizer_state(self, degree: int) -> None:
+        """From now on, split an optimizer's state over so many ranks; raises a `UserError` where that cannot be."""
+        check_sharding_degree(degree)
+        if degree > 1:
+            make_sharding_groups(self.world_size, degree)
+        self.sharding_degree = degree
 
     def shard(self, optimizer):
         """The optimizer with its state split over ranks: each holds and updates its share, and sends the others the
@@ -267,22 +274,12 @@ def synchronize() -> None:
         paddle.device.synchronize()
 
 
-def check_sharding_degree(sharding_degree: int) -> None:
-    """Raise a `UserError` unless the optimizer's state can be split over so many of the processes."""
-    if dist.get_world_size() % sharding_degree:
-        raise UserError(
-            f"--sharding_degree: {sharding_degree} does not divide the number of processes, which is "
-            f"{dist.get_world_size()}"
-        )
-
-
 def start_ranks(sharding_degree: int = 1, timeout: float = 1800) -> Ranks:
     """Join the ranks that `paddle.distributed.launch` started, or be the only one.
 
     Raises:
         UserError: the optimizer's state cannot be split as asked for.
     """
-    check_sharding_degree(sharding_degree)
     world_size = dist.get_world_size()
     on_cpu = paddle.get_device().startswith("cpu")
     if world_size > 1 and on_cpu and os.environ.get("PADDLE_DISTRI_BACKEND") != "gloo":
@@ -293,8 +290,7 @@ def start_ranks(sharding_degree: int = 1, timeout: float = 1800) -> Ranks:
     if world_size > 1:
         connect_ranks()
         start_signs_of_life(dist.get_rank())
-    if sharding_degree > 1:
-        make_sharding_groups(world_size, sharding_degree)
-    ranks = Ranks(dist.get_rank(), world_size, sharding_degree, timeout)
+    ranks = Ranks(dist.get_rank(), world_size, timeout=timeout)
     ranks.name = ranks.share(secrets.token_hex(8))
+    ranks.share_optimizer_state(sharding_degree)
     return ranks

@@ -10,6 +10,8 @@ import paddle.distributed as dist
 from paddle.base import core
 from paddle.distributed import collective, fleet
 
+from ppdiffusers_train.errors import UserError
+
 
 @functools.cache
 def connect_ranks() -> None:
@@ -19,6 +21,15 @@ def connect_ranks() -> None:
     with contextlib.suppress(ValueError):
         paddle.set_flags({"FLAGS_tcp_store_using_libuv": False})
     dist.init_parallel_env()
+
+
+def check_sharding_degree(sharding_degree: int) -> None:
+    """Raise a `UserError` unless the optimizer's state can be split over so many of the processes."""
+    if dist.get_world_size() % sharding_degree:
+        raise UserError(
+            f"--sharding_degree: {sharding_degree} does not divide the number of processes, which is "
+            f"{dist.get_world_size()}"
+        )
 
 
 @functools.cache

@@ -16,16 +16,16 @@ from ppdiffusers_train.arguments import Flag, positive_int
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.encoded_cache import EncodedSamples
 from ppdiffusers_train.data.loader import ERROR_KEY, PreprocessedSamples, as_error
+from ppdiffusers_train.data.order import order_samples
 from ppdiffusers_train.errors import BadSampleError, UserError
-from ppdiffusers_train.loop.identity import settle_cache_folder, settle_seed
 from ppdiffusers_train.loop.memory_estimate import compute_on_cpu
+from ppdiffusers_train.loop.run import resolve_flags
 from ppdiffusers_train.models.text import read_tokens
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.runtime.checkpoint import find_checkpoint
 from ppdiffusers_train.runtime.distributed import start_ranks
-from ppdiffusers_train.training import order_samples
 
 GREY = (128, 128, 128)
 
@@ -42,24 +42,10 @@ def preview(words: list) -> tuple:
     """
     script, flags = split_command(words)
     job = load_script(script)
-    parser = job.build_parser()
-    parser.prog = script.name
-    group = parser.add_argument_group("preview")
-    group.add_argument("--preview_output", default="preview.png", metavar="FILE", help="picture to write")
-    group.add_argument("--preview_samples", type=positive_int, default=16, help="how many samples to draw")
-    group.add_argument("--json", action=Flag, help="print what was drawn as one JSON document")
-    args = parser.parse_args(flags)
-    args.dry_run = True  # models have no weights
-    compute_on_cpu()
-    quiet_libraries()
-    settle_cache_folder(args)
-    resumed = args.resume_from_checkpoint
-    saved = find_checkpoint(resumed, Path(args.output_dir))[1] if resumed else None
-    settle_seed(args, saved, start_ranks())
+    args = parse_flags(job, script.name, flags)
     dataset = build_dataset(args)
     module = module_class(job)(args)
-    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps
-    order = order_samples(module, dataset, args.seed, samples_per_step, say=print)
+    order = order_samples(module, dataset, args.seed, args.train_batch_size * args.gradient_accumulation_steps, print)
     samples = PreprocessedSamples(dataset, module.preprocess, order)
     if args.encoded_cache_dir:
         samples = PreviewedEntries(dataset, module.preprocess, order, args.cache_variants)
@@ -69,25 +55,52 @@ def preview(words: list) -> tuple:
         arrays = samples[position]  # first: only then a stream knows what its sample is called
         about = {"position": position, "row": order.row(position), "name": dataset.name(order.row(position))}
         shown.append({**about, **describe(module, arrays), "pictures": pictures(module, arrays)})
-    sheet = draw(shown, args.resolution)
-    try:
-        sheet.image.save(args.preview_output, "PNG")
-    except OSError as error:
-        raise UserError(f"--preview_output: cannot write {args.preview_output!r}: {error.strerror}") from error
-    for sample, places in zip(shown, sheet.places):
-        sample["pictures"] = [
-            {"name": name, "left": left, "top": top, "width": picture.width, "height": picture.height}
-            for (name, picture), (left, top) in zip(sample["pictures"].items(), places)
-        ]
+    scale = save_sheet(shown, args.resolution, args.preview_output)
     status = int(any(sample["error"] for sample in shown))
     if args.json:
-        result = {"file": args.preview_output, "seed": args.seed, "scale": sheet.scale, "samples": shown}
+        result = {"file": args.preview_output, "seed": args.seed, "scale": scale, "samples": shown}
         return json.dumps({**result, "status": status}, ensure_ascii=False), status
     lines = [f"{sample['position']:>4}  {sample['name']}: {', '.join(text_of(sample))}" for sample in shown]
     notes = ", as the encoded cache keeps them" if args.encoded_cache_dir else ""
     notes += ", in the order of one card" if module.buckets else ""
     lines.append(f"wrote {args.preview_output}: {len(shown)} samples of seed {args.seed}{notes}")
     return "\n".join(lines), status
+
+
+def parse_flags(job, name: str, flags: list):
+    """The script's flags and the preview's own, with what they leave open resolved. Models are to have no weights."""
+    parser = job.build_parser()
+    parser.prog = name
+    group = parser.add_argument_group("preview")
+    group.add_argument("--preview_output", default="preview.png", metavar="FILE", help="picture to write")
+    group.add_argument("--preview_samples", type=positive_int, default=16, help="how many samples to draw")
+    group.add_argument("--json", action=Flag, help="print what was drawn as one JSON document")
+    parser.set_defaults(dry_run=True)
+    args = parser.parse_args(flags)
+    compute_on_cpu()
+    quiet_libraries()
+    resumed = args.resume_from_checkpoint
+    saved = find_checkpoint(resumed, Path(args.output_dir))[1] if resumed else {}
+    return resolve_flags(args, saved, start_ranks())
+
+
+def save_sheet(shown: list, resolution: int, file: str) -> float:
+    """Write the samples' pictures as one, note in `shown` where each is, and return the scale of the picture.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    sheet = draw(shown, resolution)
+    try:
+        sheet.image.save(file, "PNG")
+    except OSError as error:
+        raise UserError(f"--preview_output: cannot write {file!r}: {error.strerror}") from error
+    for sample, places in zip(shown, sheet.places):
+        sample["pictures"] = [
+            {"name": name, "left": left, "top": top, "width": picture.width, "height": picture.height}
+            for (name, picture), (left, top) in zip(sample["pictures"].items(), places)
+        ]
+    return sheet.scale
 
 
 def split_command(words: list) -> tuple:

@@ -22,13 +22,13 @@ from ppdiffusers_train.cpu.patches import (
     can_compile,
     levers,
     no_views,
+    patched_paddle,
     pull_levers,
-    pulled_levers,
     release_levers,
 )
 from ppdiffusers_train.data.encoded_cache import encoders_folder
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.module import encode_each
+from ppdiffusers_train.module import encode_batch
 from ppdiffusers_train.runtime.precision import Precision
 from tests.conftest import encode, weights
 
@@ -310,7 +310,7 @@ def test_numbers_too_small_for_full_precision_are_zero_while_levers_are_pulled()
         return alone.item(), many.numpy().max().item(), np.count_nonzero(many.numpy())
 
     assert products() == (pytest.approx(tiny / 2), pytest.approx(tiny / 2), 300 * 300)
-    with pulled_levers():
+    with patched_paddle():
         assert products() == (0, 0, 0)
     assert products()[0] == pytest.approx(tiny / 2)
 
@@ -415,9 +415,9 @@ def test_runs_on_much_data_compile_online_and_for_the_cache_alike(train_decoder,
     assert any(not np.array_equal(online[name], plain[name]) for name in online), "they were compiled"
 
 
-def test_encode_each_takes_the_compiled_one(build):
+def test_encode_batch_takes_the_compiled_one(build):
     module = build("decoder")
     seen = []
     module.encode = lambda batch: seen.append(batch) or {"x": batch["x"]}
-    encode_each(module, {"x": paddle.zeros([2, 1])})
+    encode_batch(module, {"x": paddle.zeros([2, 1])})
     assert len(seen) == 2

@@ -25,7 +25,7 @@ from PIL import Image
 from ppdiffusers_train.data.rows import decode_row
 from ppdiffusers_train.data.shards import local_shards, open_shards
 from tests.conftest import PHOTOS, ROOT, copy_photos
-from tests.data.test_checks import make_folder, png, refused, row
+from tests.tools.test_check import make_folder, png, refused, row
 
 pytestmark = pytest.mark.once  # no Paddle in it
 

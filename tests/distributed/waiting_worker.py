@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 
-from ppdiffusers_train.data.encoded_cache import encode_dataset
 from ppdiffusers_train.errors import BadSampleError, one_line_errors
 from ppdiffusers_train.loop.bad_samples import BadSamples
+from ppdiffusers_train.loop.filling import encode_dataset
+from ppdiffusers_train.loop.plan import Plan
+from ppdiffusers_train.loop.run import Run
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.runtime.distributed import start_ranks
 from ppdiffusers_train.runtime.precision import Precision
@@ -135,8 +137,11 @@ class Encoding(DiffusionTrainingModule):
 
 def fill(ranks, folder):
     module, bad = Encoding(ranks.rank), BadSamples(1)
-    args = SimpleNamespace(encoded_cache_dir=str(folder / "cache"), cache_variants=1, dataloader_num_workers=1)
-    encode_dataset(module, Numbers(), None, args, ranks, Precision("no"), bad, print)
+    args = SimpleNamespace(
+        output_dir=folder, encoded_cache_dir=str(folder / "cache"), cache_variants=1, dataloader_num_workers=1
+    )
+    plan = Plan(Run(args, ranks, None, {}), module, Numbers(), None, 1, 1, {}, [])
+    encode_dataset(plan, SimpleNamespace(precision=Precision("no"), bad_samples=bad))
     told = {"encoded": module.encoded, "bad": sorted(bad.rows)}
     (folder / f"rank {ranks.rank} of {ranks.world_size}").write_text(json.dumps(told))
     ranks.gather(None)

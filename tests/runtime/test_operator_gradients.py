@@ -9,7 +9,7 @@ import paddle
 import pytest
 
 from ppdiffusers_train.cpu import onednn
-from ppdiffusers_train.cpu.patches import no_views, pulled_levers
+from ppdiffusers_train.cpu.patches import no_views, patched_paddle
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import Draws
 from ppdiffusers_train.loop.step import set_training_mode
@@ -66,7 +66,7 @@ def test_gradients_are_right_whichever_are_asked_for(name, wanted):
 def test_so_they_are_with_what_makes_processors_faster(name, wanted, monkeypatch):
     monkeypatch.setattr(onednn, "LEAST_PLACES", 0)
     monkeypatch.setattr(onednn, "LEAST_OPERATIONS", 0)
-    with pulled_levers(), no_views():
+    with patched_paddle(), no_views():
         assert_right(name, wanted)
 
 

@@ -13,15 +13,14 @@ from PIL import Image, ImageFont
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.encoded_cache import EncodedSamples, encoders_digest
 from ppdiffusers_train.data.loader import PreprocessedSamples
-from ppdiffusers_train.data.order import SampleOrder
-from ppdiffusers_train.module import encode_each
+from ppdiffusers_train.data.order import SampleOrder, order_samples
+from ppdiffusers_train.module import encode_batch
 from ppdiffusers_train.reporting.contact_sheet import Tile, broken, contact_sheet
 from ppdiffusers_train.runtime.precision import Precision
 from ppdiffusers_train.tools.preview import PreviewedEntries
-from ppdiffusers_train.training import order_samples
 from tests.conftest import KANDINSKY, PHOTOS, ROOT, copy_photos
-from tests.data.test_checks import refused
-from tests.test_dry_run import without_weights
+from tests.loop.test_dry_run import without_weights
+from tests.tools.test_check import refused
 
 pytestmark = pytest.mark.once
 
@@ -100,7 +99,7 @@ def test_with_the_encoded_cache_it_shows_what_the_cache_has_encoded(
         arrays = samples[position]
         assert np.array_equal(tile, pixels(arrays["pixel_values"]))
         batch = {name: paddle.to_tensor(array[None]) for name, array in arrays.items()}
-        for name, encoded in encode_each(module, batch).items():
+        for name, encoded in encode_batch(module, batch).items():
             assert np.array_equal(encoded.numpy()[0], trained[position][name]), "bit for bit"
 
 
@@ -121,7 +120,7 @@ def test_buckets_are_shown_in_the_run_s_order_at_their_own_sizes(preview, sdxl_f
     flags = ["--aspect_ratio_buckets", "--resolution=192", "--train_batch_size=2", f"--train_data_dir={PHOTOS}"]
     status, document, sheet = preview(SDXL_SCRIPT, *sdxl_flags, *flags, "--preview_samples=15")
     module = build_sdxl_module("sdxl", *flags)
-    order = order_samples(module, build_dataset(module.args), 0, 2, say=lambda message: None)
+    order = order_samples(module, build_dataset(module.args), 0, 2, log=lambda message: None)
     assert [shown["row"] for shown in document["samples"]] == [order.row(position) for position in range(15)]
     sizes = [tile.shape[:2] for tile in tiles(document, sheet)]
     assert sizes == [module.buckets[order.bucket(position)] for position in range(15)] and len(set(sizes)) > 1
