@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ppdiffusers_train.data.dataset import build_dataset
-from ppdiffusers_train.loop.dry_run import CARDS, first_row, inventory_of, options_of
+from ppdiffusers_train.loop.dry_run import GPU_SIZES, first_row, inventory_of, options_of
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.toy.models.tokenizer import build_tokenizer
 
@@ -90,7 +90,7 @@ def main():
                 rows.append(
                     [name, f"{sum(inventory.trained) / 1e6:,.1f} M", *(f"{size / 1e9:.1f}" for size in figures)]
                 )
-                cards.append([name, *(flags_for(inventory, options_of(args), card) for card in CARDS)])
+                cards.append([name, *(flags_for(inventory, options_of(args), card) for card in GPU_SIZES)])
                 print(" | ".join(rows[-1]), " | ".join(cards[-1]), sep="\n", flush=True)
     (ROOT / "docs" / "memory.md").write_text(page(rows, cards), encoding="utf-8")
 
@@ -113,7 +113,7 @@ def page(rows, cards) -> str:
     head = Path(__file__).with_name("memory_page.md").read_text(encoding="utf-8")
     kinds = ["learns", "weights, gradients, AdamW", "encoders", "activations", "with checkpointing"]
     first = table(["job, pixels", *kinds], rows)
-    second = table(["job, pixels", *(f"{card} GB" for card in CARDS)], cards)
+    second = table(["job, pixels", *(f"{card} GB" for card in GPU_SIZES)], cards)
     return head.format(sizes=first, cards=second)
 
 

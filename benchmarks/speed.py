@@ -30,7 +30,7 @@ from speed_gate import Side  # noqa: E402
 from speed_page import STEP_LEVERS, page  # noqa: E402
 
 from ppdiffusers_train.cpu.environment import SETTINGS  # noqa: E402
-from ppdiffusers_train.cpu.patches import LEVERS, VARIABLE  # noqa: E402
+from ppdiffusers_train.cpu.patches import PATCHES, VARIABLE  # noqa: E402
 
 HERE, FIGURES, PAGE = ROOT / "benchmarks", ROOT / "docs" / "performance.json", ROOT / "docs" / "performance.md"
 SCRIPTS = {
@@ -141,7 +141,7 @@ def measure_levers(job: Job, turns: int, steps: int) -> dict:
     """Each lever alone against none, and all: in the step from the warm cache, and for encoders online."""
     sides = {name: job.cached(levers=name) for name in ("none", *STEP_LEVERS, ",".join(STEP_LEVERS))}
     for name, compile in (("online, plain encoders", False), ("online, compiled encoders", True)):
-        environment = {VARIABLE: ",".join(LEVERS)}  # whether or not the processor usually compiles
+        environment = {VARIABLE: ",".join(PATCHES)}  # whether or not the processor usually compiles
         sides[name] = job.paddle("loop", "--no_encoded_cache", compile=compile, environment=environment)
     return in_turns(sides, turns, steps)
 

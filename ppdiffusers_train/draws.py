@@ -63,7 +63,7 @@ class RowDraws:
         """An int64 number, uniform in {low, …, high - 1}."""
         return self._generator(name).integers(low, high, dtype=np.int64)
 
-    def happens(self, name: str, probability: float) -> bool:
+    def bernoulli(self, name: str, probability: float) -> bool:
         """True with this probability. Where that is 0 nothing is drawn: the sample stays without chance."""
         return probability > 0 and bool(self.uniform(name) < probability)
 

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 
-from ppdiffusers_train.launcher.last_word import say_after_launcher, watch_launcher
+from ppdiffusers_train.launcher.last_word import print_after_launcher, watch_launcher
 from ppdiffusers_train.launcher.signals import EndAtOnce
 from ppdiffusers_train.launcher.tokens import secrets_in
 
@@ -56,13 +56,13 @@ def one_line_errors(main):
         except (UserError, RunError) as error:
             message = hide_tokens(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}")
             print(message, file=sys.stderr)
-            say_after_launcher(message)
+            print_after_launcher(message)
             raise SystemExit(error.exit_status) from error
         except Exception as error:
             # Its traceback goes into a log.
             error.args = tuple(hide_tokens(part) if isinstance(part, str) else part for part in error.args)
             rank = os.environ.get("PADDLE_TRAINER_ID", "0")
-            say_after_launcher(hide_tokens(f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())}"))
+            print_after_launcher(hide_tokens(f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())}"))
             raise
 
     return run

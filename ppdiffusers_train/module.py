@@ -106,7 +106,7 @@ def freeze(model: nn.Layer) -> nn.Layer:
     return model
 
 
-def learning_models(module) -> list:
+def trained_models(module) -> list:
     """Those of its models in which something learns."""
     return [model for model in module.children() if any(not weights.stop_gradient for weights in model.parameters())]
 

@@ -24,7 +24,7 @@ from ppdiffusers_train.loop.run import Run, notices, resolve_run, set_arithmetic
 from ppdiffusers_train.loop.saving import end_stopped, remove_stale_shards, save_checkpoint, write_result
 from ppdiffusers_train.loop.state import TrainingState, build_training_state, check_schedule
 from ppdiffusers_train.loop.step import add_gradients, seed_layers, set_training_mode
-from ppdiffusers_train.loop.validation import save_validation_pictures
+from ppdiffusers_train.loop.validation import save_validation_images
 from ppdiffusers_train.module import choose_trainable
 from ppdiffusers_train.runtime.agreement import agree, model_digests
 from ppdiffusers_train.runtime.flops import FlopCounter
@@ -159,14 +159,14 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
             # A step's figures are fetched while the device works on the next one. Before anything is written, or the
             # run ends, they have to be good.
             is_last = state.step == plan.total_steps
-            reports.fetch(0 if writes or draws_pictures or is_last or state.judges_before else 1)
+            reports.fetch(0 if writes or draws_pictures or is_last or state.checks_before_update else 1)
             with reports.progress.paused() if writes or draws_pictures else contextlib.nullcontext():
                 is_written = writes and save_checkpoint(plan, state)
                 if stopping:
                     reports.progress.close()
                     end_stopped(stop, plan, state, is_written)
                 if draws_pictures:
-                    save_validation_pictures(plan, state, reports.trackers)
+                    save_validation_images(plan, state, reports.trackers)
         reports.progress.close()
         finish(plan, state, stop)
 
@@ -181,7 +181,8 @@ def exchange_counts(plan: Plan, state: TrainingState, micro_batches: list, is_as
     )
     state.gradients.finish(bool(changed))
     if bad:
-        found = ranks.gather({order.row(p): message for part in micro_batches for p, message in part.errors.items()})
+        own = {order.row(p): message for part in micro_batches for p, message in part.errors.items()}
+        found = ranks.gather_objects(own)
         state.bad_samples.add({row: message for part in found for row, message in part.items()}, plan.run.log)
     return bad, bool(stopping)
 
@@ -189,9 +190,9 @@ def exchange_counts(plan: Plan, state: TrainingState, micro_batches: list, is_as
 def finish(plan: Plan, state: TrainingState, stop: StopRequest) -> None:
     """Write what the run was for."""
     ranks = plan.run.ranks
-    with state.result_weights(), ranks.main_first("the result to be written") as is_turn:
+    with state.result_weights(), ranks.only_main("the result to be written") as is_turn:
         if is_turn:
             write_result(plan)
     if stop.received:
         print(f"{stop.received.name}: came after the last step; the run has ended, its result is written")
-    ranks.gather(None)  # rank 0 answers the others' questions whether it is done: it must not end before they know
+    ranks.gather_objects(None)  # the store is in rank 0's process, which must not end before the others are done

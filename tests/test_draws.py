@@ -56,9 +56,9 @@ def test_numbers_never_change_between_versions_of_this_project():
 
 def test_what_happens_with_a_probability_happens_so_often_and_draws_nothing_where_that_is_none():
     rows = [RowDraws(0, position) for position in range(2000)]
-    assert np.mean([row.happens("drop", 0.2) for row in rows]) == pytest.approx(0.2, abs=0.03)
+    assert np.mean([row.bernoulli("drop", 0.2) for row in rows]) == pytest.approx(0.2, abs=0.03)
     still = RowDraws(0, 0)
-    assert not still.happens("drop", 0.0) and not still.drawn
+    assert not still.bernoulli("drop", 0.0) and not still.drawn
 
 
 def test_a_batch_remembers_the_whole_numbers_that_it_drew():

@@ -199,7 +199,7 @@ def build(name, pipelines):
 class NoCaption(RowDraws):
     """The draws of a sample whose caption is dropped."""
 
-    def happens(self, name, probability):
+    def bernoulli(self, name, probability):
         return name == "drop_caption"
 
 

@@ -60,7 +60,7 @@ class KandinskyDecoderTrainingModule(FullTraining):
         image, resolution = row["image"], self.args.resolution
         square = center_crop_square(image).resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=1)
         clip_pixels = self.image_processor(image, return_tensors="np").pixel_values[0]
-        if draws.happens("drop_caption", self.args.proportion_empty_prompts):
+        if draws.bernoulli("drop_caption", self.args.proportion_empty_prompts):
             clip_pixels = np.zeros_like(clip_pixels)  # what guidance knows as no image: the embedding of zeros
         return {"pixel_values": normalize_pixels(square), "clip_pixel_values": clip_pixels}
 

@@ -76,7 +76,7 @@ class KandinskyPriorTrainingModule(FullTraining):
 
     def preprocess(self, row, draws):
         """clip_pixel_values as CLIP crops them; input_ids and text_mask [L] of the caption."""
-        dropped = draws.happens("drop_caption", self.args.proportion_empty_prompts)
+        dropped = draws.bernoulli("drop_caption", self.args.proportion_empty_prompts)
         input_ids, text_mask = tokenize(self.tokenizer, "" if dropped else row["caption"])
         clip_pixels = self.image_processor(row["image"], return_tensors="np").pixel_values[0]
         return {"clip_pixel_values": clip_pixels, "input_ids": input_ids, "text_mask": text_mask}

@@ -90,7 +90,7 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         """pixel_values [3, R, R]; input_ids [L]."""
         args, image, size = self.args, row["image"], self.args.resolution
         image, *_ = fit(image, size, size, draws, args.interpolation_type, args.center_crop, args.random_flip)
-        caption = "" if draws.happens("drop_caption", args.proportion_empty_prompts) else row["caption"]
+        caption = "" if draws.bernoulli("drop_caption", args.proportion_empty_prompts) else row["caption"]
         return {"pixel_values": normalize_pixels(image), "input_ids": tokenize(self.tokenizer, caption)[0]}
 
     def encoding_settings(self):

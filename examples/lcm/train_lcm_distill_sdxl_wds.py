@@ -52,7 +52,8 @@ class LCMSDXLTrainingModule(LCMTrainingModule):
         time_ids [6]: height and width of the file, top and left of the crop, height and width of what is drawn."""
         args, image, size = self.args, row["image"], self.args.resolution
         crop, top, left = fit(image, size, size, draws, args.interpolation_type, args.center_crop, args.random_flip)
-        is_dropped, zeros = draws.happens("drop_caption", args.proportion_empty_prompts), self.folder.no_prompt_is_zeros
+        is_dropped = draws.bernoulli("drop_caption", args.proportion_empty_prompts)
+        zeros = self.folder.no_prompt_is_zeros
         told = (size, size, 0, 0) if args.use_fix_crop_and_size else (image.height, image.width, top, left)
         return {
             "pixel_values": normalize_pixels(crop),

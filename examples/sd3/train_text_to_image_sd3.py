@@ -84,7 +84,7 @@ class SD3TrainingModule(FullTraining):
         refuse_small_image(row, args.min_image_size)
         size = size_for(*image.size, args.resolution, self.buckets)
         image, *_ = fit(image, *size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
-        if draws.happens("drop_caption", args.proportion_empty_prompts):
+        if draws.bernoulli("drop_caption", args.proportion_empty_prompts):
             caption = ""
         return {"pixel_values": normalize_pixels(image), **tokenize_caption(self.tokenizers, caption)}
 

@@ -85,7 +85,8 @@ class SDXLTrainingModule(FullTraining):
         refuse_small_image(row, args.min_image_size)
         size = size_for(*image.size, args.resolution, self.buckets)
         crop, top, left = fit(image, *size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
-        is_dropped, zeros = draws.happens("drop_caption", args.proportion_empty_prompts), self.folder.no_prompt_is_zeros
+        is_dropped = draws.bernoulli("drop_caption", args.proportion_empty_prompts)
+        zeros = self.folder.no_prompt_is_zeros
         return {
             "pixel_values": normalize_pixels(crop),
             "time_ids": np.float32([image.height, image.width, top, left, *size]),

@@ -62,7 +62,7 @@ class SDTrainingModule(DiffusionTrainingModule):
         """pixel_values [3, R, R]; input_ids [L]."""
         args, size, image, caption = self.args, self.args.resolution, row["image"], row["caption"]
         image, *_ = fit(image, size, size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
-        if draws.happens("drop_caption", args.proportion_empty_prompts):
+        if draws.bernoulli("drop_caption", args.proportion_empty_prompts):
             caption = ""
         return {"pixel_values": normalize_pixels(image), "input_ids": tokenize(self.tokenizer, caption)[0]}
 

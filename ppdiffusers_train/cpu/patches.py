@@ -23,7 +23,7 @@ from ppdiffusers_train.cpu.subnormals import flush_subnormals
 from ppdiffusers_train.errors import UserError
 
 VARIABLE = "PPDIFFUSERS_TRAIN_CPU_LEVERS"
-LEVERS = (
+PATCHES = (
     "no_subnormals", "no_views", "no_same_casts", "onednn_convolutions", "conv_bias", "linear_bias", "image_padding",
     "compiled_encoders",
 )  # fmt: skip
@@ -32,7 +32,7 @@ LEVERS = (
 COMPILE_FROM_ROWS = 1000
 
 
-def levers() -> tuple:
+def enabled_patches() -> tuple:
     """The levers that are on: none on a card, else what the environment says.
 
     Raises:
@@ -41,17 +41,17 @@ def levers() -> tuple:
     if not paddle.get_device().startswith("cpu"):
         return ()
     useless = {"compiled_encoders"} if cpu_vendor() == "AuthenticAMD" else ()  # as fast uncompiled there
-    usual = [name for name in LEVERS if name not in useless]
+    usual = [name for name in PATCHES if name not in useless]
     names = [name.strip() for name in os.environ.get(VARIABLE, ",".join(usual)).split(",")]
-    unknown = set(names) - {*LEVERS, "none", ""}
+    unknown = set(names) - {*PATCHES, "none", ""}
     if unknown:
-        raise UserError(f"{VARIABLE}: there is no {min(unknown)!r}; expected some of {', '.join(LEVERS)}, or none")
-    return tuple(name for name in LEVERS if name in names)
+        raise UserError(f"{VARIABLE}: there is no {min(unknown)!r}; expected some of {', '.join(PATCHES)}, or none")
+    return tuple(name for name in PATCHES if name in names)
 
 
-def pull_levers() -> None:
+def apply_patches() -> None:
     """Put the levers that are on in the place of Paddle's functions; once is enough, and more change nothing."""
-    on = levers()
+    on = enabled_patches()
     flush_subnormals("no_subnormals" in on)
     for which, owner, name, replacement_for in replacements():
         original = getattr(owner, name)
@@ -61,7 +61,7 @@ def pull_levers() -> None:
             setattr(owner, name, replacement)
 
 
-def release_levers() -> None:
+def remove_patches() -> None:
     """Put Paddle's own functions back."""
     flush_subnormals(False)
     for _, owner, name, _ in replacements():
@@ -72,11 +72,11 @@ def release_levers() -> None:
 @contextlib.contextmanager
 def patched_paddle():
     """The levers are pulled inside, and released at the end, whatever that is."""
-    pull_levers()
+    apply_patches()
     try:
         yield
     finally:
-        release_levers()
+        remove_patches()
 
 
 @contextlib.contextmanager
@@ -89,7 +89,7 @@ def no_views():
     by Paddle 3; 2.6 would read it as if it were none, and gains nothing anyway.
     """
     flag = "FLAGS_use_stride_kernel"
-    if "no_views" not in levers() or not paddle.framework.use_pir_api() or not paddle.get_flags(flag)[flag]:
+    if "no_views" not in enabled_patches() or not paddle.framework.use_pir_api() or not paddle.get_flags(flag)[flag]:
         yield
         return
     paddle.set_flags({flag: False})
@@ -217,7 +217,7 @@ def can_compile(module) -> bool:
     Paddle needs its newer graph, PIR: the engine of 2.6 fails on CLIP ("could not create a primitive descriptor").
     """
     return (
-        "compiled_encoders" in levers()
+        "compiled_encoders" in enabled_patches()
         and paddle.framework.use_pir_api()
         and module.can_compile_encode
         and module.encode_batch_size == 1
@@ -249,7 +249,7 @@ class CompiledEncode:
         """Trace `encode` on the shapes of a batch, and hand the graph over to the engine."""
         spec = {name: paddle.static.InputSpec(x.shape, dtype_name(x), name) for name, x in batch.items()}
         graph = EncodeGraph(self.module)
-        release_levers()  # they are for the dynamic graph
+        remove_patches()  # they are for the dynamic graph
         with tempfile.TemporaryDirectory() as folder, paddle.no_grad():
             file = Path(folder) / "encode"
             paddle.jit.save(paddle.jit.to_static(graph, input_spec=[spec], full_graph=True), str(file))
@@ -259,7 +259,7 @@ class CompiledEncode:
             del graph
             return_free_memory()  # the engine reads a copy of its own
             self.predictor = create_predictor(file)
-        pull_levers()
+        apply_patches()
 
 
 class EncodeGraph(nn.Layer):

@@ -189,7 +189,7 @@ class EncodedSamples:
                 if numbers:
                     found[row] = self._digest(row), numbers
         missing = {}
-        for part in ranks.gather(found, "the others to look what the cache lacks"):
+        for part in ranks.gather_objects(found, "the others to look what the cache lacks"):
             for row, (digest, numbers) in part.items():
                 self.digests[row], missing[row] = digest, numbers
         return dict(sorted(missing.items()))  # as they lie on disk

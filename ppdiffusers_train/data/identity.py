@@ -27,7 +27,7 @@ def agree_on_data(dataset, ranks: Ranks) -> None:
         return
     starts = range(0, len(dataset), AT_ONCE)
     blocks = [digest(json.dumps(described(dataset, start)).encode()) for start in starts]
-    parts = ranks.gather(blocks)
+    parts = ranks.gather_objects(blocks)
     for start, *told in zip(starts, *parts):
         if len(set(told)) > 1:
             agree(ranks, described(dataset, start))

@@ -33,7 +33,7 @@ def watch_launcher() -> None:
                 )
 
 
-def say_after_launcher(message: str) -> None:
+def print_after_launcher(message: str) -> None:
     """Make `message` the run's last word, unless another rank has said one or was killed before."""
     with contextlib.suppress(OSError):  # another rank was first
         if is_launcher(PARENT) and _is_watched():

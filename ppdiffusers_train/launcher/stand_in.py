@@ -83,7 +83,8 @@ def stand_in_for(run: int, from_run: int) -> int:
         if heard == ASKS:
             has_time = number not in STOP_SIGNALS or select.select([from_run], [], [], 0)[0]
             if not has_time:
-                time.sleep(until_last_is_told())  # or a rank that is told later would fail, because others have ended
+                # Or a rank that gets the signal later would fail, because others have ended.
+                time.sleep(until_last_is_signalled())
                 # One that waits for others, in Paddle, hears nothing.
                 seconds, message = END_SECONDS, "ended by {}"
             passed_on.add(number)
@@ -101,7 +102,7 @@ def stand_in_for(run: int, from_run: int) -> int:
             return ended_by(os.WTERMSIG(status), "ended by {}") if told else status
 
 
-def until_last_is_told() -> float:
+def until_last_is_signalled() -> float:
     """Seconds until the launcher, which tells one rank of this machine after the other, has told the last."""
     ranks, rank = int(os.environ.get("PADDLE_LOCAL_SIZE", 1)), int(os.environ.get("PADDLE_LOCAL_RANK", 0))
     return LAUNCHER_SECONDS * (ranks - 1 - rank)

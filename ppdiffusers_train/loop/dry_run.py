@@ -27,7 +27,7 @@ from ppdiffusers_train.loop.step import set_training_mode
 from ppdiffusers_train.module import choose_trainable, encode_batch
 
 MEASURED = (128, 192, 256)  # heights and widths in pixels; below, weights' gradients hide the activations
-CARDS = (8, 12, 16, 24, 40, 80)  # GB
+GPU_SIZES = (8, 12, 16, 24, 40, 80)  # GB
 
 
 def describe_run(plan: Plan) -> None:
@@ -75,8 +75,8 @@ def human(size: int) -> str:
 
 def fitting(size: int) -> str:
     """Which card is large enough for so many bytes."""
-    fits = next((card for card in CARDS if size <= card * 1e9), None)
-    return f"fits a card of {fits} GB" if fits else f"too much for a card of {CARDS[-1]} GB"
+    fits = next((card for card in GPU_SIZES if size <= card * 1e9), None)
+    return f"fits a card of {fits} GB" if fits else f"too much for a card of {GPU_SIZES[-1]} GB"
 
 
 def options_of(args) -> Options:

@@ -72,7 +72,7 @@ def fill(samples: EncodedSamples, missing: dict, plan: Plan, state: TrainingStat
     ranks, module = plan.run.ranks, plan.module
     rows, taken, found, done = list(missing), deque(), {}, ranks.counter()
     # Another process may be filling the same cache: each begins somewhere else, and skips what it meets.
-    start = ranks.share(secrets.randbelow(len(rows)))
+    start = ranks.broadcast_object(secrets.randbelow(len(rows)))
 
     def take():
         for piece in ranks.pieces(len(rows)):
@@ -95,6 +95,6 @@ def fill(samples: EncodedSamples, missing: dict, plan: Plan, state: TrainingStat
                     encoded = encode_batch(module, batch)
                 entry.write({name: tensor[0].numpy() for name, tensor in encoded.items()})
             bar.update(done(1) - bar.n)  # by all ranks
-        parts = ranks.gather(found, "the others to encode their last samples")
+        parts = ranks.gather_objects(found, "the others to encode their last samples")
         bar.update(total - bar.n)
     return {row: message for part in parts for row, message in part.items()}

@@ -8,10 +8,10 @@ import paddle
 from paddle.base import core
 
 from ppdiffusers_train.runtime.adamw_8bit import AdamW8bit
-from ppdiffusers_train.runtime.gradient_sums import BUCKET_BYTES, BUCKETS_ON_THE_WAY
+from ppdiffusers_train.runtime.gradient_sums import BUCKET_BYTES, BUCKETS_IN_FLIGHT
 from ppdiffusers_train.runtime.precision import DTYPES, is_trained_without_lora, keeps_float32
 
-ON_THE_WAY = (BUCKETS_ON_THE_WAY + 1) * BUCKET_BYTES  # copies of gradients, between ranks; one more is being filled
+IN_FLIGHT_BYTES = (BUCKETS_IN_FLIGHT + 1) * BUCKET_BYTES  # copies of gradients, between ranks; one more is being filled
 EMA_UPDATE_BYTES = 12  # for each number of a parameter whose average moves: two products, and their sum
 
 
@@ -68,7 +68,7 @@ class Inventory:
             "weights that learn": 4 * numbers - 2 * lowered,
             "frozen weights": in_bytes(self.frozen, precision),
             "encoders": 0 if options.cached else in_bytes(self.encoders, precision),
-            "gradients": 4 * numbers + (min(4 * numbers, ON_THE_WAY) if options.ranks > 1 else 0),
+            "gradients": 4 * numbers + (min(4 * numbers, IN_FLIGHT_BYTES) if options.ranks > 1 else 0),
             "optimizer": (sum(map(moments, self.trained)) + 4 * lowered) // options.sharding_degree,
             "EMA": 4 * numbers if options.use_ema else 0,
             "activations": max(activations, 0 if options.cached else self.encoding, self.updating(options)),

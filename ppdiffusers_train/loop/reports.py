@@ -38,19 +38,19 @@ class StepReports:
             figures, micro_batches = self._waiting.popleft()
             figures.fetch(self.plan.run.ranks)
             if figures.failed:
-                self._tell_failure(figures, micro_batches)
+                self._handle_failure(figures, micro_batches)
             self._show(figures)
             if self.plan.run.args.debug_loss:
                 self._show_losses_by_file(figures, micro_batches)
 
-    def _tell_failure(self, figures: StepFigures, micro_batches: list) -> None:
+    def _handle_failure(self, figures: StepFigures, micro_batches: list) -> None:
         plan, state = self.plan, self.state
-        found = plan.run.ranks.gather(
+        found = plan.run.ranks.gather_objects(
             describe_failure(micro_batches, figures, plan.run.ranks, plan.order, plan.dataset)
         )
         together = f"the ranks' sums come to a loss of {figures.loss} and a norm of {figures.norm}"
         reason, limit = next(filter(None, found), together), plan.run.args.skip_nonfinite
-        if not state.judges_before or state.failed_steps > limit:
+        if not state.checks_before_update or state.failed_steps > limit:
             raise RunError(f"step {figures.step}, {reason}; the last checkpoint is untouched")
         plan.run.log(f"skipped step {figures.step}, {state.failed_steps} of at most {limit}: {reason}")
 
@@ -69,7 +69,7 @@ class StepReports:
     def _show_losses_by_file(self, figures: StepFigures, micro_batches: list) -> None:
         plan = self.plan
         losses = losses_by_file(micro_batches, len(figures.window), plan.order, plan.dataset)
-        found = plan.run.ranks.gather(losses)
+        found = plan.run.ranks.gather_objects(losses)
         self.trackers.scalars({f"loss_for/{name}": loss for part in found for name, loss in part.items()}, figures.step)
 
 

@@ -82,7 +82,7 @@ def resolve_flags(args, saved: dict, ranks: Ranks) -> argparse.Namespace:
     with a folder for the cache where one is asked for, which without `--encoded_cache_dir` is in the run's own."""
     seed, cache = args.seed, args.encoded_cache_dir
     if seed is None:
-        seed = saved["seed"] if saved else ranks.share(secrets.randbelow(2**31))
+        seed = saved["seed"] if saved else ranks.broadcast_object(secrets.randbelow(2**31))
     if args.encoded_cache is False:
         cache = None
     elif args.encoded_cache and not cache:
@@ -125,7 +125,7 @@ def choose_checkpoint(args, ranks: Ranks) -> tuple:
             place = folder and (folder.parent == output_dir, folder.name, str(folder))
         except UserError as error:
             mistake = str(error)
-    place, mistake = ranks.share((place, mistake))
+    place, mistake = ranks.broadcast_object((place, mistake))
     if mistake:
         raise UserError(mistake)
     if place is None:
@@ -153,7 +153,7 @@ def check_shared_folders(args, ranks: Ranks, is_resumed: bool) -> None:
         if ranks.world_size == 1 or folder is None:
             continue
         require_writable(Path(folder), flag)
-        elsewhere, folders = ranks_elsewhere(Path(folder), ranks), ranks.gather(str(folder))
+        elsewhere, folders = ranks_elsewhere(Path(folder), ranks), ranks.gather_objects(str(folder))
         if not elsewhere:
             continue
         rank = elsewhere[0]

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from ppdiffusers_train.errors import RunError
-from ppdiffusers_train.launcher.last_word import say_after_launcher
+from ppdiffusers_train.launcher.last_word import print_after_launcher
 from ppdiffusers_train.launcher.signals import StopRequest
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import OPTIMIZER, TrainingState
@@ -35,7 +35,8 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
     failures = [""]
     if ranks.sharding_degree > 1:
         # And now all of them are there.
-        failures = ranks.gather(write_shard(state, ranks, shards), "the others to write their shares of a checkpoint")
+        failure = write_shard(state, ranks, shards)
+        failures = ranks.gather_objects(failure, "the others to write their shares of a checkpoint")
 
     def write(folder):
         state.save(folder)
@@ -45,7 +46,7 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
             for file in shards.iterdir():
                 file.rename(folder / file.name)
 
-    with state.float32_weights(only_main=True), ranks.main_first("a checkpoint to be written") as is_turn:
+    with state.float32_weights(only_main=True), ranks.only_main("a checkpoint to be written") as is_turn:
         if is_turn:
             try:
                 if any(failures):
@@ -106,10 +107,10 @@ def end_stopped(stop: StopRequest, plan: Plan, state: TrainingState, is_written:
     checkpoint = plan.run.output_dir / f"checkpoint-{state.step}"
     where = f"after step {state.step} of {plan.total_steps}"
     # Not every rank has to have got it. And one that ends takes the others down: first, all have to be here.
-    told = plan.run.ranks.gather((stop.received, is_written))
+    told = plan.run.ranks.gather_objects((stop.received, is_written))
     received = next(number for number, _ in told if number)
     written = f"wrote {checkpoint} {where}; go on with --resume_from_checkpoint latest"
     message = f"{received.name}: {written if told[0][1] else f'ended {where}, without a checkpoint'}"
     print(message, flush=True)
-    say_after_launcher(message)
+    print_after_launcher(message)
     raise SystemExit(128 + received)

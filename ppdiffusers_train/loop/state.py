@@ -64,7 +64,7 @@ class TrainingState:
     seed: int
     max_grad_norm: float
     bad_samples: BadSamples
-    judges_before: bool  # whether a step's numbers are looked at before the weights change
+    checks_before_update: bool  # whether a step's numbers are looked at before the weights change
     sharding_stage: int  # 2: gradients are kept by those that update their parameters alone
     step: int = 0  # optimizer steps taken
     position: int = 0  # samples seen
@@ -95,8 +95,8 @@ class TrainingState:
         """Update the weights from the gradients of `window`, and everything that follows them.
 
         A step without a sample, and one whose numbers are NaN or infinite, leaves weights, averages and learning rate
-        as they are. Where nobody looks before (`judges_before`), its gradients count as zero on the device: the run
-        ends when the figures are fetched, and until then no weight is NaN.
+        as they are. Where they are not checked before the update (`checks_before_update`), its gradients are set to
+        zero on the device: the run ends when the figures are fetched, and until then no weight is NaN.
 
         Args:
             loss: of the window, a scalar on the device.
@@ -107,16 +107,16 @@ class TrainingState:
         norm = self.gradient_norm()
         own_squares = self.gradients.take_own_squares()
         figures = StepFigures(self.step + 1, window, self.optimizer.get_lr(), factor, loss, norm, own_squares)
-        if self.judges_before:
+        if self.checks_before_update:
             figures.fetch(self.ranks)
             figures.overflowed = scale.can_shrink and not math.isfinite(figures.norm)
             scale.update(overflowed=not math.isfinite(figures.norm))
             self.overflowed_steps += figures.overflowed and not figures.failed
             self.failed_steps += figures.failed
-        if missing < len(window) and not (self.judges_before and (figures.overflowed or figures.failed)):
+        if missing < len(window) and not (self.checks_before_update and (figures.overflowed or figures.failed)):
             gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
             scale_gradients(gradients, clipping_factor(norm, self.max_grad_norm, factor) / scale.value)
-            if not self.judges_before:
+            if not self.checks_before_update:
                 zero_unless(paddle.isfinite(loss + norm), gradients)
             is_sharded = self.ranks.sharding_degree > 1
             with self.ranks.waits_for("the others' new weights") if is_sharded else contextlib.nullcontext():
@@ -285,6 +285,6 @@ def build_training_state(module, args, total_steps: int, samples_per_step: int, 
         args.seed,
         args.max_grad_norm,
         BadSamples(args.max_bad_samples),
-        judges_before=precision.loss_scale.enabled or args.skip_nonfinite > 0,
+        checks_before_update=precision.loss_scale.enabled or args.skip_nonfinite > 0,
         sharding_stage=args.sharding_stage,
     )

@@ -10,7 +10,7 @@ from ppdiffusers_train.data.order import SampleOrder
 from ppdiffusers_train.draws import Draws, generator
 from ppdiffusers_train.loop.dropout import dropout_follows, follow_samples
 from ppdiffusers_train.loop.state import StepFigures, TrainingState
-from ppdiffusers_train.module import learning_models
+from ppdiffusers_train.module import trained_models
 from ppdiffusers_train.runtime.distributed import Ranks
 
 
@@ -70,7 +70,7 @@ def seed_layers(seed: int, step: int, rank: int) -> None:
 
 def set_training_mode(module) -> None:
     """Put every model that is trained into training mode; the frozen ones stay in evaluation mode."""
-    learning = learning_models(module)
+    learning = trained_models(module)
     follow_samples(learning)
     for model in module.children():
         if model in learning:

@@ -22,7 +22,7 @@ def evaluation(module):
             layer.training = training
 
 
-def draw_validation(module, prompts: list, count: int, seed: int):
+def generate_validation(module, prompts: list, count: int, seed: int):
     """A grid with one row of `count` pictures per prompt, on the same seeds every time."""
     seeds = [seed + index for index in range(count)]
     with evaluation(module):
@@ -30,13 +30,13 @@ def draw_validation(module, prompts: list, count: int, seed: int):
     return captioned_grid([images[start : start + count] for start in range(0, len(images), count)], prompts)
 
 
-def save_validation_pictures(plan: Plan, state: TrainingState, trackers) -> None:
+def save_validation_images(plan: Plan, state: TrainingState, trackers) -> None:
     """Draw pictures with what the result would be now, into the run's folder and its trackers."""
     run, args = plan.run, plan.run.args
-    with state.result_weights(), run.ranks.main_first("pictures to be drawn") as is_turn:
+    with state.result_weights(), run.ranks.only_main("pictures to be drawn") as is_turn:
         if is_turn:
             with state.precision.autocast():
-                picture = draw_validation(
+                picture = generate_validation(
                     plan.module, args.validation_prompts, args.num_validation_images, plan.order.seed
                 )
             file = run.output_dir / "validation" / f"step-{state.step}.png"

@@ -27,7 +27,7 @@ def agree(ranks: Ranks, values: dict) -> None:
     Raises:
         UserError: on every rank the same, which names the first thing that differs.
     """
-    message = disagreement(ranks.gather(values, "the others to load what is compared"))
+    message = disagreement(ranks.gather_objects(values, "the others to load what is compared"))
     if message:
         raise UserError(message)
 
@@ -108,8 +108,8 @@ def ranks_elsewhere(folder: Path, ranks: Ranks) -> list:
     """The ranks to which `folder` is another one than to rank 0, though it may have the same name: a file that rank 0
     makes in it for a moment is not in theirs."""
     with tempfile.TemporaryDirectory(prefix=".same-for-all-", dir=folder if ranks.is_main else None) as made:
-        name = ranks.share(os.path.basename(made))
+        name = ranks.broadcast_object(os.path.basename(made))
         deadline = time.monotonic() + FILE_SECONDS
         while not (sees := (folder / name).exists()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        return [rank for rank, sees_it in enumerate(ranks.gather(sees)) if not sees_it]
+        return [rank for rank, sees_it in enumerate(ranks.gather_objects(sees)) if not sees_it]

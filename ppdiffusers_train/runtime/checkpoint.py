@@ -20,7 +20,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @contextlib.contextmanager
-def written_whole(target: Path):
+def atomic_folder(target: Path):
     """Yield an empty folder to write into; afterwards it stands at `target`, complete, or nothing has changed there."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -46,7 +46,7 @@ def replace_children(folder: Path, write) -> None:
     Files that stood there are never opened for writing: they may be hard links to a base model.
     """
     temporary = folder / ".result"
-    with written_whole(temporary) as inside:
+    with atomic_folder(temporary) as inside:
         write(str(inside))
     for child in temporary.iterdir():
         replaced = folder / f".{child.name}.old"
@@ -94,7 +94,7 @@ def write_checkpoint(output_dir: Path, step: int, write, state: dict, total_limi
         state: what else belongs to it, as JSON.
     """
     target = output_dir / f"checkpoint-{step}"
-    with written_whole(target) as folder:
+    with atomic_folder(target) as folder:
         write(folder)
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         text = json.dumps({"format": FORMAT, "step": step, **state, "files": files}, indent=1, ensure_ascii=False)

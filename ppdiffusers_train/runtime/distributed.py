@@ -64,7 +64,7 @@ class Ranks:
                 dist.all_reduce(values)
         return values
 
-    def gather(self, value, what: str = "the others to come to the same point") -> list:
+    def gather_objects(self, value, what: str = "the others to come to the same point") -> list:
         """Every rank's picklable `value`, on every rank; however long it takes one of them to have it (`wait_for_all`).
 
         Args:
@@ -77,9 +77,9 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def share(self, value):
+    def broadcast_object(self, value):
         """Rank 0's picklable `value`, on every rank."""
-        return self.gather(value)[0]
+        return self.gather_objects(value)[0]
 
     def total(self, **counts: int) -> list:
         """The sum over all ranks of each of some small numbers, in their order.
@@ -160,7 +160,7 @@ class Ranks:
         return self.rank < self.sharding_degree
 
     @contextlib.contextmanager
-    def main_first(self, what: str):
+    def only_main(self, what: str):
         """Rank 0 runs the body, the others wait for its end, however long it takes (`wait_for_all`).
 
         Yields whether this rank is to run it. An error in the body ends the waiting, too, with an error there.
@@ -291,6 +291,6 @@ def start_ranks(sharding_degree: int = 1, timeout: float = 1800) -> Ranks:
         connect_ranks()
         start_signs_of_life(dist.get_rank())
     ranks = Ranks(dist.get_rank(), world_size, timeout=timeout)
-    ranks.name = ranks.share(secrets.token_hex(8))
+    ranks.name = ranks.broadcast_object(secrets.token_hex(8))
     ranks.share_optimizer_state(sharding_degree)
     return ranks

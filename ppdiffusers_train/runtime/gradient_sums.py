@@ -19,7 +19,7 @@ from ppdiffusers_train.errors import RunError
 from ppdiffusers_train.runtime.distributed import Ranks
 
 BUCKET_BYTES = 64 * 2**20
-BUCKETS_ON_THE_WAY = 4
+BUCKETS_IN_FLIGHT = 4
 
 
 class GradientSums:
@@ -116,7 +116,7 @@ class GradientSums:
             return
         late = ()
         if changed:
-            told = self._ranks.gather((list(self._used), list(self._late)))
+            told = self._ranks.gather_objects((list(self._used), list(self._late)))
             used, late = (dict.fromkeys(chain.from_iterable(names)) for names in zip(*told))
             self._agreed, self._used_by_any = set(self._used), set(used)
             self._plan([name for name in used if name not in self._bucket_of])
@@ -214,7 +214,7 @@ class GradientSums:
             # One alone is reduced where it is.
             numbers = paddle.concat([g.flatten() for g in gradients]) if len(names) > 1 else gradients[0]
             self._on_the_way.append((names, numbers, self._reduce(numbers, names[0])))
-            if len(self._on_the_way) > BUCKETS_ON_THE_WAY:
+            if len(self._on_the_way) > BUCKETS_IN_FLIGHT:
                 self._land()
 
     def _gradient(self, name: str):

@@ -2,7 +2,7 @@
 
 import paddle
 
-from ppdiffusers_train.module import learning_models
+from ppdiffusers_train.module import trained_models
 
 
 def can_compile_models() -> bool:
@@ -15,5 +15,5 @@ def compile_models(module) -> None:
 
     Not as one whole graph, which makes generators of dataclasses. What cannot be traced runs as it would without this.
     """
-    for model in learning_models(module) if can_compile_models() else ():
+    for model in trained_models(module) if can_compile_models() else ():
         model.forward = paddle.jit.to_static(model.forward, full_graph=False)

@@ -98,7 +98,7 @@ class Work:
     def __init__(self):
         self._seen = self._measured()
 
-    def goes_on(self) -> bool:
+    def has_worked(self) -> bool:
         """Whether the process has worked since the last call."""
         before, self._seen = self._seen, self._measured()
         seconds, cpu, moved = (now - then for now, then in zip(self._seen, before))
@@ -125,7 +125,7 @@ def _tell(rank: int) -> None:
     with contextlib.suppress(RuntimeError):  # the process ends
         while True:
             time.sleep(BEAT_SECONDS)
-            if work.goes_on() and (told is None or told.done()):
+            if work.has_worked() and (told is None or told.done()):
                 told = ask_store(sign_of(rank), 1)  # nobody waits for the answer, which may not come
 
 

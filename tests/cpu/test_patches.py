@@ -16,15 +16,15 @@ from paddle.nn import functional
 from ppdiffusers_train.cpu import patches
 from ppdiffusers_train.cpu.onednn import PROGRAMS
 from ppdiffusers_train.cpu.patches import (
-    LEVERS,
+    PATCHES,
     VARIABLE,
     CompiledEncode,
+    apply_patches,
     can_compile,
-    levers,
+    enabled_patches,
     no_views,
     patched_paddle,
-    pull_levers,
-    release_levers,
+    remove_patches,
 )
 from ppdiffusers_train.data.encoded_cache import encoders_folder
 from ppdiffusers_train.errors import UserError
@@ -39,10 +39,10 @@ EPSILON = float(np.finfo(np.float32).eps)
 @pytest.fixture(autouse=True)
 def released(monkeypatch):
     """No lever before the test and none after it; without more, all are on, whatever the processor."""
-    monkeypatch.setenv(VARIABLE, ",".join(LEVERS))
-    release_levers()
+    monkeypatch.setenv(VARIABLE, ",".join(PATCHES))
+    remove_patches()
     yield
-    release_levers()
+    remove_patches()
 
 
 def results(model, x):
@@ -60,7 +60,7 @@ def results(model, x):
 def with_and_without(lever, model, x, monkeypatch):
     plain = results(model, x)
     monkeypatch.setenv(VARIABLE, lever)
-    pull_levers()
+    apply_patches()
     return plain, results(model, x)
 
 
@@ -129,7 +129,7 @@ def test_convolutions_of_one_shape_share_programs_and_follow_their_weights(monke
     set_values(model, changed)
     after = results(model, x)
     monkeypatch.setenv(VARIABLE, "onednn_convolutions")
-    pull_levers()
+    apply_patches()
     with paddle.no_grad():
         assert model(paddle.to_tensor(x, stop_gradient=False)).stop_gradient
     for values, plain in ((originals, before), (changed, after)):
@@ -140,14 +140,14 @@ def test_convolutions_of_one_shape_share_programs_and_follow_their_weights(monke
     assert [len(scopes) for program in PROGRAMS.values() for scopes in program._scope_cache.values()] == [1, 1]
     model(paddle.to_tensor(x)).sum().backward()  # the first layer need not find out the gradient of what goes in
     gradient = model[0].weight.grad.numpy()
-    release_levers()
+    remove_patches()
     model.clear_gradients()
     model(paddle.to_tensor(x)).sum().backward()
     plain = model[0].weight.grad.numpy()
     assert len(PROGRAMS) == 3 and np.abs(gradient - plain).max() <= 1e-5 * np.abs(plain).max()
     for parameter in model.parameters():
         parameter.stop_gradient = True
-    pull_levers()
+    apply_patches()
     assert model(paddle.to_tensor(x)).stop_gradient
 
 
@@ -225,7 +225,7 @@ def test_what_is_put_around_images_is_the_same_bits(pad, monkeypatch):
     plain, levered = with_and_without("image_padding", Padding(), normal(2, 3, 5, 6), monkeypatch)
     assert plain[0].shape == (2, 3, 5 + sum(pad[2:]), 6 + sum(pad[:2]))
     assert all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
-    release_levers()
+    remove_patches()
     assert seen == [4, 8]  # as they are, and for all axes
 
 
@@ -242,7 +242,7 @@ def test_other_padding_is_left_to_paddle(monkeypatch):
 
     plain = [found.numpy() for found in padded()]
     monkeypatch.setenv(VARIABLE, "image_padding")
-    pull_levers()
+    apply_patches()
     assert all(np.array_equal(one, other.numpy()) for one, other in zip(plain, padded(), strict=True))
 
 
@@ -250,7 +250,7 @@ def test_a_cast_to_the_type_that_is_there_copies_nothing(monkeypatch):
     x = paddle.to_tensor(normal(2, 3), stop_gradient=False)
     assert x.cast("float32") is not x
     monkeypatch.setenv(VARIABLE, "no_same_casts")
-    pull_levers()
+    apply_patches()
     assert x.cast("float32") is x and x.cast(paddle.float32) is x
     double = x.cast("float64")
     assert double.dtype == paddle.float64 and np.array_equal(double.numpy(), x.numpy().astype("float64"))
@@ -316,33 +316,34 @@ def test_numbers_too_small_for_full_precision_are_zero_while_levers_are_pulled()
 
 
 @pytest.mark.parametrize(
-    "vendor, usual", [("GenuineIntel", LEVERS), ("AuthenticAMD", tuple(n for n in LEVERS if n != "compiled_encoders"))]
+    "vendor, usual",
+    [("GenuineIntel", PATCHES), ("AuthenticAMD", tuple(n for n in PATCHES if n != "compiled_encoders"))],
 )
 def test_all_levers_are_on_by_themselves_but_what_gains_nothing_on_a_processor(vendor, usual, monkeypatch):
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setattr(patches, "cpu_vendor", lambda: vendor)
-    assert levers() == usual
+    assert enabled_patches() == usual
 
 
 def test_the_environment_names_the_levers_that_are_on(monkeypatch):
     monkeypatch.setenv(VARIABLE, "linear_bias, conv_bias")
-    assert levers() == ("conv_bias", "linear_bias")
+    assert enabled_patches() == ("conv_bias", "linear_bias")
     monkeypatch.setenv(VARIABLE, "none")
-    assert levers() == ()
-    pull_levers()
+    assert enabled_patches() == ()
+    apply_patches()
     assert not hasattr(functional.linear, "replaced") and not hasattr(functional.conv._conv_nd, "replaced")
     monkeypatch.setenv(VARIABLE, "conv_bais")
     with pytest.raises(UserError, match="conv_bais"):
-        levers()
+        enabled_patches()
 
 
 def test_levers_are_pulled_once_and_released():
     originals = functional.linear, functional.conv._conv_nd
-    pull_levers()
+    apply_patches()
     pulled = functional.linear, functional.conv._conv_nd
-    pull_levers()
+    apply_patches()
     assert (functional.linear, functional.conv._conv_nd) == pulled != originals
-    release_levers()
+    remove_patches()
     assert (functional.linear, functional.conv._conv_nd) == originals
 
 

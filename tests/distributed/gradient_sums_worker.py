@@ -124,7 +124,7 @@ def check(what, steps, ranks, dtype, traced, owners, bucket_bytes):
                 if places is not SKIPPED:
                     net.backward((step, ranks.rank, i), places)
         sent = sums._gone == set(sums._bucket_of)
-        changed = any(ranks.gather(sums.send_rest()))
+        changed = any(ranks.gather_objects(sums.send_rest()))
         assert changed == changes, (what, step, changed)
         if (
             not changed and own and own[-1] is not SKIPPED and what not in LESS

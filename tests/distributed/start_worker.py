@@ -28,14 +28,14 @@ def main(argv=None):
         number = paddle.full([1], 10.0**ranks.rank)
         dist.all_reduce(number, group=group)
         sums.append(int(number))
-    told = ranks.gather(sums)
+    told = ranks.gather_objects(sums)
     if ranks.is_main:
         print(f"sums: {told}", flush=True)
         print(f"killed at: {time.time()}", flush=True)
     if ranks.rank == 3:
         time.sleep(2)  # the launcher reads rank 0's log once a second
         os.kill(os.getpid(), signal.SIGKILL)
-    ranks.gather(None)
+    ranks.gather_objects(None)
 
 
 if __name__ == "__main__":

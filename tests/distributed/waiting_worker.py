@@ -52,19 +52,19 @@ def work_long(ranks, folder):
     """Before a collective a rank writes, and in its turn rank 0 computes, longer than the timeout."""
     if ranks.rank == 1:
         write(LONGER * ranks.timeout, folder / "slow disk")
-    assert ranks.gather(ranks.rank) == [0, 1]
-    with ranks.main_first("a slow rank 0") as is_turn:
+    assert ranks.gather_objects(ranks.rank) == [0, 1]
+    with ranks.only_main("a slow rank 0") as is_turn:
         if is_turn:
             compute(LONGER * ranks.timeout)
     for _ in range(3):
         assert ranks.total(ones=1, ranks=ranks.rank) == [2, 1]
-    ranks.gather(None)
+    ranks.gather_objects(None)
 
 
 def hang_on_one(ranks, folder):
     if ranks.rank == 1:
         time.sleep(1000)
-    ranks.gather(None, "a share of something")
+    ranks.gather_objects(None, "a share of something")
 
 
 def sleep_beyond_gloo(ranks, folder):
@@ -92,12 +92,12 @@ def stop_zero(ranks, folder):
     """Stopped from outside, with the store that it keeps."""
     if ranks.is_main:
         os.kill(os.getpid(), signal.SIGSTOP)
-    with ranks.main_first("a checkpoint"):
+    with ranks.only_main("a checkpoint"):
         pass
 
 
 def kill_zero(ranks, folder):
-    with ranks.main_first("a checkpoint") as is_turn:
+    with ranks.only_main("a checkpoint") as is_turn:
         if is_turn:
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -111,7 +111,7 @@ def kill_one(ranks, folder):
 
 def fail_on_zero(ranks, folder):
     try:
-        with ranks.main_first("a checkpoint") as is_turn:
+        with ranks.only_main("a checkpoint") as is_turn:
             if is_turn:
                 raise OSError("no disk")
     finally:
@@ -161,7 +161,7 @@ def fill(ranks, folder):
     encode_dataset(plan, SimpleNamespace(precision=Precision("no"), bad_samples=bad))
     told = {"encoded": module.encoded, "bad": sorted(bad.rows)}
     (folder / f"rank {ranks.rank} of {ranks.world_size}").write_text(json.dumps(told))
-    ranks.gather(None)
+    ranks.gather_objects(None)
 
 
 @one_line_errors

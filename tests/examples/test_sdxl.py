@@ -170,7 +170,7 @@ def test_a_dropped_caption_is_zeros_where_guidance_knows_no_prompt_as_zeros(buil
     forward = module.unet.forward
     module.unet.forward = lambda *args, **told: fed.append(told) or forward(*args, **told)
     module(encoded, Draws(0, range(8)))
-    dropped = [RowDraws(0, position).happens("drop_caption", 0.5) for position in range(8)]
+    dropped = [RowDraws(0, position).bernoulli("drop_caption", 0.5) for position in range(8)]
     texts = fed[0]["encoder_hidden_states"], fed[0]["added_cond_kwargs"]["text_embeds"]
     assert 0 < sum(dropped) < 8, "a caption that is empty in the data is not dropped"
     assert all([bool((text == 0).all()) for text in batch] == dropped for batch in texts)

@@ -14,7 +14,13 @@ import pytest
 
 from ppdiffusers_train.loop import dry_run, state
 from ppdiffusers_train.loop.dry_run import inventory_of, options_of
-from ppdiffusers_train.loop.memory_estimate import EMA_UPDATE_BYTES, ON_THE_WAY, Peaks, extrapolate, extrapolate_peak
+from ppdiffusers_train.loop.memory_estimate import (
+    EMA_UPDATE_BYTES,
+    IN_FLIGHT_BYTES,
+    Peaks,
+    extrapolate,
+    extrapolate_peak,
+)
 from ppdiffusers_train.runtime.adamw_8bit import BLOCK, AdamW8bit
 from ppdiffusers_train.runtime.ema import EMA
 from ppdiffusers_train.toy.models.sdxl import build_sdxl
@@ -128,7 +134,7 @@ def test_a_run_loads_fills_its_cache_and_trains(build_sdxl_module, name, flags):
     assert inventory.phases(cached)["training"] < inventory.phases(options)["training"]
     assert inventory.peak(cached) == max(inventory.phases(cached).values())
     more = inventory.memory(replace(options, ranks=2))["gradients"] - inventory.memory(options)["gradients"]
-    assert more == min(ON_THE_WAY, 4 * sum(inventory.trained)) > 0
+    assert more == min(IN_FLIGHT_BYTES, 4 * sum(inventory.trained)) > 0
 
 
 @pytest.mark.once

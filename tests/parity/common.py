@@ -6,11 +6,11 @@ import numpy as np
 import paddle
 import torch
 
-from ppdiffusers_train.cpu.patches import pull_levers
+from ppdiffusers_train.cpu.patches import apply_patches
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import RowDraws
 
-pull_levers()  # as every run does
+apply_patches()  # as every run does
 torch.set_num_threads(1)  # its threads wait for each other at every tiny layer, for long where the processor is shared
 
 

@@ -8,7 +8,7 @@ from paddle import nn
 from paddle.nn import functional
 from ppdiffusers import UNet2DConditionModel
 
-from ppdiffusers_train.cpu.patches import pull_levers, release_levers
+from ppdiffusers_train.cpu.patches import apply_patches, remove_patches
 from ppdiffusers_train.reporting.progress import Progress
 from ppdiffusers_train.runtime.flops import FlopCounter
 
@@ -65,11 +65,11 @@ def run(unet):
 @pytest.fixture(params=[False, True], ids=["plain", "levers"])
 def with_levers(request):
     """With Paddle's functions and with those of cpu/patches.py: what is computed is the same."""
-    release_levers()
+    remove_patches()
     if request.param:
-        pull_levers()
+        apply_patches()
     yield
-    release_levers()
+    remove_patches()
 
 
 def test_a_small_unet_is_counted_as_by_hand(with_levers):

@@ -140,7 +140,7 @@ def draw_anywhere(content, draws, name: str) -> tuple:
     look = LOOKS.index(scene.look)
     wordings = WORDINGS[list(WORDINGS)[draws.integers(f"{name}_language", 0, len(WORDINGS))]]
     text = caption(content, wordings[draws.integers(f"{name}_wording", 0, len(wordings))])
-    named = draws.happens(f"{name}_names_look", NAMED_LOOKS)
+    named = draws.bernoulli(f"{name}_names_look", NAMED_LOOKS)
     image = Image.fromarray(draw(scene, IMAGE_SIZE))
     return image, name_look(text, scene.look) if named else text, look, look if named else -1
 

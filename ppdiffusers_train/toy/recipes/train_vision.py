@@ -87,7 +87,7 @@ class VisionTrainingModule(DiffusionTrainingModule):
         look that is to be told; `nameless`, whether in other colours, and what is to be read: `shape`, `striped`,
         `rgb` [6]."""
         scene = draw_scene(parse_caption(row["caption"]), draws, "picture")
-        if nameless := self.reader is not None and draws.happens("nameless", NAMELESS_SHARE):
+        if nameless := self.reader is not None and draws.bernoulli("nameless", NAMELESS_SHARE):
             scene = without_names(scene, generator(draws.seed, draws.position, "paints"))
         pictures = [Image.fromarray(draw(one, IMAGE_SIZE)) for one in (scene, scene._replace(look=TOLD[scene.look]))]
         pixels, told = self.image_processor(pictures, return_tensors="np").pixel_values

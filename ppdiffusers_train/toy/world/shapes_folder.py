@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.runtime.checkpoint import written_whole
+from ppdiffusers_train.runtime.checkpoint import atomic_folder
 from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
 
 
@@ -22,7 +22,7 @@ def write_shapes_folder(folder, shapes: ShapesDataset) -> None:
     try:
         if target.exists() and any(target.iterdir()):
             raise UserError(f"{str(folder)!r} is not empty; expected a new folder, or an empty one")
-        with written_whole(target) as inside, open(inside / "metadata.jsonl", "w", encoding="utf-8") as metadata:
+        with atomic_folder(target) as inside, open(inside / "metadata.jsonl", "w", encoding="utf-8") as metadata:
             for index in tqdm(range(len(shapes)), desc="drawing", unit="image", delay=5):
                 drawn = shapes.sample(index)
                 row = {"file_name": f"{index:06}.png", "text": drawn.caption}
