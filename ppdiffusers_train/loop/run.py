@@ -17,6 +17,7 @@ from ppdiffusers_train.runtime.checkpoint import STATE_FILE, find_checkpoint, re
 from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
 from ppdiffusers_train.runtime.folder_lock import wait_for_folder
 from ppdiffusers_train.runtime.precision import Precision, set_deterministic, set_tf32
+from ppdiffusers_train.runtime.teardown import release_tensors_at_exit
 from ppdiffusers_train.runtime.tracing import can_compile_models
 
 
@@ -59,6 +60,7 @@ def resolve_run(args) -> Run:
         UserError: for all that can be seen to be wrong before data and models are loaded.
     """
     quiet_libraries()
+    release_tensors_at_exit()
     if args.dry_run:
         compute_on_cpu()
     # First of all, as flags say which groups and collectives there are. And before models are loaded: who has loaded
