@@ -64,7 +64,8 @@ def job_row(found: dict) -> list:
     ]
     saved = statistics.median(sides["torch"]["seconds"]) - statistics.median(sides["cached"]["seconds"])
     pays = f"{cache['seconds'] / saved:.0f}" if saved > 0 else "–"
-    return [*cells, f"{cache['seconds'] / cache['samples']:.2f} s per sample", f"{pays} (for {cache['samples']} samples)"]
+    filling = f"{cache['seconds'] / cache['samples']:.2f} s per sample"
+    return [*cells, filling, f"{pays} (for {cache['samples']} samples)"]
 
 
 def ratio(one: dict, other: dict) -> str:

@@ -28,8 +28,8 @@ GUIDES = (
     *READMES,
     "examples/README.md",
     "examples/README_zh.md",
-    "docs/architecture.md",
     "ppdiffusers_train/toy/README.md",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))),
 )
 SMALL_PICTURE = {"height": 64, "width": 64, "num_inference_steps": 2}
 SMALL_PICTURES = {
@@ -71,7 +71,7 @@ def test_both_languages_show_the_same_code():
 @pytest.mark.parametrize("name", GUIDES)
 def test_links_and_named_tests_lead_to_files(name):
     text, folder = read(name), (ROOT / name).parent
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    links = [link.strip("<>") for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
     titles = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
     assert {link[1:] for link in links if link.startswith("#")} <= titles
     links = [link for link in links if not link.startswith("#")]
