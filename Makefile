@@ -1,17 +1,17 @@
-# Needs Python 3.10, 3.11 or 3.12; another one than `python3`: make PYTHON=python3.11 demo
+# Needs Python 3.10, 3.11 or 3.12. To use another one than `python3`: make PYTHON=python3.11 demo
 PYTHON ?= python3
 PYTEST_FLAGS ?=
-# pip compiles nothing below, so the first process to import a library does: without its bytecode each would, for 20 s.
+# pip compiles no bytecode below, so the first process that imports a library does; if it could not write it, every process would take 20 s.
 unexport PYTHONDONTWRITEBYTECODE
-# Two tests run at a time, a thread each: with two each, threads wait for one another more than they compute.
+# Two tests run at a time, with one thread each: with two each, threads wait for each other more than they compute.
 PYTEST = MKL_NUM_THREADS=1 $(1)/bin/python -m pytest $(2) $(PYTEST_FLAGS)
 JOB ?= decoder-lora
 BENCH_FLAGS ?= --details
 TRUESIZE_FLAGS ?=
 UV_COMPILE = ../.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate
 
-# $(call make_venv,FOLDER,LOCK[,BASE]): the locks are complete, so pip resolves nothing. What the environment BASE has in the
-# same version is used from there.
+# $(call make_venv,FOLDER,LOCK[,BASE]): the locks are complete, so pip resolves nothing. Packages that the environment BASE
+# has in the same version are used from there.
 packages_of = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 define make_venv
 @$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
@@ -27,27 +27,27 @@ endef
 .PHONY: help demo toys gate test test-engine precision lint test-paddle26 parity bench truesize torture venvs lock clean
 
 help:
-	@echo "make demo           teach a tiny Kandinsky 2.2 a new look on the CPU, and draw with it (JOB=lcm-lora for another job)"
-	@echo "make gate           show that every job learns: writes docs/results.md (an hour or two)"
-	@echo "make toys           train the tiny models that the package ships, again (five hours)"
-	@echo "make test           the tests (PYTEST_FLAGS='tests/data -x' for some of them)"
-	@echo "make test-engine    the tests that run Paddle's inference engine"
-	@echo "make precision      every training script in 16 bits, in every precision, on a device in software (half an hour)"
-	@echo "make lint           ruff's checks and formatting"
-	@echo "make test-paddle26  those tests on Paddle 2.6 whose outcome may depend on Paddle"
-	@echo "make parity         the comparisons with the PyTorch reference"
-	@echo "make bench          how fast jobs train beside PyTorch: writes docs/performance.md (hours; BENCH_FLAGS='--jobs prior')"
-	@echo "make truesize       jobs at the published models' size: writes docs/true_size.md (hours, 24 GB of memory)"
-	@echo "make torture        kill runs 240 times and resume them, hand every job from rank to rank, stop on a slow disk"
-	@echo "make venvs          the three environments of the above, without running anything"
+	@echo "make demo           fine-tune a tiny Kandinsky 2.2 to a new look on the CPU and generate images (JOB=lcm-lora: another job)"
+	@echo "make gate           train every job, measure its images and write docs/results.md (one to two hours)"
+	@echo "make toys           train again the tiny models that the package ships (five hours)"
+	@echo "make test           run the tests (PYTEST_FLAGS='tests/data -x' for some of them)"
+	@echo "make test-engine    run the tests of Paddle's inference engine"
+	@echo "make precision      run every training script in fp16 and bf16, O1 and O2, on a device in software (half an hour)"
+	@echo "make lint           check code and formatting with ruff"
+	@echo "make test-paddle26  run on Paddle 2.6 the tests whose outcome may depend on Paddle's version"
+	@echo "make parity         compare with the PyTorch reference"
+	@echo "make bench          compare speed with PyTorch and write docs/performance.md (hours; BENCH_FLAGS='--jobs prior': one job)"
+	@echo "make truesize       run jobs at the published models' size and write docs/true_size.md (hours, 24 GB of memory)"
+	@echo "make torture        kill runs 240 times and resume them, resume every job on other numbers of ranks, stop on a slow disk"
+	@echo "make venvs          create the three environments, without running anything"
 	@echo "make lock           write the requirements*.txt again from the .in files"
 	@echo "make clean          remove the environments and caches"
 
 demo: .venv/ready
 	.venv/bin/ppdiffusers-train demo --job $(JOB)
 
-# `make -j2 toys` trains two at a time. One thread each and Paddle's own functions: the bits of a sum depend on how many
-# share it, and in which order.
+# `make -j2 toys` trains two at a time. Each uses one thread and Paddle's unpatched functions, because the bits of a sum depend
+# on the number of threads and on the order.
 TOYS = outputs/toys
 WEIGHTS = ppdiffusers_train/toy/weights
 RECIPE = MKL_NUM_THREADS=1 PPDIFFUSERS_TRAIN_CPU_LEVERS=none .venv/bin/python -m ppdiffusers_train.toy.recipes.train
@@ -84,7 +84,7 @@ $(TOYS)/vision_further/clip.safetensors: $(TOYS)/vision/clip.safetensors
 	$(RECIPE)_vision --output_dir $(@D) --start_from $< --seed 1 \
 		--nameless_colours --train_batch_size 64 --max_train_steps 5000
 
-# What draws is trained between the encoders that the package has.
+# The models that generate images are trained with the encoders of the package.
 $(TOYS)/encoders: $(ENCODERS)
 	cp $^ $(WEIGHTS)
 	touch $@

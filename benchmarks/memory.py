@@ -111,7 +111,7 @@ def flags_for(inventory, options, card: int) -> str:
 
 def page(rows, cards) -> str:
     head = Path(__file__).with_name("memory_page.md").read_text(encoding="utf-8")
-    kinds = ["learns", "weights, gradients, AdamW", "encoders", "activations", "with checkpointing"]
+    kinds = ["trainable", "weights, gradients, AdamW", "encoders", "activations", "with checkpointing"]
     first = table(["job, pixels", *kinds], rows)
     second = table(["job, pixels", *(f"{card} GB" for card in GPU_SIZES)], cards)
     return head.format(sizes=first, cards=second)

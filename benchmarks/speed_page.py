@@ -21,7 +21,7 @@ MISSING = "Not measured yet"
 
 
 def page(figures: dict) -> str:
-    """The page, from {processor: {job: {size: figures}}}: a table for each processor; what is missing it says."""
+    """The page, from {processor: {job: {size: figures}}}: a table for each processor; it lists what is missing."""
     text = HEAD.read_text(encoding="utf-8")
     for name, table in (("jobs", jobs), ("levers", levers), ("profile", profile), ("start", start)):
         tables = [f"**{processor}**\n\n{found}" for processor, own in figures.items() if (found := table(own))]
@@ -39,7 +39,7 @@ def table(header: list, rows: list) -> str:
 
 def jobs(figures: dict) -> str:
     header = ["job, size", "torch", "cached", "online", "Paddle as it comes", "cached : torch", "online : torch"]
-    header += ["cached : as it comes", "cache, once", "steps that pay it"]
+    header += ["cached : as it comes", "filling the cache", "steps until it pays off"]
     rows, missing = [], []
     for job, title in JOBS.items():
         for size in SIZES:
@@ -64,7 +64,8 @@ def job_row(found: dict) -> list:
     ]
     saved = statistics.median(sides["torch"]["seconds"]) - statistics.median(sides["cached"]["seconds"])
     pays = f"{cache['seconds'] / saved:.0f}" if saved > 0 else "–"
-    return [*cells, f"{cache['seconds'] / cache['samples']:.2f} s a sample", f"{pays} (for {cache['samples']} samples)"]
+    filling = f"{cache['seconds'] / cache['samples']:.2f} s per sample"
+    return [*cells, filling, f"{pays} (for {cache['samples']} samples)"]
 
 
 def ratio(one: dict, other: dict) -> str:
@@ -96,7 +97,7 @@ def profile(figures: dict) -> str:
         for number, kernel in enumerate(largest):
             times = [f"{which.get(kernel, 0.0):.0f}" for which in (before, after)]
             rows.append(["" if number else title, kernel, *times])
-    return table(["job, ×1", "kernel", "before, ms a step", "after, ms a step"], rows)
+    return table(["job, ×1", "kernel", "before, ms per step", "after, ms per step"], rows)
 
 
 def start(figures: dict) -> str:

@@ -24,6 +24,13 @@ from tests.distributed.launching import environment, launch_command
 pytestmark = pytest.mark.once  # what it runs has tests of its own
 
 READMES = ("README.md", "README_zh.md")
+GUIDES = (
+    *READMES,
+    "examples/README.md",
+    "examples/README_zh.md",
+    "ppdiffusers_train/toy/README.md",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))),
+)
 SMALL_PICTURE = {"height": 64, "width": 64, "num_inference_steps": 2}
 SMALL_PICTURES = {
     KandinskyV22CombinedPipeline: {**SMALL_PICTURE, "prior_num_inference_steps": 2},
@@ -61,16 +68,31 @@ def test_both_languages_show_the_same_code():
     assert len(english) > 8 and english == chinese
 
 
-@pytest.mark.parametrize("name", [*READMES, "docs/architecture.md", "examples/README.md", "examples/README_zh.md"])
+@pytest.mark.parametrize("name", GUIDES)
 def test_links_and_named_tests_lead_to_files(name):
     text, folder = read(name), (ROOT / name).parent
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    links = [link.strip("<>") for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
     titles = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
     assert {link[1:] for link in links if link.startswith("#")} <= titles
     links = [link for link in links if not link.startswith("#")]
     missing = [link for link in links if not (folder / link).exists()]
     missing += [path for path in re.findall(r"`(tests/[^`]+)`", text) if not (ROOT / path).exists()]
     assert not missing
+
+
+def test_the_architecture_names_files_and_functions_that_exist():
+    text = read("docs/architecture.md")
+    find = {
+        name: next((p for p in (ROOT / name, ROOT / "ppdiffusers_train" / name) if p.is_file()), None)
+        for name in re.findall(r"`([\w/]+\.py)`", text)
+    }
+    assert len(find) > 30 and None not in find.values(), [name for name, path in find.items() if not path]
+    rows = [row for row in text.split("## Four questions")[1].split("\n## ")[0].splitlines() if "`" in row]
+    assert len(rows) == 4
+    for row in rows:
+        code = "".join(find[name].read_text(encoding="utf-8") for name in re.findall(r"`([\w/]+\.py)`", row))
+        names = re.findall(r"`(\w+)`", row)
+        assert names and not [name for name in names if not re.search(rf"^ *(def|class) {name}\b", code, re.M)], row
 
 
 def check_make(words):
