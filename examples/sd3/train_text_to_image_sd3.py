@@ -62,8 +62,8 @@ class SD3TrainingModule(FullTraining):
                 args.weighting_scheme, self.sigmas.numpy(), args.min_timestep_boundary, args.max_timestep_boundary,
                 args.logit_mean, args.logit_std, args.mode_scale,
             )  # fmt: skip
-        self.tokenizers = [self.folder.load(name) for name in self.folder.tokenizers]
-        self.tokenizer = self.tokenizers[0]
+        for name in self.folder.tokenizers:
+            setattr(self, name, self.folder.load(name))
         check_prompts(args.validation_prompts, self.tokenizers)
         self.encoders = ("vae", *self.folder.text_encoders)
         for name in (*self.folder.text_encoders, "vae"):
@@ -73,6 +73,10 @@ class SD3TrainingModule(FullTraining):
             enable_block_recompute(self.transformer.transformer_blocks)
         if args.enable_xformers_memory_efficient_attention:
             announce_joint_attention()
+
+    @property
+    def tokenizers(self):
+        return [getattr(self, name) for name in self.folder.tokenizers]
 
     @property
     def buckets(self):

@@ -62,7 +62,11 @@ def count_tokens(tokenizer, caption: str) -> int:
 
 
 def read_tokens(tokenizer, input_ids) -> tuple:
-    """The reverse of `tokenize`: the caption as far as the text encoder reads it, and its number of tokens."""
+    """The reverse of `tokenize`: the caption as far as the text encoder reads it, and its number of tokens.
+
+    CLIP's captions begin with a token of their own, T5's do not; both end with one, before the padding.
+    """
     ids = [int(token) for token in input_ids]
-    end = ids.index(tokenizer.eos_token_id, 1) if tokenizer.eos_token_id in ids[1:] else len(ids)
-    return tokenizer.decode(ids[1:end]), end + 1
+    start = int(ids[0] == tokenizer.bos_token_id)
+    end = ids.index(tokenizer.eos_token_id, start)
+    return tokenizer.decode(ids[start:end]), end + 1

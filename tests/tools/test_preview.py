@@ -14,6 +14,7 @@ from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.encoded_cache import EncodedSamples, encoders_digest
 from ppdiffusers_train.data.loader import PreprocessedSamples
 from ppdiffusers_train.data.order import SampleOrder, order_samples
+from ppdiffusers_train.models.text import count_tokens
 from ppdiffusers_train.module import encode_batch
 from ppdiffusers_train.reporting.contact_sheet import Tile, broken, contact_sheet
 from ppdiffusers_train.runtime.precision import Precision
@@ -25,6 +26,7 @@ from tests.tools.test_check import refused
 pytestmark = pytest.mark.once
 
 SDXL_SCRIPT = ROOT / "examples" / "sdxl" / "train_text_to_image_sdxl.py"
+SD3_SCRIPT = ROOT / "examples" / "sd3" / "train_text_to_image_sd3.py"
 
 
 @pytest.fixture
@@ -114,6 +116,25 @@ def test_models_need_no_weights_and_each_tokenizer_reads_its_own_tokens(preview,
     assert status == 0 and all(len(shown["captions"]) == 2 for shown in document["samples"])
     for shown in document["samples"]:
         assert shown["captions"][0] == shown["captions"][1] and shown["captions"][0].startswith("a ")
+
+
+def test_sd3_shows_what_each_of_its_tokenizers_reads(preview, sd3_flags, build_sd3_module):
+    """CLIP puts a token before and after a caption, T5 only after it."""
+    module = build_sd3_module("sd3")
+    dataset, order = build_dataset(module.args), SampleOrder(0, 7)
+    status, document, _ = preview(SD3_SCRIPT, *sd3_flags, "--preview_samples=3")
+    assert status == 0
+    for position, shown in enumerate(document["samples"]):
+        caption = dataset.captions(order.row(position))[0]
+        spaced = caption.replace("-", " - ")  # as CLIP's tokenizer decodes it
+        assert shown["captions"] == [spaced, spaced, caption]
+        assert shown["tokens"] == [count_tokens(getattr(module, name), caption) for name in module.folder.tokenizers]
+        assert shown["tokens"][0] != shown["tokens"][2]
+    dropped = ["--preview_samples=1", "--proportion_empty_prompts=0.999"]
+    (shown,) = preview(SD3_SCRIPT, *sd3_flags, *dropped)[1]["samples"]
+    assert (shown["captions"], shown["tokens"]) == (["", "", ""], [2, 2, 1])
+    (shown,) = preview(SD3_SCRIPT, *sd3_flags, *dropped, "--no_t5")[1]["samples"]
+    assert (shown["captions"], shown["tokens"]) == (["", ""], [2, 2])
 
 
 def test_buckets_are_shown_in_the_run_s_order_at_their_own_sizes(preview, sdxl_flags, build_sdxl_module):
