@@ -363,7 +363,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(train_deco
 def test_validation_draws_a_grid_and_changes_no_number(train_decoder):
     plain = train_decoder("--max_train_steps=4", "--use_ema", out="plain")
     drawn = train_decoder(
-        "--max_train_steps=4", "--use_ema", "--validation_prompts", "a cat", "a moon", "--num_validation_images=2",
+        "--max_train_steps=4", "--use_ema", "--validation_prompts", "a cat", "月亮", "--num_validation_images=2",
         "--validation_steps=2", "--validation_inference_steps=2", out="drawn",
     )  # fmt: skip
     assert same(weights(plain), weights(drawn))

@@ -5,9 +5,11 @@ from ppdiffusers_train import cli
 import json
 from pathlib import Path
 
+from PIL import Image
+
 from ppdiffusers_train.models.lora_files import read_lora
 from ppdiffusers_train.models.lora_libraries import FILES
-from ppdiffusers_train.reporting.images import captioned_grid
+from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet
 from ppdiffusers_train.toy.demo.demo import run_demo
 from ppdiffusers_train.toy.demo.jobs import DRAWING, DROPOUT, JOBS, LONGEST, MANY, Job
 from ppdiffusers_train.toy.demo.running import draw, load_pipeline, train, write_pretrained
@@ -36,8 +38,9 @@ def pretrained(family: str, folder: Path) -> dict:
     job = JOBS[FAMILIES[family]]
     pipeline = load_pipeline(job, write_pretrained(job, folder / "pretrained" / family))
     images = draw(pipeline, PROMPTS, **job.pretrained_drawing)
-    sheet = [images[start : start + 20] for start in range(0, 100, 20)]
-    captioned_grid(sheet, [""] * len(sheet), scale=2).save(folder / f"pretrained-{family}.png")
+    enlarged = [image.resize((64, 64), Image.Resampling.NEAREST) for image in images[:100]]
+    tiles = [Tile(enlarged[start : start + 20], []) for start in range(0, 100, 20)]
+    contact_sheet(tiles, columns=1).image.save(folder / f"pretrained-{family}.png")
     return {
         **accuracy(images, PROMPTS),
         **look_shares(images),

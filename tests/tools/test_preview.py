@@ -8,7 +8,7 @@ import json
 import numpy as np
 import paddle
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.encoded_cache import EncodedSamples, encoders_digest
@@ -16,7 +16,6 @@ from ppdiffusers_train.data.loader import PreprocessedSamples
 from ppdiffusers_train.data.order import SampleOrder, order_samples
 from ppdiffusers_train.models.text import count_tokens
 from ppdiffusers_train.module import encode_batch
-from ppdiffusers_train.reporting.contact_sheet import Tile, broken, contact_sheet
 from ppdiffusers_train.runtime.precision import Precision
 from ppdiffusers_train.tools.preview import PreviewedEntries
 from tests.conftest import KANDINSKY, PHOTOS, ROOT, copy_photos
@@ -219,24 +218,3 @@ def test_mistakes_are_one_line(sdxl_flags, tmp_path, capsys):
     }
     for argv, message in cases.items():
         assert message in refused(capsys, "preview", *argv)
-
-
-# The sheet.
-
-
-def test_text_is_broken_to_fit_and_whatever_it_is_written_in_can_be_drawn():
-    font = ImageFont.load_default(14)
-    line = "a caption with a " + "very" * 40 + " long word"
-    parts = broken(line, font, 200)
-    assert "".join(parts).replace(" ", "") == line.replace(" ", "")
-    assert len(parts) > 2 and max(font.getlength(part) for part in parts) <= 200
-    pictures = [Image.new("RGB", (20, 30), "red"), Image.new("RGB", (40, 10), "blue")]
-    for text in ("", "图像的标题", "кошка", "two\nlines", "\ud800", "👍"):
-        sheet = contact_sheet([Tile(pictures, [text, ""]), Tile(pictures[:1], [text])])
-        assert sheet.scale == 3 and sheet.image.getpixel(sheet.places[0][1]) == (0, 0, 255)
-
-
-def test_large_pictures_keep_their_pixels():
-    sheet = contact_sheet([Tile([Image.new("RGB", (300, 200))], ["a"]) for _ in range(5)])
-    assert sheet.scale == 1 and len({place for (place,) in sheet.places}) == 5
-    assert all(place[0] + 300 <= sheet.image.width for (place,) in sheet.places)
