@@ -15,7 +15,7 @@ from ppdiffusers.transformers import CLIPImageProcessor, CLIPVisionModelWithProj
 
 from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels
 from ppdiffusers_train.job import FullTraining, run_job
-from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, draw_combined
+from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, generate_combined
 from ppdiffusers_train.models.unet import save_memory
 from ppdiffusers_train.module import freeze
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
@@ -101,7 +101,7 @@ class KandinskyDecoderTrainingModule(FullTraining):
             prior_image_encoder=self.image_encoder,
             prior_image_processor=self.image_processor,
         )
-        return draw_combined(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        return generate_combined(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_pretrained(self, directory):
         self.folders.export_combined(directory, own={"unet": self.unet}, save_format=self.args.save_format)

@@ -18,7 +18,7 @@ from ppdiffusers.transformers import (
 
 from ppdiffusers_train.job import FullTraining, run_job
 from ppdiffusers_train.models.attention import announce_plain_attention
-from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, draw_combined
+from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, generate_combined
 from ppdiffusers_train.models.recompute import enable_block_recompute
 from ppdiffusers_train.models.text import tokenize, warn_of_long_captions
 from ppdiffusers_train.module import freeze, keep_frozen
@@ -117,7 +117,7 @@ class KandinskyPriorTrainingModule(FullTraining):
             prior_tokenizer=self.tokenizer,
             prior_image_processor=self.image_processor,
         )
-        return draw_combined(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        return generate_combined(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_pretrained(self, directory):
         self.folders.export_prior(directory, own={"prior": self.prior}, save_format=self.args.save_format)

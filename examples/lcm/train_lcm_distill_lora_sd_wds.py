@@ -40,7 +40,7 @@ class LCMLoRATrainingModule(LoRATraining, LCMTrainingModule):
     def teacher_unet(self):
         return lora_switched_off(self.unet)
 
-    def with_guidance(self, unet, noisy, timesteps, condition, guidance):
+    def predict_with_student(self, unet, noisy, timesteps, condition, guidance):
         """Guidance is part of what is distilled: it draws without, and is not told any."""
         return unet(noisy, timesteps, **condition).sample
 

@@ -118,12 +118,12 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         caption, nothing = self.conditions(encoded)
 
         process = self.scheduler.config.prediction_type, schedule
-        prediction = self.with_guidance(self.unet, noisy, start, caption, guidance)
+        prediction = self.predict_with_student(self.unet, noisy, start, caption, guidance)
         student = consistency_output(*process, prediction, noisy, start, args.timestep_scaling_factor)
         with paddle.no_grad():
-            answers = [self.teacher_predicts(noisy, start, condition) for condition in (caption, nothing)]
+            answers = [self.predict_with_teacher(noisy, start, condition) for condition in (caption, nothing)]
             earlier = guided_ddim_step(*process, self.steps, index, noisy, *answers, guidance)
-            prediction = self.with_guidance(self.unet_target, earlier, end, caption, guidance)
+            prediction = self.predict_with_student(self.unet_target, earlier, end, caption, guidance)
             target = consistency_output(*process, prediction, earlier, end, args.timestep_scaling_factor)
         if args.loss_type == "huber":
             return pseudo_huber_loss(student, target, args.huber_c)
@@ -133,7 +133,7 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         move_average(self.unet_target.parameters(), self.unet.parameters(), self.args.ema_decay)
 
     def generate(self, prompts, seeds):
-        return self.draw_strips(prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        return self.generate_strips(prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def card_data(self):
         tags = ["latent-consistency-model", "stable-diffusion", "text-to-image", "ppdiffusers"]

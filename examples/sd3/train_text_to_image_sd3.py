@@ -15,7 +15,7 @@ from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.job import FullTraining, named_by_flags, run_job
 from ppdiffusers_train.models.attention import announce_joint_attention
-from ppdiffusers_train.models.drawing import draw
+from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.recompute import enable_block_recompute
 from ppdiffusers_train.models.sd3 import SD3Folder, check_prompts, encode_captions, tokenize_caption
 from ppdiffusers_train.models.stable_diffusion import encode_images
@@ -127,7 +127,7 @@ class SD3TrainingModule(FullTraining):
     def generate(self, prompts, seeds):
         own = {name: getattr(self, name) for name in ("transformer", "vae", "scheduler", *self.encoders)}
         pipeline = self.folder.pipeline(**own)
-        return draw(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        return generate_images(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_pretrained(self, directory):
         own = {"transformer": self.transformer, "scheduler": self.scheduler}

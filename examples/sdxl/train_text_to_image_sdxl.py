@@ -16,7 +16,7 @@ from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.job import FullTraining, named_by_flags, run_job
 from ppdiffusers_train.models.attention import announce_plain_attention
-from ppdiffusers_train.models.drawing import draw
+from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.sdxl import SDXLFolder, encode_captions, tokenize_caption
 from ppdiffusers_train.models.stable_diffusion import encode_images
 from ppdiffusers_train.models.unet import save_memory
@@ -127,7 +127,7 @@ class SDXLTrainingModule(FullTraining):
         scheduler = self.folder.load_scheduler(self.scheduler.config.prediction_type)
         own = {name: getattr(self, name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
         pipeline = self.folder.pipeline(scheduler=scheduler, **own)
-        return draw(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        return generate_images(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_pretrained(self, directory):
         scheduler = self.folder.load_scheduler(self.scheduler.config.prediction_type)

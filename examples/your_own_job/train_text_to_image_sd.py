@@ -12,7 +12,7 @@ from ppdiffusers import DDPMScheduler
 
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.job import run_job
-from ppdiffusers_train.models.drawing import draw
+from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder, encode_images, encode_prompt
 from ppdiffusers_train.models.text import tokenize
 from ppdiffusers_train.models.unet import save_memory
@@ -86,7 +86,7 @@ class SDTrainingModule(DiffusionTrainingModule):
 
     def generate(self, prompts, seeds):
         pipeline = self.folder.pipeline(unet=self.unet, vae=self.vae, text_encoder=self.text_encoder)
-        return draw(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        return generate_images(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_weights(self, directory):
         save_model(self.unet, f"{directory}/unet")

@@ -87,8 +87,8 @@ def test_the_student_starts_as_its_teacher_where_guidance_has_no_effect(build, n
     condition, _ = module.conditions(encoded)
     with paddle.no_grad():
         module.unet.time_embedding.cond_proj.weight.zero_()
-        student = module.with_guidance(module.unet, noisy, times, condition, paddle.to_tensor([3.0, 9.0]))
-        assert np.allclose(student.numpy(), module.teacher_predicts(noisy, times, condition).numpy(), atol=1e-6)
+        student = module.predict_with_student(module.unet, noisy, times, condition, paddle.to_tensor([3.0, 9.0]))
+        assert np.allclose(student.numpy(), module.predict_with_teacher(noisy, times, condition).numpy(), atol=1e-6)
 
 
 @pytest.mark.once
@@ -111,14 +111,14 @@ def test_with_fresh_lora_layers_teacher_student_and_target_are_one(build, name):
     condition, _ = module.conditions(encoded)
     inputs = (encoded["latents"], paddle.to_tensor([19, 999]), condition)
     with paddle.no_grad():
-        teacher = module.teacher_predicts(*inputs).numpy()
-        assert np.allclose(module.with_guidance(module.unet, *inputs, None).numpy(), teacher, atol=1e-6)
+        teacher = module.predict_with_teacher(*inputs).numpy()
+        assert np.allclose(module.predict_with_student(module.unet, *inputs, None).numpy(), teacher, atol=1e-6)
         for parameter in module.trainable_parameters():
             parameter.set_value(paddle.ones_like(parameter) * 0.02)
-        changed = module.with_guidance(module.unet, *inputs, None).numpy()
+        changed = module.predict_with_student(module.unet, *inputs, None).numpy()
         assert np.abs(changed - teacher).max() > 1e-3
-        assert np.array_equal(module.teacher_predicts(*inputs).numpy(), teacher), "the teacher is the base"
-        assert np.array_equal(module.with_guidance(module.unet_target, *inputs, None).numpy(), changed)
+        assert np.array_equal(module.predict_with_teacher(*inputs).numpy(), teacher), "the teacher is the base"
+        assert np.array_equal(module.predict_with_student(module.unet_target, *inputs, None).numpy(), changed)
     assert len([name for name, model in module.named_children() if isinstance(model, UNet2DConditionModel)]) == 1
 
 
@@ -265,7 +265,7 @@ def test_a_lora_result_draws_in_four_steps_and_its_files_hold_alpha(train, sd, s
     encoded = batch_of(module)
     condition, _ = module.conditions(encoded)
     inputs = (encoded["latents"], paddle.to_tensor([19, 999]))
-    ours = module.with_guidance(module.unet, *inputs, condition, None).numpy()
+    ours = module.predict_with_student(module.unet, *inputs, condition, None).numpy()
     kind, base = (StableDiffusionXLPipeline, sdxl) if "sdxl" in name else (StableDiffusionPipeline, sd)
     more = {"add_watermarker": False} if "sdxl" in name else {"safety_checker": None}
     for file in (LORA_FILES[0], LORA_FILES[2]):

@@ -113,7 +113,7 @@ def test_of_several_captions_each_sample_draws_one(train, tmp_path):
 def test_long_captions_are_counted(train, tmp_path, capsys):
     data = captioned(tmp_path / "data", ["word " * 30, "short", "x" * 76, "y" * 75])
     train("prior", f"--train_data_dir={data}")
-    assert "2 captions are longer than 77 tokens and are cut, for example of " in capsys.readouterr().out
+    assert "2 captions are longer than 77 tokens and are truncated, for example that of " in capsys.readouterr().out
 
 
 @pytest.mark.once
