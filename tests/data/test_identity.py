@@ -55,4 +55,4 @@ def test_a_picture_that_is_not_there_has_no_size(photos, tmp_path):
     rows = as_files(folder)
     (folder / "coffee.jpg").unlink()
     sizes = dict(zip(rows.stored_names(0, 7), rows.stored_sizes(0, 7)))
-    assert sizes["coffee.jpg"] is None and content(rows, list(sizes).index("coffee.jpg")) == "what cannot be read"
+    assert sizes["coffee.jpg"] is None and content(rows, list(sizes).index("coffee.jpg")) == "cannot be read"

@@ -259,9 +259,7 @@ def test_a_disk_that_is_full_costs_no_shard_and_the_same_command_goes_on(tmp_pat
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
-    assert re.search(
-        "shards cannot be written to: .*; the same command goes on from there$", done.stderr.splitlines()[-1]
-    )
+    assert re.search("shards cannot be written to: .*; the same command resumes$", done.stderr.splitlines()[-1])
     assert [file.name for file in (tmp_path / "shards").iterdir()] == ["pack.json"], "the plan comes first"
     assert pack(PHOTOS, tmp_path / "shards", "--shard_size=300kB", "--name=a") == 0
     assert contents(tmp_path / "shards") == contents(tmp_path / "warm")
