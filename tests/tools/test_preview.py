@@ -79,8 +79,8 @@ def test_tiles_and_captions_are_those_of_preprocess_at_the_run_s_own_positions(p
         caption = "" if is_dropped else dataset.captions(row)[0].replace("-", " - ")
         assert shown["captions"] == [caption, caption] and shown["error"] == ""
         height, width, top, left, rows, columns = arrays["time_ids"].astype(int)
-        told = f"told: file {width} x {height}, crop from left {left}, top {top}, drawn {columns} x {rows}"
-        assert shown["told"] == told
+        told = f"original size {width} x {height}, crop left {left}, top {top}, target size {columns} x {rows}"
+        assert shown["told"] == f"conditioning: {told}"
         dropped += is_dropped
     assert 0 < dropped < 10
 
@@ -182,7 +182,7 @@ def test_put_before_a_training_command_it_prints_lines_and_writes_nothing_else(s
     command += [f"--output_dir={tmp_path / 'out'}", f"--preview_output={sheet}", "--preview_samples=2"]
     cli.main(["preview", *map(str, command)])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[0].startswith("   0  /") and " tokens), told: file " in lines[0]
+    assert len(lines) == 3 and lines[0].startswith("   0  /") and " tokens), conditioning: original size " in lines[0]
     assert lines[2] == f"wrote {sheet}: 2 samples of seed 0, as the encoded cache keeps them"
     assert sheet.exists() and not (tmp_path / "out").exists()
 
@@ -197,7 +197,7 @@ def test_a_stream_is_shown_as_it_is_read(preview, sdxl_flags, tmp_path, capsys):
     assert status == 0 and all("photos-00000.tar: 0000" in shown["name"] for shown in document["samples"])
 
 
-def test_without_a_seed_one_is_drawn_and_told(preview, sdxl_flags):
+def test_without_a_seed_one_is_drawn_and_printed(preview, sdxl_flags):
     flags = [flag for flag in sdxl_flags if not flag.startswith("--seed")]
     _, document, _ = preview(SDXL_SCRIPT, *flags, "--preview_samples=1")
     assert preview(SDXL_SCRIPT, *flags, "--preview_samples=1", f"--seed={document['seed']}")[1] == document
