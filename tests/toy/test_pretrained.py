@@ -26,8 +26,7 @@ from ppdiffusers_train.toy import (
     vae,
 )
 from ppdiffusers_train.toy.demo.jobs import JOBS
-from ppdiffusers_train.toy.demo.running import draw as draw_with
-from ppdiffusers_train.toy.demo.running import load_pipeline, write_pretrained
+from ppdiffusers_train.toy.demo.running import generate_images, load_pipeline, write_pretrained
 from ppdiffusers_train.toy.models.clip import build_image_processor
 from ppdiffusers_train.toy.models.shipped import FOLDER
 from ppdiffusers_train.toy.models.tokenizer import build_tokenizer
@@ -43,7 +42,7 @@ from ppdiffusers_train.toy.world.shapes import (
     WORDINGS,
     Scene,
     caption,
-    draw,
+    render,
     sample,
 )
 from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
@@ -136,7 +135,7 @@ def picture_of(content):
     random = generator(SEED, CONTENTS.index(content), "test")
     radius = random.uniform(*RADIUS)
     x, y = random.uniform(MARGIN + radius, 1 - MARGIN - radius, 2)
-    return Image.fromarray(draw(Scene(content, "plain", x, y, radius), 32))
+    return Image.fromarray(render(Scene(content, "plain", x, y, radius), 32))
 
 
 def check_towers(file, tokenizer, language="en"):
@@ -183,7 +182,7 @@ def test_the_recorded_statistics_are_those_of_the_worlds_embeddings():
 def test_an_outlined_shape_is_a_plain_one_to_the_vision_tower_and_a_striped_one_is_not():
     tower, scenes = towers.load_vision_tower(), [sample(SEED, index).scene for index in range(100)]
     plain, outlined, striped = (
-        tower(vision_pixels([Image.fromarray(draw(scene._replace(look=look), 32)) for scene in scenes]))[0].numpy()
+        tower(vision_pixels([Image.fromarray(render(scene._replace(look=look), 32)) for scene in scenes]))[0].numpy()
         for look in ("plain", "outlined", "striped")
     )
     variance = plain.var(0).mean()
@@ -212,11 +211,11 @@ def test_what_the_vision_tower_tells_of_seen_combinations_reads_the_same_of_unse
 def test_a_pretrained_pipeline_draws_what_it_has_never_seen_together(name, tmp_path):
     """A glance; `make gate` measures."""
     job, prompts = JOBS[name], held_out_prompts(20)
-    drawing = {**job.pretrained_drawing, "num_inference_steps": 25}
+    sampling = {**job.pretrained_sampling, "num_inference_steps": 25}
     shares = []
     for trained in (True, False):
         pipeline = load_pipeline(job, write_pretrained(job, tmp_path / str(trained), trained))
-        shares.append(accuracy(draw_with(pipeline, prompts, **drawing), prompts)["all"])
+        shares.append(accuracy(generate_images(pipeline, prompts, **sampling), prompts)["all"])
     assert shares[0] >= 0.75 and shares[1] <= 0.1
 
 

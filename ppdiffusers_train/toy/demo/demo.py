@@ -9,7 +9,7 @@ from PIL import Image
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.trackers import read_scalars
 from ppdiffusers_train.toy.demo.jobs import EXAMPLES, JOBS
-from ppdiffusers_train.toy.demo.running import draw, load_pipeline, train, write_pretrained
+from ppdiffusers_train.toy.demo.running import generate_images, load_pipeline, train, write_pretrained
 from ppdiffusers_train.toy.world.judge import accuracy, look_shares
 from ppdiffusers_train.toy.world.shapes import HELD_OUT, caption
 from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
@@ -41,12 +41,12 @@ def run_demo(name: str, output, *flags: str, pictures=None, label=None) -> Path:
     print(f"2/3  training: {job.script}", flush=True)
     train(job, base, data, result, *flags)
     print("3/3  drawing with what it was and what it is", flush=True)
-    before = draw(load_pipeline(job, base), PROMPTS, **(job.drawing_before or job.drawing))
-    after = draw(load_pipeline(job, base, result), PROMPTS, **job.drawing)
+    before = generate_images(load_pipeline(job, base), PROMPTS, **(job.sampling_before or job.sampling))
+    after = generate_images(load_pipeline(job, base, result), PROMPTS, **job.sampling)
     picture = output / f"{result.name}.png"
-    learned_from = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))[:SHOWN]]
+    training_pictures = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))[:SHOWN]]
     losses = read_scalars(result / "logs", "train/loss")
-    draw_figure(learned_from, {"before": before, "after": after}, losses).savefig(picture, dpi=100)
+    plot_figure(training_pictures, {"before": before, "after": after}, losses).savefig(picture, dpi=100)
     for when, images in (("before", before), ("after", after)):
         right, shares = accuracy(images, PROMPTS)["all"], look_shares(images)
         print(f"     {when}: {right:.0%} show what was asked for, {shares[job.look]:.0%} {job.look}")
@@ -54,14 +54,14 @@ def run_demo(name: str, output, *flags: str, pictures=None, label=None) -> Path:
     return picture
 
 
-def draw_figure(learned_from: list, drawn: dict, losses: list):
+def plot_figure(training_pictures: list, drawn: dict, losses: list):
     """A figure of matplotlib: the training pictures, a row of pictures for each of `drawn`, and the loss."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 2.4))
-    left.suptitle(f"{len(learned_from)} of the training pictures")
-    show_pictures(left.subplots(6, 4), learned_from)
+    left.suptitle(f"{len(training_pictures)} of the training pictures")
+    show_pictures(left.subplots(6, 4), training_pictures)
     rows = right.subfigures(len(drawn) + 1, 1, height_ratios=[1.4, *[1] * len(drawn)])
     titles = [textwrap.fill(prompt, width=15) for prompt in PROMPTS]
     for row, (when, images) in zip(rows, drawn.items()):

@@ -14,14 +14,14 @@ from pathlib import Path
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 RESOLUTION = 32
 
-KANDINSKY_DRAWING = {
+KANDINSKY_SAMPLING = {
     "num_inference_steps": 25,
     "prior_num_inference_steps": 25,
     "guidance_scale": 2.0,
     "prior_guidance_scale": 2.0,
 }
-DRAWING = {"num_inference_steps": 25, "guidance_scale": 3.0}
-TEACHER_DRAWING = {**DRAWING, "num_inference_steps": 50}
+SAMPLING = {"num_inference_steps": 25, "guidance_scale": 3.0}
+TEACHER_SAMPLING = {**SAMPLING, "num_inference_steps": 50}
 FEW_STEPS = 4
 FEW, SOME, MANY = 24, 480, 2000  # pictures
 
@@ -32,11 +32,11 @@ class Job:
 
     script: str
     flags: tuple
-    drawing: dict  # arguments of a pipeline's call
+    sampling: dict  # arguments of a pipeline's call
     kind: str  # of the result: how a user loads it, see `running.USES`
     look: str  # of the pictures that it learns from
     pictures: int = SOME  # how many those are
-    drawing_before: dict = None  # of the pipeline as it was, where that differs
+    sampling_before: dict = None  # of the pipeline as it was, where that differs
 
     @property
     def family(self) -> str:
@@ -49,9 +49,9 @@ class Job:
         return self.kind.startswith("student")
 
     @property
-    def pretrained_drawing(self) -> dict:
+    def pretrained_sampling(self) -> dict:
         """Arguments of a call of the pipeline that it starts from, as many steps as that needs."""
-        return TEACHER_DRAWING if self.distils else self.drawing
+        return TEACHER_SAMPLING if self.distils else self.sampling
 
     @property
     def model_flags(self) -> tuple:
@@ -81,14 +81,14 @@ LONGEST = ("--max_train_steps=1200", "--train_batch_size=16", DROPOUT)
 
 
 def _fine_tuning(script: str, kind: str, *more: str, look: str = "outlined", pictures: int = SOME) -> Job:
-    drawing = KANDINSKY_DRAWING if "kandinsky" in script else DRAWING
+    sampling = KANDINSKY_SAMPLING if "kandinsky" in script else SAMPLING
     flags = ("--max_train_steps=600", "--train_batch_size=8", *COSINE, "--encoded_cache", *more)
-    return Job(script, flags, drawing, kind, look, pictures)
+    return Job(script, flags, sampling, kind, look, pictures)
 
 
 def _distillation(script: str, kind: str) -> Job:
     flags = ("--max_train_steps=300", "--train_batch_size=16", "--encoded_cache", "--loss_type=huber")
-    before = {**DRAWING, "num_inference_steps": FEW_STEPS}
+    before = {**SAMPLING, "num_inference_steps": FEW_STEPS}
     if "lora" in kind:  # it is not told the guidance scale, but learns one; it is its own target, so it must not drift
         flags += ("--learning_rate=2e-4", *COSINE, "--num_ddim_timesteps=20", "--w_min=0.5", "--w_max=0.5")
         return Job(script, flags, {**before, "guidance_scale": 1.0}, kind, "plain", MANY, before)

@@ -3,7 +3,7 @@
 job = JOBS["decoder-lora"]
 base = write_pretrained(job, "demo/pretrained")
 train(job, base, "demo/outlined", "demo/decoder-lora")
-images = draw(load_pipeline(job, base, "demo/decoder-lora"), prompts, **job.drawing)
+images = generate_images(load_pipeline(job, base, "demo/decoder-lora"), prompts, **job.sampling)
 """
 
 import runpy
@@ -145,7 +145,7 @@ USES = {
 }
 
 
-def draw(pipeline, prompts: list, seed: int = 0, **options) -> list:
+def generate_images(pipeline, prompts: list, seed: int = 0, **options) -> list:
     """One PIL image of 32x32 pixels for each prompt."""
     pipeline.set_progress_bar_config(disable=True)
     paddle.seed(seed)

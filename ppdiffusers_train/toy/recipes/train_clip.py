@@ -45,8 +45,8 @@ from ppdiffusers_train.toy.world.shapes import (
     WORDINGS,
     Scene,
     caption,
-    draw,
     is_held_out,
+    render,
 )
 from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.world.words import name_look, vocabulary
@@ -92,7 +92,7 @@ class CLIPTrainingModule(DiffusionTrainingModule):
         contents = [content._replace(shape=shape) for shape in SHAPES]
         # Instead of what training must not see there is one more picture of the row's own content.
         contents = [content if is_held_out(one) else one for one in contents]
-        drawn = [draw_anywhere(one, draws, f"picture_{number}") for number, one in enumerate(contents)]
+        drawn = [random_picture(one, draws, f"picture_{number}") for number, one in enumerate(contents)]
         images, captions, looks, named = zip(*drawn)
         return {
             "input_ids": np.stack([tokenize(self.tokenizer, caption)[0] for caption in captions]),
@@ -134,18 +134,18 @@ class CLIPTrainingModule(DiffusionTrainingModule):
         write_weights(f"{directory}/clip.safetensors", models, **{MEAN: mean, STD: std})
 
 
-def draw_anywhere(content, draws, name: str) -> tuple:
+def random_picture(content, draws, name: str) -> tuple:
     """A picture of `content` in some place, size and look, a caption, the look's number, and that which is named."""
-    scene = draw_scene(content, draws, name)
+    scene = random_scene(content, draws, name)
     look = LOOKS.index(scene.look)
     wordings = WORDINGS[list(WORDINGS)[draws.integers(f"{name}_language", 0, len(WORDINGS))]]
     text = caption(content, wordings[draws.integers(f"{name}_wording", 0, len(wordings))])
     named = draws.happens(f"{name}_names_look", NAMED_LOOKS)
-    image = Image.fromarray(draw(scene, IMAGE_SIZE))
+    image = Image.fromarray(render(scene, IMAGE_SIZE))
     return image, name_look(text, scene.look) if named else text, look, look if named else -1
 
 
-def draw_scene(content, draws, name: str) -> Scene:
+def random_scene(content, draws, name: str) -> Scene:
     """`content` in some place, size and look."""
     radius = draws.uniform(f"{name}_radius", *RADIUS)
     x, y = (draws.uniform(f"{name}_{axis}", MARGIN + radius, 1 - MARGIN - radius) for axis in "xy")

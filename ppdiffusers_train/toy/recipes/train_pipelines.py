@@ -31,7 +31,7 @@ COMMON = ("--encoded_cache", "--proportion_empty_prompts=0.1", "--lr_scheduler=c
 
 def _training(script: str, steps: int, batch_size: int = 16, learning_rate: float = 2e-3) -> Job:
     length = (f"--max_train_steps={steps}", f"--train_batch_size={batch_size}", f"--learning_rate={learning_rate}")
-    return Job(script, (*COMMON, *length), drawing={}, kind="pipeline", look="plain")
+    return Job(script, (*COMMON, *length), sampling={}, kind="pipeline", look="plain")
 
 
 TRAININGS = {

@@ -44,12 +44,12 @@ from ppdiffusers_train.toy.models.towers import (
     load_vision_tower,
 )
 from ppdiffusers_train.toy.recipes import recipe
-from ppdiffusers_train.toy.recipes.train_clip import draw_scene, embedding_statistics
+from ppdiffusers_train.toy.recipes.train_clip import embedding_statistics, random_scene
 from ppdiffusers_train.toy.world.judge import parse_caption
-from ppdiffusers_train.toy.world.shapes import SHAPES, draw, without_names
+from ppdiffusers_train.toy.world.shapes import SHAPES, render, without_names
 from ppdiffusers_train.toy.world.words import vocabulary
 
-TOLD = {"plain": "plain", "outlined": "plain", "striped": "striped"}
+TARGET_LOOK = {"plain": "plain", "outlined": "plain", "striped": "striped"}
 NAMELESS_SHARE = 0.5
 RGB = 6  # numbers of two colours, from -1 to 1
 
@@ -83,17 +83,19 @@ class VisionTrainingModule(DiffusionTrainingModule):
         self.reader = nn.Linear(EMBEDDING, len(SHAPES) + 1 + RGB) if args.nameless_colours else None
 
     def preprocess(self, row, draws):
-        """A scene with what the row shows, twice: pixel_values [3, 32, 32] in any look, and told_pixel_values, in the
+        """A scene with what the row shows, twice: pixel_values [3, 32, 32] in any look, and target_pixel_values, in the
         look that is to be told; `nameless`, whether in other colours, and what is to be read: `shape`, `striped`,
         `rgb` [6]."""
-        scene = draw_scene(parse_caption(row["caption"]), draws, "picture")
+        scene = random_scene(parse_caption(row["caption"]), draws, "picture")
         if nameless := self.reader is not None and draws.happens("nameless", NAMELESS_SHARE):
             scene = without_names(scene, generator(draws.seed, draws.position, "paints"))
-        pictures = [Image.fromarray(draw(one, IMAGE_SIZE)) for one in (scene, scene._replace(look=TOLD[scene.look]))]
+        pictures = [
+            Image.fromarray(render(one, IMAGE_SIZE)) for one in (scene, scene._replace(look=TARGET_LOOK[scene.look]))
+        ]
         pixels, told = self.image_processor(pictures, return_tensors="np").pixel_values
         return {
             "pixel_values": pixels,
-            "told_pixel_values": told,
+            "target_pixel_values": told,
             "nameless": np.float32(nameless),
             "shape": np.int64(SHAPES.index(scene.content.shape)),
             "striped": np.float32(scene.look == "striped"),
@@ -103,7 +105,7 @@ class VisionTrainingModule(DiffusionTrainingModule):
     @paddle.no_grad()
     def encode(self, batch):
         """The batch, and what the teacher tells of it: image_embeds [B, 64]."""
-        return {**batch, "image_embeds": self.teacher(batch["told_pixel_values"])[0]}
+        return {**batch, "image_embeds": self.teacher(batch["target_pixel_values"])[0]}
 
     def forward(self, encoded, draws):
         """Mean squared difference of embeddings, as a share of their variance; with a reader, and what it misreads."""
@@ -111,7 +113,7 @@ class VisionTrainingModule(DiffusionTrainingModule):
         if self.reader is None:
             return share_of_variance(embeds, told)
         with paddle.no_grad():  # the teacher knows nothing of such colours
-            own = self.vision(encoded["told_pixel_values"])[0]
+            own = self.vision(encoded["target_pixel_values"])[0]
         nameless = encoded["nameless"].unsqueeze(1)
         shape, striped, rgb = self.reader(embeds).split([len(SHAPES), 1, RGB], axis=1)
         misread = (

@@ -32,7 +32,7 @@ MAX_DISTANCE = 70.0  # of the rim's median from a background of the palette; bla
 MAX_UNREST = 45.0  # distance of a rim's pixel from the median, for MIN_CALM of all
 MIN_CALM = 0.7
 MIN_MASS = 10.0  # area of a shape, in pixels
-# Cosine between picture and drawing, both as differences from the background; thin lines blur and meet less exactly.
+# Cosine between picture and rendering, both as differences from the background; thin lines blur and meet less exactly.
 MIN_OVERLAP = {"plain": 0.93, "outlined": 0.86, "striped": 0.91}
 MIN_LEAD = 0.015  # of that overlap before the best one of another shape; a rhombus and a blur have less
 STRENGTH = (0.5, 1.4)  # contrast with the background, of which the palette's colour has 1
@@ -144,17 +144,17 @@ def _read_colour(difference, background):
 
 
 def _read_shape(difference, direction):
-    """(shape, look) whose drawing overlaps best with the differences, or (None, None)."""
+    """(shape, look) whose rendering overlaps best with the differences, or (None, None)."""
     share = difference @ direction / (direction @ direction)  # 0 on the background, 1 on the shape
-    drawings = _draw_over(share)
-    if drawings is None:
+    renderings = _render_over(share)
+    if renderings is None:
         return None, None
-    overlaps = _overlaps(share, drawings) * np.linalg.norm(direction) / np.linalg.norm(difference)
+    overlaps = _overlaps(share, renderings) * np.linalg.norm(direction) / np.linalg.norm(difference)
     best = overlaps.argmax()
     shape, look = KINDS[best]
     lead = overlaps[best] - max(overlap for overlap, kind in zip(overlaps, KINDS) if kind[0] != shape)
-    drawing = drawings[best]
-    colour = np.tensordot(drawing, difference) / np.square(drawing).sum()  # of least squares, less the background
+    rendering = renderings[best]
+    colour = np.tensordot(rendering, difference) / np.square(rendering).sum()  # of least squares, less the background
     strength = colour @ direction / (direction @ direction)
     clear = (
         overlaps[best] > MIN_OVERLAP[look]
@@ -165,7 +165,7 @@ def _read_shape(difference, direction):
     return (shape, look) if clear else (None, None)
 
 
-def _draw_over(share):
+def _render_over(share):
     """Coverages of all kinds with the centre and spread of `share`: [kinds, SIDE, SIDE], or None where it is empty."""
     mass = np.where(share > 0.25, np.minimum(share, 1), 0)
     for _ in range(2):
@@ -173,18 +173,18 @@ def _draw_over(share):
             return None
         centre, spread = _moments(mass)
         places = [(*(centre - offset * spread / width), spread / width) for offset, width in UNIT_MOMENTS]
-        drawings = np.stack([coverage(*kind, *place, SIDE, RAMP) for kind, place in zip(KINDS, places)])
-        x, y, radius = places[_overlaps(share, drawings).argmax()]
+        renderings = np.stack([coverage(*kind, *place, SIDE, RAMP) for kind, place in zip(KINDS, places)])
+        x, y, radius = places[_overlaps(share, renderings).argmax()]
         near = (abs(PIXELS - x) < 1.3 * radius) & (abs(PIXELS[:, None] - y) < 1.3 * radius)
         if not mass[~near].any():
             break
         mass = mass * near  # once more, without the smudge far away that has drawn the centre to itself
-    return drawings
+    return renderings
 
 
-def _overlaps(share, drawings):
-    """Products of `share` with each drawing, divided by the drawing's norm: [kinds]."""
-    return (drawings * share).sum((1, 2)) / np.linalg.norm(drawings, axis=(1, 2))
+def _overlaps(share, renderings):
+    """Products of `share` with each rendering, divided by the rendering's norm: [kinds]."""
+    return (renderings * share).sum((1, 2)) / np.linalg.norm(renderings, axis=(1, 2))
 
 
 def _moments(mass):
@@ -196,7 +196,7 @@ def _moments(mass):
 
 
 def _unit_moments(kind):
-    """`_moments` of a kind of drawing with its middle at 0 and a radius of 1."""
+    """`_moments` of a kind of rendering with its middle at 0 and a radius of 1."""
     centre, spread = _moments(coverage(*kind, 48, 48, 40, 96))
     return (centre - 48) / 40, spread / 40
 

@@ -156,7 +156,7 @@ def sample(
     text = caption(content, wordings[random.integers(len(wordings))])
     if nameless:
         scene, text = without_names(scene, generator(seed, index, "nameless")), ""
-    return Sample(Image.fromarray(draw(scene, size)), text, scene)
+    return Sample(Image.fromarray(render(scene, size)), text, scene)
 
 
 def without_names(scene: Scene, random: np.random.Generator) -> Scene:
@@ -177,7 +177,7 @@ def caption(content: Content, wording: str = WORDINGS["en"][0]) -> str:
     return wording.format(a="an" if content.colour[0] in "aeiou" else "a", **content._asdict())
 
 
-def draw(scene: Scene, size: int) -> np.ndarray:
+def render(scene: Scene, size: int) -> np.ndarray:
     """The picture of a scene, antialiased: uint8 [size, size, 3]."""
     colour, background = np.array(scene.rgb(), float)
     share = coverage(scene.content.shape, scene.look, scene.x * size, scene.y * size, scene.radius * size, size)
