@@ -181,14 +181,14 @@ def open_named(args):
 def add_source_arguments(command, what: str) -> None:
     add = command.add_argument
     add("source", metavar="SOURCE", help=what)
-    add("--dataset_config_name", help="The configuration of the dataset, if it has several.")
-    add("--image_column", default="image", help="The column of the images.")
-    add("--caption_column", default="text", help="The column, or field of .json files, of the captions.")
-    add("--cache_dir", metavar="DIR", help="The folder for downloads and indices; by default that of Hugging Face.")
+    add("--dataset_config_name", help="Configuration of the dataset, if it has several.")
+    add("--image_column", default="image", help="Column of the images.")
+    add("--caption_column", default="text", help="Column, or field of .json files, of the captions.")
+    add("--cache_dir", metavar="DIR", help="Folder for downloads and indices; by default that of Hugging Face.")
     add(
         "--processes",
         type=positive_int,
-        help="The number of processes that decode images; by default one per CPU core.",
+        help="Number of processes that decode images; by default one per CPU core.",
     )
     add("--json", action=Flag, help="Print the result as one JSON document.")
 
@@ -205,14 +205,14 @@ def build_parser():
         "is wrong.",
     )  # fmt: skip
     add_source_arguments(
-        command, "A folder of images with a metadata.jsonl, tar shards (a folder, a file, a pattern such as "
+        command, "Folder of images with a metadata.jsonl, tar shards (a folder, a file, a pattern such as "
         "photos-{000..031}.tar), or a dataset of the hub.",
     )  # fmt: skip
     add = command.add_argument
     add("--resolution", type=positive_int, default=512, help="Images with a shorter side, in pixels, are reported.")
-    add("--tokenizer", metavar="DIR", help="A CLIP tokenizer or pipeline, to count tokens exactly.")
-    add("--ranks", type=positive_int, default=1, help="The number of GPUs, to report how shards are divided.")
-    add("--workers", type=positive_int, default=1, help="The number of loading threads per GPU, for the same report.")
+    add("--tokenizer", metavar="DIR", help="CLIP tokenizer or pipeline, to count tokens exactly.")
+    add("--ranks", type=positive_int, default=1, help="Number of GPUs, to report how shards are divided.")
+    add("--workers", type=positive_int, default=1, help="Number of loading threads per GPU, for the same report.")
     command.set_defaults(run=check_data)
 
     command = commands.add_parser(
@@ -221,13 +221,13 @@ def build_parser():
         "resumes an interrupted one. Exit status 1: unusable samples were left out. Status 2: the command is wrong.",
     )  # fmt: skip
     add_source_arguments(
-        command, "A folder of images with a metadata.jsonl, a .jsonl file whose rows have a file_name relative to it, "
+        command, "Folder of images with a metadata.jsonl, a .jsonl file whose rows have a file_name relative to it, "
         "tar shards, or a dataset of the hub.",
     )  # fmt: skip
     add = command.add_argument
-    add("output_dir", metavar="OUTPUT_DIR", help="The folder for the shards.")
-    add("--shard_size", type=byte_size, default="500MB", metavar="SIZE", help="The largest size of a shard.")
-    add("--name", default="photos", help="The beginning of the shards' names.")
+    add("output_dir", metavar="OUTPUT_DIR", help="Folder for the shards.")
+    add("--shard_size", type=byte_size, default="500MB", metavar="SIZE", help="Largest size of a shard.")
+    add("--name", default="photos", help="Beginning of the shards' names.")
     command.set_defaults(run=pack_data)
 
     command = commands.add_parser(
@@ -237,27 +237,27 @@ def build_parser():
         "--preview_output FILE, --preview_samples N, --json. Exit status 1: one of the samples cannot be used.",
     )  # fmt: skip
     add = command.add_argument
-    add("command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="The training script and its flags.")
+    add("command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="Training script and its flags.")
     command.set_defaults(run=preview_training)
 
     add_launch_command(commands)
 
     command = commands.add_parser("convert-lora", help="rewrite a LoRA's file for another library")
     add = command.add_argument
-    add("source", help="The LoRA file, or its folder, from a LoRA script or another trainer.")
-    add("--to", choices=FILES, required=True, help="The library to write for; kohya is for ComfyUI and WebUIs.")
-    add("--output", required=True, metavar="PATH", help="The output folder, or a file that ends in .safetensors.")
-    add("--scale", type=non_negative_float, default=1.0, help="The factor to multiply the updates by.")
+    add("source", help="LoRA file, or its folder, from a LoRA script or another trainer.")
+    add("--to", choices=FILES, required=True, help="Library to write for; kohya is for ComfyUI and WebUIs.")
+    add("--output", required=True, metavar="PATH", help="Output folder, or a file that ends in .safetensors.")
+    add("--scale", type=non_negative_float, default=1.0, help="Factor to multiply the updates by.")
     command.set_defaults(run=convert_lora)
 
     command = commands.add_parser("toy-data", help="write pictures of shapes with captions, to train a small model on")
     add = command.add_argument
-    add("output", help="The folder to write, new or empty.")
-    add("--count", type=positive_int, required=True, help="The number of pictures.")
-    add("--size", type=int, choices=SIZES, default=32, help="The height and width of pictures, in pixels.")
-    add("--look", choices=(*LOOKS, MIXED), default="plain", help="The look of the shapes.")
+    add("output", help="Folder to write, new or empty.")
+    add("--count", type=positive_int, required=True, help="Number of pictures.")
+    add("--size", type=int, choices=SIZES, default=32, help="Height and width of pictures, in pixels.")
+    add("--look", choices=(*LOOKS, MIXED), default="plain", help="Look of the shapes.")
     add("--shard_size", type=byte_size, metavar="SIZE", help="Write tar shards, each at most so large, such as 1MB.")
-    add("--seed", type=seed, default=0, help="The seed of the pictures.")
+    add("--seed", type=seed, default=0, help="Seed of the pictures.")
     add("--held_out", action=Flag, help="Write only combinations of shape, colour and background kept out of training.")
     command.set_defaults(run=toy_data)
 
@@ -267,10 +267,10 @@ def build_parser():
         "of training pictures, images generated before and after, and the loss.",
     )  # fmt: skip
     add = command.add_argument
-    add("--job", choices=JOBS, default="decoder-lora", help="The job to run.")
-    add("--output_dir", default="outputs/demo", metavar="DIR", help="The output folder.")
-    add("--max_train_steps", type=positive_int, help="The number of optimizer steps; by default enough for the job.")
-    add("--pictures", type=positive_int, help="The number of training pictures; by default enough for the job.")
+    add("--job", choices=JOBS, default="decoder-lora", help="Job to run.")
+    add("--output_dir", default="outputs/demo", metavar="DIR", help="Output folder.")
+    add("--max_train_steps", type=positive_int, help="Number of optimizer steps; by default enough for the job.")
+    add("--pictures", type=positive_int, help="Number of training pictures; by default enough for the job.")
     command.set_defaults(run=demo)
     return parser
 

@@ -48,7 +48,7 @@ def pack(source: Source, output_dir, shard_size: int, name: str, caption_field: 
         RunError: a shard cannot be written.
     """
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"--name: {name!r} cannot be the beginning of a file name; expected a word such as photos")
+        raise UserError(f"--name: {name!r} is not a valid beginning of a file name; expected a word such as photos")
     folder, rows = Path(output_dir), source.rows
     require_writable(folder, "OUTPUT_DIR")
     wanted = {

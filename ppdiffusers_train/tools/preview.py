@@ -72,8 +72,8 @@ def parse_flags(job, name: str, flags: list):
     parser = job.build_parser()
     parser.prog = name
     group = parser.add_argument_group("preview")
-    group.add_argument("--preview_output", default="preview.png", metavar="FILE", help="The picture to write.")
-    group.add_argument("--preview_samples", type=positive_int, default=16, help="The number of samples to show.")
+    group.add_argument("--preview_output", default="preview.png", metavar="FILE", help="Picture to write.")
+    group.add_argument("--preview_samples", type=positive_int, default=16, help="Number of samples to show.")
     group.add_argument("--json", action=Flag, help="Print the result as one JSON document.")
     parser.set_defaults(dry_run=True)
     args = parser.parse_args(flags)
