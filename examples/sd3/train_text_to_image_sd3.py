@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion 3: its transformer learns your images and captions.
+"""Fine-tune Stable Diffusion 3: train its transformer on your images and captions.
 
     python -u train_text_to_image_sd3.py --pretrained_model_name_or_path sd3 --train_data_dir photos --output_dir mine
 
@@ -28,7 +28,10 @@ def build_parser(doc=__doc__):
     parser = arguments.ArgumentParser(description=doc.splitlines()[0])
     group = arguments.add_pipeline_arguments(parser)
     group.add_argument(
-        "--t5", action=arguments.Flag, default=True, help="the third text encoder; --no_t5: as in inference without it"
+        "--t5",
+        action=arguments.Flag,
+        default=True,
+        help="Use the third text encoder; --no_t5 trains for inference without it.",
     )
     arguments.add_image_arguments(parser)
     arguments.add_data_arguments(parser)
@@ -42,10 +45,10 @@ def build_parser(doc=__doc__):
 
 
 class SD3TrainingModule(FullTraining):
-    """The transformer learns the velocity from an image's latents to noise, given the caption."""
+    """Trains the transformer to predict the velocity from an image's latents to noise, conditioned on the caption."""
 
     trained = "transformer"
-    keep_float32_in_fp16 = ("text_encoder_3",)  # T5's activations are known to outgrow float16
+    keep_float32_in_fp16 = ("text_encoder_3",)  # T5's activations overflow in float16
 
     def __init__(self, args):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion XL: its UNet learns your images and captions.
+"""Fine-tune Stable Diffusion XL: train its UNet on your images and captions.
 
     python -u train_text_to_image_sdxl.py --pretrained_model_name_or_path sdxl --train_data_dir photos --output_dir mine
 
@@ -31,9 +31,9 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 def build_parser(doc=__doc__):
     parser = arguments.ArgumentParser(description=doc.splitlines()[0])
     add = arguments.add_pipeline_arguments(parser).add_argument
-    no_kernel = "accepted for old commands; ppdiffusers has no such kernel"
+    no_kernel = "No effect: accepted for old commands, but ppdiffusers has no such kernel."
     add("--enable_npu_flash_attention", action=arguments.Flag, help=no_kernel)
-    add("--prediction_type", choices=PREDICTION_TYPES, help="what the UNet predicts; default: as before")
+    add("--prediction_type", choices=PREDICTION_TYPES, help="What the UNet predicts; by default as its scheduler says.")
     arguments.add_image_arguments(parser)
     arguments.add_data_arguments(parser)
     arguments.add_training_arguments(parser)
@@ -47,7 +47,7 @@ def build_parser(doc=__doc__):
 
 
 class SDXLTrainingModule(FullTraining):
-    """The UNet learns to denoise VAE latents, given the caption, the image's size, and the crop that was taken."""
+    """Trains the UNet to denoise VAE latents, conditioned on the caption, the image's size and the crop."""
 
     trained = "unet"
     encoders = ("vae", "text_encoder", "text_encoder_2")
@@ -80,7 +80,7 @@ class SDXLTrainingModule(FullTraining):
 
     def preprocess(self, row, draws):
         """pixel_values [3, H, W]; input_ids, input_ids_2 [L]; has_prompt [], 0 where the embeddings are to be zeros;
-        time_ids [6]: height and width of the file, top and left of the crop, height and width of what is drawn."""
+        time_ids [6]: height and width of the file, top and left of the crop, height and width of the crop."""
         args, image = self.args, row["image"]
         refuse_small_image(row, args.min_image_size)
         size = size_for(*image.size, args.resolution, self.buckets)
