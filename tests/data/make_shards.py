@@ -41,7 +41,7 @@ def shards_of(folder, counts):
 
 
 def bomb():
-    """A small file that says of itself that it has 10,000 megapixels."""
+    """A small file whose header declares 10,000 megapixels."""
 
     def chunk(kind, content):
         checksum = zlib.crc32(kind + content)

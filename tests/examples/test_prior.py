@@ -26,7 +26,7 @@ def test_the_guides_snippet_draws_with_the_trained_prior_and_any_decoder(train, 
     ).images[0]  # fmt: skip
     assert image.size == (64, 64)
     assert same({n: t.numpy() for n, t in pipe.prior_prior.state_dict().items()}, weights(output_dir, "prior"))
-    assert isinstance(pipe.prior_scheduler, UnCLIPScheduler), "training's own scheduler cannot draw"
+    assert isinstance(pipe.prior_scheduler, UnCLIPScheduler), "training's own scheduler cannot sample"
 
 
 def test_only_the_prior_learns_and_not_its_statistics(train, kandinsky, build):

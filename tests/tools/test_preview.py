@@ -79,8 +79,8 @@ def test_tiles_and_captions_are_those_of_preprocess_at_the_run_s_own_positions(p
         caption = "" if is_dropped else dataset.captions(row)[0].replace("-", " - ")
         assert shown["captions"] == [caption, caption] and shown["error"] == ""
         height, width, top, left, rows, columns = arrays["time_ids"].astype(int)
-        told = f"original size {width} x {height}, crop left {left}, top {top}, target size {columns} x {rows}"
-        assert shown["told"] == f"conditioning: {told}"
+        conditioning = f"original size {width} x {height}, crop left {left}, top {top}, target size {columns} x {rows}"
+        assert shown["told"] == f"conditioning: {conditioning}"
         dropped += is_dropped
     assert 0 < dropped < 10
 
