@@ -1,4 +1,4 @@
-"""ppdiffusers-train: what there is to do beside training.
+"""ppdiffusers-train: commands around training: check, pack and preview data, launch runs, convert LoRAs, try a demo.
 
 ppdiffusers-train check my-photos
 ppdiffusers-train preview train_text_to_image_sdxl.py --pretrained_model_name_or_path sdxl --train_data_dir my-photos
@@ -37,12 +37,12 @@ from ppdiffusers_train.toy.world.looks import LOOKS, SIZES
 
 MIXED = "mixed"  # all looks in turn
 
-# Each command imports what it needs: `--help` should be fast, and so should the processes that a command starts, which
-# import this file, too.
+# Each command imports what it needs, so that `--help` is fast, and so are the processes that a command starts, which
+# import this file as well.
 
 
 def check_data(args) -> int:
-    """Say what is wrong with a data set; the status is 1 where training would stop or lose samples."""
+    """Report the problems of a data set. The status is 1 where training would stop or lose samples."""
     from ppdiffusers_train.models.text import count_tokens, load_tokenizer
     from ppdiffusers_train.tools.check import Tokens, check, describe_shards
     from ppdiffusers_train.tools.inspection import processors
@@ -55,7 +55,9 @@ def check_data(args) -> int:
             tokens = Tokens(lambda caption: count_tokens(tokenizer, caption), tokenizer.model_max_length, note="")
         source = open_named(args)
         if source.kind == LIST:
-            raise UserError(f"{args.source!r} is a list of files, which no training reads; pack makes shards of it")
+            raise UserError(
+                f"{args.source!r} is a list of files, which training cannot read; `pack` makes shards of it"
+            )
         options = {"kept": None} if args.json else {}
         report = check(source, args.source, args.resolution, tokens, args.processes or processors(), **options)
         if source.shards:
@@ -65,7 +67,7 @@ def check_data(args) -> int:
 
 
 def pack_data(args) -> int:
-    """Write a data set into tar shards; the status is 1 where samples had to be left out."""
+    """Write a data set into tar shards. The status is 1 where samples had to be left out."""
     from tqdm import tqdm
 
     from ppdiffusers_train.tools.inspection import processors
@@ -73,13 +75,13 @@ def pack_data(args) -> int:
 
     started, read, written = time.monotonic(), Path(args.source).resolve(), Path(args.output_dir).resolve()
     if read.is_dir() and read in (written, *written.parents):
-        raise UserError(f"OUTPUT_DIR: {args.output_dir!r} is in the folder that is read; expected another place")
+        raise UserError(f"OUTPUT_DIR: {args.output_dir!r} is in the folder that is read; expected another folder")
     with stdout_for_result(args.json):
         processes = args.processes or processors()
         source = open_named(args)
         plan = pack(
             source, written, args.shard_size, args.name, args.caption_column, processes,
-            say=lambda text: tqdm.write(printable(text)),
+            log=lambda text: tqdm.write(printable(text)),
         )  # fmt: skip
     result = {**summary(plan), "seconds": round(time.monotonic() - started, 3)}
     if args.json:
@@ -94,7 +96,7 @@ def pack_data(args) -> int:
 
 
 def preview_training(args) -> int:
-    """Draw the samples that a training script would learn from; the status is 1 where one cannot be used."""
+    """Show the samples that a training script would train on. The status is 1 where one cannot be used."""
     from ppdiffusers_train.tools.preview import preview
 
     with contextlib.redirect_stdout(sys.stderr):
@@ -125,7 +127,7 @@ def convert_lora(args) -> None:
 
 
 def toy_data(args) -> None:
-    """Draw training data from the world of shapes, as a folder or as shards."""
+    """Write training data of the world of shapes, as a folder or as shards."""
     from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
     from ppdiffusers_train.toy.world.shapes_folder import write_shapes_folder
 
@@ -145,13 +147,13 @@ def toy_data(args) -> None:
                 "shapes",
                 "text",
                 processes=1,
-                say=print,
+                log=print,
             )
     print(f"{args.output}: {args.count} pictures of {args.size} x {args.size} pixels, with captions")
 
 
 def demo(args) -> None:
-    """Train a tiny model and show what it learned."""
+    """Train a tiny model and show the result."""
     from ppdiffusers_train.toy.demo.demo import run_demo
 
     steps = ["--max_train_steps", str(args.max_train_steps)] if args.max_train_steps else []
@@ -159,12 +161,12 @@ def demo(args) -> None:
 
 
 def stdout_for_result(json_wanted: bool):
-    """Within, what anything prints goes to standard error where a machine reads standard output."""
+    """A context in which all output goes to standard error if standard output is to hold only JSON."""
     return contextlib.redirect_stdout(sys.stderr) if json_wanted else contextlib.nullcontext()
 
 
 def printable(text: str) -> str:
-    """A text as the screen can show it: names of files may be in any encoding."""
+    """A text with characters that standard output can encode: file names may be in any encoding."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -177,13 +179,18 @@ def open_named(args):
 
 
 def add_source_arguments(command, what: str) -> None:
-    command.add_argument("source", metavar="SOURCE", help=what)
-    command.add_argument("--dataset_config_name", help="configuration of the dataset, where it has several")
-    command.add_argument("--image_column", default="image", help="column that holds the images")
-    command.add_argument("--caption_column", default="text", help="column, or field of .json, with the captions")
-    command.add_argument("--cache_dir", metavar="DIR", help="where downloads and indices are kept")
-    command.add_argument("--processes", type=positive_int, help="that decode images; default: one per processor")
-    command.add_argument("--json", action=Flag, help="print the result as one JSON document")
+    add = command.add_argument
+    add("source", metavar="SOURCE", help=what)
+    add("--dataset_config_name", help="Configuration of the dataset, if it has several.")
+    add("--image_column", default="image", help="Column of the images.")
+    add("--caption_column", default="text", help="Column, or field of .json files, of the captions.")
+    add("--cache_dir", metavar="DIR", help="Folder for downloads and indices; by default that of Hugging Face.")
+    add(
+        "--processes",
+        type=positive_int,
+        help="Number of processes that decode images; by default one per CPU core.",
+    )
+    add("--json", action=Flag, help="Print the result as one JSON document.")
 
 
 def build_parser():
@@ -191,80 +198,79 @@ def build_parser():
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
 
     command = commands.add_parser(
-        "check", help="say what is wrong with a data set, and what training would do about it",
-        description="Decode every image, look at every caption, and say what is wrong and what training would do about "
-        "it. Status 0: training would use every sample as it is, perhaps with remarks (small images, long or empty "
-        "captions, copies). Status 1: it would stop, skip samples, or lose them without a word. Status 2: a mistake in "
-        "the flags.",
+        "check", help="report the problems of a data set, and what training would do about them",
+        description="Decode every image, check every caption, and report the problems and what training would do about "
+        "them. Exit status 0: training would use every sample; there may be remarks (small images, long or empty "
+        "captions, copies). Status 1: training would stop, skip samples, or lose them silently. Status 2: the command "
+        "is wrong.",
     )  # fmt: skip
     add_source_arguments(
-        command, "folder of images with metadata.jsonl, tar shards (a folder, a file, a pattern such as "
-        "photos-{000..031}.tar), or a dataset of the hub",
+        command, "Folder of images with a metadata.jsonl, tar shards (a folder, a file, a pattern such as "
+        "photos-{000..031}.tar), or a dataset of the hub.",
     )  # fmt: skip
-    command.add_argument("--resolution", type=positive_int, default=512, help="of training; smaller images are named")
-    command.add_argument("--tokenizer", metavar="DIR", help="CLIP tokenizer or pipeline, to count tokens exactly")
-    command.add_argument("--ranks", type=positive_int, default=1, help="cards, to say what the number of shards means")
-    command.add_argument("--workers", type=positive_int, default=1, help="loading threads of each card, likewise")
+    add = command.add_argument
+    add("--resolution", type=positive_int, default=512, help="Images with a shorter side, in pixels, are reported.")
+    add("--tokenizer", metavar="DIR", help="CLIP tokenizer or pipeline, to count tokens exactly.")
+    add("--ranks", type=positive_int, default=1, help="Number of GPUs, to report how shards are divided.")
+    add("--workers", type=positive_int, default=1, help="Number of loading threads per GPU, for the same report.")
     command.set_defaults(run=check_data)
 
     command = commands.add_parser(
         "pack", help="write a data set into tar shards",
         description="Write a data set into tar shards in the WebDataset format, images byte for byte. The same command "
-        "goes on where it was stopped. Status 1: samples that cannot be used were left out. Status 2: a mistake in the "
-        "flags.",
+        "resumes an interrupted one. Exit status 1: unusable samples were left out. Status 2: the command is wrong.",
     )  # fmt: skip
     add_source_arguments(
-        command, "folder of images with metadata.jsonl, a .jsonl file whose rows have a file_name relative to it, tar "
-        "shards, or a dataset of the hub",
+        command, "Folder of images with a metadata.jsonl, a .jsonl file whose rows have a file_name relative to it, "
+        "tar shards, or a dataset of the hub.",
     )  # fmt: skip
-    command.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder for the shards")
-    command.add_argument("--shard_size", type=byte_size, default="500MB", metavar="SIZE", help="of a shard, at most")
-    command.add_argument("--name", default="photos", help="what the shards' names begin with")
+    add = command.add_argument
+    add("output_dir", metavar="OUTPUT_DIR", help="Folder for the shards.")
+    add("--shard_size", type=byte_size, default="500MB", metavar="SIZE", help="Largest size of a shard.")
+    add("--name", default="photos", help="Beginning of the shards' names.")
     command.set_defaults(run=pack_data)
 
     command = commands.add_parser(
-        "preview", config=False, help="draw the samples that a training script would learn from",
+        "preview", config=False, help="show the samples that a training script would train on",
         description="Put `ppdiffusers-train preview` before your training command: the first samples of that run are "
-        "drawn into preview.png, cropped, mirrored and with the caption as the model gets them. More flags: "
-        "--preview_output FILE, --preview_samples N, --json. Status 1: one of them cannot be used.",
+        "written into preview.png, cropped, mirrored and with the caption as the model gets them. More flags: "
+        "--preview_output FILE, --preview_samples N, --json. Exit status 1: one of the samples cannot be used.",
     )  # fmt: skip
-    command.add_argument(
-        "command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="the training script and its flags"
-    )
+    add = command.add_argument
+    add("command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="Training script and its flags.")
     command.set_defaults(run=preview_training)
 
     add_launch_command(commands)
 
     command = commands.add_parser("convert-lora", help="rewrite a LoRA's file for another library")
-    command.add_argument("source", help="the file, or a folder with one: what a LoRA script or another trainer wrote")
-    command.add_argument("--to", choices=FILES, required=True, help="kohya: ComfyUI and WebUIs")
-    command.add_argument("--output", required=True, metavar="PATH", help="folder, or a file that ends in .safetensors")
-    command.add_argument("--scale", type=non_negative_float, default=1.0, help="multiply the updates by this")
+    add = command.add_argument
+    add("source", help="LoRA file, or its folder, from a LoRA script or another trainer.")
+    add("--to", choices=FILES, required=True, help="Library to write for; kohya is for ComfyUI and WebUIs.")
+    add("--output", required=True, metavar="PATH", help="Output folder, or a file that ends in .safetensors.")
+    add("--scale", type=non_negative_float, default=1.0, help="Factor to multiply the updates by.")
     command.set_defaults(run=convert_lora)
 
-    command = commands.add_parser("toy-data", help="draw pictures of shapes, with captions, to train a small model on")
-    command.add_argument("output", help="folder to write: new, or empty")
-    command.add_argument("--count", type=positive_int, required=True, help="number of pictures")
-    command.add_argument("--size", type=int, choices=SIZES, default=32, help="height and width, in pixels")
-    command.add_argument("--look", choices=(*LOOKS, MIXED), default="plain", help="how shapes are drawn")
-    command.add_argument("--shard_size", type=byte_size, metavar="SIZE", help="write tar shards, each at most so large")
-    command.add_argument("--seed", type=seed, default=0, help="another seed draws other pictures")
-    command.add_argument(
-        "--held_out",
-        action=Flag,
-        help="only combinations of shape, colour and background that are never drawn otherwise",
-    )
+    command = commands.add_parser("toy-data", help="write pictures of shapes with captions, to train a small model on")
+    add = command.add_argument
+    add("output", help="Folder to write, new or empty.")
+    add("--count", type=positive_int, required=True, help="Number of pictures.")
+    add("--size", type=int, choices=SIZES, default=32, help="Height and width of pictures, in pixels.")
+    add("--look", choices=(*LOOKS, MIXED), default="plain", help="Look of the shapes.")
+    add("--shard_size", type=byte_size, metavar="SIZE", help="Write tar shards, each at most so large, such as 1MB.")
+    add("--seed", type=seed, default=0, help="Seed of the pictures.")
+    add("--held_out", action=Flag, help="Write only combinations of shape, colour and background kept out of training.")
     command.set_defaults(run=toy_data)
 
     command = commands.add_parser(
-        "demo", help="watch a job learn, on a CPU, in minutes",
-        description="Train a tiny pretrained model on pictures of shapes with the script of a job, and draw one "
-        "picture: what it learned from, what it drew before and after, and its loss.",
+        "demo", help="train a tiny model on a CPU, in minutes",
+        description="Train a tiny pretrained model on pictures of shapes with the script of a job, and write a figure "
+        "of training pictures, images generated before and after, and the loss.",
     )  # fmt: skip
-    command.add_argument("--job", choices=JOBS, default="decoder-lora", help="which one")
-    command.add_argument("--output_dir", default="outputs/demo", metavar="DIR", help="where everything is written")
-    command.add_argument("--max_train_steps", type=positive_int, help="optimizer steps; default: enough to learn it")
-    command.add_argument("--pictures", type=positive_int, help="how many to learn from; default: enough to learn it")
+    add = command.add_argument
+    add("--job", choices=JOBS, default="decoder-lora", help="Job to run.")
+    add("--output_dir", default="outputs/demo", metavar="DIR", help="Output folder.")
+    add("--max_train_steps", type=positive_int, help="Number of optimizer steps; by default enough for the job.")
+    add("--pictures", type=positive_int, help="Number of training pictures; by default enough for the job.")
     command.set_defaults(run=demo)
     return parser
 

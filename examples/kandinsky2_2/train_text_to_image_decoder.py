@@ -1,8 +1,8 @@
-"""Fine-tune the decoder of Kandinsky 2.2: the UNet that draws an image from its CLIP embedding.
+"""Fine-tune the decoder of Kandinsky 2.2: the UNet that generates an image from its CLIP embedding.
 
     python -u train_text_to_image_decoder.py --train_data_dir photos --resolution 512 --output_dir my-decoder
 
-The result is a folder for `KandinskyV22CombinedPipeline.from_pretrained`, with the prior's parts beside the decoder's.
+The result is a folder for `KandinskyV22CombinedPipeline.from_pretrained`, with the decoder's and the prior's parts.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
@@ -15,7 +15,7 @@ from ppdiffusers.transformers import CLIPImageProcessor, CLIPVisionModelWithProj
 
 from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels
 from ppdiffusers_train.job import FullTraining, run_job
-from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, draw_combined
+from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, generate_combined
 from ppdiffusers_train.models.unet import save_memory
 from ppdiffusers_train.module import freeze
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
@@ -35,7 +35,7 @@ def build_parser(doc=__doc__):
 
 
 class KandinskyDecoderTrainingModule(FullTraining):
-    """The UNet learns to denoise MoVQ latents, given the CLIP embedding of the same image."""
+    """Trains the UNet to denoise MoVQ latents, conditioned on the CLIP embedding of the same image."""
 
     trained = "unet"
     encoders = ("movq", "image_encoder")
@@ -61,7 +61,7 @@ class KandinskyDecoderTrainingModule(FullTraining):
         square = center_crop_square(image).resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=1)
         clip_pixels = self.image_processor(image, return_tensors="np").pixel_values[0]
         if draws.bernoulli("drop_caption", self.args.proportion_empty_prompts):
-            clip_pixels = np.zeros_like(clip_pixels)  # what guidance knows as no image: the embedding of zeros
+            clip_pixels = np.zeros_like(clip_pixels)  # guidance uses the embedding of zeros for no image
         return {"pixel_values": normalize_pixels(square), "clip_pixel_values": clip_pixels}
 
     def encoding_settings(self):
@@ -94,14 +94,14 @@ class KandinskyDecoderTrainingModule(FullTraining):
         return denoising_loss(prediction, prediction_type, schedule, latents, noise, timesteps, self.args.snr_gamma)
 
     def generate(self, prompts, seeds):
-        """Prior, then decoder, as in inference; what training does not hold is loaded for this and freed again."""
+        """Prior, then decoder, as in inference. Models that training does not need are loaded and freed again."""
         pipeline = self.folders.combined_pipeline(
             unet=self.unet,
             movq=self.movq,
             prior_image_encoder=self.image_encoder,
             prior_image_processor=self.image_processor,
         )
-        return draw_combined(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        return generate_combined(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_pretrained(self, directory):
         self.folders.export_combined(directory, own={"unet": self.unet}, save_format=self.args.save_format)

@@ -1,4 +1,4 @@
-"""Fine-tune the decoder of Kandinsky 2.2 with LoRA: a small file of updates, the decoder itself stays as it is.
+"""Fine-tune the decoder of Kandinsky 2.2 with LoRA: the result is a small file, and the decoder stays as it is.
 
     python -u train_text_to_image_decoder_lora.py --train_data_dir photos --learning_rate 1e-4 --output_dir my-lora
 
@@ -23,7 +23,7 @@ def build_parser():
 
 
 class KandinskyDecoderLoRATrainingModule(LoRATraining, KandinskyDecoderTrainingModule):
-    """LoRA layers on the decoder's attention learn what the full decoder would."""
+    """Trains LoRA layers on the decoder's attention."""
 
 
 def main(argv=None):

@@ -1,8 +1,8 @@
-"""Fine-tune the prior of Kandinsky 2.2: the transformer that makes an image's CLIP embedding from its caption.
+"""Fine-tune the prior of Kandinsky 2.2: the transformer that predicts an image's CLIP embedding from its caption.
 
     python -u train_text_to_image_prior.py --train_data_dir photos --output_dir my-prior
 
-The result is a prior pipeline; with `DiffusionPipeline.from_pretrained` its components fit any decoder's.
+The result is a prior pipeline; its components, loaded by `DiffusionPipeline.from_pretrained`, work with any decoder.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
@@ -18,7 +18,7 @@ from ppdiffusers.transformers import (
 
 from ppdiffusers_train.job import FullTraining, run_job
 from ppdiffusers_train.models.attention import announce_plain_attention
-from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, draw_combined
+from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, generate_combined
 from ppdiffusers_train.models.recompute import enable_block_recompute
 from ppdiffusers_train.models.text import tokenize, warn_of_long_captions
 from ppdiffusers_train.module import freeze, keep_frozen
@@ -39,7 +39,7 @@ def build_parser(doc=__doc__):
 
 
 class KandinskyPriorTrainingModule(FullTraining):
-    """The prior learns to predict an image's normalised CLIP embedding from a noisy one and the caption."""
+    """Trains the prior to predict an image's normalised CLIP embedding from a noisy one, conditioned on the caption."""
 
     trained = "prior"
     encoders = ("image_encoder", "text_encoder")
@@ -52,7 +52,7 @@ class KandinskyPriorTrainingModule(FullTraining):
         self.folders = KandinskyFolders(*names, args.cache_dir, weights=not args.dry_run)
         folder = self.folders.prior
         if args.validation_prompts:
-            self.folders.check_resolution(args.resolution)  # only pictures need the decoder
+            self.folders.check_resolution(args.resolution)  # only validation needs the decoder
         self.image_processor = folder.load("image_processor", CLIPImageProcessor)
         self.tokenizer = folder.load("tokenizer", CLIPTokenizer)
         self.image_encoder = freeze(folder.load("image_encoder", CLIPVisionModelWithProjection))
@@ -60,7 +60,7 @@ class KandinskyPriorTrainingModule(FullTraining):
         self.prior = folder.load("prior", PriorTransformer)
         self.folders.check_clip_std(self.prior)
         keep_frozen(self.prior.clip_mean, self.prior.clip_std)  # statistics of the embeddings, stored as parameters
-        # Inference has a scheduler of another class; this is the process it inverts.
+        # Inference uses a scheduler of another class for the same diffusion process.
         self.scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
         if args.gradient_checkpointing:
             enable_block_recompute(self.prior.transformer_blocks)
@@ -109,7 +109,7 @@ class KandinskyPriorTrainingModule(FullTraining):
         return denoising_loss(prediction, "sample", schedule, target, noise, timesteps, self.args.snr_gamma)
 
     def generate(self, prompts, seeds):
-        """Prior, then decoder, as in inference; what training does not hold is loaded for this and freed again."""
+        """Prior, then decoder, as in inference. Models that training does not need are loaded and freed again."""
         pipeline = self.folders.combined_pipeline(
             prior_prior=self.prior,
             prior_image_encoder=self.image_encoder,
@@ -117,7 +117,7 @@ class KandinskyPriorTrainingModule(FullTraining):
             prior_tokenizer=self.tokenizer,
             prior_image_processor=self.image_processor,
         )
-        return draw_combined(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        return generate_combined(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_pretrained(self, directory):
         self.folders.export_prior(directory, own={"prior": self.prior}, save_format=self.args.save_format)

@@ -1,4 +1,4 @@
-"""Fine-tune the prior of Kandinsky 2.2 with LoRA: a small file of updates, the prior itself stays as it is.
+"""Fine-tune the prior of Kandinsky 2.2 with LoRA: the result is a small file, and the prior stays as it is.
 
     python -u train_text_to_image_prior_lora.py --train_data_dir photos --learning_rate 1e-4 --output_dir my-lora
 
@@ -23,7 +23,7 @@ def build_parser():
 
 
 class KandinskyPriorLoRATrainingModule(LoRATraining, KandinskyPriorTrainingModule):
-    """LoRA layers on the prior's attention learn what the full prior would."""
+    """Trains LoRA layers on the prior's attention."""
 
 
 def main(argv=None):

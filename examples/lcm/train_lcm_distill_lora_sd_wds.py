@@ -1,4 +1,4 @@
-"""Distill Stable Diffusion into LoRA layers that let any of its fine-tunes draw in a few steps.
+"""Distill Stable Diffusion into LoRA layers with which its fine-tunes generate images in a few steps.
 
     python -u train_lcm_distill_lora_sd_wds.py --pretrained_teacher_model sd --train_data_dir photos --output_dir lora
 
@@ -23,14 +23,16 @@ def build_parser(doc=__doc__):
 
 
 class LCMLoRATrainingModule(LoRATraining, LCMTrainingModule):
-    """One UNet: with its LoRA layers it is the student, and without gradient the target; without them the teacher."""
+    """One UNet: with LoRA layers it is the student and, without gradient, the target; without them the teacher."""
 
     lora_formats = ("ppdiffusers", "diffusers", "kohya")
     keep_float32 = ()
 
     def build_networks(self):
         if self.args.trainable_modules:
-            raise UserError("--trainable_modules: without LoRA, the model is the teacher; nothing else of it may learn")
+            raise UserError(
+                "--trainable_modules: without LoRA, the model is the teacher; only LoRA layers can be trained"
+            )
         self.unet = self.folder.load("unet")
 
     @property
@@ -40,8 +42,8 @@ class LCMLoRATrainingModule(LoRATraining, LCMTrainingModule):
     def teacher_unet(self):
         return lora_switched_off(self.unet)
 
-    def with_guidance(self, unet, noisy, timesteps, condition, guidance):
-        """Guidance is part of what is distilled: it draws without, and is not told any."""
+    def predict_with_student(self, unet, noisy, timesteps, condition, guidance):
+        """Guidance is distilled into the student, so it has no input for it."""
         return unet(noisy, timesteps, **condition).sample
 
     def after_step(self):

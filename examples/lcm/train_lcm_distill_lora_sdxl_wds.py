@@ -1,4 +1,4 @@
-"""Distill Stable Diffusion XL into LoRA layers that let any of its fine-tunes draw in a few steps.
+"""Distill Stable Diffusion XL into LoRA layers with which its fine-tunes generate images in few steps.
 
     python -u train_lcm_distill_lora_sdxl_wds.py --pretrained_teacher_model sdxl --train_data_dir photos --output_dir x
 
@@ -19,7 +19,7 @@ def build_parser():
 
 
 class LCMLoRASDXLTrainingModule(LCMLoRATrainingModule, LCMSDXLTrainingModule):
-    """The LoRA of the one, the conditions of the other."""
+    """LoRA layers as for Stable Diffusion, with SDXL's conditioning."""
 
 
 def main(argv=None):

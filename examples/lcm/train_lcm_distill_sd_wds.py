@@ -1,4 +1,4 @@
-"""Distill Stable Diffusion into a latent consistency model: a UNet that draws in one to eight steps.
+"""Distill Stable Diffusion into a latent consistency model: a UNet that generates images in one to eight steps.
 
     python -u train_lcm_distill_sd_wds.py --pretrained_teacher_model sd --train_data_dir photos --output_dir lcm
 
@@ -26,7 +26,7 @@ from ppdiffusers_train.runtime.ema import move_average
 
 
 def build_parser(doc=__doc__, has_student=True):
-    """The flags; without a student of its own, those that the LoRA's script has, too."""
+    """The flags. The LoRA script, which has no separate student, shares those without `has_student`."""
     parser = arguments.ArgumentParser(description=doc.splitlines()[0])
     arguments.add_distillation_arguments(parser)
     arguments.add_data_arguments(parser)
@@ -41,7 +41,7 @@ def build_parser(doc=__doc__, has_student=True):
 
 
 class LCMTrainingModule(TeacherAndStudent, FullTraining):
-    """The student learns that wherever on the teacher's path it starts, it must end at the same image."""
+    """Trains the student to predict the same image from every point of the teacher's sampling path."""
 
     averages = ("unet_target",)
     folder_class = StableDiffusionFolder
@@ -70,7 +70,7 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         save_memory(self.unet, args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention)
 
     def load_text_encoders(self):
-        """The encoders of captions, and what they make of none."""
+        """The text encoder, and its embedding of an empty caption."""
         self.tokenizer = self.folder.load("tokenizer")
         self.text_encoder = freeze(self.folder.load("text_encoder"))
         ids = paddle.to_tensor(tokenize(self.tokenizer, "")[0][None])
@@ -84,7 +84,7 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         self.unet_target = freeze(build_student(self.teacher, channels, seed))
         if self.args.cast_teacher_unet:
             self.keep_float32 = ("unet_target",)
-        self.student_scale = 1 + (self.args.w_min + self.args.w_max) / 2  # the middle of what it is told
+        self.student_scale = 1 + (self.args.w_min + self.args.w_max) / 2  # the middle of its training range
 
     def preprocess(self, row, draws):
         """pixel_values [3, R, R]; input_ids [L]."""
@@ -104,7 +104,7 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         return {"latents": latents, "prompt_embeds": encode_prompt(self.text_encoder, batch["input_ids"])}
 
     def conditions(self, encoded):
-        """What the UNets are told: the caption, and nothing."""
+        """The UNets' conditioning with the caption and without."""
         prompt = encoded["prompt_embeds"]
         return {"encoder_hidden_states": prompt}, {"encoder_hidden_states": self.empty_prompt.expand(prompt.shape)}
 
@@ -115,15 +115,15 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         guidance = draws.uniform("guidance_scale", args.w_min, args.w_max)
         start, end = self.steps[index], step_before(self.steps, index)
         noisy = add_noise(schedule, latents, noise, start)
-        caption, nothing = self.conditions(encoded)
+        caption, empty = self.conditions(encoded)
 
         process = self.scheduler.config.prediction_type, schedule
-        prediction = self.with_guidance(self.unet, noisy, start, caption, guidance)
+        prediction = self.predict_with_student(self.unet, noisy, start, caption, guidance)
         student = consistency_output(*process, prediction, noisy, start, args.timestep_scaling_factor)
         with paddle.no_grad():
-            answers = [self.teacher_predicts(noisy, start, condition) for condition in (caption, nothing)]
-            earlier = guided_ddim_step(*process, self.steps, index, noisy, *answers, guidance)
-            prediction = self.with_guidance(self.unet_target, earlier, end, caption, guidance)
+            predictions = [self.predict_with_teacher(noisy, start, condition) for condition in (caption, empty)]
+            earlier = guided_ddim_step(*process, self.steps, index, noisy, *predictions, guidance)
+            prediction = self.predict_with_student(self.unet_target, earlier, end, caption, guidance)
             target = consistency_output(*process, prediction, earlier, end, args.timestep_scaling_factor)
         if args.loss_type == "huber":
             return pseudo_huber_loss(student, target, args.huber_c)
@@ -133,7 +133,7 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         move_average(self.unet_target.parameters(), self.unet.parameters(), self.args.ema_decay)
 
     def generate(self, prompts, seeds):
-        return self.draw_strips(prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        return self.generate_strips(prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def card_data(self):
         tags = ["latent-consistency-model", "stable-diffusion", "text-to-image", "ppdiffusers"]

@@ -1,4 +1,4 @@
-"""Distill Stable Diffusion XL into a latent consistency model: a UNet that draws in one to eight steps.
+"""Distill Stable Diffusion XL into a latent consistency model: a UNet that generates images in one to eight steps.
 
     python -u train_lcm_distill_sdxl_wds.py --pretrained_teacher_model sdxl --train_data_dir photos --output_dir lcm
 
@@ -25,16 +25,16 @@ def build_parser():
 
 
 def add_sdxl_arguments(parser):
-    """What the LoRA's script has, too."""
+    """Add the flags that the LoRA script shares."""
     parser.add_argument(
-        "--use_fix_crop_and_size", action=Flag, help="tell the UNet the resolution and no crop, whatever was taken"
+        "--use_fix_crop_and_size", action=Flag, help="Condition on the resolution and no crop, whatever the image."
     )
     parser.set_defaults(resolution=1024, w_min=3.0)
     return parser
 
 
 class LCMSDXLTrainingModule(LCMTrainingModule):
-    """The same for a UNet that is told two encoders' tokens, the pooled caption, the image's size and its crop."""
+    """The same for a UNet conditioned on two text encoders' tokens, the pooled caption, the image's size and crop."""
 
     folder_class = SDXLFolder
     encoders = ("vae", "text_encoder", "text_encoder_2")
@@ -49,15 +49,17 @@ class LCMSDXLTrainingModule(LCMTrainingModule):
 
     def preprocess(self, row, draws):
         """pixel_values [3, R, R]; input_ids, input_ids_2 [L]; has_prompt [], 0 where the embeddings are to be zeros;
-        time_ids [6]: height and width of the file, top and left of the crop, height and width of what is drawn."""
+        time_ids [6]: height and width of the file, top and left of the crop, height and width of the crop."""
         args, image, size = self.args, row["image"], self.args.resolution
         crop, top, left = fit(image, size, size, draws, args.interpolation_type, args.center_crop, args.random_flip)
-        is_dropped = draws.bernoulli("drop_caption", args.proportion_empty_prompts)
-        zeros = self.folder.no_prompt_is_zeros
-        told = (size, size, 0, 0) if args.use_fix_crop_and_size else (image.height, image.width, top, left)
+        is_dropped, zeros = (
+            draws.bernoulli("drop_caption", args.proportion_empty_prompts),
+            self.folder.no_prompt_is_zeros,
+        )
+        original = (size, size, 0, 0) if args.use_fix_crop_and_size else (image.height, image.width, top, left)
         return {
             "pixel_values": normalize_pixels(crop),
-            "time_ids": np.float32([*told, size, size]),
+            "time_ids": np.float32([*original, size, size]),
             **tokenize_caption(self.tokenizer, self.tokenizer_2, row["caption"], is_dropped, zeros),
         }
 
@@ -76,14 +78,14 @@ class LCMSDXLTrainingModule(LCMTrainingModule):
         return {"latents": encode_images(self.vae, batch["pixel_values"]), **captions, "time_ids": batch["time_ids"]}
 
     def conditions(self, encoded):
-        """What the UNets are told: the caption, and nothing; sizes and crop alike."""
-        nothing = {name: empty.expand(encoded[name].shape) for name, empty in self.empty_prompt.items()}
+        """The UNets' conditioning with the caption and without; sizes and crop are the same."""
+        empty = {name: empty.expand(encoded[name].shape) for name, empty in self.empty_prompt.items()}
         return tuple(
             {
-                "encoder_hidden_states": told["prompt_embeds"],
-                "added_cond_kwargs": {"text_embeds": told["pooled_prompt_embeds"], "time_ids": encoded["time_ids"]},
+                "encoder_hidden_states": captions["prompt_embeds"],
+                "added_cond_kwargs": {"text_embeds": captions["pooled_prompt_embeds"], "time_ids": encoded["time_ids"]},
             }
-            for told in (encoded, nothing)
+            for captions in (encoded, empty)
         )
 
     def card_data(self):

@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion 3 with LoRA: a small file of updates, the pipeline itself stays as it is.
+"""Fine-tune Stable Diffusion 3 with LoRA: the result is a small file, and the pipeline stays as it is.
 
     python -u train_text_to_image_lora_sd3.py --pretrained_model_name_or_path sd3 --train_data_dir photos \\
         --output_dir my-lora
@@ -23,7 +23,7 @@ def build_parser():
 
 
 class SD3LoRATrainingModule(LoRATraining, SD3TrainingModule):
-    """LoRA layers on the transformer's attention."""
+    """Trains LoRA layers on the transformer's attention."""
 
 
 def main(argv=None):

@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion 3: its transformer learns your images and captions.
+"""Fine-tune Stable Diffusion 3: train its transformer on your images and captions.
 
     python -u train_text_to_image_sd3.py --pretrained_model_name_or_path sd3 --train_data_dir photos --output_dir mine
 
@@ -15,7 +15,7 @@ from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.job import FullTraining, named_by_flags, run_job
 from ppdiffusers_train.models.attention import announce_joint_attention
-from ppdiffusers_train.models.drawing import draw
+from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.recompute import enable_block_recompute
 from ppdiffusers_train.models.sd3 import SD3Folder, check_prompts, encode_captions, tokenize_caption
 from ppdiffusers_train.models.stable_diffusion import encode_images
@@ -28,7 +28,10 @@ def build_parser(doc=__doc__):
     parser = arguments.ArgumentParser(description=doc.splitlines()[0])
     group = arguments.add_pipeline_arguments(parser)
     group.add_argument(
-        "--t5", action=arguments.Flag, default=True, help="the third text encoder; --no_t5: as in inference without it"
+        "--t5",
+        action=arguments.Flag,
+        default=True,
+        help="Use the third text encoder; --no_t5 trains for inference without it.",
     )
     arguments.add_image_arguments(parser)
     arguments.add_data_arguments(parser)
@@ -42,10 +45,10 @@ def build_parser(doc=__doc__):
 
 
 class SD3TrainingModule(FullTraining):
-    """The transformer learns the velocity from an image's latents to noise, given the caption."""
+    """Trains the transformer to predict the velocity from an image's latents to noise, conditioned on the caption."""
 
     trained = "transformer"
-    keep_float32_in_fp16 = ("text_encoder_3",)  # T5's activations are known to outgrow float16
+    keep_float32_in_fp16 = ("text_encoder_3",)  # T5's activations overflow in float16
 
     def __init__(self, args):
         super().__init__()
@@ -62,8 +65,8 @@ class SD3TrainingModule(FullTraining):
                 args.weighting_scheme, self.sigmas.numpy(), args.min_timestep_boundary, args.max_timestep_boundary,
                 args.logit_mean, args.logit_std, args.mode_scale,
             )  # fmt: skip
-        self.tokenizers = [self.folder.load(name) for name in self.folder.tokenizers]
-        self.tokenizer = self.tokenizers[0]
+        for name in self.folder.tokenizers:
+            setattr(self, name, self.folder.load(name))
         check_prompts(args.validation_prompts, self.tokenizers)
         self.encoders = ("vae", *self.folder.text_encoders)
         for name in (*self.folder.text_encoders, "vae"):
@@ -73,6 +76,10 @@ class SD3TrainingModule(FullTraining):
             enable_block_recompute(self.transformer.transformer_blocks)
         if args.enable_xformers_memory_efficient_attention:
             announce_joint_attention()
+
+    @property
+    def tokenizers(self):
+        return [getattr(self, name) for name in self.folder.tokenizers]
 
     @property
     def buckets(self):
@@ -123,7 +130,7 @@ class SD3TrainingModule(FullTraining):
     def generate(self, prompts, seeds):
         own = {name: getattr(self, name) for name in ("transformer", "vae", "scheduler", *self.encoders)}
         pipeline = self.folder.pipeline(**own)
-        return draw(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        return generate_images(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_pretrained(self, directory):
         own = {"transformer": self.transformer, "scheduler": self.scheduler}

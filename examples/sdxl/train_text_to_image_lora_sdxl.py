@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion XL with LoRA: a small file of updates, the pipeline itself stays as it is.
+"""Fine-tune Stable Diffusion XL with LoRA: the result is a small file, and the pipeline stays as it is.
 
     python -u train_text_to_image_lora_sdxl.py --pretrained_model_name_or_path sdxl --train_data_dir photos \\
         --output_dir my-lora
@@ -21,12 +21,14 @@ from ppdiffusers_train.models.stable_diffusion import encode_images
 def build_parser():
     parser = build_full_parser(__doc__)
     group = arguments.add_lora_arguments(parser, ATTENTION_TARGETS, output_dir="sd-model-finetuned-lora")
-    group.add_argument("--train_text_encoder", action=arguments.Flag, help="LoRA layers on both text encoders, too")
+    group.add_argument(
+        "--train_text_encoder", action=arguments.Flag, help="Train LoRA layers on both text encoders as well."
+    )
     return parser
 
 
 class SDXLLoRATrainingModule(LoRATraining, SDXLTrainingModule):
-    """LoRA layers on the UNet's attention, and on that of the text encoders where it is asked for."""
+    """Trains LoRA layers on the UNet's attention and, if asked for, on that of the text encoders."""
 
     def __init__(self, args):
         super().__init__(args)

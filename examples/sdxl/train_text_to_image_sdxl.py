@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion XL: its UNet learns your images and captions.
+"""Fine-tune Stable Diffusion XL: train its UNet on your images and captions.
 
     python -u train_text_to_image_sdxl.py --pretrained_model_name_or_path sdxl --train_data_dir photos --output_dir mine
 
@@ -16,7 +16,7 @@ from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.job import FullTraining, named_by_flags, run_job
 from ppdiffusers_train.models.attention import announce_plain_attention
-from ppdiffusers_train.models.drawing import draw
+from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.sdxl import SDXLFolder, encode_captions, tokenize_caption
 from ppdiffusers_train.models.stable_diffusion import encode_images
 from ppdiffusers_train.models.unet import save_memory
@@ -31,9 +31,9 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 def build_parser(doc=__doc__):
     parser = arguments.ArgumentParser(description=doc.splitlines()[0])
     add = arguments.add_pipeline_arguments(parser).add_argument
-    no_kernel = "accepted for old commands; ppdiffusers has no such kernel"
+    no_kernel = "No effect: accepted for old commands, but ppdiffusers has no such kernel."
     add("--enable_npu_flash_attention", action=arguments.Flag, help=no_kernel)
-    add("--prediction_type", choices=PREDICTION_TYPES, help="what the UNet predicts; default: as before")
+    add("--prediction_type", choices=PREDICTION_TYPES, help="What the UNet predicts; by default as its scheduler says.")
     arguments.add_image_arguments(parser)
     arguments.add_data_arguments(parser)
     arguments.add_training_arguments(parser)
@@ -47,7 +47,7 @@ def build_parser(doc=__doc__):
 
 
 class SDXLTrainingModule(FullTraining):
-    """The UNet learns to denoise VAE latents, given the caption, the image's size, and the crop that was taken."""
+    """Trains the UNet to denoise VAE latents, conditioned on the caption, the image's size and the crop."""
 
     trained = "unet"
     encoders = ("vae", "text_encoder", "text_encoder_2")
@@ -80,7 +80,7 @@ class SDXLTrainingModule(FullTraining):
 
     def preprocess(self, row, draws):
         """pixel_values [3, H, W]; input_ids, input_ids_2 [L]; has_prompt [], 0 where the embeddings are to be zeros;
-        time_ids [6]: height and width of the file, top and left of the crop, height and width of what is drawn."""
+        time_ids [6]: height and width of the file, top and left of the crop, height and width of the crop."""
         args, image = self.args, row["image"]
         refuse_small_image(row, args.min_image_size)
         size = size_for(*image.size, args.resolution, self.buckets)
@@ -128,7 +128,7 @@ class SDXLTrainingModule(FullTraining):
         scheduler = self.folder.load_scheduler(self.scheduler.config.prediction_type)
         own = {name: getattr(self, name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
         pipeline = self.folder.pipeline(scheduler=scheduler, **own)
-        return draw(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        return generate_images(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_pretrained(self, directory):
         scheduler = self.folder.load_scheduler(self.scheduler.config.prediction_type)

@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion 1.5: its UNet learns your images and captions. ../README.md explains it part by part.
+"""Fine-tune Stable Diffusion 1.5: train its UNet on your images and captions. ../README.md explains it part by part.
 
     python -u train_text_to_image_sd.py --pretrained_model_name_or_path sd --train_data_dir photos --output_dir mine
 
@@ -12,7 +12,7 @@ from ppdiffusers import DDPMScheduler
 
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.job import run_job
-from ppdiffusers_train.models.drawing import draw
+from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder, encode_images, encode_prompt
 from ppdiffusers_train.models.text import tokenize
 from ppdiffusers_train.models.unet import save_memory
@@ -25,13 +25,18 @@ from ppdiffusers_train.objectives.noise_schedule import add_noise
 def build_parser():
     parser = arguments.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument_group("models and images").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="folder or hub name of the pipeline to start from")
-    add("--pretrained_vae_model_name_or_path", help="folder or hub name of another VAE")
-    add("--revision", help="revision of the pipeline on the hub")
-    add("--variant", help="variant of the weights' files, such as fp16")
-    add("--center_crop", action=arguments.Flag, help="crop the centre; default: anywhere, drawn for each sample")
-    add("--random_flip", action=arguments.Flag, help="mirror every second image, drawn for each sample")
-    add("--image_interpolation_mode", choices=arguments.INTERPOLATION_MODES, default="lanczos", help="of resizing")
+    add("--pretrained_model_name_or_path", required=True, help="Folder or hub name of the pipeline to start from.")
+    add("--pretrained_vae_model_name_or_path", help="Folder or hub name of another VAE.")
+    add("--revision", help="Revision of the pipeline on the hub.")
+    add("--variant", help="Variant of the weights' files, such as fp16.")
+    add("--center_crop", action=arguments.Flag, help="Crop the centre instead of a random place.")
+    add("--random_flip", action=arguments.Flag, help="Mirror each sample with probability 1/2.")
+    add(
+        "--image_interpolation_mode",
+        choices=arguments.INTERPOLATION_MODES,
+        default="lanczos",
+        help="Filter for resizing.",
+    )
     arguments.add_data_arguments(parser)
     arguments.add_training_arguments(parser)
     arguments.add_diffusion_arguments(parser, noise_offset=True)
@@ -42,7 +47,7 @@ def build_parser():
 
 
 class SDTrainingModule(DiffusionTrainingModule):
-    """The UNet learns to denoise VAE latents, given the caption."""
+    """Trains the UNet to denoise VAE latents, conditioned on the caption."""
 
     encoders = ("vae", "text_encoder")
 
@@ -86,7 +91,7 @@ class SDTrainingModule(DiffusionTrainingModule):
 
     def generate(self, prompts, seeds):
         pipeline = self.folder.pipeline(unet=self.unet, vae=self.vae, text_encoder=self.text_encoder)
-        return draw(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        return generate_images(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_weights(self, directory):
         save_model(self.unet, f"{directory}/unet")

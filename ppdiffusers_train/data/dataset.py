@@ -1,4 +1,4 @@
-"""The samples that a run's flags name: a folder of images, a dataset of the hub, tar shards."""
+"""Opens the data that a run's flags name: a folder of images, a dataset of the hub, or tar shards."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ def build_dataset(args):
     Returns:
         `Rows`, which can be read in any order, or a `Stream`, which cannot.
     Raises:
-        UserError: nothing is named, or it cannot be used.
+        UserError: no data is named, or it cannot be used.
     """
     if args.train_shards_path_or_url:
         dataset = build_shards(args)
@@ -38,7 +38,7 @@ def build_shards(args):
     from webdataset.shardlists import expand_urls  # only here, too
 
     from ppdiffusers_train.data.shards import local_shards, open_shards
-    from ppdiffusers_train.data.streams import STREAMED, Stream, say_commands
+    from ppdiffusers_train.data.streams import STREAMED, Stream, print_commands
 
     flag, source = "--train_shards_path_or_url", args.train_shards_path_or_url
     if args.train_data_dir or args.dataset_name:
@@ -52,9 +52,9 @@ def build_shards(args):
         raise UserError(f"{flag}: {source!r} is streamed in part; expected either files, or http(s):// and pipe:")
     for name in ("encoded_cache_dir", "aspect_ratio_buckets"):
         if getattr(args, name, None):
-            raise UserError(f"--{name}: needs shards in a local folder, as a stream cannot be looked through before")
+            raise UserError(f"--{name}: needs shards in a local folder, because a stream cannot be read beforehand")
     if args.max_train_samples is None:
         raise UserError("--max_train_samples: missing; expected how many samples of the stream make an epoch")
     if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
-        say_commands(streamed)
+        print_commands(streamed)
     return Stream(streamed, args.max_train_samples, args.seed or 0, args.caption_column, cache_folder)

@@ -1,12 +1,12 @@
-"""Encoded samples on disk: the frozen models see each sample once, and training needs them no more.
+"""The cache of encoded samples on disk: frozen models encode each sample once, and training does not need them.
 
     <encoded_cache_dir>/<encoders>/<first two digits of the sample>/<sample>.safetensors
 
-`<encoders>` is a hash of the code, the settings and the weights that encode, with `-compiled` behind it where they were
-compiled (`cpu/patches.py`); `<sample>` is one of the image's bytes, the caption and the variant. An entry never
-has to be invalidated, because what it was made of is its name. A file is
-written under another name and renamed, so that a cache interrupted anywhere goes on, and several processes can fill
-and read one at the same time. Files are mapped into memory, where all ranks of a machine share them.
+`<encoders>` is a hash of the code, the settings and the weights of the encoders, followed by `-compiled` where they are
+compiled (`cpu/patches.py`). `<sample>` is a hash of the image's bytes, the caption and the variant. An entry never has
+to be invalidated, because its name is a hash of its inputs. Files are written atomically, so filling a cache can be
+interrupted at any time, and several processes can fill and read it at the same time. Files are mapped into memory,
+where all ranks of a machine share them.
 """
 
 import contextlib
@@ -30,18 +30,18 @@ from ppdiffusers_train.runtime.checkpoint import sync
 from ppdiffusers_train.runtime.processes import is_alive, this_machine
 from ppdiffusers_train.tensor_files import write_tensors
 
-ROWS_AT_ONCE = 64  # that a rank looks through for what the cache lacks; of those to encode it takes one
-OLD_SECONDS = 24 * 3600  # after which nobody is still writing an entry
+ROWS_AT_ONCE = 64  # rows that a rank checks for missing entries at a time; it encodes one row at a time
+OLD_SECONDS = 24 * 3600  # age of an unfinished file after which no process is still writing it
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the unfinished files of processes that have been killed while they filled the cache.
+    """Remove unfinished files of processes that were killed while they filled the cache.
 
-    Whether a writer lives can be seen on its own machine only; a file of another one, or in another container, is left
-    alone for a day.
+    Whether a writer is alive is known on its own machine only. Files of other machines or containers are kept for a
+    day.
     """
     for file in folder.glob("??/.*"):
-        with contextlib.suppress(FileNotFoundError):  # its writer has finished it, or another run was faster
+        with contextlib.suppress(FileNotFoundError):  # its writer has finished it, or another run has removed it
             machine, _, process = file.name.strip(".").removesuffix(".tmp").partition(".")[2].partition(".")
             if this_machine() and machine == f"{this_machine():x}" and process.isdigit():
                 is_left = not is_alive(int(process))
@@ -54,7 +54,7 @@ def remove_leftovers(folder: Path) -> None:
 def encoders_folder(root: Path, module, precision, rows: int) -> tuple:
     """(the cache's folder of these encoders, whether they are compiled for it).
 
-    Compiled ones round differently, so a cache that was begun one way goes on that way, also when its data has grown.
+    Compiled encoders round differently, so a cache keeps the kind that it was started with, also when its data grows.
     """
     plain = root / encoders_digest(module, precision)
     compiled = plain.with_name(f"{plain.name}-compiled")
@@ -64,9 +64,9 @@ def encoders_folder(root: Path, module, precision, rows: int) -> tuple:
 
 
 def encoders_digest(module, precision) -> str:
-    """A hash of all that turns a sample into its encoding: code, settings, precision, and the encoders' weights."""
+    """A hash of everything that an encoding depends on besides the sample: code, settings, precision, weights."""
     digest = hashlib.blake2b(digest_size=16)
-    for source in sources(type(module), "preprocess", "encode"):  # a script is made to be edited
+    for source in sources(type(module), "preprocess", "encode"):  # users edit scripts
         digest.update(source.encode())
     settings = {"precision": precision.mixed_precision if precision.enabled else "no", **module.encoding_settings()}
     digest.update(json.dumps(settings, sort_keys=True).encode())
@@ -79,7 +79,7 @@ def encoders_digest(module, precision) -> str:
 
 
 def draws_something(module, dataset) -> bool:
-    """Whether `preprocess` draws random numbers, asked with the first sample that can be used."""
+    """Whether `preprocess` draws random numbers, tried with the first usable sample."""
     for row in range(len(dataset)):
         draws = RowDraws(0, 0)
         try:
@@ -100,11 +100,11 @@ class Entry:
         self.file = folder / name.hexdigest()[:2] / f"{name.hexdigest()}.safetensors"
 
     def draws(self) -> RowDraws:
-        """The random numbers of this variant's crop and flip: functions of the content, not of the run."""
+        """The random numbers of this variant, for crop and flip. They depend on the content, not on the run."""
         return RowDraws(self.variant, int(self.file.stem[:15], 16))
 
     def preprocessed(self, dataset, preprocess) -> dict:
-        """What is encoded: `{name: array}`.
+        """The input of the encoders: `{name: array}`.
 
         Raises:
             BadSampleError: the sample cannot be used.
@@ -112,7 +112,7 @@ class Entry:
         return preprocess({**dataset[self.row], "caption": self.caption}, self.draws())
 
     def write(self, arrays: dict) -> None:
-        """Put the entry on disk, whole or not at all."""
+        """Write the entry to disk atomically."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.file.with_name(f".{self.file.stem}.{this_machine():x}.{os.getpid()}")
         write_tensors(temporary, arrays, {})
@@ -121,7 +121,7 @@ class Entry:
 
 
 class Entries:
-    """Entries to encode, preprocessed; one that exists by now is empty."""
+    """Entries to encode, preprocessed. An entry that exists by now gives an empty dictionary."""
 
     def __init__(self, dataset, preprocess):
         self.dataset, self.preprocess = dataset, preprocess
@@ -139,18 +139,18 @@ class EncodedSamples:
     """At index `position`: the run's sample at that position, encoded, as `{name: array}`.
 
     Args:
-        folder: of these encoders in the cache.
+        folder: the folder of these encoders in the cache.
         dataset: with `captions(row)` and `image_digest(row)`.
         order: the run's `SampleOrder`.
-        variants: how many crops and flips of a sample are kept; a position draws which one it takes.
+        variants: how many crops and flips of a sample are stored; each position draws which one it takes.
     """
 
     def __init__(self, folder: Path, dataset, order, variants: int):
         self.folder, self.dataset, self.order, self.variants = folder, dataset, order, variants
-        self.digests = {}  # of the images that were asked for
+        self.digests = {}  # by row, of the images read so far
 
     def encode(self, batch: dict) -> dict:
-        """A batch of them is what `forward` takes."""
+        """The batch itself: it is encoded already."""
         return batch
 
     def _digest(self, row: int) -> bytes:
@@ -158,7 +158,7 @@ class EncodedSamples:
             try:
                 self.digests[row] = self.dataset.image_digest(row)
             except BadSampleError:
-                self.digests[row] = b""  # encoding it will tell
+                self.digests[row] = b""  # encoding it reports the error
         return self.digests[row]
 
     @property
@@ -167,10 +167,10 @@ class EncodedSamples:
         return self.dataset.count_captions() * self.variants
 
     def entries(self, row: int) -> list:
-        """All entries that a run may ask for of a row."""
+        """All entries of a row that a run may need."""
         try:
             captions = self.dataset.captions(row)
-        except BadSampleError:  # training says so when it meets it
+        except BadSampleError:  # training reports it when it reads the row
             return []
         numbers = range(self.variants)
         return [
@@ -178,9 +178,9 @@ class EncodedSamples:
         ]
 
     def missing(self, ranks) -> dict:
-        """`{row: numbers of those of its entries that are still to be encoded}` where there are any, on every rank.
+        """`{row: numbers of its missing entries}` of all rows that have some, on every rank.
 
-        Ranks share out the search, and tell the others what they found: these need not read the images, too.
+        Ranks divide the search and exchange their findings, so that each image is read by one rank only.
         """
         found = {}
         for piece in ranks.pieces(len(self.dataset), ROWS_AT_ONCE):
@@ -189,13 +189,13 @@ class EncodedSamples:
                 if numbers:
                     found[row] = self._digest(row), numbers
         missing = {}
-        for part in ranks.gather_objects(found, "the others to look what the cache lacks"):
+        for part in ranks.gather_objects(found, "the others to list missing entries of the cache"):
             for row, (digest, numbers) in part.items():
                 self.digests[row], missing[row] = digest, numbers
-        return dict(sorted(missing.items()))  # as they lie on disk
+        return dict(sorted(missing.items()))  # in the order on disk
 
     def entry(self, position: int) -> Entry:
-        """The entry that the sample at `position` of the run takes.
+        """The entry of the sample at `position` of the run.
 
         Raises:
             BadSampleError: it has no caption.
@@ -217,4 +217,4 @@ class EncodedSamples:
         except FileNotFoundError:
             return as_error(f"{self.dataset.name(entry.row)}: could not be encoded")
         except (OSError, SafetensorError) as error:
-            return as_error(f"{file}: cannot be read ({error}); delete it, and it is encoded again")
+            return as_error(f"{file}: cannot be read ({error}); delete it, and it will be encoded again")

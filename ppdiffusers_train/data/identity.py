@@ -1,4 +1,4 @@
-"""What data is, to compare copies of it: names, sizes and captions of all samples, and the contents of some."""
+"""Compares ranks' copies of the data: names, sizes and captions of all samples, and the contents of some."""
 
 import json
 
@@ -9,15 +9,15 @@ from ppdiffusers_train.errors import BadSampleError, hide_tokens
 from ppdiffusers_train.runtime.agreement import agree, digest
 from ppdiffusers_train.runtime.distributed import Ranks
 
-AT_ONCE = 1000  # rows that are described together
-READ = 64  # images, evenly spread, whose contents are compared
+AT_ONCE = 1000  # rows that are hashed together
+READ = 64  # images, evenly spaced, whose contents are compared
 
 
 def agree_on_data(dataset, ranks: Ranks) -> None:
-    """Compare the ranks' data. No image is opened but some; times of files do not count, which copies do not keep.
+    """Compare the ranks' data. Only a few images are read. File times do not count, since copies do not keep them.
 
     Raises:
-        UserError: it differs; names the first row that does.
+        UserError: it differs; the message names the first row that does.
     """
     if ranks.world_size == 1:
         return
@@ -28,8 +28,8 @@ def agree_on_data(dataset, ranks: Ranks) -> None:
     starts = range(0, len(dataset), AT_ONCE)
     blocks = [digest(json.dumps(described(dataset, start)).encode()) for start in starts]
     parts = ranks.gather_objects(blocks)
-    for start, *told in zip(starts, *parts):
-        if len(set(told)) > 1:
+    for start, *digests in zip(starts, *parts):
+        if len(set(digests)) > 1:
             agree(ranks, described(dataset, start))
     rows = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), READ)).astype(int)).tolist()
     names = [f"content of {dataset.stored_names(row, row + 1)[0]} (row {row})" for row in rows]
@@ -37,7 +37,7 @@ def agree_on_data(dataset, ranks: Ranks) -> None:
 
 
 def described(rows: Rows, start: int) -> dict:
-    """Of up to `AT_ONCE` rows their images' names, sizes in bytes, and captions: {what of which row: value}."""
+    """Image names, sizes in bytes and captions of up to `AT_ONCE` rows: {description: value}."""
     stop = min(start + AT_ONCE, len(rows))
     names, sizes = rows.stored_names(start, stop), rows.stored_sizes(start, stop)
     texts = rows.texts[start:stop][rows.caption_column]
@@ -50,8 +50,8 @@ def described(rows: Rows, start: int) -> dict:
 
 
 def content(rows: Rows, row: int) -> str:
-    """A hash of a stored image; of one that cannot be read, that it is so."""
+    """A hash of a stored image, or a text that it cannot be read."""
     try:
         return rows.image_digest(row).hex()
     except BadSampleError:
-        return "what cannot be read"
+        return "cannot be read"

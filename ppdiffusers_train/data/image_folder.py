@@ -1,4 +1,4 @@
-"""Images with captions, from a folder or the hub, through `datasets`, as rows of one form whatever the columns."""
+"""Images with captions from a folder or the hub, through `datasets`, as rows of one form whatever the columns."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 
 
 class ImageCaptionDataset(Rows):
-    """The rows of a table whose images `datasets` stores.
+    """The rows of a table of `datasets`.
 
     Args:
         table: a `datasets.Dataset`.
@@ -24,7 +24,7 @@ class ImageCaptionDataset(Rows):
     """
 
     def __init__(self, table, image_column: str, caption_column: str):
-        # Undecoded: the path names a broken file, and decoding happens where its error can be caught.
+        # Not decoded here: messages need the path of a broken file, and errors of decoding are caught elsewhere.
         super().__init__(table.cast_column(image_column, datasets.Image(decode=False)), caption_column)
         self.image_column = image_column
 
@@ -53,18 +53,18 @@ class ImageCaptionDataset(Rows):
             for i in part:
                 sizes[i] = sizes[i] or file_size(paths[i])
 
-        with ThreadPoolExecutor(STAT_THREADS) as threads:  # a network's disk answers many as fast as one
+        with ThreadPoolExecutor(STAT_THREADS) as threads:  # a network file system answers many requests as fast as one
             list(threads.map(find, parts))
         return sizes
 
     @functools.cached_property
     def _common_folder(self) -> str:
-        """What all paths have in common: where this copy of the data is."""
+        """The common folder of all paths: where this copy of the data is."""
         extremes = compute.min_max(self._field("path", 0, len(self))).as_py()
         return os.path.commonprefix([path or "" for path in extremes.values()]).rpartition("/")[0]
 
     def _field(self, name: str, start: int, stop: int):
-        """Of the stored images of rows `start` to `stop`, `path` or `bytes`, which are not read."""
+        """The field `path` or `bytes` of the stored images of rows `start` to `stop`, without copying image data."""
         return compute.struct_field(self.table.with_format("arrow")[start:stop][self.image_column], name)
 
     def _stored(self, index: int) -> dict:
@@ -72,7 +72,7 @@ class ImageCaptionDataset(Rows):
 
 
 def file_size(path):
-    """Bytes of a file; None where there is none."""
+    """Size of a file in bytes, or None where it does not exist."""
     try:
         return os.stat(path).st_size
     except (OSError, TypeError):
@@ -96,7 +96,7 @@ def build_table(args) -> ImageCaptionDataset:
             )
         else:
             tables = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, cache_dir=args.cache_dir)
-    except Exception as error:  # `datasets` raises whatever went wrong inside, wrapped or not; its root names the cause
+    except Exception as error:  # `datasets` raises any error of its parts, wrapped or not; the root names the cause
         root = error
         while root.__cause__ is not None:
             root = root.__cause__

@@ -1,7 +1,7 @@
 """From positions in the run to batches of tensors: decoding and preprocessing in threads.
 
-Threads, because Pillow and NumPy leave Python's lock while they work, and because processes forked from one that
-computes in threads of its own hang now and then: Paddle's `DataLoader` did.
+It uses threads, because Pillow and NumPy release the GIL while they work, and because processes that are forked from a
+multithreaded one hang now and then, as Paddle's `DataLoader` did.
 """
 
 from collections import deque
@@ -21,7 +21,7 @@ BATCHES_AHEAD = 4
 class PreprocessedSamples:
     """At index `position`: the run's sample at that position, preprocessed to `{name: array}`.
 
-    A sample that cannot be used becomes `{"error": its message}`: it is the run that decides what that means.
+    An unusable sample becomes `{"error": message}`; the loop decides whether to skip it.
 
     Args:
         rows: maps a row's index to `{"image": …, "caption": …}`.
@@ -44,7 +44,7 @@ class PreprocessedSamples:
 
 
 class OnlineSamples(PreprocessedSamples):
-    """The same, encoded batch by batch while the run trains.
+    """Preprocessed samples whose batches are encoded during training.
 
     Args:
         module: the training module, whose `preprocess` and `encode` are used.
@@ -60,18 +60,18 @@ class OnlineSamples(PreprocessedSamples):
 
 
 def as_error(error) -> dict:
-    """The sample that stands for one that cannot be used."""
+    """The placeholder of an unusable sample."""
     return {ERROR_KEY: str(error)}
 
 
 def choose_caption(draws: RowDraws, count: int) -> int:
-    """Which of a sample's `count` captions this position of the run takes."""
+    """The index of the caption, of a sample's `count`, that this position of the run takes."""
     return int(draws.integers("caption_choice", 0, count)) if count > 1 else 0
 
 
 def stack(samples: list) -> tuple:
-    """`[{name: array}] -> {name: tensor [B, …]}` of the samples that can be used, and of the others
-    `{index in the list: message}`."""
+    """`[{name: array}]` -> `{name: tensor [B, …]}` of the usable samples, and `{index in the list: message}` of the
+    others."""
     errors = {i: sample[ERROR_KEY] for i, sample in enumerate(samples) if ERROR_KEY in sample}
     good = [sample for i, sample in enumerate(samples) if i not in errors]
     batch = {name: np.stack([sample[name] for sample in good]) for name in (good[0] if good else ())}
@@ -79,19 +79,19 @@ def stack(samples: list) -> tuple:
 
 
 def to_device(array):
-    """An array as a tensor on the device. To a card it goes by pinned memory, and nobody waits for it. Not run on a
-    card."""
+    """An array as a tensor on the device. It is copied to a GPU asynchronously, through pinned memory. Not tested on a
+    GPU."""
     if paddle.get_device().startswith("gpu"):
         return paddle.to_tensor(array, place=paddle.CUDAPinnedPlace()).cuda(blocking=False)
     return paddle.to_tensor(array)
 
 
 def iterate_batches(samples, batches, num_workers: int):
-    """Yield for each list of indices in `batches` what `stack` makes of these samples, in order.
+    """Yield the result of `stack` for each list of indices in `batches`, in order.
 
     Args:
-        samples: `samples[index]` -> {name: array}; asked from several threads.
-        num_workers: threads that load ahead; with 0 each batch is loaded when it is asked for.
+        samples: `samples[index]` -> {name: array}; called from several threads.
+        num_workers: threads that load in advance; with 0, each batch is loaded when it is needed.
     """
     if num_workers == 0:
         for indices in batches:

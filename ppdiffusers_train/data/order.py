@@ -1,4 +1,4 @@
-"""Which sample comes when: a pure function of the seed, whatever the number of cards, workers or accumulation steps."""
+"""The order of samples: a pure function of the seed, whatever the number of GPUs, workers or accumulation steps."""
 
 import math
 from itertools import groupby
@@ -15,10 +15,10 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def grouped(rows, buckets: list, block: int) -> np.ndarray:
-    """The same rows in blocks of `block` that share a bucket, each where its last row stood; what fills no block ends.
+    """The same rows in blocks of `block` rows of one bucket, each at the place of its last row; incomplete blocks last.
 
     Args:
-        buckets: of every row of the dataset.
+        buckets: the bucket of every row of the dataset.
     """
     order, pending = [], {}
     for row in rows:
@@ -35,15 +35,15 @@ class SampleOrder:
     Args:
         seed: the run's seed.
         size: number of rows in the dataset.
-        buckets: of every row, where not all samples fit into one batch.
-        samples_per_step: so many samples of one bucket come together.
-        sequential: the data has an order of its own, so a position is its row.
+        buckets: the bucket of every row, where samples have different sizes.
+        samples_per_step: number of consecutive samples that share a bucket.
+        sequential: whether the data has a fixed order, in which the row is the position.
     """
 
     def __init__(self, seed: int, size: int, buckets=None, samples_per_step: int = 1, sequential: bool = False):
         self.seed, self.size, self.buckets, self.samples_per_step = seed, size, buckets, samples_per_step
         self.sequential = sequential
-        self._permutation = (None, None)  # of the epoch asked for last
+        self._permutation = (None, None)  # (epoch, rows) of the last call
 
     def row(self, position: int) -> int:
         """Index of the dataset's row that stands at `position` of the run."""
@@ -55,7 +55,7 @@ class SampleOrder:
             rows = permutation(self.seed, epoch, self.size)
             if self.buckets:
                 rows = grouped(rows, self.buckets, self.samples_per_step)
-            self._permutation = (epoch, rows)  # in one assignment: loader threads ask at the same time
+            self._permutation = (epoch, rows)  # in one assignment, because several loader threads call this
         return int(rows[offset])
 
     def bucket(self, position: int) -> int:
@@ -67,9 +67,9 @@ class SampleOrder:
         return math.ceil(self.size / samples_per_step)
 
     def windows(self, position: int, samples_per_step: int):
-        """Yield for each optimizer step from `position` on the range of positions that it learns from, without end.
+        """Yield the range of positions of each optimizer step from `position` on, without end.
 
-        A window never reaches over the end of an epoch, so the last one of an epoch may be short.
+        A window never crosses the end of an epoch, so the last one of an epoch may be short.
         """
         while True:
             end_of_epoch = (position // self.size + 1) * self.size
@@ -79,8 +79,8 @@ class SampleOrder:
 
 
 def micro_batches(window: range, rank: int, world_size: int, batch_size: int, bucket=lambda position: 0) -> list:
-    """This rank's share of a step's window, cut into batches of one bucket each. Each position goes to one rank, as
-    evenly as possible."""
+    """This rank's share of a step's window, split into batches of one bucket each. Each position belongs to one rank;
+    the shares are as even as possible."""
     batches = []
     for _, share in groupby(window[rank::world_size], bucket):
         share = list(share)
@@ -89,10 +89,10 @@ def micro_batches(window: range, rank: int, world_size: int, batch_size: int, bu
 
 
 def order_samples(module, dataset, seed: int, samples_per_step: int, log) -> SampleOrder:
-    """Which sample of a run comes when. Where the module has buckets, a line says how many images each has.
+    """The order of a run's samples. Where the module has buckets, logs how many images each has.
 
     Args:
-        log: prints a line.
+        log: called with the line to print.
     """
     buckets = None
     if module.buckets:

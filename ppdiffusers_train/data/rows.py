@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ppdiffusers_train.errors import BadSampleError
 
 ORIENTATION_TAG = 0x0112  # of EXIF
-# How a picture that was stored with an orientation is brought upright; from 5 on, height and width change places.
+# How an image with an EXIF orientation is turned upright; from 5 on, height and width are swapped.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -30,7 +30,7 @@ TURNS = {
 class Rows:
     """Rows `{"image": RGB PIL image, "caption": a text, or a list of several, "name": str}` of a table.
 
-    A subclass says how a row is called and where its image is stored.
+    A subclass gives a row's name and where its image is stored.
 
     Args:
         table: a `datasets.Dataset`.
@@ -44,7 +44,7 @@ class Rows:
     def _use(self, table):
         self.table = table
         self.texts = table.select_columns([self.caption_column])  # so that reading a caption reads no image
-        # A sample asks for its row several times: as many are kept as loading threads may be at work on.
+        # A sample reads its row several times. Rows are kept for as many loading threads as there may be.
         self.row = functools.lru_cache(maxsize=32)(table.__getitem__)
 
     def __len__(self):
@@ -57,7 +57,7 @@ class Rows:
         return chosen
 
     def name(self, index: int) -> str:
-        """How to call row `index` in a message: the file's name where there is one."""
+        """The name of row `index` in messages: the file's name where there is one."""
         raise NotImplementedError
 
     def location(self, index: int):
@@ -69,11 +69,11 @@ class Rows:
         raise NotImplementedError
 
     def stored_names(self, start: int, stop: int) -> list:
-        """What the images of rows `start` to `stop` are called in any copy of the data."""
+        """Names of the images of rows `start` to `stop`, the same in any copy of the data."""
         raise NotImplementedError
 
     def stored_sizes(self, start: int, stop: int) -> list:
-        """How many bytes these images have, as they are stored; None of one that is not there."""
+        """Sizes of these images as stored, in bytes; None for an image that does not exist."""
         raise NotImplementedError
 
     def stored_image(self, index: int):
@@ -87,7 +87,7 @@ class Rows:
         return read_stored(location) if isinstance(location, tuple) else location
 
     def captions(self, index: int) -> list:
-        """The captions of row `index`: one, or several of which training takes one at random.
+        """The captions of row `index`. Training takes one of them at random.
 
         Raises:
             BadSampleError: there is none, or it is no text.
@@ -100,7 +100,7 @@ class Rows:
         return sum(len(caption) if isinstance(caption, list) else 1 for column in columns for caption in column)
 
     def digest(self) -> str:
-        """A hash of all captions in their order: what tells this data from other data of as many samples."""
+        """A hash of all captions in their order, which identifies the data."""
         digest = hashlib.blake2b(digest_size=8)
         for batch in self.texts.iter(1000):
             digest.update(json.dumps(batch[self.caption_column]).encode())
@@ -136,7 +136,7 @@ class Rows:
 
 
 def as_captions(caption, name: str, column: str) -> list:
-    """The captions that a column holds for a row: its text, or all of its texts.
+    """A row's captions from the value of its caption column, a text or a list of texts.
 
     Raises:
         BadSampleError: there is none, or it is no text.
@@ -148,7 +148,7 @@ def as_captions(caption, name: str, column: str) -> list:
 
 
 def read_stored(location) -> bytes:
-    """The bytes of an image from where `Rows.location` says it is."""
+    """The bytes of an image at a `Rows.location`."""
     if isinstance(location, bytes):
         return location
     if not isinstance(location, tuple):
@@ -171,7 +171,7 @@ def decode_row(stored, captions: list, name: str) -> dict:
 def decode(stored) -> Image.Image:
     """The RGB pixels of an image's bytes or path, upright.
 
-    (`ImageOps.exif_transpose` writes the EXIF data anew, too, which fails on photographs whose data is untidy.)
+    (`ImageOps.exif_transpose` also rewrites the EXIF data, which fails on photographs with malformed data.)
     """
     with open_image(stored) as file:
         orientation = file.getexif().get(ORIENTATION_TAG)
@@ -180,7 +180,7 @@ def decode(stored) -> Image.Image:
 
 
 def upright_size(file) -> tuple:
-    """Width and height that `decode` gives the image of Pillow's open `file`."""
+    """Width and height, after `decode`, of the image in Pillow's open `file`."""
     orientation = file.getexif().get(ORIENTATION_TAG)
     return (file.height, file.width) if orientation in TURNS and orientation >= 5 else file.size
 
@@ -192,21 +192,21 @@ def with_one_caption(row: dict) -> dict:
 
 
 def open_image(stored):
-    """Pillow's file of an image's bytes or path; only its header is read."""
+    """Open an image's bytes or path with Pillow. Only its header is read."""
     try:
         return Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
-    except UnidentifiedImageError:  # its message has an address in memory
+    except UnidentifiedImageError:  # its message contains a memory address
         raise UnidentifiedImageError("it is no image of a known format") from None
 
 
 @contextlib.contextmanager
 def reading(name: str):
-    """A context in which an image that cannot be read becomes a `BadSampleError` that names the row."""
+    """A context that turns errors of reading an image into a `BadSampleError` that names the row."""
     try:
         yield
     except BadSampleError:
         raise
-    except Exception as error:  # Pillow's readers report a broken file through whatever went wrong in them
+    except Exception as error:  # Pillow's readers raise all kinds of errors for broken files
         raise BadSampleError(f"{name}: the image cannot be read: {error}") from error
 
 
@@ -218,12 +218,12 @@ def refuse_small_image(row: dict, smallest) -> None:
 
 
 def warn_of_small_images(dataset, size: int) -> None:
-    """Say how many images have a side shorter than `size` pixels, and name one: enlarging makes them no sharper."""
-    if not isinstance(dataset, Rows):  # a stream, which cannot be looked through beforehand
+    """Print how many images have a side shorter than `size` pixels, and name one: enlarging does not sharpen them."""
+    if not isinstance(dataset, Rows):  # a stream, which cannot be read beforehand
         return
     small = []
     for row in tqdm(range(len(dataset)), desc="reading sizes", unit="image", delay=5):
-        with contextlib.suppress(BadSampleError):  # training says so when it meets it
+        with contextlib.suppress(BadSampleError):  # training reports it when it reads the row
             if min(dataset.image_size(row)) < size:
                 small.append(row)
     if small:

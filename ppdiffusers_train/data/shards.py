@@ -1,8 +1,8 @@
-"""Local tar shards: indexed once, then as good as a folder of images, in any order, for any number of ranks.
+"""Local tar shards. They are indexed once, and can then be read in any order, like a folder of images.
 
 The index of `photos-000.tar` is `photos-000.tar.index`, an Arrow table with a row for each sample: where its image's
-bytes are, its captions, what is wrong with it. It lies beside the shard, or in a cache folder where nothing can be
-written there, and is made anew when the shard has changed.
+bytes are, its captions, its problem. It is stored beside the shard, or in a cache folder if that is not writable, and
+is written anew when the shard has changed.
 """
 
 import glob
@@ -33,10 +33,10 @@ ROWS_AT_ONCE = 1000
 
 
 class ShardRows(Rows):
-    """The samples of local tar shards; each problem of an archive is a row that cannot be used.
+    """The samples of local tar shards. Each problem of an archive is an unusable row.
 
     Args:
-        table: the shards' indices, one below the other, as a `datasets.Dataset`; its column "shard" counts shards.
+        table: the shards' concatenated indices, as a `datasets.Dataset`; its column "shard" is the shard's number.
         shards: their paths.
     """
 
@@ -70,7 +70,7 @@ class ShardRows(Rows):
 
 
 def local_shards(paths: list) -> list:
-    """The tar files that paths name, each a file, a folder or a glob, in order.
+    """The tar files of paths, each a file, a folder or a glob, in order.
 
     Raises:
         UserError: there are none.
@@ -90,23 +90,25 @@ def local_shards(paths: list) -> list:
 
 
 def open_shards(shards: list, caption_field: str, cache_folder: Path) -> ShardRows:
-    """The samples of tar files, indexed where they are not yet.
+    """The samples of tar files, which are indexed where they have no index yet.
 
     Args:
         caption_field: see `read_samples`.
-        cache_folder: for indices that cannot be written beside their shards.
+        cache_folder: folder for indices that cannot be written beside their shards.
     """
     tables = []
     for number, shard in enumerate(tqdm(shards, desc="indexing shards", unit="shard", delay=5)):
         with pyarrow.memory_map(str(index_of(shard, caption_field, cache_folder))) as file:
-            table = pyarrow.ipc.open_stream(file).read_all()  # stays mapped when the file is closed
+            table = pyarrow.ipc.open_stream(file).read_all()  # stays mapped after the file is closed
         tables.append(table.append_column("shard", pyarrow.array(np.full(len(table), number, np.int32))))
     table = InMemoryTable(pyarrow.concat_tables(tables))
-    return ShardRows(datasets.Dataset(table, fingerprint="shards"), shards)  # else it hashes the table
+    return ShardRows(
+        datasets.Dataset(table, fingerprint="shards"), shards
+    )  # without a fingerprint, it would hash the table
 
 
 def index_of(shard: Path, caption_field: str, cache_folder: Path) -> Path:
-    """The index of a shard, written if it does not exist or is of another state of the shard.
+    """The index of a shard, written if it does not exist or is outdated.
 
     Raises:
         UserError: the shard cannot be read.
@@ -124,13 +126,13 @@ def index_of(shard: Path, caption_field: str, cache_folder: Path) -> Path:
         raise UserError(f"--train_shards_path_or_url: {str(shard)!r} cannot be read: {error}") from error
     if current is None:
         raise UserError(
-            f"--cache_dir: {str(hidden)!r} cannot be written, nor can {str(files[0])!r}; expected one of both"
+            f"--cache_dir: {str(hidden)!r} cannot be written, nor can {str(files[0])!r}; expected one that can"
         )
     return current
 
 
 def is_current(file: Path, schema) -> bool:
-    """Whether an index exists and was made of the shard as it is."""
+    """Whether an index exists and belongs to the current state of the shard."""
     try:
         with pyarrow.OSFile(str(file)) as source, pyarrow.ipc.open_stream(source) as reader:
             return reader.schema.equals(schema, check_metadata=True)
@@ -139,7 +141,7 @@ def is_current(file: Path, schema) -> bool:
 
 
 def write_index(shard: Path, file: Path, schema, caption_field: str) -> bool:
-    """Write the index of a shard, whole or not at all; False where nothing can be written."""
+    """Write the index of a shard atomically. Returns False where nothing can be written."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

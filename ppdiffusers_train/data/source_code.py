@@ -1,4 +1,4 @@
-"""The code that methods of a training module run, as text: what it computes changes only when this does."""
+"""The source code that methods of a training module run, as text, to detect changes of what they compute."""
 
 import ppdiffusers_train
 
@@ -13,8 +13,8 @@ PACKAGE = Path(ppdiffusers_train.__file__).parent
 def sources(module_class, *methods: str) -> list:
     """The source of `methods` of a class and of all functions that they call, directly or not.
 
-    Functions count where they are called by a name of their file, of the class or of one of its bases, and are this
-    package's or lie in a folder with one of the methods: those of other libraries do not.
+    Calls are found by name, among the names of the function's file, the class and its bases. Only functions of this
+    package, or in a folder with one of the methods, are included; those of other libraries are not.
     """
     waiting = list(chain(*(own_functions(module_class, name) for name in methods)))
     found, folders = {}, {Path(function.__code__.co_filename).parent for function in waiting}
@@ -39,7 +39,7 @@ def called_functions(function: FunctionType, module_class):
 
 
 def own_functions(module_class, name: str):
-    """The functions of that name in a class and its bases: one that is overridden may be called by the other."""
+    """The functions of that name in a class and its bases: a method may call the one that it overrides."""
     for base in module_class.__mro__:
         value = vars(base).get(name)
         value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)

@@ -1,13 +1,13 @@
-"""Tar shards that are read while they arrive, from addresses or commands, in an order that is a function of the seed.
+"""Tar shards that are streamed from addresses or commands, in an order that is a function of the seed.
 
 A stream is cut into *lanes*, which take turns: the sample at position p of an epoch comes from lane p mod 8. It
-reads every eighth shard of a list that goes over all of them again and again, each time in another order, and shuffles
-its samples in blocks. None of this depends on the number of cards; with 1, 2, 4 or 8 of them each opens the shards of
-its own lanes only.
+reads every eighth shard of an endless list, which repeats all shards, each time in another order, and it shuffles its
+samples in blocks. None of this depends on the number of GPUs; with 1, 2, 4 or 8 of them, each opens only the shards of
+its own lanes.
 
-To find a lane's n-th sample again, it must be known how many samples the shards before it hold. That is written down
-when a shard has been read, in a cache folder. So a run that resumes opens one shard per lane, and reads it from its
-beginning up to the block where it stopped.
+To find a lane's n-th sample again, the number of samples in the shards before it must be known. It is stored in a cache
+folder when a shard has been read. So a resumed run opens one shard per lane, and reads it from its beginning up to the
+block where it stopped.
 """
 
 import contextlib
@@ -34,14 +34,14 @@ ATTEMPTS = 3
 class Stream:
     """The run's samples by their position: `stream[position]` is a row like those of `Rows`.
 
-    Positions may be asked for from several threads; it is fast where they come roughly in order.
+    Several threads may read at the same time. Reading is fast if positions come roughly in order.
 
     Args:
         shards: their addresses.
         size: how many samples make an epoch.
-        seed: of the order.
+        seed: seed of the order.
         caption_field: see `tar_samples.read_samples`.
-        cache_folder: where to write down how many samples each shard holds.
+        cache_folder: folder for the number of samples of each shard.
     """
 
     sequential = True
@@ -55,7 +55,7 @@ class Stream:
         return self.size
 
     def digest(self) -> str:
-        """A hash of the shards' addresses: what tells this data from other data."""
+        """A hash of the shards' addresses, which identifies the data."""
         return hashlib.blake2b("\n".join(self.shards).encode(), digest_size=8).hexdigest()
 
     def count_captions(self) -> int:
@@ -70,12 +70,12 @@ class Stream:
         return lane, epoch * per_epoch + offset // len(self.lanes)
 
     def shard_at(self, place: int) -> int:
-        """The shard that comes so many shards after the first, over all epochs."""
+        """The index of the shard at `place` of the endless list."""
         epoch, offset = divmod(place, len(self.shards))
         return int(permutation(self.seed, epoch, len(self.shards))[offset])
 
     def name(self, position: int) -> str:
-        """How to call the sample at `position` in a message."""
+        """The name of the sample at `position` in messages."""
         lane, number = self._find(position)
         return lane.names.get(number, f"sample {position} of the stream")
 
@@ -107,10 +107,10 @@ class Lane:
 
     def __init__(self, stream: Stream, number: int, lanes: int, seed: int):
         self.stream, self.number, self.lanes, self.seed = stream, number, lanes, seed
-        self.shift = number * BLOCK // lanes  # so that lanes do not fill their blocks at the same time
+        self.shift = number * BLOCK // lanes  # so that lanes do not read their blocks at the same time
         self.lock = threading.Lock()
-        self.waiting, self.names = {}, {}  # by number: samples that are still to be asked for, and what they are called
-        self.reader, self.at = None, None  # goes on with the sample of this number, before shuffling
+        self.waiting, self.names = {}, {}  # by number: samples not yet taken, and names of samples
+        self.reader, self.at = None, None  # `reader` continues with sample number `at`, before shuffling
 
     def sample(self, number: int) -> TarSample:
         """The lane's sample of that number."""
@@ -126,7 +126,7 @@ class Lane:
         samples = list(islice(self.reader, stop - start))
         self.at = stop
         order = generator(self.seed, block, f"lane {self.number}").permutation(len(samples))
-        # Threads may still ask for the block before; what is older belongs to other ranks.
+        # Threads may still read the previous block. Older samples belong to other ranks.
         for known in (self.waiting, self.names):
             for number in [number for number in known if not start - BLOCK <= number < start]:
                 del known[number]
@@ -151,7 +151,7 @@ class Lane:
 
 
 class Counts:
-    """How many samples each shard holds, as far as it is known, kept in a file that several processes add lines to."""
+    """The known numbers of samples of shards, in a file that several processes append to."""
 
     def __init__(self, file: Path):
         self.file, self.known = file, {}
@@ -163,7 +163,7 @@ class Counts:
         return self.known.get(shard)
 
     def add(self, shard: int, samples: int) -> None:
-        """Write down that a shard holds so many samples."""
+        """Store the number of samples of a shard."""
         if shard not in self.known:
             self.known[shard] = samples
             with contextlib.suppress(OSError):  # without the file, a resumed run reads more than it must
@@ -173,7 +173,7 @@ class Counts:
 
 
 def read_shard(address: str, caption_field: str):
-    """Yield the samples of a shard; a connection that breaks is opened again.
+    """Yield the samples of a shard. A broken connection is opened again.
 
     Raises:
         RunError: it cannot be read.
@@ -186,7 +186,7 @@ def read_shard(address: str, caption_field: str):
             for index, sample in enumerate(read_samples(file, caption_field, sequential=True)):
                 sample.name = f"{shown}: {sample.name}"
                 if sample.of_archive:
-                    damage = sample  # unless the command has failed, which is known when it ends
+                    damage = sample  # unless the command has failed, which is only known when it ends
                 elif index >= done:
                     done += 1
                     yield sample
@@ -194,24 +194,24 @@ def read_shard(address: str, caption_field: str):
                 pass
             file.close()
         except OSError as error:
-            status = re.search(r"exit (\d+)", str(error))  # the rest of that message is the command once more
+            status = re.search(r"exit (\d+)", str(error))  # the rest of the message repeats the command
             failure = f"its command ended with status {status[1]}" if status else str(error)
             continue
         finally:
             with contextlib.suppress(OSError):
                 if file:
-                    file.close()  # where this is left early
+                    file.close()  # if the caller stops early
         if damage:
             yield damage
         return
     raise RunError(
         f"{shown} could not be read in {ATTEMPTS} attempts, the last time up to its sample {done}: "
-        f"{failure}; go on with --resume_from_checkpoint latest"
+        f"{failure}; resume with --resume_from_checkpoint latest"
     )
 
 
-def say_commands(addresses: list) -> None:
-    """Print which commands are run for the shards, if any are."""
+def print_commands(addresses: list) -> None:
+    """Print which commands are run to read the shards, if any."""
     commands = [address.removeprefix("pipe:") for address in addresses if address.startswith("pipe:")]
     if commands:
         print(f"--train_shards_path_or_url runs {len(commands)} commands; the first: {hide_tokens(commands[0])}")

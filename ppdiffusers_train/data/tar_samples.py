@@ -1,9 +1,9 @@
-"""What the WebDataset format calls samples: the files of a tar archive whose names differ only in their extension.
+"""Samples in the WebDataset format: the files of a tar archive whose names differ only in their extension.
 
     000017.jpg  000017.txt  000017.json  000018.png  000018.txt  …
 
-Files of one sample stand beside each other. Archives come from anywhere: what is broken in one becomes a sample with a
-problem, named and counted like an image that cannot be read, and nothing is ever unpacked onto the disk.
+Files of one sample are consecutive. Archives are not trusted: whatever is broken in one becomes a sample with a
+problem, named and counted like an image that cannot be read, and nothing is ever unpacked to disk.
 """
 
 import json
@@ -22,15 +22,15 @@ LARGEST_TEXT = 1 << 20  # bytes
 
 @dataclass
 class TarSample:
-    """One sample of an archive, or what is wrong where one should be."""
+    """One sample of an archive, or the problem in its place."""
 
     name: str  # of its image in the archive
     offset: int = 0  # of the image's bytes
     size: int = 0
     captions: list = field(default_factory=list)
     problem: str = ""
-    of_archive: bool = False  # whether the problem is the archive's
-    image: bytes = b""  # where it was asked for
+    of_archive: bool = False  # whether the problem concerns the whole archive
+    image: bytes = b""  # of a sequential archive
 
 
 @dataclass
@@ -49,8 +49,9 @@ def read_samples(file, caption_field: str, sequential: bool):
     """Yield the `TarSample`s of an archive in their order.
 
     Args:
-        file: opened for reading; `sequential` where it can only be read on, and then images are read, too.
-        caption_field: where a sample has no text, its captions are in this field of its .json.
+        file: opened for reading.
+        caption_field: field of a sample's .json with its captions, where the sample has no text file.
+        sequential: whether the file cannot seek; then images are read as well.
     """
     try:
         archive = tarfile.open(fileobj=file, mode="r|*" if sequential else "r:")  # reads the first header
@@ -60,7 +61,7 @@ def read_samples(file, caption_field: str, sequential: bool):
     seen, damage = set(), []
     for key, members in groupby(_members(archive, sequential, damage), lambda member: member.key):
         sample = _sample(key, list(members), key in seen, caption_field)
-        if not (damage and sample.problem):  # else it was cut in two
+        if not (damage and sample.problem):  # else the sample is incomplete
             yield sample
         seen.add(key)
     yield from damage
@@ -69,12 +70,12 @@ def read_samples(file, caption_field: str, sequential: bool):
 
 
 def _damaged(problem: str) -> TarSample:
-    """What stands for a whole archive, or for the rest of it."""
+    """The placeholder of a whole archive, or of the rest of it."""
     return TarSample("the archive", problem=problem, of_archive=True)
 
 
 def _members(archive, sequential: bool, damage: list):
-    """The files of an archive that can belong to samples; what ends it early is added to `damage`."""
+    """Yield the files of an archive that can belong to samples. An error that ends it early is added to `damage`."""
     size = None if sequential else archive.fileobj.seek(0, os.SEEK_END)
     member, last = archive.next(), "its beginning"
     while member is not None:
@@ -84,7 +85,7 @@ def _members(archive, sequential: bool, damage: list):
                 raise tarfile.ReadError("unexpected end of data")
             path = PurePosixPath(member.name)
             stem, _, extension = path.name.partition(".")
-            # Neither a hidden file, nor one without extension, nor the format's own notes.
+            # Not a hidden file, a file without extension, or metadata of the format.
             if member.isreg() and stem and extension and not stem.startswith("__"):
                 extension = extension.lower()
                 text = extension in TEXT_EXTENSIONS and member.size <= LARGEST_TEXT
@@ -93,7 +94,7 @@ def _members(archive, sequential: bool, damage: list):
                 key = str(path.with_name(stem))
                 yield Member(member.name, key, extension, member.offset_data, member.size, content)
             last = member.name
-            # Not `archive.next`: it takes a damaged header for the end, and remembers all members.
+            # Not `archive.next`: it treats a damaged header as the end, and keeps all members in memory.
             archive.fileobj.seek(archive.offset)
             member = tarfile.TarInfo.fromtarfile(archive)
         except tarfile.EOFHeaderError:  # the zeros that end every archive
@@ -104,13 +105,13 @@ def _members(archive, sequential: bool, damage: list):
 
 
 def _sample(key: str, members: list, seen: bool, caption_field: str) -> TarSample:
-    """The sample that `members` make up, with the first thing that is wrong with it."""
+    """The sample of `members`, with its first problem."""
     files = {member.extension: member for member in reversed(members)}
     image = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
     sample = TarSample((image or members[0]).name)
     names = ", ".join(member.name for member in members)
     if ".." in PurePosixPath(key).parts or key.startswith("/"):
-        sample.problem = "its name leads out of the archive"
+        sample.problem = "its name points outside the archive"
     elif seen:
         sample.problem = "there was a sample of this name before"
     elif len(files) < len(members):

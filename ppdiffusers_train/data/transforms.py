@@ -1,4 +1,4 @@
-"""Images to arrays, in NumPy and Pillow, because they run in loader workers."""
+"""Image transforms, with NumPy and Pillow, because they run in loader threads."""
 
 from fractions import Fraction
 
@@ -15,7 +15,7 @@ def center_crop_square(image: Image.Image) -> Image.Image:
 
 
 def resize_to_cover(image: Image.Image, height: int, width: int, interpolation: str) -> Image.Image:
-    """Scale an image until it just covers `height` x `width` pixels; its longer side is rounded down."""
+    """Scale an image so that it just covers `height` x `width` pixels. The longer side is rounded down."""
     scale = max(Fraction(height, image.height), Fraction(width, image.width))
     # torchvision's name for Pillow's `nearest`, which has always been exact
     filter = Image.Resampling[interpolation.removesuffix("-exact").upper()]
@@ -23,7 +23,7 @@ def resize_to_cover(image: Image.Image, height: int, width: int, interpolation: 
 
 
 def crop_to(image: Image.Image, height: int, width: int, draws, center: bool) -> tuple:
-    """A part of `height` x `width` pixels, in the centre or where `draws` says: (image, top, left)."""
+    """Crop to `height` x `width` pixels, in the centre or at a random place from `draws`: (image, top, left)."""
     rows, columns = image.height - height, image.width - width
     if center:
         top, left = round(rows / 2), round(columns / 2)
@@ -33,9 +33,9 @@ def crop_to(image: Image.Image, height: int, width: int, draws, center: bool) ->
 
 
 def fit(image: Image.Image, height: int, width: int, draws, interpolation: str, center: bool, flip: bool) -> tuple:
-    """An image brought to `height` x `width` pixels: scaled, mirrored in half of the draws, cropped.
+    """Scale an image, mirror it with probability 1/2 if `flip`, and crop it to `height` x `width` pixels.
 
-    Mirrored before it is cropped, so that the crop is told as it was taken.
+    Mirroring comes before cropping, so that the crop's coordinates hold for the image as the model sees it.
 
     Returns:
         (image, top, left) with the crop's upper left corner.

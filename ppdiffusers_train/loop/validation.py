@@ -6,7 +6,7 @@ import paddle
 
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import TrainingState
-from ppdiffusers_train.reporting.images import captioned_grid
+from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet
 
 
 @contextlib.contextmanager
@@ -27,7 +27,8 @@ def generate_validation(module, prompts: list, count: int, seed: int):
     seeds = [seed + index for index in range(count)]
     with evaluation(module):
         images = module.generate([prompt for prompt in prompts for _ in seeds], seeds * len(prompts))
-    return captioned_grid([images[start : start + count] for start in range(0, len(images), count)], prompts)
+    rows = [images[start : start + count] for start in range(0, len(images), count)]
+    return contact_sheet([Tile(row, [prompt]) for row, prompt in zip(rows, prompts)], columns=1).image
 
 
 def save_validation_images(plan: Plan, state: TrainingState, trackers) -> None:

@@ -6,16 +6,16 @@ from paddle.nn import functional
 def provide_joint_attention() -> None:
     """Give Paddle the function that the joint attention of SD3's transformer calls, where ppdiffusers does not.
 
-    ppdiffusers 0.29.0 adds `scaled_dot_product_attention_` to Paddle only where there is a kernel for it, on cards;
-    elsewhere every forward pass of that transformer would end in an AttributeError. Paddle's own function without the
-    underscore takes the same arguments that are used there, and gives the same numbers.
+    ppdiffusers 0.29.0 adds `scaled_dot_product_attention_` to Paddle only where there is a kernel for it, on GPUs.
+    Elsewhere every forward pass of that transformer would end in an AttributeError. Paddle's own function without the
+    underscore takes the same arguments and gives the same values.
     """
     if not hasattr(functional, "scaled_dot_product_attention_"):
         functional.scaled_dot_product_attention_ = functional.scaled_dot_product_attention
 
 
 def enable_memory_efficient_attention(model) -> None:
-    """Switch a model to Paddle's memory-efficient attention, or say that there is none here."""
+    """Switch a model to Paddle's memory-efficient attention, or print that this device has none."""
     try:
         model.enable_xformers_memory_efficient_attention()
     except (NotImplementedError, ModuleNotFoundError, ValueError) as error:
@@ -23,7 +23,7 @@ def enable_memory_efficient_attention(model) -> None:
 
 
 def announce_joint_attention(flag: str = "--enable_xformers_memory_efficient_attention") -> None:
-    """Say that a flag changes nothing: joint attention takes Paddle's memory-efficient kernel wherever there is one.
+    """Print that a flag has no effect: joint attention uses Paddle's memory-efficient kernel wherever there is one.
 
     ppdiffusers 0.29.0 would replace it by attention of one stream, and the forward pass would fail.
     """
@@ -31,5 +31,5 @@ def announce_joint_attention(flag: str = "--enable_xformers_memory_efficient_att
 
 
 def announce_plain_attention(reason: str, flag: str = "--enable_xformers_memory_efficient_attention") -> None:
-    """Say that a flag changes nothing, and why."""
+    """Print that a flag has no effect, and why."""
     print(f"{flag}: no effect, plain attention is used ({reason})")

@@ -1,4 +1,4 @@
-"""Kandinsky 2.2's two pipelines on disk, and the combined one that draws."""
+"""Kandinsky 2.2's two pipelines on disk, and the combined one that generates images from prompts."""
 
 from functools import cached_property
 
@@ -11,7 +11,7 @@ from ppdiffusers.transformers import (
 )
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.models.drawing import draw
+from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder, export_pipeline
 
 DECODER_PARTS = {"unet": UNet2DConditionModel, "movq": VQModel, "scheduler": None}
@@ -26,7 +26,7 @@ PRIOR_PARTS = {
 
 
 class KandinskyFolders:
-    """The decoder's and the prior's folder, each opened when it is first asked for.
+    """The decoder's and the prior's folder, each opened on first use.
 
     A folder of the combined pipeline serves as either.
 
@@ -67,7 +67,7 @@ class KandinskyFolders:
             )
 
     def combined_pipeline(self, **own):
-        """The pipeline that draws from a prompt; parts given by name are used, those that are None are loaded, too."""
+        """The pipeline from prompt to image. Parts given by name are used; missing parts and None are loaded."""
         return KandinskyV22CombinedPipeline(
             **{
                 name: folder.load(part, part_class) if own.get(name) is None else own[name]
@@ -85,7 +85,7 @@ class KandinskyFolders:
         export_pipeline(directory, "KandinskyV22CombinedPipeline", self._combined_parts(), own, save_format)
 
     def export_prior(self, directory, own: dict, save_format: str) -> None:
-        """Write a prior pipeline's folder: `own` parts saved, the others unchanged, its scheduler that of inference."""
+        """Write a prior pipeline's folder: `own` parts saved, the others unchanged, the scheduler for inference."""
         parts = dict(_with_classes(self.prior, PRIOR_PARTS))
         export_pipeline(directory, "KandinskyV22PriorPipeline", parts, own, save_format)
 
@@ -100,7 +100,7 @@ def _with_classes(folder: PipelineFolder, parts: dict):
         yield part, (folder, part, part_class or getattr(schedulers, folder.class_name(part)))
 
 
-def draw_combined(pipeline, prompts, seeds, resolution: int, inference_steps: int) -> list:
-    """One PIL image per pair of prompt and seed, prior and decoder with as many steps."""
-    prior_steps = max(inference_steps, 2)  # its scheduler cannot do with one
-    return draw(pipeline, prompts, seeds, resolution, inference_steps, prior_num_inference_steps=prior_steps)
+def generate_combined(pipeline, prompts, seeds, resolution: int, inference_steps: int) -> list:
+    """One PIL image per pair of prompt and seed; prior and decoder take `inference_steps` steps each."""
+    prior_steps = max(inference_steps, 2)  # its scheduler needs at least two
+    return generate_images(pipeline, prompts, seeds, resolution, inference_steps, prior_num_inference_steps=prior_steps)

@@ -1,4 +1,4 @@
-"""LoRA: learnable low-rank updates of a frozen model's layers (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA: trainable low-rank updates of a frozen model's layers (Hu et al. 2021, arXiv 2106.09685).
 
 A layer computes W x + (α / r) · B A x; A [r, in] starts at N(0, 1/r²), B [out, r] at zero, so training starts at the
 base model. The layers are ppdiffusers' own, set on the layers that can carry them, so its pipelines use them as they
@@ -22,7 +22,7 @@ from ppdiffusers_train.module import freeze, is_lora
 from ppdiffusers_train.tensor_files import Converted, dtype_of, open_tensors, read_tensors, write_tensors
 
 ATTENTION_TARGETS = "to_q,to_k,to_v,to_out.0"
-ADDED_ATTENTION_TARGETS = f"{ATTENTION_TARGETS},add_k_proj,add_v_proj"  # the added ones are where an image enters
+ADDED_ATTENTION_TARGETS = f"{ATTENTION_TARGETS},add_k_proj,add_v_proj"  # the added ones process the image embedding
 JOINT_ATTENTION_TARGETS = "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj"  # of both streams, image's and text's
 TEXT_ENCODER_TARGETS = "q_proj,k_proj,v_proj,out_proj"
 # All of a UNet's layers that files of LoRA layers have names for.
@@ -47,7 +47,7 @@ def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, s
     """
     freeze(model)
     kinds = (LoRACompatibleLinear, LoRACompatibleConv)
-    if not hasattr(model, "load_attn_procs"):  # no reader that wants these: other layers are added to from outside
+    if not hasattr(model, "load_attn_procs"):  # plain linear layers: they get LoRA by a hook
         kinds = (paddle.nn.Linear, LoRACompatibleConv)
     layers = {name: layer for name, layer in model.named_sublayers() if isinstance(layer, kinds)}
     wanted = [target.strip() for target in targets.split(",") if target.strip()]
@@ -79,7 +79,7 @@ def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, s
 
 
 def set_lora(layer, lora) -> None:
-    """Let a layer add what its LoRA layer gives: by itself where it can, else from outside."""
+    """Let a layer add its LoRA layer's output: by its own code where it has some, else by a hook."""
     if hasattr(layer, "set_lora_layer"):
         layer.set_lora_layer(lora)
     else:
@@ -100,7 +100,7 @@ def lora_layers(model) -> dict:
 
 @contextlib.contextmanager
 def lora_switched_off(model):
-    """A context that gives the model, and in which it answers as if it had no LoRA layers: it is its own teacher."""
+    """A context manager that yields the model with its LoRA layers disabled: the base model, such as a teacher."""
     adapted = [
         (layer, layer.lora_layer) for layer in model.sublayers() if getattr(layer, "lora_layer", None) is not None
     ]
@@ -124,8 +124,8 @@ def lora_parameters(model, **text_encoders) -> dict:
     }
 
 
-def learning_parameters(model, **text_encoders) -> dict:
-    """LoRA's parameters, and those that learn in full beside them."""
+def trainable_parameters(model, **text_encoders) -> dict:
+    """LoRA's parameters, and those that are trained in full beside them."""
     full = {
         f"{prefix}{name}": value
         for prefix, model in by_prefix(model, text_encoders)
@@ -135,12 +135,12 @@ def learning_parameters(model, **text_encoders) -> dict:
 
 
 def by_prefix(model, text_encoders: dict) -> list:
-    """[(beginning of its parameters' names, model)]."""
+    """[(prefix of its parameters' names, model)]."""
     return [("", model), *((f"{name}.", encoder) for name, encoder in text_encoders.items())]
 
 
 def full_parameters(model) -> dict:
-    """{name: parameter} of those that learn and are no part of a LoRA layer."""
+    """{name: parameter} of the trainable parameters outside of LoRA layers."""
     return {n: value for n, value in model.named_parameters() if not value.stop_gradient and not is_lora(n)}
 
 
@@ -148,7 +148,7 @@ def save_lora(model, directory, save_format: str, **text_encoders) -> None:
     """Write LoRA layers into a file that the library `save_format` loads: `unet.load_attn_procs(directory)`, or with
     layers of text encoders, given by name, or of SD3's transformer, `pipeline.load_lora_weights(directory)`.
 
-    What learns in full beside them goes into a second file, in the same layout, under the model's own names.
+    Parameters that are trained in full beside them go into a second file, in the same layout, under the model's names.
     """
     updates, full = {}, {}
     # Readers expect this name for whatever has `load_attn_procs`, Kandinsky's prior, too.
@@ -169,30 +169,30 @@ def save_lora(model, directory, save_format: str, **text_encoders) -> None:
 
 
 def save_lora_weights(model, directory, **text_encoders) -> None:
-    """What a checkpoint holds: the file to load for inference, and the parameters as they are, to go on from."""
+    """What a checkpoint holds: the file to load for inference, and the parameters as they are, to resume from."""
     save_lora(model, directory, "ppdiffusers", **text_encoders)
-    parameters = learning_parameters(model, **text_encoders)
+    parameters = trainable_parameters(model, **text_encoders)
     write_tensors(Path(directory) / PARAMETERS_FILE, parameters, {"format": "pd"})
 
 
 def load_lora_weights(model, directory, **text_encoders) -> None:
-    """Set what learns to what a checkpoint holds, in place.
+    """Read the trainable parameters of a checkpoint, in place.
 
     Raises:
         UserError: it holds LoRA layers of another model, rank or choice of layers.
     """
     file = Path(directory) / PARAMETERS_FILE
-    saved, own = open_tensors(file)[0], learning_parameters(model, **text_encoders)
+    saved, own = open_tensors(file)[0], trainable_parameters(model, **text_encoders)
     require_same_shapes(saved, own, f"{file} is of another LoRA")
     set_tensors(own, saved)
 
 
 @paddle.no_grad()
 def load_lora(transformer, directory) -> None:
-    """Set the LoRA layers of a result on a pipeline's transformer, and what has learned in full beside them.
+    """Load a result's LoRA layers, and the parameters that were trained in full, into a pipeline's transformer.
 
     `StableDiffusion3Pipeline.load_lora_weights` of ppdiffusers 0.29.0 does so only with `USE_PEFT_BACKEND=True` in the
-    environment, and then not with Paddle 3, whose `ParameterDict` has no `keys`.
+    environment, and then fails with Paddle 3, whose `ParameterDict` has no `keys`.
     """
     layers, file = dict(transformer.named_sublayers()), Path(directory) / FILES["ppdiffusers"]
     for name, update in read_lora(file).items():
@@ -209,7 +209,7 @@ def load_lora(transformer, directory) -> None:
 def allow_text_encoder_lora() -> None:
     """Let `pipeline.load_lora_weights` of ppdiffusers 0.29.0 load LoRA layers of text encoders.
 
-    The code for it is there and works, but asks `deprecate` first, which raises since version 0.25.
+    The code for it is there and works, but calls `deprecate` first, which raises since version 0.25.
     """
     loaders = sys.modules["ppdiffusers.loaders.lora"]
     deprecate = loaders.deprecate

@@ -1,7 +1,7 @@
 """Files of LoRA layers, as ppdiffusers, diffusers and the kohya family (ComfyUI, WebUIs) write them.
 
-Within, a LoRA is `{"unet.down_blocks.0.….to_q": Update}`, whatever the file's names and layout. Two of the three have
-no place for α: there, B is written times α / r, and α stands in the metadata, so that the way back recovers it.
+In memory, a LoRA is `{"unet.down_blocks.0.….to_q": Update}`, whatever the file's names and layout. Two of the three
+have no place for α: there, B is written times α / r, and α is kept in the metadata, to be recovered.
 """
 
 import re
@@ -28,7 +28,7 @@ to_q to_k to_v to_out add_k_proj add_v_proj ff net proj proj_in proj_out time_em
 conv_in conv_out time_embedding add_embedding linear_1 linear_2 cond_proj text_model encoder layers self_attn q_proj
 k_proj v_proj out_proj mlp fc1 fc2 text_projection""".split()
 _WORD = re.compile(rf"(\d+|{'|'.join(sorted(WORDS, key=len, reverse=True))})(?:_|$)")
-# (end of a key, which matrix it is), in all the grammars that are read.
+# (end of a key, which matrix it is), in all naming schemes that are read.
 ENDINGS = {
     ".lora.down.weight": "down",
     ".lora.up.weight": "up",
@@ -61,9 +61,9 @@ class Update:
 
 
 def write_lora(file, updates: dict, file_format: str) -> None:
-    """Write `{layer: Update}` for "ppdiffusers", "diffusers" or "kohya", each matrix in the type that it has.
+    """Write `{layer: Update}` for "ppdiffusers", "diffusers" or "kohya", each matrix in its own dtype.
 
-    Except bfloat16 for ppdiffusers, whose reader (0.29.0) stops at it: that is widened to float32, which loses nothing.
+    Except bfloat16 for ppdiffusers, whose reader (0.29.0) fails on it: float32 is written, which loses nothing.
 
     Raises:
         UserError: no program reads the kohya layout of this model.
@@ -93,7 +93,7 @@ def read_lora(file) -> dict:
     """`{layer: Update}` of a file in any of the three formats.
 
     Raises:
-        UserError: it cannot be read, or holds something else than LoRA layers.
+        UserError: it cannot be read, or holds anything but LoRA layers.
     """
     arrays, metadata = read_tensors(file)
     layers, is_kohya = {}, any(".lora_down." in key for key in arrays)
@@ -122,12 +122,12 @@ def read_lora(file) -> dict:
 
 
 def scaled(array: np.ndarray, factor: float) -> np.ndarray:
-    """`array` times `factor`, computed in float32, in its own type."""
+    """`array` times `factor`, computed in float32, in its own dtype."""
     return array if factor == 1 else (array.astype(np.float32) * np.float32(factor)).astype(array.dtype)
 
 
 def torch_layout(file, layer: str, down, up, library):
-    """Both matrices with the rank where torch has it; the metadata tells Paddle's layout apart, else the shapes do."""
+    """Both matrices in torch's layout. Which layout they have follows from their shapes, or else from the metadata."""
     if down.ndim != 2:
         return down, up
     is_torch, is_paddle = down.shape[0] == up.shape[1], down.shape[1] == up.shape[0]

@@ -1,4 +1,4 @@
-"""Models that compute in their weights' type whatever the run's precision, in training and in validation alike."""
+"""Models that compute in their weights' dtype whatever the run's precision, in training and in validation alike."""
 
 import functools
 
@@ -6,12 +6,12 @@ import paddle
 from ppdiffusers import AutoencoderKL, VQModel
 from ppdiffusers.transformers import T5EncoderModel
 
-# float16 is too small for the activations of SDXL's VAE and of T5, and bfloat16 too coarse for latents.
+# float16's range is too small for the activations of SDXL's VAE and of T5, and bfloat16 too coarse for latents.
 AUTOENCODERS, COMPUTING_IN_OWN_TYPE = (AutoencoderKL, VQModel), (AutoencoderKL, VQModel, T5EncoderModel)
 
 
 def compute_in_own_type(model):
-    """Let a VAE, MoVQ or T5 run outside of autocast, whoever calls it; returns the model, others as they are.
+    """Let a VAE, MoVQ or T5 run outside of autocast, whoever calls it. Returns the model.
 
     A VAE and MoVQ also keep their float32 weights (`keeps_float32`).
     """

@@ -1,7 +1,8 @@
-"""Pipelines on disk, written by ppdiffusers or by diffusers: which layout a folder has is seen from its files.
+"""Pipelines on disk, written by ppdiffusers or by diffusers. A folder's files show which layout it has.
 
 A pipeline folder has one folder per part (`unet/`, `movq/`, `scheduler/`, …). A part with weights is in Paddle's layout
-or in torch's (linear weights transposed); ppdiffusers 0.29.0 wants to be told which, and fails without saying so.
+or in torch's (linear weights transposed); ppdiffusers 0.29.0 has an option for it, and fails with an unclear
+message if that is wrong.
 """
 
 import inspect
@@ -30,7 +31,10 @@ from ppdiffusers_train.models.weights import load_model, narrow_types, save_mode
 
 TRANSFORMERS = {"ppdiffusers": "ppdiffusers.transformers", "diffusers": "transformers"}
 OTHER_WEIGHTS = (".msgpack", ".onnx", ".ckpt", ".pb")
-LIBRARY_VERSIONS = {"ppdiffusers": ppdiffusers.__version__, "diffusers": "0.29.2"}  # what the files were compared with
+LIBRARY_VERSIONS = {
+    "ppdiffusers": ppdiffusers.__version__,
+    "diffusers": "0.29.2",
+}  # the versions whose files ours were compared with
 
 
 class PipelineFolder:
@@ -39,10 +43,10 @@ class PipelineFolder:
     Args:
         name_or_path: a folder, or a repository on the hub.
         flag: the flag that named it, for messages.
-        parts: the parts that are needed; an alias finds a part under its second name, too (`{"prior": "prior_prior"}`).
+        parts: the parts that are needed; an alias is a second name to find a part by (`{"prior": "prior_prior"}`).
         cache_dir, revision: of a download.
-        variant: of the weights' files, such as `fp16`; parts that have none of it are taken as they are.
-        weights: whether they are wanted; without, models have their size and no values, and nobody downloads them.
+        variant: of the weights' files, such as `fp16`; parts without that variant are taken as they are.
+        weights: whether to load them. If not, models have shapes but no values, and nothing is downloaded.
     Raises:
         UserError: it does not exist, is no pipeline, or lacks a part.
     """
@@ -127,8 +131,8 @@ class PipelineFolder:
     def load(self, part: str, part_class):
         """The part as an object of `part_class`, its weights as float32.
 
-        A base model that comes only as pickled weights is loaded, too, with one line that names the file: unpickling
-        can run code, so it should come from someone trusted.
+        A base model that has only pickled weights is loaded as well, with a line that names the file: unpickling can
+        run code, so such files should come from a trusted source.
         """
         folder = str(self.folders[part])
         if not hasattr(part_class, "parameters"):  # schedulers, tokenizers, image processors
@@ -149,7 +153,7 @@ class PipelineFolder:
         return compute_in_own_type(model)
 
     def _load_by_library(self, part, part_class, files):
-        # paddlenlp leaves a converted copy, pickled, beside torch weights: it gets a folder of links to do so.
+        # paddlenlp writes a converted, pickled copy beside torch weights. In a temporary folder of links it may.
         with tempfile.TemporaryDirectory() as links:
             for source in self.folders[part].iterdir():
                 if not is_weights(source.name):
@@ -160,8 +164,8 @@ class PipelineFolder:
     def export(self, part: str, part_class, target: Path, save_format: str) -> None:
         """Make `target` an unchanged copy of a part for the library `save_format`.
 
-        Files are hard links where the disk allows; only weights in the other library's layout are converted, in the
-        type they have.
+        Files are hard links where the disk allows. Only weights in the other library's layout are converted; they keep
+        their dtype.
         """
         files = self.weights(part)
         if files is None or files.is_torch == (save_format == "diffusers"):
@@ -181,11 +185,11 @@ class PipelineFolder:
 
 
 class ModelFolder(PipelineFolder):
-    """The folder of a single model, weights and config.json at its top; a pipeline's folder serves, too.
+    """The folder of a single model, with weights and config.json at its top, or a pipeline's folder that has the model.
 
     Args:
         part: what to call the model, and its folder in a pipeline.
-        class_name: what its configuration has to name.
+        class_name: the class that its configuration must name.
     """
 
     def __init__(self, name_or_path, flag, part, class_name, **options):
@@ -205,7 +209,7 @@ def export_pipeline(directory, pipeline_class: str, parts: dict, own: dict, save
         parts: {name in the pipeline: (PipelineFolder, part in it, class)}.
         own: {name: model} of the parts that were trained; the others are copied.
         save_format: the library to write for, "ppdiffusers" or "diffusers".
-        settings: what else its model_index.json says.
+        settings: other entries of its model_index.json.
     """
     directory = Path(directory)
     version = {f"_{save_format}_version": LIBRARY_VERSIONS[save_format]}
@@ -224,24 +228,24 @@ def export_pipeline(directory, pipeline_class: str, parts: dict, own: dict, save
 
 
 def _float32(part_class):
-    # ppdiffusers' models and paddlenlp's name the same option differently.
+    # ppdiffusers' and paddlenlp's models name the same option differently.
     return {"paddle_dtype" if hasattr(part_class, "load_config") else "dtype": "float32"}
 
 
 def files_to_download(files, parts, variant=None):
-    """Of a repository's files those of `parts`, one kind of weights each: Paddle's, else safetensors, else pickled.
+    """The files of `parts` in a repository, with one kind of weights each: Paddle's, else safetensors, else pickled.
 
     Args:
         files: names in the repository.
         parts: folders in it; "" is its top.
-        variant: of weights to prefer, such as `fp16`.
+        variant: preferred variant of the weights, such as `fp16`.
     """
     chosen = [name for name in files if name == "model_index.json"]
     for part in parts:
         inside = [name for name in files if os.path.dirname(name) == part and name not in chosen]
         own = {os.path.basename(name): name for name in inside}
         weights = choose_weights(own, variant)
-        if any(parse_name(name).is_index for name in weights):  # whole and divided: divided will do
+        if any(parse_name(name).is_index for name in weights):  # both whole and sharded: take the shards
             weights = [name for name in weights if parse_name(name).is_index or parse_name(name).shard]
         others = [name for name in own if not is_weights(name) and not name.endswith(OTHER_WEIGHTS)]
         chosen += [own[name] for name in others + weights]

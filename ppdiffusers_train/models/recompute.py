@@ -1,4 +1,4 @@
-"""Gradient checkpointing as Paddle calls it: activations are computed again in the backward pass."""
+"""Gradient checkpointing, which Paddle calls recompute: activations are computed again in the backward pass."""
 
 import os
 from functools import partial
@@ -10,8 +10,8 @@ from paddle.distributed.fleet.utils import recompute
 def enable_recompute(model) -> None:
     """Switch a model of ppdiffusers to recompute.
 
-    Paddle 2.6 on a CPU recomputes only in its reentrant way (else: "Recompute with RNG perserve is not support current
-    device: cpu"), which ppdiffusers takes when this environment variable says so.
+    Paddle 2.6 on a CPU supports only reentrant recompute (else: "Recompute with RNG perserve is not support current
+    device: cpu"). ppdiffusers uses it when the environment variable FLAG_RECOMPUTE_USE_REENTRANT is set.
     """
     model.enable_gradient_checkpointing()
     if not recomputes_without_reentrance():
@@ -21,16 +21,16 @@ def enable_recompute(model) -> None:
 def enable_block_recompute(blocks) -> None:
     """Recompute each of a transformer's blocks, for models whose gradient checkpointing ppdiffusers lacks or breaks.
 
-    The prior has none. SD3's (0.29.0) takes a block's two results for one, and fails at the second block. A block is
-    called as `block(hidden_states, …)`. Where no gradient reaches its input, there is nothing to save.
+    The prior has none. SD3's (0.29.0) treats a block's two results as one, and fails at the second block. A block is
+    called as `block(hidden_states, …)`. Where its input needs no gradient, recompute would save nothing.
     """
     use_reentrant = not recomputes_without_reentrance()
 
     def recomputed(forward, hidden_states, **options):
         if hidden_states.stop_gradient or not paddle.is_grad_enabled():
             return forward(hidden_states, **options)
-        # The reentrant way returns gradients to positional arguments only, and knows no result that is None: SD3's last
-        # block has one.
+        # Reentrant recompute returns gradients to positional arguments only, and cannot return None, as SD3's last
+        # block does.
         tensors = {name: value for name, value in options.items() if isinstance(value, paddle.Tensor)}
         missing = []
 
@@ -52,7 +52,7 @@ def enable_block_recompute(blocks) -> None:
 
 
 def recomputes_without_reentrance() -> bool:
-    """Whether the installed Paddle can do on this device what ppdiffusers asks of it by default."""
+    """Whether the installed Paddle supports non-reentrant recompute on this device, as ppdiffusers expects."""
     number = paddle.ones([1])
     number.stop_gradient = False
     try:

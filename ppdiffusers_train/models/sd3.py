@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 on disk, and what its text encoders make of a caption."""
+"""Stable Diffusion 3 on disk, and how its text encoders encode a caption."""
 
 import paddle
 from paddle.nn import functional
@@ -55,26 +55,26 @@ class SD3Folder(StableDiffusionFolder):
         return [name for name in self.parts if name.startswith("text_encoder")]
 
     def load(self, part: str, part_class=None):
-        """A part; of the transformer, what the published model does not have is not trained."""
+        """A part. Parameters of the transformer that the published model does not have are frozen for good."""
         model = super().load(part, part_class)
         if part == "transformer":
             freeze_unpublished_biases(model)
         return model
 
     def load_scheduler(self, shift=None):
-        """The pipeline's scheduler, with another shift of its timesteps where one is given."""
+        """The pipeline's scheduler, with another timestep shift where one is given."""
         scheduler = self.load("scheduler")
         return type(scheduler).from_config(scheduler.config, shift=shift) if shift else scheduler
 
     def pixels_per_token(self) -> int:
-        """Height and width, in pixels, of what becomes one token of the transformer."""
+        """Side, in pixels, of the square that becomes one token of the transformer."""
         return super().pixels_per_token() * self.base.config("transformer")["patch_size"]
 
 
 def freeze_unpublished_biases(transformer) -> None:
-    """Take out of training the biases that ppdiffusers 0.29.0 gives to norms which have none in the published model.
+    """Freeze the biases that ppdiffusers 0.29.0 gives to norms which have none in the published model.
 
-    They are zero, and stay so: diffusers has no place for them, so what they learned would be lost there.
+    They are zero and stay so: diffusers has no such parameters, so trained values would be lost there.
     """
     for layer in transformer.sublayers():
         if isinstance(layer, AdaLayerNormContinuous):
@@ -82,13 +82,13 @@ def freeze_unpublished_biases(transformer) -> None:
 
 
 def tokenize_caption(tokenizers: list, caption: str) -> dict:
-    """input_ids, input_ids_2, and with T5 input_ids_3 [L]: of the first tokenizer's length, as in the pipeline."""
+    """input_ids, input_ids_2, and with T5 input_ids_3, [L] each, L the first tokenizer's length as in the pipeline."""
     length = tokenizers[0].model_max_length
     return {name: tokenize(tokenizer, caption, length)[0] for name, tokenizer in zip(INPUT_IDS, tokenizers)}
 
 
 def check_prompts(prompts, tokenizers: list) -> None:
-    """Refuse prompts that ppdiffusers' pipeline (0.29.0) would cut: it fails when it looks for what is cut.
+    """Refuse prompts that ppdiffusers' pipeline (0.29.0) would truncate: it fails where it reports that.
 
     Args:
         prompts: of `--validation_prompts`, or None.
@@ -105,8 +105,8 @@ def check_prompts(prompts, tokenizers: list) -> None:
 def encode_captions(text_encoders: list, tokens: dict, width: int) -> dict:
     """prompt_embeds [B, 2L, D], pooled_prompt_embeds [B, P1 + P2] of the stacked results of `tokenize_caption`.
 
-    CLIP's penultimate hidden states side by side, filled up with zeros to D; behind them T5's last hidden states, or
-    zeros without T5; and CLIP's two projections (Esser et al. 2024, arXiv 2403.03206, section 4 and appendix B).
+    CLIP's penultimate hidden states side by side, padded with zeros to D; after them T5's last hidden states, or zeros
+    without T5; and CLIP's two projections (Esser et al. 2024, arXiv 2403.03206, section 4 and appendix B).
 
     Args:
         text_encoders: two of CLIP and, where it is used, T5's.

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL on disk, and what its text encoders make of a caption."""
+"""Stable Diffusion XL on disk, and how its text encoders encode a caption."""
 
 from functools import cached_property
 
@@ -32,12 +32,12 @@ class SDXLFolder(StableDiffusionFolder):
 
     @cached_property
     def no_prompt_is_zeros(self) -> bool:
-        """Whether guidance knows no prompt as zeros; else as the embeddings of an empty text."""
+        """Whether guidance uses zeros for the empty prompt; if not, the embeddings of an empty text."""
         return self.settings().get("force_zeros_for_empty_prompt", True)
 
 
 def tokenize_caption(tokenizer, tokenizer_2, caption: str, is_dropped: bool, no_prompt_is_zeros: bool) -> dict:
-    """What `encode_captions` needs of a caption: input_ids, input_ids_2 int64 [L]; has_prompt float32 [], 0 where it is
+    """The input of `encode_captions`: input_ids, input_ids_2 int64 [L]; has_prompt float32 [], 0 where the caption is
     dropped and its embeddings are to be zeros."""
     caption = "" if is_dropped else caption
     return {

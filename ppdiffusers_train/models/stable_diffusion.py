@@ -1,4 +1,4 @@
-"""Stable Diffusion on disk, and what its text encoder and VAE make of a sample."""
+"""Stable Diffusion on disk, and how its text encoder and VAE encode a sample."""
 
 from ppdiffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, schedulers
 from ppdiffusers.transformers import CLIPTextModel, CLIPTokenizer
@@ -12,7 +12,7 @@ class StableDiffusionFolder:
 
     Args:
         name_or_path, vae: folders, or names on the hub; `vae` may be None.
-        flag: that named the pipeline, for messages.
+        flag: the flag that named the pipeline, for messages.
         cache_dir, revision, variant, weights: see `PipelineFolder`.
     """
 
@@ -24,7 +24,7 @@ class StableDiffusionFolder:
         "unet": UNet2DConditionModel,
         "scheduler": None,  # its class is the one that the pipeline's model_index.json names
     }
-    # What the pipeline is told besides its parts: no checker of what a training draws.
+    # Arguments of the pipeline besides its parts. Validation images need no safety checker.
     options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     kept_settings = ("requires_safety_checker",)
 
@@ -39,7 +39,7 @@ class StableDiffusionFolder:
         return self.vae if part == "vae" else self.base
 
     def load(self, part: str, part_class=None):
-        """A part, of `part_class` where it is not the pipeline's own."""
+        """A part, as the pipeline's class or as `part_class`."""
         return self.folder(part).load(part, part_class or self.part_class(part))
 
     def part_class(self, part: str):
@@ -53,11 +53,11 @@ class StableDiffusionFolder:
             raise UserError(f"--resolution: {resolution} does not fit this VAE; expected a multiple of {factor}")
 
     def pixels_per_token(self) -> int:
-        """Height and width, in pixels, of what becomes one number in the model's input."""
+        """Side, in pixels, of the square that becomes one position of the model's input."""
         return 2 ** (len(self.vae.config("vae")["block_out_channels"]) - 1)
 
     def pipeline(self, **own):
-        """The pipeline that draws; parts given by name are used, those that are None or not named are loaded."""
+        """The pipeline for inference. Parts given by name are used; missing ones and those that are None are loaded."""
         parts = {name: self.load(name) if own.get(name) is None else own[name] for name in self.parts}
         return self.pipeline_class(**parts, **{**self.options, **self.settings()})
 
@@ -67,7 +67,7 @@ class StableDiffusionFolder:
         export_pipeline(directory, self.pipeline_class.__name__, parts, own, save_format, self.settings())
 
     def settings(self) -> dict:
-        """What the pipeline's model_index.json says besides its parts."""
+        """Settings in the pipeline's model_index.json besides its parts."""
         index = self.base.index()
         return {name: index[name] for name in self.kept_settings if name in index}
 
@@ -78,11 +78,11 @@ def encode_prompt(text_encoder, input_ids):
 
 
 def encode_images(vae, pixels):
-    """Pixels [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], shifted and scaled as the VAE's configuration says: the
-    mode of its distribution.
+    """Pixels [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]: the mode of the VAE's distribution, shifted and scaled as
+    its configuration says.
 
-    The mode, not a draw: its deviation is far below the noise that training adds, and a cached sample must be a
-    function of the image.
+    The mode, not a random sample: the distribution's deviation is far below the noise that training adds, and a cached
+    sample must be a function of the image.
     """
     latents = vae.encode(pixels).latent_dist.mode()
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor

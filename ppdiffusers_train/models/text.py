@@ -8,9 +8,9 @@ from ppdiffusers_train.errors import UserError
 
 
 def tokenize(tokenizer, caption: str, length=None) -> tuple:
-    """A caption as the text encoder takes it: input_ids and attention_mask, int64 [L], cut or padded to L tokens.
+    """A caption as input of the text encoder: input_ids and attention_mask, int64 [L], truncated or padded to L tokens.
 
-    L is `length`, by default the longest that the tokenizer's own model takes.
+    L is `length`, by default the longest sequence of the tokenizer's model.
     """
     tokens = tokenizer(
         caption,
@@ -23,9 +23,9 @@ def tokenize(tokenizer, caption: str, length=None) -> tuple:
 
 
 def warn_of_long_captions(tokenizer, dataset) -> None:
-    """Say how many captions are longer than the text encoder reads, and name one."""
+    """Print how many captions are longer than the text encoder can read, and name one."""
     longest = tokenizer.model_max_length
-    # A token is at least one byte of text, and two tokens stand around it.
+    # A token is at least one byte of text, and there is one more token at each end.
     suspects = (
         (row, caption)
         for row in range(len(dataset))
@@ -34,16 +34,15 @@ def warn_of_long_captions(tokenizer, dataset) -> None:
     )
     cut = [row for row, caption in suspects if count_tokens(tokenizer, caption) > longest]
     if cut:
-        print(
-            f"{len(cut)} captions are longer than {longest} tokens and are cut, for example of {dataset.name(cut[0])}"
-        )
+        example = dataset.name(cut[0])
+        print(f"{len(cut)} captions are longer than {longest} tokens and are truncated, for example that of {example}")
 
 
 def load_tokenizer(folder, flag: str):
     """The CLIP tokenizer in a folder, its own or a pipeline's.
 
     Args:
-        flag: that named the folder, for messages.
+        flag: the flag that named the folder, for messages.
     Raises:
         UserError: there is none.
     """
@@ -57,12 +56,16 @@ def load_tokenizer(folder, flag: str):
 
 
 def count_tokens(tokenizer, caption: str) -> int:
-    """How many tokens a caption has, those at its beginning and end included, before it is cut."""
+    """How many tokens a caption has before it is truncated, special tokens included."""
     return len(tokenizer(caption)["input_ids"])
 
 
 def read_tokens(tokenizer, input_ids) -> tuple:
-    """The reverse of `tokenize`: the caption as far as the text encoder reads it, and its number of tokens."""
+    """The reverse of `tokenize`: the caption as far as the text encoder reads it, and its number of tokens.
+
+    CLIP's captions begin with a token of their own, T5's do not; both end with one, before the padding.
+    """
     ids = [int(token) for token in input_ids]
-    end = ids.index(tokenizer.eos_token_id, 1) if tokenizer.eos_token_id in ids[1:] else len(ids)
-    return tokenizer.decode(ids[1:end]), end + 1
+    start = int(ids[0] == tokenizer.bos_token_id)
+    end = ids.index(tokenizer.eos_token_id, start)
+    return tokenizer.decode(ids[start:end]), end + 1

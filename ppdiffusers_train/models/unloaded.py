@@ -1,4 +1,4 @@
-"""Models of their real size and without their weights, so that what they take can be counted before they are loaded."""
+"""Models of their real size without their weights, so that their memory can be counted before they are loaded."""
 
 import contextlib
 
@@ -8,8 +8,8 @@ from paddlenlp.transformers.model_utils import no_init_weights
 
 
 def build_unloaded(part_class, folder: str):
-    """The model that `folder` has a configuration of. Its parameters have memory that nothing is written to, which a
-    system does not hand out before somebody writes there: however large the model, it takes next to none."""
+    """The model that `folder` has a configuration of, with uninitialised parameters. The operating system hands out
+    memory when it is first written to, so even a large model takes hardly any."""
     with nothing_initialised(), no_init_weights():
         return build_new(part_class, folder)
 
@@ -23,8 +23,8 @@ def build_new(part_class, folder: str):
 
 @contextlib.contextmanager
 def nothing_initialised():
-    """Within, new parameters have storage and whatever values stand there. (Paddle's own `LazyGuard` gives them no
-    storage, and ppdiffusers' models set some of theirs when they are built.)"""
+    """A context in which new parameters have storage but are not initialised. (Paddle's own `LazyGuard` gives them no
+    storage, and ppdiffusers' models write to some of theirs when they are built.)"""
 
     def allocate(self, parameter, block=None):
         empty = paddle.empty(parameter.shape, parameter.dtype)

@@ -1,7 +1,7 @@
 """Which files of a folder hold a model's weights.
 
-Large weights are divided: `<stem>-00001-of-00002.safetensors` and so on, with an index `<stem>.safetensors.index.json`
-that says which tensor is in which file. Variants have one more word in their names, and libraries disagree where:
+Large weights are sharded: `<stem>-00001-of-00002.safetensors` and so on, with an index `<stem>.safetensors.index.json`
+that lists which tensor is in which file. Names of variants have one more word, and libraries disagree where:
 `<stem>.fp16-00001-of-00002.safetensors` (transformers, diffusers from 0.31), `<stem>-00001-of-00002.fp16.safetensors`
 (diffusers before), `<stem>.safetensors.index.fp16.json`, `<stem>.safetensors.fp16.index.json`.
 """
@@ -17,14 +17,14 @@ from ppdiffusers_train.tensor_files import open_tensors
 SUFFIXES = (".safetensors", ".pdparams", ".bin")
 PADDLE_NAMES = ("diffusion_paddle_model.safetensors", "model_state.pdparams")
 TORCH_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "pytorch_model.bin")
-SHARED_NAME = "model.safetensors"  # paddlenlp and transformers use one name; the file's metadata tells them apart
+SHARED_NAME = "model.safetensors"  # used by paddlenlp and transformers; the file's metadata tells them apart
 NAMES = (*PADDLE_NAMES, SHARED_NAME, *TORCH_NAMES)  # of several kinds the first is taken
 _SHARD = re.compile(r"-\d+-of-\d+")
 
 
 @dataclass(frozen=True)
 class FileName:
-    """What the name of a weights' file, or of their index, says."""
+    """The parts of a weights file's name, or of its index's name."""
 
     kind: str  # the name without all the rest, one of NAMES
     variant: str | None
@@ -33,13 +33,13 @@ class FileName:
 
     @property
     def plain(self) -> str:
-        """The name of a file of weights without a variant, as all libraries understand it."""
+        """The file's name without a variant, which all libraries understand."""
         stem, suffix = self.kind.split(".")
         return f"{stem}{self.shard}.{suffix}"
 
 
 def parse_name(name: str):
-    """The `FileName` of weights or their index, or None of another file."""
+    """The `FileName` of a file of weights or an index, or None for any other file."""
     shard = _SHARD.search(name)
     stem, *words = _SHARD.sub("", name).split(".")
     is_index = "index" in words and words[-1] == "json"
@@ -56,7 +56,7 @@ def is_weights(name: str) -> bool:
 
 
 def choose_weights(names, variant=None) -> list:
-    """Of the file names of a folder those of one kind of weights, and their index: of `variant`, else of none."""
+    """The names of one kind of weights and their index among a folder's files: of `variant`, or else without one."""
     parsed = {name: parse_name(name) for name in sorted(names)}
     for wanted in dict.fromkeys((variant, None)):
         for kind in NAMES:
@@ -70,8 +70,8 @@ class WeightFiles:
     """The files with a model's weights.
 
     Args:
-        folder: that they are in.
-        names: of the files, and of the index where there is one.
+        folder: the folder that they are in.
+        names: names of the files, and of the index where there is one.
     Raises:
         UserError: one is missing; the message names it.
     """
@@ -116,7 +116,7 @@ class WeightFiles:
         return self.kind in TORCH_NAMES
 
     def tensors(self) -> dict:
-        """`{name: tensor}` of safetensors files, each tensor read when it is fetched."""
+        """`{name: tensor}` of safetensors files. Each tensor is read on access."""
         by_file = {file.name: open_tensors(file)[0] for file in self.files}
         if self.indices:
             index, weight_map = self.indices[0].name, self._index()["weight_map"]
@@ -129,7 +129,7 @@ class WeightFiles:
         return {name: tensor for tensors in by_file.values() for name, tensor in tensors.items()}
 
     def link_plainly(self, target: Path, link) -> None:
-        """Have `target` hold the same weights under names without a variant, as every library finds them.
+        """Link the weights into `target` under names without a variant, which every library finds.
 
         Args:
             link: `link(file, path)` makes `path` a link to a file.
@@ -147,7 +147,7 @@ def find_weights(folder, variant=None):
     """The `WeightFiles` of a folder, or None where it has none.
 
     Raises:
-        UserError: they are not complete.
+        UserError: they are incomplete.
     """
     names = choose_weights((path.name for path in Path(folder).iterdir()), variant)
     return WeightFiles(folder, names) if names else None

@@ -1,7 +1,7 @@
 """Weights of a model, written and read a tensor at a time: the host never holds a second copy of them.
 
-The libraries' own writers and readers hold all tensors of a file beside the model, and divide from 10 GB on; some do
-so twice.
+The libraries' own writers and readers hold all tensors of a file beside the model, some of them twice. Files are
+sharded above 10 GB, as theirs are.
 """
 
 from pathlib import Path
@@ -31,11 +31,11 @@ def save_model(
 ) -> None:
     """Write a model's folder, as the library `save_format` does: its configuration, and its weights as safetensors.
 
-    Weights that stood there are gone afterwards, whatever their layout and however they were divided.
+    Weights that were there before are removed, whatever their layout and shards.
 
     Args:
-        dtypes: {name: type to write a tensor in} where it is not the tensor's own.
-        largest_file: bytes of tensors in a file; weights that are larger are divided.
+        dtypes: {name: dtype to write a tensor in} where it is not the tensor's own.
+        largest_file: bytes of tensors per file; larger weights are sharded.
         tensors: {name: tensor} to write in place of the model's own, such as `stored_tensors`.
     """
     directory = Path(directory)
@@ -45,7 +45,7 @@ def save_model(
     if hasattr(model, "save_config"):
         model.save_config(str(directory), to_diffusers=for_torch)
         name, layout = FILES[save_format], "pt" if for_torch else "pd"
-    else:  # paddlenlp's: of no weights it writes the configuration
+    else:  # paddlenlp's: without weights, it writes the configuration only
         model.save_pretrained(str(directory), state_dict={}, save_function=lambda *_: None)
         name, layout = SHARED_NAME, "pt" if for_torch else "np"
     matrices = linear_weights(model) if for_torch else ()
@@ -63,7 +63,7 @@ def load_in_place(model, folder) -> None:
     """Set the parameters of `model` to those that `save_model` wrote into `folder`; the objects stay the same.
 
     Raises:
-        UserError: the folder holds weights of another shape of model, or not all of them.
+        UserError: the folder's weights have other names or shapes.
     """
     files = find_weights(folder)
     if files is None:
@@ -76,7 +76,7 @@ def load_in_place(model, folder) -> None:
 def load_model(part_class, folder: str, files):
     """The model that `folder` has a configuration of, with the weights of `WeightFiles` in either layout, as float32.
 
-    None of pickled weights and of tensors whose names or shapes are not those of the model: they are left to the
+    None for pickled weights, and for tensors whose names or shapes are not the model's: those are left to the
     libraries, which know the names of older releases.
     """
     model = build_unloaded(part_class, folder)
@@ -95,9 +95,9 @@ def load_model(part_class, folder: str, files):
 
 
 def stored_tensors(model, files):
-    """`{name: tensor on disk, as Paddle has it}` of all that a model without weights (`build_unloaded`) has.
+    """`{name: tensor on disk, in Paddle's layout}` of all tensors of a model without weights (`build_unloaded`).
 
-    None where a model has to be loaded for that: of files that do not fit it, or lack a parameter.
+    None where the files do not fit the model or lack a parameter: then the model has to be loaded.
     """
     saved, own = fitting_tensors(model, files), model.state_dict()
     stored = {id(own[name]): tensor for name, tensor in (saved or {}).items()}  # T5's embedding has two names
@@ -107,8 +107,8 @@ def stored_tensors(model, files):
 
 
 def fitting_tensors(model, files):
-    """`{name: tensor}` of `WeightFiles`, in Paddle's layout; None of pickled ones, and where names or shapes
-    are not those of the model."""
+    """`{name: tensor}` of `WeightFiles`, in Paddle's layout; None for pickled files, and where names or shapes are not
+    the model's."""
     if files.is_pickled:
         return None
     saved, own = in_paddle_layout(files, model), model.state_dict()
@@ -117,13 +117,13 @@ def fitting_tensors(model, files):
 
 
 def unpublished_biases(model) -> set:
-    """Names of the biases that ppdiffusers 0.29.0 gives to norms which have none in the published SD3: zeros."""
+    """Names of the biases, all zero, that ppdiffusers 0.29.0 gives to norms which have none in the published SD3."""
     layers = model.named_sublayers()
     return {f"{name}.norm.bias" for name, layer in layers if isinstance(layer, AdaLayerNormContinuous)}
 
 
 def in_paddle_layout(files, model) -> dict:
-    """`{name: tensor}` of `WeightFiles`, matrices as Paddle has them, without what is no weight of torch's models."""
+    """`{name: tensor}` of `WeightFiles`, with matrices in Paddle's layout, without torch's buffers of positions."""
     if not files.is_torch:
         return files.tensors()
     tensors = {name: tensor for name, tensor in files.tensors().items() if not name.endswith("position_ids")}
@@ -145,21 +145,21 @@ def require_same_shapes(saved: dict, own: dict, message: str) -> None:
 
 @paddle.no_grad()
 def set_tensors(own: dict, saved: dict) -> None:
-    """Give each tensor of `own` the value that is saved under its name, cast where that is of another type."""
+    """Set each tensor of `own` to the value that is saved under its name, cast to its dtype."""
     for name, tensor in own.items():
         array = as_array(saved[name]).astype(dtype_of(tensor), copy=False)
-        # Paddle takes a bfloat16's bits as uint16.
+        # Paddle expects bfloat16 as uint16 with the same bits.
         tensor.set_value(array.view("uint16") if array.dtype.name == "bfloat16" else array)
 
 
 def linear_weights(model) -> set:
-    """Names of the matrices that torch has transposed."""
+    """Names of the matrices that torch stores transposed."""
     layers = model.named_sublayers(include_self=True)
     return {f"{name}.weight" for name, layer in layers if isinstance(layer, paddle.nn.Linear)}
 
 
 def narrow_types(files, model) -> dict:
-    """`{name: type}` of a model's tensors that `WeightFiles` have in 16 bits, for a copy in the same types."""
+    """`{name: dtype}` of a model's tensors that `WeightFiles` hold in 16 bits, for a copy in the same dtypes."""
     if files.is_pickled:
         return {}
     saved = {name: tensor.dtype for name, tensor in files.tensors().items() if tensor.dtype in FLOATS}

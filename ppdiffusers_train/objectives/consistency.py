@@ -16,8 +16,8 @@ SIGMA_DATA = 0.5
 def boundary_scalings(timesteps, timestep_scaling: float) -> tuple:
     """c_skip(t) = σ² / ((s·t)² + σ²) and c_out(t) = s·t / √((s·t)² + σ²), with σ = 0.5. [B] -> [B], [B].
 
-    With them f(x, t) = c_skip · x + c_out · x̂_0 is x at t = 0 (Song et al. 2023, arXiv 2303.01469, section 3 and
-    appendix C; s is how fast that boundary is left).
+    With them f(x, t) = c_skip · x + c_out · x̂_0 equals x at t = 0 (Song et al. 2023, arXiv 2303.01469, section 3
+    and appendix C). The larger s, the faster f departs from x as t grows.
     """
     scaled = timesteps.astype("float32") * timestep_scaling
     squares = scaled.square() + SIGMA_DATA**2
@@ -31,13 +31,13 @@ def consistency_function(noisy, predicted_sample, timesteps, timestep_scaling: f
 
 
 def consistency_output(prediction_type: str, alphas_cumprod, prediction, noisy, timesteps, timestep_scaling: float):
-    """f(x, t) of a model whose prediction from `noisy` [B, …] this is; computed in float32."""
+    """f(x, t) from a model's prediction for `noisy` [B, …], computed in float32."""
     sample, _ = sample_and_noise(prediction_type, alphas_cumprod, prediction.astype("float32"), noisy, timesteps)
     return consistency_function(noisy, sample, timesteps, timestep_scaling)
 
 
 def sample_and_noise(prediction_type: str, alphas_cumprod, prediction, noisy, timesteps) -> tuple:
-    """x̂_0 and ε̂ that a model's prediction stands for, [B, …] each.
+    """The x̂_0 and ε̂ that a model's prediction implies, [B, …] each.
 
     From x_t = α x_0 + σ ε, and v = α ε - σ x_0.
 
@@ -56,12 +56,12 @@ def sample_and_noise(prediction_type: str, alphas_cumprod, prediction, noisy, ti
 
 
 def apply_guidance(conditional, unconditional, guidance):
-    """c + w · (c - u) (eq. 14): a guidance scale of w + 1 as pipelines count it. [B, …], [B] -> [B, …]."""
+    """c + w · (c - u) (eq. 14). Pipelines call w + 1 the guidance scale. [B, …], [B] -> [B, …]."""
     return conditional + per_sample(guidance, conditional) * (conditional - unconditional)
 
 
 def ddim_timesteps(train_timesteps: int, count: int) -> np.ndarray:
-    """The `count` timesteps between which the solver steps, ascending: k·(T // N) - 1 for k = 1 … N. int64 [N].
+    """The `count` timesteps of the solver, ascending: k·(T // N) - 1 for k = 1 … N. int64 [N].
 
     Raises:
         ValueError: there are fewer than `count`.
@@ -77,22 +77,22 @@ def step_before(steps, index):
 
 
 def ddim_step(alphas_cumprod, steps, index, predicted_sample, predicted_noise):
-    """From timestep `steps[index]` to the solver's one before it: √ᾱ_s x̂_0 + √(1 - ᾱ_s) ε̂ (Song et al. 2020, arXiv
-    2010.02502, eq. 12 with σ = 0), where s is of `step_before`.
+    """From timestep `steps[index]` to the solver's previous one: √ᾱ_s x̂_0 + √(1 - ᾱ_s) ε̂ (Song et al. 2020, arXiv
+    2010.02502, eq. 12 with σ = 0), where s is that of `step_before`.
 
     Args:
-        steps: [N] int64 of `ddim_timesteps`, as a tensor.
-        index: [B] int64 into it.
+        steps: tensor [N] int64 of `ddim_timesteps`.
+        index: tensor [B] int64 of indices into `steps`.
     """
     alpha_bar = per_sample(alphas_cumprod[step_before(steps, index)], predicted_sample)
     return alpha_bar.sqrt() * predicted_sample + (1 - alpha_bar).sqrt() * predicted_noise
 
 
 def guided_ddim_step(prediction_type: str, alphas_cumprod, steps, index, noisy, conditional, unconditional, guidance):
-    """The teacher's step under guidance: `noisy` [B, …] at timesteps `steps[index]` -> the solver's sample one before.
+    """The teacher's step under guidance: `noisy` [B, …] at timesteps `steps[index]` -> the solver's previous sample.
 
     Args:
-        conditional, unconditional: the teacher's predictions from `noisy` with a caption and without; computed with in
+        conditional, unconditional: the teacher's predictions for `noisy` with a caption and without, converted to
             float32.
         guidance: w [B] of `apply_guidance`.
     """
@@ -105,10 +105,10 @@ def guided_ddim_step(prediction_type: str, alphas_cumprod, steps, index, noisy, 
 
 
 def guidance_embedding(guidance, dimensions: int):
-    """What tells a student its guidance scale: [B] -> [B, dimensions], sines before cosines of 1000·w at geometric
+    """The embedding of a student's guidance scale: [B] -> [B, dimensions], sines before cosines of 1000·w at geometric
     frequencies from 1 to 1/10000 (the timestep embedding of Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
 
-    An odd number of dimensions ends with a zero.
+    If the number of dimensions is odd, the last element is zero.
     """
     half = dimensions // 2
     frequencies = paddle.exp(paddle.arange(half, dtype="float32") * (-math.log(10000.0) / (half - 1)))

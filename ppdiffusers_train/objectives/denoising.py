@@ -1,4 +1,4 @@
-"""The two ends of a denoising step, the same for every model: the noise that goes in, and the loss that comes out."""
+"""What all denoising jobs share: the noise that is added, and the loss of the prediction."""
 
 from ppdiffusers_train.objectives.losses import mse_loss
 from ppdiffusers_train.objectives.noise_schedule import (
@@ -10,7 +10,7 @@ from ppdiffusers_train.objectives.noise_schedule import (
 
 
 def draw_noise(draws, shape, offset_strength: float = 0.0):
-    """Noise [B, *shape] for samples of `shape` [C, H, W], with offset noise where it is asked for."""
+    """Noise [B, *shape] for samples of `shape` [C, H, W], plus offset noise where `offset_strength` is not 0."""
     noise = draws.normal("noise", shape)
     if not offset_strength:
         return noise
@@ -18,10 +18,10 @@ def draw_noise(draws, shape, offset_strength: float = 0.0):
 
 
 def denoising_loss(prediction, prediction_type, alphas_cumprod, sample, noise, timesteps, snr_gamma=None):
-    """The squared error of a prediction, weighted by min-SNR where a γ is given. [B, …] -> a scalar, float32.
+    """The mean squared error of a prediction, with min-SNR weights where a γ is given. [B, …] -> a scalar, float32.
 
     Args:
-        prediction: of a model of this `prediction_type` from `add_noise(alphas_cumprod, sample, noise, timesteps)`.
+        prediction: a model's output for `add_noise(alphas_cumprod, sample, noise, timesteps)`.
         snr_gamma: γ of `min_snr_weights`, or None.
     """
     target = training_target(prediction_type, alphas_cumprod, sample, noise, timesteps)

@@ -1,7 +1,7 @@
 """Rectified flow as Stable Diffusion 3 is trained with it, as pure functions.
 
-Time t goes from 0, the image, to 1, noise; σ is the share of noise at a time. Models are told σ · T, their timestep. A
-table holds T of them in the order of denoising: first σ = 1, last σ near 0. (Liu et al. 2022, arXiv 2209.03003; Esser
+Time t goes from 0, the image, to 1, noise; σ is the share of noise at a time. A model's timestep is σ · T. A table
+holds T values of σ in the order of denoising: first σ = 1, last σ near 0. (Liu et al. 2022, arXiv 2209.03003; Esser
 et al. 2024, arXiv 2403.03206, "SD3" below.)
 """
 
@@ -19,7 +19,7 @@ GRID = 100_000  # points at which that mapping is inverted
 def shifted_sigmas(count: int, shift: float) -> np.ndarray:
     """The table of σ = s · t / (1 + (s - 1) · t) at t = 1, …, 1 / count (SD3, section 5.3.2, eq. 23). float32 [count].
 
-    A shift s above 1 moves them towards noise: the larger an image, the more noise it takes to hide it.
+    A shift s above 1 moves them towards noise: larger images need more noise to destroy their content.
     """
     times = np.arange(count, 0, -1, dtype=np.float32) / np.float32(count)
     return np.float32(shift) * times / (1 + (np.float32(shift) - 1) * times)
@@ -37,7 +37,7 @@ def velocity(sample, noise):
 
 
 def timestep_weighting(scheme: str, sigmas: np.ndarray, begin, end, logit_mean, logit_std, mode_scale) -> tuple:
-    """How often each timestep of the table is drawn, [T] float64; how much its loss counts, [T], or None: all alike.
+    """The probability of each timestep of the table, [T] float64, and its loss weight, [T], or None for equal weights.
 
     Args:
         scheme: of `timestep_density`, as are the other arguments, or "bell": drawn uniformly, with `bell_weights`.
@@ -53,16 +53,16 @@ def timestep_weighting(scheme: str, sigmas: np.ndarray, begin, end, logit_mean, 
 def timestep_density(
     scheme: str, count: int, begin=0.0, end=1.0, logit_mean=0.0, logit_std=1.0, mode_scale=1.29
 ) -> np.ndarray:
-    """The probability of each entry of the table, [count] float64: that of times between t_i - 1 / count and t_i.
+    """The probability of each entry of the table, [count] float64: that of times from t_i - 1 / count to t_i.
 
     Args:
         scheme: "uniform"; "logit-normal": logit(t) is normal (SD3, eq. 19); "mode": t is f(u; mode_scale) for uniform u
             (SD3, eq. 20).
-        begin, end: the part of the table that is drawn from, as shares of it: 0 is noise, 1 is the image.
+        begin, end: the part of the table that timesteps are drawn from, from 0 (noise) to 1 (the image).
         logit_mean, logit_std: of logit(t); a mean above 0 prefers noise.
-        mode_scale: s; above 0 it prefers the middle, below it the ends.
+        mode_scale: s; above 0 it prefers the middle, below 0 the ends.
     Raises:
-        ValueError: names the parameter that makes no sense, what it is and what is expected.
+        ValueError: a parameter is invalid; the message names it, its value and what is expected.
     """
     first, behind = round(begin * count), round(end * count)
     if not 0 <= first < behind <= count:
@@ -98,7 +98,7 @@ def _distribution(scheme, times, logit_mean, logit_std, mode_scale):
 
 
 def bell_weights(timesteps: np.ndarray, count: int) -> np.ndarray:
-    """Loss weights that are largest in the middle, zero at the end farther from it, and 1 in the mean. [T] -> [T].
+    """Loss weights that are largest in the middle, zero at the farther end, and have mean 1. [T] -> [T].
 
     y = exp(-2 · ((σT - T/2) / T)²), less its smallest value, divided by its mean (DiffSynth-Studio, the flow matching
     scheduler that its guide to supervised training uses).

@@ -6,7 +6,7 @@ def mse_loss(prediction, target, weights=None):
 
     Args:
         prediction, target: [B, …] of one shape and any floating type.
-        weights: [B] float32, one per sample; `None` weighs all alike.
+        weights: [B] float32, one per sample; `None` for equal weights.
     Returns:
         A scalar.
     """
@@ -18,8 +18,8 @@ def mse_loss(prediction, target, weights=None):
 def pseudo_huber_loss(prediction, target, c: float):
     """mean_i( mean( √((prediction_i - target_i)² + c²) - c ) ), in float32: quadratic within c, linear beyond.
 
-    Charbonnier et al. 1994; Song & Dhariwal 2023, arXiv 2310.14189, section 3.3, with the root of each number instead
-    of that of the whole sample, as latent consistency models are trained. [B, …] -> a scalar.
+    Charbonnier et al. 1994; Song & Dhariwal 2023, arXiv 2310.14189, section 3.3, with one root per element instead of
+    one per sample, as latent consistency models are trained. [B, …] -> a scalar.
     """
     difference = prediction.astype("float32") - target.astype("float32")
     return ((difference.square() + c * c).sqrt() - c).flatten(1).mean(1).mean()

@@ -46,7 +46,7 @@ def training_target(prediction_type, alphas_cumprod, sample, noise, timesteps):
 
 
 def offset_noise(noise, offset_per_channel, strength: float):
-    """ε + strength · o: noise whose mean varies by sample and channel, so that brightness can be learned.
+    """ε + strength · o: noise whose mean varies by sample and channel, so that the model learns brightness.
 
     `noise` [B, C, H, W], `offset_per_channel` [B, C, 1, 1] standard normal (Guttenberg 2023, "Diffusion with offset
     noise", www.crosslabs.org/blog/diffusion-with-offset-noise).
@@ -58,8 +58,8 @@ def min_snr_weights(snr, gamma: float, prediction_type: str):
     """Loss weights that treat timesteps as tasks of equal difficulty. [B] -> [B].
 
     With m = min(SNR, γ): m / SNR for epsilon, m / (SNR + 1) for v_prediction, m for sample prediction (Hang et al.
-    2023, arXiv 2303.09556, section 3.4). The first is computed as min(1, γ / SNR), the same number, which at SNR 0
-    (a schedule with zero terminal SNR) is the limit 1 instead of 0/0.
+    2023, arXiv 2303.09556, section 3.4). The first is computed as min(1, γ / SNR), which is the same value, and at SNR
+    0 (a schedule with zero terminal SNR) is the limit 1 instead of 0/0.
     """
     if prediction_type == "epsilon":
         return paddle.clip(gamma / snr, max=1.0)

@@ -1,10 +1,10 @@
-"""Which timesteps training draws, as a distribution over all of them."""
+"""The distribution from which training draws timesteps."""
 
 import numpy as np
 
 
 def draw_timesteps(draws, count: int, weights=None):
-    """Timesteps [B] int64 below `count`: all alike, or with the probabilities `weights` [count]."""
+    """Timesteps [B] int64 below `count`, uniform or with the probabilities `weights` [count]."""
     if weights is None:
         return draws.integers("timesteps", 0, count)
     return draws.categorical("timesteps", weights)
@@ -12,14 +12,14 @@ def draw_timesteps(draws, count: int, weights=None):
 
 def timestep_weights(strategy: str, count: int, multiplier: float, portion: float, begin: int, end: int):
     """The probability of each timestep, [count] float64, some of them `multiplier` times as likely as the others; None
-    where all are alike.
+    for the uniform distribution.
 
     Args:
-        strategy: which: the first ("earlier") or last ("later") `portion` of all, those in [begin, end) ("range"),
-            or "none" of them.
+        strategy: which ones: the first ("earlier") or last ("later") `portion` of all, those in [begin, end) ("range"),
+            or "none".
         count: number of timesteps.
     Raises:
-        ValueError: names the parameter that makes no sense, what it is and what is expected.
+        ValueError: a parameter is invalid; the message names it, its value and what is expected.
     """
     if strategy == "none":
         return None

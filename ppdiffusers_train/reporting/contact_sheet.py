@@ -1,4 +1,4 @@
-"""A sheet of pictures with text under each, on which a pixel of a picture is a whole number of pixels."""
+"""Pictures with text below them on one sheet. A picture's pixel becomes a whole number of pixels."""
 
 import math
 import textwrap
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 GAP, SPACING = 8, 2  # pixels between tiles and between lines
-NARROWEST = 256  # pixels of a tile's width: text needs some; smaller pictures are enlarged towards it
-# Pillow's own font has Latin letters only. The first of these that the system has is taken for other texts.
+NARROWEST = 256  # pixels of a tile's width, so that text fits; smaller pictures are enlarged up to it
+# Pillow's own font has Latin letters only. For other texts the first of these fonts that the system has is used.
 FONTS = """NotoSansCJK-Regular.ttc NotoSansCJKsc-Regular.otf SourceHanSansSC-Regular.otf SourceHanSansCN-Regular.otf
 wqy-microhei.ttc wqy-zenhei.ttc DroidSansFallbackFull.ttf msyh.ttc simhei.ttf PingFang.ttc DejaVuSans.ttf""".split()
 
 
 @dataclass
 class Tile:
-    """Pictures that stand side by side, and lines of text under them."""
+    """Pictures that stand side by side, and lines of text below them."""
 
     pictures: list
     lines: list
@@ -28,20 +28,24 @@ class Tile:
 
 @dataclass
 class Sheet:
-    """A drawn sheet: `places[i][j]` is (left, top) of picture j of tile i, each of whose pixels is `scale` wide."""
+    """A finished sheet. `places[i][j]` is (left, top) of picture j of tile i; a pixel of it is `scale` pixels wide."""
 
     image: Image.Image
     places: list
     scale: int
 
 
-def contact_sheet(tiles: list) -> Sheet:
-    """Draw tiles, in about as many columns as rows."""
-    columns = math.ceil(math.sqrt(len(tiles)))
+def contact_sheet(tiles: list, columns=None) -> Sheet:
+    """Lay out tiles in rows. Text that the available fonts cannot show never raises an error.
+
+    Args:
+        columns: tiles per row; by default about as many as there are rows.
+    """
+    columns = columns or math.ceil(math.sqrt(len(tiles)))
     scale = max(1, NARROWEST // max(tile.size(1)[0] for tile in tiles))
     width = max(NARROWEST, *(tile.size(scale)[0] for tile in tiles))
-    texts, font = printable([tile.lines for tile in tiles], max(12, width // 40))
-    texts = [[part for line in lines for part in broken(line, font, width)] for lines in texts]
+    texts, font = choose_font([tile.lines for tile in tiles], max(12, width // 40))
+    texts = [[part for line in lines for part in wrap(line, font, width)] for lines in texts]
     line_height = sum(font.getmetrics()) + SPACING
     heights = [tile.size(scale)[1] + line_height * len(text) for tile, text in zip(tiles, texts)]
     tops = [GAP]  # of the rows of tiles, and where the last one ends
@@ -49,7 +53,7 @@ def contact_sheet(tiles: list) -> Sheet:
         tops.append(tops[-1] + max(heights[start : start + columns]) + 2 * GAP)
 
     sheet = Image.new("RGB", (GAP + columns * (width + 2 * GAP), tops[-1]), "white")
-    draw, places = ImageDraw.Draw(sheet), []
+    canvas, places = ImageDraw.Draw(sheet), []
     for index, (tile, text) in enumerate(zip(tiles, texts)):
         edge, top = GAP + index % columns * (width + 2 * GAP), tops[index // columns]
         left, here = edge, []
@@ -60,12 +64,12 @@ def contact_sheet(tiles: list) -> Sheet:
             left += enlarged.width + GAP
         places.append(here)
         for number, line in enumerate(text):
-            draw.text((edge, top + tile.size(scale)[1] + SPACING + number * line_height), line, "black", font)
+            canvas.text((edge, top + tile.size(scale)[1] + SPACING + number * line_height), line, "black", font)
     return Sheet(sheet, places, scale)
 
 
-def printable(texts: list, size: int) -> tuple:
-    """Lists of lines without what cannot be drawn, and a font for them of `size` pixels."""
+def choose_font(texts: list, size: int) -> tuple:
+    """A font of `size` pixels for lists of lines, and the lines without the letters that it lacks: (lines, font)."""
     texts = [[" ".join(line.split()) for line in lines] for lines in texts]
     if not all(is_latin(line) for lines in texts for line in lines):
         for name in FONTS:
@@ -82,8 +86,8 @@ def is_latin(text: str) -> bool:
     return all(ord(letter) < 256 for letter in text)
 
 
-def broken(line: str, font, width: int) -> list:
-    """A line as several that are at most `width` pixels wide."""
+def wrap(line: str, font, width: int) -> list:
+    """A line as several lines of at most `width` pixels."""
     letters = max(1, len(line))
     while True:
         parts = textwrap.wrap(line, letters) or [""]

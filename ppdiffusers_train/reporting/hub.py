@@ -1,4 +1,4 @@
-"""Upload of a result to the hub, with a model card that shows what it draws."""
+"""Upload of a result to the hub, with a model card that shows validation images."""
 
 import shutil
 
@@ -6,12 +6,12 @@ import huggingface_hub
 
 from ppdiffusers_train.errors import RunError, UserError
 
-# What a run leaves beside its result.
+# Files of a run that are not part of its result.
 NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/*", "logs/*", "log/*", "validation/*", "encoded/*", ".*"]
 
 
 def check_hub_login(token) -> None:
-    """Raise a `UserError` when an upload at the end of the run would fail for want of a token."""
+    """Raise a `UserError` when an upload at the end of the run would fail for lack of a token."""
     if not (token or huggingface_hub.get_token()):
         raise UserError(
             "--push_to_hub: no token; expected the environment variable HF_TOKEN, or `huggingface-cli login`"

@@ -1,4 +1,4 @@
-"""What a run says on the screen: one line that moves, and single lines above it."""
+"""The progress line of a run."""
 
 import contextlib
 import resource
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 def memory_gb() -> float:
-    """Peak memory so far: of the card where there is one, else of this process."""
+    """Peak memory so far, in GB: of the GPU where there is one, else of this process."""
     if paddle.get_device().startswith("gpu"):
         return paddle.device.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -21,9 +21,9 @@ class Progress:
     """The run's progress line: steps, time left, loss, learning rate, samples per second, memory, utilisation.
 
     Args:
-        step, total_steps: where the run stands and ends.
-        visible: whether this rank speaks.
-        peak_tflops: of all cards together, or None where it is not known; then there is no utilisation.
+        step, total_steps: the current and the last step of the run.
+        visible: whether this rank shows the line.
+        peak_tflops: of all GPUs together, or None if unknown; then no utilisation is shown.
     """
 
     def __init__(self, step: int, total_steps: int, visible: bool, peak_tflops=None):
@@ -45,21 +45,21 @@ class Progress:
         return self.peak_tflops is not None and self.flops_per_sample is None
 
     def counted(self, flops: int, samples: int) -> None:
-        """Take over what was counted; nothing where nothing was."""
+        """Set the number of operations per sample, unless nothing was counted."""
         if flops and samples:
             self.flops_per_sample = flops / samples
 
     def utilisation(self, rate: float) -> str:
-        """Which share of the peak so many samples per second are, for the line; empty where that is not known."""
+        """The share of peak performance at `rate` samples per second, as text; empty if unknown."""
         if self.flops_per_sample is None:
             return ""
         return f" {rate * self.flops_per_sample / 1e12 / self.peak_tflops:.0%} of peak"
 
     def advance(self, loss: float, learning_rate: float, samples: int, skipped: int = 0) -> float:
-        """Move on by one step of `samples` samples; returns samples per second so far.
+        """Advance by one step of `samples` samples. Returns the samples per second so far.
 
         Args:
-            skipped: steps of the run so far whose numbers were NaN, infinite, or too large for float16.
+            skipped: steps of the run so far that were skipped because of NaN or inf, overflow in float16 included.
         """
         self.samples += samples
         rate = self.samples / max(time.monotonic() - self.started, 1e-9)
@@ -73,7 +73,7 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self):
-        """Within, time does not count: samples per second are those of training."""
+        """A context whose time does not count towards samples per second, which are those of training."""
         began = time.monotonic()
         try:
             yield

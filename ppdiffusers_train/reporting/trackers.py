@@ -1,4 +1,4 @@
-"""Where a run's figures and pictures go: VisualDL, TensorBoard, Weights & Biases."""
+"""Trackers of a run's scalars and images: VisualDL, TensorBoard, Weights & Biases."""
 
 import importlib.util
 from itertools import count
@@ -8,7 +8,7 @@ import numpy as np
 
 from ppdiffusers_train.errors import UserError
 
-# What each needs, and what installs it.
+# The module that each tracker needs, and the package that has it.
 PACKAGES = {"visualdl": "visualdl", "tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
@@ -18,7 +18,7 @@ class VisualDLTracker:
     def __init__(self, directory, project, config):
         from visualdl import LogWriter
 
-        # Of the files in a folder VisualDL shows the newest alone: each start of a run gets a folder.
+        # VisualDL shows only the newest file of a folder, so each start of a run gets its own folder.
         folders = (directory / "visualdl" / f"start-{number}" for number in count(1))
         self.writer = LogWriter(logdir=str(next(folder for folder in folders if not folder.exists())))
         self.writer.add_hparams(hparams_dict=config, metrics_list=["train/loss"])
@@ -55,7 +55,7 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """Sends to Weights & Biases, or keeps it in the folder with WANDB_MODE=offline."""
+    """Writes to Weights & Biases, or with WANDB_MODE=offline into the folder."""
 
     def __init__(self, directory, project, config):
         import wandb
@@ -77,10 +77,10 @@ TRACKERS = {"visualdl": VisualDLTracker, "tensorboard": TensorBoardTracker, "wan
 
 
 def tracker_names(report_to: str) -> list:
-    """The trackers that `--report_to` means.
+    """The names of the trackers that `--report_to` selects.
 
     Raises:
-        UserError: the one that was asked for is not installed.
+        UserError: the selected one is not installed.
     """
     installed = [name for name, package in PACKAGES.items() if importlib.util.find_spec(package)]
     if report_to == "none":
@@ -93,13 +93,13 @@ def tracker_names(report_to: str) -> list:
 
 
 class Trackers:
-    """All trackers of a run as one; a context that closes them."""
+    """All trackers of a run as one; a context manager that closes them."""
 
     def __init__(self, trackers: list):
         self.trackers = trackers
 
     def scalars(self, values: dict, step: int) -> None:
-        """Report `{name: number}` of a step."""
+        """Report `{name: value}` of a step."""
         for tracker in self.trackers:
             tracker.scalars(values, step)
 
@@ -128,7 +128,7 @@ def open_trackers(report_to: str, directory, project: str, config: dict) -> Trac
 def read_scalars(logs, tag: str) -> list:
     """The values of a scalar that a run reported to VisualDL below the folder `logs`, in order of steps.
 
-    A step that was done again after a resume counts as it was done last.
+    Of a step that was repeated after a resume, the last value counts.
     """
     from visualdl import LogReader
 

@@ -1,4 +1,4 @@
-"""What is wrong with a data set, and what training would do about it, found without training."""
+"""Problems of a data set, and what training would do about them, found without training."""
 
 import math
 import time
@@ -15,12 +15,12 @@ from ppdiffusers_train.tools.caption_length import LONGEST, fewest_tokens
 from ppdiffusers_train.tools.inspection import Inspected, inspect_all
 from ppdiffusers_train.tools.sources import SHARDS, Source
 
-SHOWN = 3  # texts of each kind of finding, for people
+SHOWN = 3  # texts of each kind of finding in the printed report
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of finding, and what a run does about it. An error makes it stop or lose samples; else it is a remark."""
+    """A kind of finding, and how a run treats it. An error stops the run or loses samples; other kinds are remarks."""
 
     title: str
     training: str
@@ -28,8 +28,8 @@ class Kind:
 
 
 SKIPPED = "stops at the first; --max_bad_samples N skips up to N"
-REFUSED = "does not begin, whatever --max_bad_samples"
-LEFT_OUT = "leaves them out without a word"
+REFUSED = "does not start, whatever --max_bad_samples"
+LEFT_OUT = "leaves them out silently"
 KINDS = {
     "refused": Kind("the data cannot be loaded", REFUSED),
     "no_samples": Kind("there are no samples", REFUSED),
@@ -43,7 +43,7 @@ KINDS = {
     "bomb": Kind("images too large to be opened", SKIPPED),
     "other_split": Kind("images of other splits", "does not use them", error=False),
     "empty_caption": Kind("empty captions", "uses them as they are", error=False),
-    "long_caption": Kind("captions of more than {longest} tokens", "cuts them after {longest}", error=False),
+    "long_caption": Kind("captions of more than {longest} tokens", "truncates them after {longest}", error=False),
     "small": Kind("images with a side below {resolution} pixels", "enlarges them", error=False),
     "large": Kind("images of more than {pixels:,} pixels", "uses them; each takes time and memory", error=False),
     "duplicate": Kind("copies of other images", "uses each copy", error=False),
@@ -52,22 +52,22 @@ KINDS = {
 
 @dataclass
 class Tokens:
-    """How captions are measured: `count(caption)` is its number of tokens; `note` says how exact that is."""
+    """How captions are measured: `count(caption)` is the number of tokens; `note` states how exact that is."""
 
     count: object = fewest_tokens
     longest: int = LONGEST
     note: str = (
-        "tokens: counted as words and marks, a lower bound, so more captions may be too long; --tokenizer DIR counts "
-        "them exactly"
+        "tokens: counted as words and punctuation, a lower bound, so more captions may be too long; --tokenizer DIR "
+        "counts them exactly"
     )
 
 
 class Findings:
-    """What was found: of each kind how often, and the first texts about it.
+    """The findings: how many of each kind, and the first texts of each kind.
 
     Args:
-        rows: that are looked through.
-        kept: how many texts of each kind; None for all.
+        rows: the rows that are checked.
+        kept: how many texts of each kind to keep; None for all.
     """
 
     def __init__(self, rows, kept):
@@ -75,23 +75,23 @@ class Findings:
         self.counts, self.texts = dict.fromkeys(KINDS, 0), {kind: [] for kind in KINDS}
 
     def add(self, kind: str, text: str) -> None:
-        """Add what a text says."""
+        """Add a finding with its text."""
         self.counts[kind] += 1
         if self._keeps(kind):
             self.texts[kind].append(text)
 
     def add_row(self, kind: str, index: int, text: str) -> None:
-        """Add what a text says of row `index`."""
+        """Add a finding about row `index`."""
         self.add(kind, f"{self.rows.name(index)}: {text}" if self._keeps(kind) else "")
 
     def _keeps(self, kind: str) -> bool:
         return self.kept is None or len(self.texts[kind]) < self.kept
 
     def listed(self, **settings) -> list:
-        """A dictionary for each kind that there is, errors first.
+        """A dictionary for each kind that was found, errors first.
 
         Args:
-            settings: what the texts of `KINDS` leave open.
+            settings: values of the placeholders in the texts of `KINDS`.
         """
         return [
             {
@@ -109,7 +109,7 @@ class Findings:
 
 @dataclass
 class Report:
-    """The outcome of a check."""
+    """The result of a check."""
 
     source: str
     kind: str  # of the source
@@ -126,11 +126,11 @@ class Report:
         return int(any(finding["error"] for finding in self.findings))
 
     def as_json(self) -> dict:
-        """For machines."""
+        """The report for programs."""
         return {**vars(self), "status": self.status}
 
     def as_text(self) -> str:
-        """For people: a table, and a line that sums it up."""
+        """The report for people: a table and a summary line."""
         lines, column = [], max((len(finding["title"]) for finding in self.findings), default=0)
         for is_error, heading in ((True, "errors"), (False, "remarks")):
             found = [finding for finding in self.findings if finding["error"] == is_error]
@@ -153,12 +153,12 @@ class Report:
 
 
 def check(source: Source, name: str, resolution: int, tokens: Tokens, processes: int, kept=SHOWN) -> Report:
-    """Look at all samples of a source, every image decoded in full.
+    """Check all samples of a source. Every image is decoded in full.
 
     Args:
-        name: what to call the source.
-        resolution: of training, in pixels; images with a side below are remarked on.
-        processes: that decode images.
+        name: the source's name in the report.
+        resolution: of training, in pixels; images with a shorter side are reported as remarks.
+        processes: number of processes that decode images.
         kept: how many texts of each kind of finding to keep; None for all.
     Raises:
         RunError: a process was killed.
@@ -191,13 +191,13 @@ def check(source: Source, name: str, resolution: int, tokens: Tokens, processes:
 
 
 class CaptionCheck:
-    """Looks at the captions of a source; `count` of them so far."""
+    """Checks the captions of a source; `count` is the number of captions so far."""
 
     def __init__(self, source: Source, tokens: Tokens, findings: Findings):
         self.source, self.tokens, self.findings, self.count = source, tokens, findings, 0
 
     def locations(self):
-        """Yield (index, location of the image) of each row that says where its image is, its captions looked at."""
+        """Check each row's captions, and yield (index, location of the image) where it has one."""
         rows, is_shards = self.source.rows, self.source.kind == SHARDS
         for index in range(len(rows)):
             try:
@@ -223,7 +223,7 @@ class CaptionCheck:
 
 
 class Images:
-    """Sizes and contents of the images that can be read, in some dozens of bytes each."""
+    """Sizes and content hashes of the images that can be read, in some dozens of bytes each."""
 
     def __init__(self):
         self.rows, self.widths, self.heights, self.digests = array("q"), array("q"), array("q"), bytearray()
@@ -236,7 +236,7 @@ class Images:
         self.digests += image.digest
 
     def sizes(self) -> dict:
-        """(width, height) of the smallest, median and largest by their pixels; empty where there are none."""
+        """(width, height) of the smallest, median and largest image by pixels; empty where there are none."""
         if not self.rows:
             return {}
         order = np.argsort(np.int64(self.widths) * np.int64(self.heights), kind="stable")
@@ -244,7 +244,7 @@ class Images:
         return {name: (self.widths[order[place]], self.heights[order[place]]) for name, place in places.items()}
 
     def repeated(self):
-        """Yield (row, first row with the same content) of each image whose content was there before."""
+        """Yield (row, first row with the same content) of each repeated image."""
         digests = np.frombuffer(self.digests, dtype=[("high", "u8"), ("low", "u8")])
         _, first, group = np.unique(digests, return_index=True, return_inverse=True)
         for place in np.flatnonzero(first[group] != np.arange(len(digests))):
@@ -252,11 +252,11 @@ class Images:
 
 
 def describe_shards(shards: int, ranks: int, workers: int) -> str:
-    """What the number of shards means for a run on so many ranks, each with so many loading threads."""
+    """What the number of shards means for a run on `ranks` ranks with `workers` loading threads each."""
     lanes = min(LANES, shards)
     read = lanes // math.gcd(lanes, ranks)
     share = "all of them" if read == lanes else f"{read} of them"
     return (
-        f"{shards} shards for {ranks} ranks x {workers} workers: as local files any number of them will do; as a "
+        f"{shards} shards for {ranks} ranks x {workers} workers: as local files any number of shards works; as a "
         f"stream they are read in {lanes} lanes, of which each rank reads {share}, whatever its workers"
     )

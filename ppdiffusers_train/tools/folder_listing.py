@@ -1,4 +1,4 @@
-"""A folder of images looked at file by file, to name what `datasets` refuses as a whole or leaves out without a word.
+"""Lists a folder of images file by file, to name what `datasets` refuses as a whole or leaves out silently.
 
 `datasets` takes the images of the split `train`, gives each its row of the nearest metadata file, and refuses the
 folder when one has none. Folders and files whose names contain words such as `test` it takes for other splits.
@@ -19,11 +19,11 @@ EXTENSIONS = frozenset(ImageFolder.EXTENSIONS)
 
 
 class ListedRows:
-    """Rows that were found one by one, like those of `Rows` in what can be asked of them.
+    """Rows that were found one by one, with the methods of `Rows` that checking needs.
 
     Args:
-        entries: a list of (name, path of the image, caption as it was found).
-        caption_column: where the captions come from, for messages.
+        entries: a list of (name, path of the image, caption as stored).
+        caption_column: name of the captions' column, for messages.
     """
 
     def __init__(self, entries: list, caption_column: str):
@@ -33,7 +33,7 @@ class ListedRows:
         return len(self.entries)
 
     def name(self, index: int) -> str:
-        """How to call row `index` in a message."""
+        """The name of row `index` in messages."""
         return self.entries[index][0]
 
     def location(self, index: int) -> str:
@@ -51,11 +51,11 @@ class ListedRows:
 
 
 def list_folder(folder, caption_column: str) -> tuple:
-    """The rows of an image folder, and what is wrong with its files and metadata.
+    """The rows of an image folder, and the problems of its files and metadata.
 
     Returns:
-        (`ListedRows` of the images that have a row, in the order of `datasets`; a list of (kind, text), the kinds being
-        among those of `checks.KINDS`)
+        (`ListedRows` of the images that have a row, in the order of `datasets`; a list of (kind, text), with kinds
+        of `check.KINDS`)
     """
     folder = os.path.abspath(folder)
     files = list(walk(folder))
@@ -83,7 +83,7 @@ def list_folder(folder, caption_column: str) -> tuple:
     for nearest, rows in metadata.items():
         for path, (place, _) in rows.items():
             if (nearest, path) in used or (path in images and splits.get(path) != "train"):
-                continue  # else it is said of the image
+                continue  # reported with the image
             if path in images:
                 problems.append(("lost_row", f"{place}: {path} has metadata that is nearer"))
             elif os.path.exists(path):
@@ -94,14 +94,14 @@ def list_folder(folder, caption_column: str) -> tuple:
 
 
 def walk(folder: str):
-    """Yield the paths of the files in a folder and below, but for hidden ones."""
+    """Yield the paths of the files in a folder and below, without hidden ones."""
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         yield from (os.path.join(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
 def is_image(path: str) -> bool:
-    """Whether the loader of image folders takes a file for an image: it goes by the extension."""
+    """Whether the loader of image folders treats a file as an image: that depends on the extension."""
     return os.path.splitext(path)[1].lower() in EXTENSIONS
 
 
@@ -129,7 +129,7 @@ def read_metadata(file: str, caption_column: str) -> tuple:
 
 
 def read_rows(file: str):
-    """Yield (where it stands, the row as a dictionary, what is wrong with it) of each row of a .jsonl or .csv."""
+    """Yield (place, row as a dictionary, problem) of each row of a .jsonl or .csv."""
     with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
         for number, row, problem in _csv_rows(lines) if file.endswith(".csv") else _json_rows(lines):
             if not problem and not isinstance(row.get("file_name"), str):

@@ -1,4 +1,4 @@
-"""Images decoded in full, by several processes: whether training can use them, and what they are.
+"""Images decoded in full by several processes: whether training can use them, their sizes and formats.
 
 The processes import this file and no library beside Pillow, so that they start fast and are small.
 """
@@ -18,16 +18,16 @@ from PIL import Image
 from ppdiffusers_train.data.rows import content_digest, open_image, read_stored, upright_size
 from ppdiffusers_train.errors import RunError
 
-CHUNK = 16  # images that a process is given at a time
-CHUNKS_AHEAD = 4  # of each process
+CHUNK = 16  # images per task of a process
+CHUNKS_AHEAD = 4  # tasks per process in advance
 
 
 @dataclass
 class Inspected:
-    """What an image is, or why it cannot be used."""
+    """An image's properties, or why it cannot be used."""
 
     problem: str = ""
-    is_bomb: bool = False  # whether that is because it has so many pixels that Pillow takes it for an attack
+    is_bomb: bool = False  # whether it has so many pixels that Pillow refuses it as a decompression bomb
     width: int = 0  # upright, as training sees it
     height: int = 0
     format: str = ""  # Pillow's name of it, such as JPEG
@@ -47,7 +47,7 @@ def inspect(location) -> Inspected:
             size = upright_size(file)
             file.load()
             if file.mode != "RGB":
-                file.convert("RGB")  # some modes cannot be
+                file.convert("RGB")  # fails for some modes
             return Inspected("", False, *size, file.format, content_digest(content))
     except Exception as error:  # as in `rows.reading`
         return Inspected(str(error) or type(error).__name__, isinstance(error, Image.DecompressionBombError))
@@ -57,8 +57,8 @@ def inspect_all(items, processes: int):
     """Yield `(key, Inspected)` of each `(key, location)`, in order.
 
     Args:
-        items: an iterable; so much of it is taken as the processes need to be kept busy.
-        processes: with 1, this one does the work.
+        items: an iterable; it is consumed only as fast as the processes work.
+        processes: number of processes; with 1, this process does the work.
     Raises:
         RunError: a process was killed.
     """
@@ -80,7 +80,7 @@ def inspect_all(items, processes: int):
             yield from _finished(*pending.popleft())
     except BrokenProcessPool as error:
         raise RunError(
-            f"one of {processes} processes that decode images was killed, most likely for want of memory; try fewer "
+            f"one of {processes} processes that decode images was killed, most likely out of memory; try fewer "
             "--processes"
         ) from error
     finally:
@@ -102,5 +102,5 @@ def _inspect_chunk(locations) -> list:
 
 
 def _start_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
-    warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent process
+    warnings.simplefilter("ignore")  # Pillow's, about files that it can read nevertheless

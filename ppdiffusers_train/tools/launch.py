@@ -1,7 +1,7 @@
 """`ppdiffusers-train launch`: Paddle's launcher with a log folder for each run, and no token in it.
 
-All that starts ranks is the launcher's. Around it: the secrets of the environment reach the ranks through memory, the
-launcher's lines about itself do not reach the screen, and the exit status is that of the rank that failed.
+Paddle's launcher starts the ranks. In addition, secrets of the environment are passed to the ranks through memory, the
+launcher's own log lines are not printed, and the exit status is that of the rank that failed.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ppdiffusers_train.launcher.signals import WARNINGS, signal_at_parents_end
 from ppdiffusers_train.launcher.tokens import hand_over
 from ppdiffusers_train.launcher.watched_ranks import ranks_of, wait_for_last_word
 
-# What the launcher and Paddle say about themselves, and how the launcher tells of a failure, with the environment.
+# Lines that the launcher and Paddle print about themselves, or about a failure, with the whole environment.
 NOISE = re.compile(
     rb"LAUNCH INFO |LAUNCH ERROR .*Container failed|Container rank \d+ status |env \{|=+ Modified FLAGS detected|=+$"
     rb"|FLAGS\(name=|.*UserWarning: No ccache found|  warnings\.warn\(warning_message\)"
@@ -30,16 +30,17 @@ NOISE = re.compile(
 
 
 def add_launch_command(commands) -> None:
-    """Add the command to those of `ppdiffusers-train`."""
+    """Add the command `launch` to `ppdiffusers-train`."""
     command = commands.add_parser(
-        "launch", config=False, add_help=False, prefix_chars="+",  # flags are the launcher's and the script's
-        help="start a training script on several cards",
+        "launch", config=False, add_help=False, prefix_chars="+",  # flags belong to the launcher and the script
+        help="start a training script on several GPUs",
         usage="ppdiffusers-train launch [FLAGS OF paddle.distributed.launch] SCRIPT ...",
-        description="Start a training script with Paddle's launcher: --gpus 0,1, --nproc_per_node 2 and its other "
-        "flags come first. Each run has a folder for the logs of its ranks in OUTPUT_DIR/log (--log_dir chooses "
-        "another), into which no secret of the environment is written. The status is that of the rank that failed.",
+        description="Start a training script with Paddle's launcher. The launcher's flags, such as --gpus 0,1 or "
+        "--nproc_per_node 2, come first. Each run writes the logs of its ranks into a new folder in OUTPUT_DIR/log "
+        "(--log_dir chooses another); no secret of the environment is written there. The exit status is that of the "
+        "rank that failed.",
     )  # fmt: skip
-    command.add_argument("words", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="the script and its flags")
+    command.add_argument("words", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="Training script and its flags.")
 
     def run(args) -> int:
         if args.words[:1] in (["-h"], ["--help"]):
@@ -51,12 +52,12 @@ def add_launch_command(commands) -> None:
 
 
 def launch(words: list) -> int:
-    """Run a script on several ranks; returns the exit status, 128 + n where signal n ended the rank.
+    """Run a script on several ranks. Returns the exit status, or 128 + n if signal n ended the rank.
 
     Args:
         words: the launcher's flags, the script, its flags.
     Raises:
-        UserError: there is no script, or no folder for the logs can be made.
+        UserError: there is no script, or the folder for the logs cannot be made.
     """
     place = place_of_script(words)
     flags, script = words[:place], words[place:]
@@ -86,10 +87,10 @@ def launch(words: list) -> int:
 
 
 def place_of_script(words: list) -> int:
-    """Where the script stands among the launcher's flags, each of which has one value.
+    """The index of the script in the command line. Each of the launcher's flags before it has one value.
 
     Raises:
-        UserError: nowhere.
+        UserError: there is no script.
     """
     place = 0
     while place < len(words) and words[place].startswith("-"):
@@ -100,30 +101,30 @@ def place_of_script(words: list) -> int:
 
 
 def initial_environment() -> dict:
-    """The environment that this process was started with: importing this package adds what one process alone needs."""
+    """The environment that this process was started with. Importing this package adds variables to it."""
     variables = os.fsdecode(Path("/proc/self/environ").read_bytes()).split("\0")
     return dict(variable.split("=", 1) for variable in variables if "=" in variable)
 
 
 def output_folder(flags: list) -> Path:
-    """The folder that a script's flags or its --config name for all that it writes; else the current one."""
+    """The --output_dir of a script's flags or of its --config; by default the current folder."""
     named = {}
     for name, after in zip(flags, [*flags[1:], ""]):
         name, found, value = name.partition("=")
         named[name] = value if found else after
     folder = named.get("--output_dir")
     if folder is None and "--config" in named:
-        import yaml  # here: most commands do without
+        import yaml  # only here: most commands do not need it
 
         try:
             folder = (yaml.safe_load(Path(named["--config"]).read_text(encoding="utf-8")) or {}).get("output_dir")
         except (OSError, ValueError, AttributeError, yaml.YAMLError):
-            pass  # the script says what is wrong with it
+            pass  # the script reports the error
     return Path(folder or ".")
 
 
 def new_log_folder(output_dir: Path) -> Path:
-    """A folder of this run's own for the logs of its ranks, which is told on the screen.
+    """Make and print a new folder for the logs of this run's ranks.
 
     Raises:
         UserError: it cannot be made.
@@ -143,7 +144,7 @@ def new_log_folder(output_dir: Path) -> Path:
 
 
 def pass_signals_on(launcher) -> None:
-    """Let the launcher stop the ranks when this process is told to, as if it had been told itself."""
+    """Pass this process's signals on: SIGINT, SIGTERM and SIGHUP to the launcher, warnings to the ranks."""
 
     def to_launcher(number, frame):
         if launcher.poll() is None:
@@ -156,14 +157,14 @@ def pass_signals_on(launcher) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
             signal.signal(number, to_launcher)
-    for number in WARNINGS:  # of which the launcher would die
+    for number in WARNINGS:  # they would kill the launcher
         signal.signal(number, to_ranks)
 
 
 def copy_lines(source, screen) -> None:
-    """Copy a stream line by line, without the lines that are about the launcher."""
+    """Copy a stream line by line, without the launcher's own lines."""
     for line in source:
         if not NOISE.match(line):
-            with contextlib.suppress(BrokenPipeError):  # nobody looks any more, and the launcher must not wait for us
+            with contextlib.suppress(BrokenPipeError):  # nobody reads any more, but the launcher must not block
                 screen.write(line)
                 screen.flush()

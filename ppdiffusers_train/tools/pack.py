@@ -1,7 +1,7 @@
-"""A data set as tar shards in the WebDataset format: the same bytes each time, going on where it was stopped.
+"""Packs a data set into tar shards in the WebDataset format. The output is deterministic and can be resumed.
 
-`pack.json` in the output folder is the plan: of which data, how large the shards, which of them are complete. A shard
-is written under another name, synced, renamed, and then noted in the plan.
+`pack.json` in the output folder is the plan: the data, the size of shards, and which of them are complete. A shard is
+written under a temporary name, synced, renamed, and then added to the plan.
 """
 
 import contextlib
@@ -25,30 +25,30 @@ from ppdiffusers_train.tools.sources import Source
 
 PLAN_FILE, FORMAT = "pack.json", 1
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # by Pillow's name of a format
-SEEN_BY_NOBODY = ("refused", "other_split")  # kinds of problems by which pack loses no sample
+NO_SAMPLE_LOST = ("refused", "other_split")  # kinds of problems that leave out no sample
 BLOCK, RECORD = 512, 10240  # bytes: a tar file consists of blocks, and ends with a full record
 
 
-def pack(source: Source, output_dir, shard_size: int, name: str, caption_field: str, processes: int, say) -> dict:
-    """Write the samples of a source into `<output_dir>/<name>-00000.tar` and so on; what cannot be used is left out.
+def pack(source: Source, output_dir, shard_size: int, name: str, caption_field: str, processes: int, log) -> dict:
+    """Write the samples of a source into `<output_dir>/<name>-00000.tar` and so on. Unusable samples are left out.
 
     Images are stored as they are, byte for byte, under the extension of their format. Those of other formats than JPEG,
     PNG and WebP become PNG files of the pixels that training sees.
 
     Args:
-        shard_size: bytes that a shard does not exceed, unless its only sample does.
-        caption_field: where captions stand in a .json.
-        processes: that decode images, to see whether they can be read.
-        say: called with each line about what happens.
+        shard_size: largest size of a shard, in bytes, unless a single sample is larger.
+        caption_field: field of a .json that holds the captions.
+        processes: number of processes that decode images, to find those that cannot be read.
+        log: called with each line to print.
     Returns:
-        The plan, with a list of {"name", "samples", "bytes", "left_out", "next_row"} as `shards`; `left_out` has what
-        is wrong with samples that stand in no shard.
+        The plan. `shards` is a list of {"name", "samples", "bytes", "left_out", "next_row"}; `left_out` lists the
+        problems of samples that belong to no shard.
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds other files.
         RunError: a shard cannot be written.
     """
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"--name: {name!r} is not what a file's name can begin with; expected a word such as photos")
+        raise UserError(f"--name: {name!r} is not a valid beginning of a file name; expected a word such as photos")
     folder, rows = Path(output_dir), source.rows
     require_writable(folder, "OUTPUT_DIR")
     wanted = {
@@ -59,30 +59,30 @@ def pack(source: Source, output_dir, shard_size: int, name: str, caption_field: 
         "caption_field": caption_field,
     }
     plan = read_plan(folder, wanted)
-    plan["left_out"] = [text for kind, text in source.problems if kind not in SEEN_BY_NOBODY]
+    plan["left_out"] = [text for kind, text in source.problems if kind not in NO_SAMPLE_LOST]
     for text in plan["left_out"]:
-        say(f"left out: {text}")
+        log(f"left out: {text}")
     try:
         write_plan(folder, plan)
         if plan["shards"]:
-            say(f"{len(plan['shards'])} shards are complete, up to row {next_row(plan)} of {len(rows)}")
+            log(f"{len(plan['shards'])} shards are complete, up to row {next_row(plan)} of {len(rows)}")
         if next_row(plan) < len(rows):
-            write_shards(rows, folder, plan, processes, say)
+            write_shards(rows, folder, plan, processes, log)
             write_plan(folder, plan)
     except OSError as error:
-        raise RunError(f"{folder} cannot be written to: {error}; the same command goes on from there") from error
+        raise RunError(f"{folder} cannot be written to: {error}; the same command resumes") from error
     return plan
 
 
 def summary(plan: dict) -> dict:
-    """What became of a plan: the shards' names, numbers of samples and bytes, and all that was left out."""
+    """The result of a plan: the shards' names, the number of samples and bytes, and all that was left out."""
     left_out = [text for part in (plan, *plan["shards"]) for text in part["left_out"]]
     samples, size = (sum(shard[name] for shard in plan["shards"]) for name in ("samples", "bytes"))
     return {"shards": [s["name"] for s in plan["shards"]], "samples": samples, "bytes": size, "left_out": left_out}
 
 
 def digest(rows) -> str:
-    """A hash of all captions and, of the images, of their files' names, sizes and times of change."""
+    """A hash of all captions and of the image files' names, sizes and modification times."""
     total = hashlib.blake2b(digest_size=16)
     for index in tqdm(range(len(rows)), desc="reading the list", unit="sample", delay=5):
         try:
@@ -94,7 +94,7 @@ def digest(rows) -> str:
 
 
 def file_stamp(location) -> list:
-    """What tells an image from another without reading a file: of images in memory, a hash."""
+    """What identifies an image without reading its file. For images in memory, a hash."""
     if isinstance(location, bytes):
         return [content_digest(location).hex()]
     path, *part = location if isinstance(location, tuple) else [location]
@@ -103,10 +103,10 @@ def file_stamp(location) -> list:
 
 
 def read_plan(folder: Path, wanted: dict) -> dict:
-    """The plan in a folder, with those shards that are there, or a new one.
+    """The plan in a folder, with the shards that are complete, or a new plan.
 
     Raises:
-        UserError: it is of something else than `wanted`, or there are shards and no plan.
+        UserError: it differs from `wanted`, or there are shards and no plan.
     """
     file = folder / PLAN_FILE
     new = {**wanted, "shards": [], "left_out": []}
@@ -128,7 +128,7 @@ def read_plan(folder: Path, wanted: dict) -> dict:
 
 
 def is_complete(folder: Path, shard: dict) -> bool:
-    """Whether a shard of a plan is in the folder, as long as it was written."""
+    """Whether a shard of a plan is in the folder with its full size."""
     file = folder / shard["name"]
     return file.is_file() and file.stat().st_size == shard["bytes"]
 
@@ -139,17 +139,17 @@ def next_row(plan: dict) -> int:
 
 
 def write_plan(folder: Path, plan: dict) -> None:
-    """Put the plan on disk, whole or not at all."""
+    """Write the plan to disk atomically."""
     temporary = folder / f".{PLAN_FILE}"
     text = json.dumps(plan, indent=1, ensure_ascii=False) + "\n"
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no UTF-8
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may not be valid UTF-8
     sync(temporary)
     os.replace(temporary, folder / PLAN_FILE)
     sync(folder)
 
 
-def write_shards(rows, folder: Path, plan: dict, processes: int, say) -> None:
-    """Write the shards that a plan lacks, and note each in it when it is complete."""
+def write_shards(rows, folder: Path, plan: dict, processes: int, log) -> None:
+    """Write the missing shards of a plan, and add each to it when it is complete."""
     start, digits = next_row(plan), max(6, len(str(len(rows))))
     shard, left_out, converted = None, [], set()
 
@@ -169,11 +169,11 @@ def write_shards(rows, folder: Path, plan: dict, processes: int, say) -> None:
                     files = sample_files(rows, index, image, captions, plan["caption_field"])
                 except BadSampleError as error:
                     left_out.append(str(error))
-                    say(f"left out: {error}")
+                    log(f"left out: {error}")
                     continue
                 if image.format not in EXTENSIONS and image.format not in converted:
                     converted.add(image.format)
-                    say(f"{image.format} images become PNG, without loss; the first: {rows.name(index)}")
+                    log(f"{image.format} images become PNG, without loss; the first: {rows.name(index)}")
                 if shard and shard.size_with(files) > plan["shard_size"]:
                     finish(index)
                     shard = None
@@ -189,7 +189,7 @@ def write_shards(rows, folder: Path, plan: dict, processes: int, say) -> None:
 
 
 def candidates(rows, start: int):
-    """Yield ((index, captions, what is wrong with them), location of the image) of the rows from `start` on."""
+    """Yield ((index, captions, problem), location of the image) of the rows from `start` on."""
     for index in range(start, len(rows)):
         try:
             yield (index, rows.captions(index), ""), rows.location(index)
@@ -198,7 +198,7 @@ def candidates(rows, start: int):
 
 
 def sample_files(rows, index: int, image: Inspected, captions: list, caption_field: str) -> dict:
-    """The files that a sample consists of in a shard: {extension: content}.
+    """The files of a sample in a shard: {extension: content}.
 
     Raises:
         BadSampleError: training could not use it.
@@ -219,11 +219,11 @@ def sample_files(rows, index: int, image: Inspected, captions: list, caption_fie
 
 
 def caption_file(captions: list, caption_field: str) -> tuple:
-    """Extension and content of the file that holds a sample's captions: .txt, or .json where that would change them."""
+    """Extension and content of the file with a sample's captions: .txt, or .json where .txt would change them."""
     try:
         if len(captions) == 1 and captions[0] == captions[0].strip():
             return "txt", captions[0].encode("utf-8")
-    except UnicodeEncodeError:  # half of a pair of UTF-16, which JSON can hold
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can hold
         pass
     return "json", json.dumps({caption_field: captions}).encode("ascii")
 
@@ -235,12 +235,12 @@ class Shard:
         from webdataset import TarWriter  # only here: it takes a while to import
 
         self.folder, self.name, self.samples, self.blocks = folder, name, 0, 0
-        self.temporary = folder / f".{name}.part"  # no name that is taken for a shard's
+        self.temporary = folder / f".{name}.part"  # not a name of a shard
         self.file = open(self.temporary, "wb")
         self.writer = TarWriter(self.file, user="", group="", mode=0o644, encoder=False, mtime=0)
 
     def size_with(self, files: dict) -> int:
-        """Bytes of the tar file if it had these files, too, and were finished."""
+        """Size of the finished tar file, in bytes, if these files were added."""
         size = (self.blocks + blocks_of(files) + 2) * BLOCK  # two empty ones end it
         return -(-size // RECORD) * RECORD
 
@@ -251,7 +251,7 @@ class Shard:
         self.blocks += blocks_of(files)
 
     def finish(self) -> int:
-        """Give the file its name, when it is on disk; returns its bytes."""
+        """Sync the file and give it its final name. Returns its size in bytes."""
         self.writer.close()
         self.file.close()
         sync(self.temporary)
@@ -260,7 +260,7 @@ class Shard:
         return (self.folder / self.name).stat().st_size
 
     def abandon(self) -> None:
-        """Delete what there is."""
+        """Delete the unfinished file."""
         with contextlib.suppress(OSError):  # the disk may be full
             self.writer.close()
         with contextlib.suppress(OSError):
@@ -269,5 +269,5 @@ class Shard:
 
 
 def blocks_of(files: dict) -> int:
-    """Blocks that files take in a tar: a header each, and their content."""
+    """Number of blocks that files take in a tar: a header each, and their content."""
     return sum(1 + -(-len(content) // BLOCK) for content in files.values())

@@ -1,5 +1,5 @@
-"""The samples of a run as its model will get them, drawn before the run: what a training script's own code makes of
-the data, turned back into pictures and captions."""
+"""Shows the samples of a run as its model will get them, before the run: what the training script's own code makes of
+the data is turned back into pictures and captions."""
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
@@ -31,14 +31,14 @@ GREY = (128, 128, 128)
 
 
 def preview(words: list) -> tuple:
-    """Draw the first samples of the run that a training command would start.
+    """Write a sheet of the first samples of the run that a training command would start.
 
     Args:
-        words: of the command: anything, the script's file, its flags.
+        words: the training command: anything, the script's file, its flags.
     Returns:
         (what to print, exit status: 1 where a sample cannot be used)
     Raises:
-        UserError: something in the command is wrong.
+        UserError: the command is wrong.
     """
     script, flags = split_command(words)
     job = load_script(script)
@@ -52,7 +52,7 @@ def preview(words: list) -> tuple:
 
     shown = []
     for position in tqdm(range(args.preview_samples), desc="preparing", unit="sample"):
-        arrays = samples[position]  # first: only then a stream knows what its sample is called
+        arrays = samples[position]  # first: a stream knows a sample's name only after reading it
         about = {"position": position, "row": order.row(position), "name": dataset.name(order.row(position))}
         shown.append({**about, **describe(module, arrays), "pictures": pictures(module, arrays)})
     scale = save_sheet(shown, args.resolution, args.preview_output)
@@ -62,19 +62,19 @@ def preview(words: list) -> tuple:
         return json.dumps({**result, "status": status}, ensure_ascii=False), status
     lines = [f"{sample['position']:>4}  {sample['name']}: {', '.join(text_of(sample))}" for sample in shown]
     notes = ", as the encoded cache keeps them" if args.encoded_cache_dir else ""
-    notes += ", in the order of one card" if module.buckets else ""
+    notes += ", in the order of a run on one GPU" if module.buckets else ""
     lines.append(f"wrote {args.preview_output}: {len(shown)} samples of seed {args.seed}{notes}")
     return "\n".join(lines), status
 
 
 def parse_flags(job, name: str, flags: list):
-    """The script's flags and the preview's own, with what they leave open resolved. Models are to have no weights."""
+    """The script's flags and the preview's own, resolved. Models are to be built without weights."""
     parser = job.build_parser()
     parser.prog = name
     group = parser.add_argument_group("preview")
-    group.add_argument("--preview_output", default="preview.png", metavar="FILE", help="picture to write")
-    group.add_argument("--preview_samples", type=positive_int, default=16, help="how many samples to draw")
-    group.add_argument("--json", action=Flag, help="print what was drawn as one JSON document")
+    group.add_argument("--preview_output", default="preview.png", metavar="FILE", help="Picture to write.")
+    group.add_argument("--preview_samples", type=positive_int, default=16, help="Number of samples to show.")
+    group.add_argument("--json", action=Flag, help="Print the result as one JSON document.")
     parser.set_defaults(dry_run=True)
     args = parser.parse_args(flags)
     compute_on_cpu()
@@ -85,12 +85,12 @@ def parse_flags(job, name: str, flags: list):
 
 
 def save_sheet(shown: list, resolution: int, file: str) -> float:
-    """Write the samples' pictures as one, note in `shown` where each is, and return the scale of the picture.
+    """Write the sheet of samples, replace the pictures in `shown` by their places on it, and return its scale.
 
     Raises:
         UserError: it cannot be written.
     """
-    sheet = draw(shown, resolution)
+    sheet = lay_out(shown, resolution)
     try:
         sheet.image.save(file, "PNG")
     except OSError as error:
@@ -149,11 +149,11 @@ def module_class(job):
 
 
 class PreviewedEntries:
-    """At index `position`: what the encoded cache has encoded for that position of the run, as `{name: array}`."""
+    """At index `position`: the input that the encoded cache encodes for that position of the run, `{name: array}`."""
 
     def __init__(self, dataset, preprocess, order, variants: int):
         self.dataset, self.preprocess = dataset, preprocess
-        self.encoded = EncodedSamples(Path(), dataset, order, variants)  # its files are not looked at
+        self.encoded = EncodedSamples(Path(), dataset, order, variants)  # its files are not read
 
     def __getitem__(self, position):
         try:
@@ -163,7 +163,7 @@ class PreviewedEntries:
 
 
 def describe(module, arrays: dict) -> dict:
-    """What the model is told of a sample beside its pictures: texts of its tokens, their numbers, size and crop."""
+    """A sample's conditioning: the texts of its tokens, how many there are, size and crop."""
     found = {"captions": [], "tokens": [], "told": "", "error": arrays.get(ERROR_KEY, "")}
     for name, array in arrays.items():
         if name.startswith("input_ids"):
@@ -171,14 +171,15 @@ def describe(module, arrays: dict) -> dict:
             found["captions"].append(caption)
             found["tokens"].append(tokens)
     if "time_ids" in arrays:
-        height, width, top, left, rows, columns = (int(number) for number in arrays["time_ids"])
-        found["told"] = f"told: file {width} x {height}, crop from left {left}, top {top}, drawn {columns} x {rows}"
+        height, width, top, left, rows, columns = (int(value) for value in arrays["time_ids"])
+        size, crop, target = f"{width} x {height}", f"left {left}, top {top}", f"{columns} x {rows}"
+        found["told"] = f"conditioning: original size {size}, crop {crop}, target size {target}"
     return found
 
 
 def pictures(module, arrays: dict) -> dict:
-    """The arrays [3, H, W] of a sample as PIL images, by name: those for CLIP have its image processor's mean and
-    deviation, others are from -1 to 1."""
+    """The arrays [3, H, W] of a sample as PIL images, by name. Those for CLIP are normalised by the mean and deviation
+    of its image processor, others are in [-1, 1]."""
     found = {}
     for name, array in arrays.items():
         if np.ndim(array) == 3 and len(array) == 3:
@@ -190,15 +191,15 @@ def pictures(module, arrays: dict) -> dict:
 
 
 def text_of(sample: dict) -> list:
-    """Lines about a sample."""
+    """The lines of text about a sample."""
     if sample["error"]:
         return [sample["error"]]
     quoted = [f'"{text}" ({tokens} tokens)' for text, tokens in zip(sample["captions"], sample["tokens"])]
     return [*dict.fromkeys(quoted or ["no caption goes into this model"]), *filter(None, [sample["told"]])]
 
 
-def draw(shown: list, resolution: int):
-    """The `Sheet` of samples; one that cannot be used is grey."""
+def lay_out(shown: list, resolution: int):
+    """The `Sheet` of samples. Unusable samples are grey."""
     sizes = [[picture.size for picture in sample["pictures"].values()] for sample in shown if not sample["error"]]
     grey = [Image.new("RGB", size, GREY) for size in (sizes[0] if sizes else [(resolution, resolution)])]
     tiles = []

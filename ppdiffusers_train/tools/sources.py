@@ -1,7 +1,7 @@
-"""What a path or a name stands for: a folder of images, tar shards, a list of files, a dataset of the hub.
+"""Opens a folder of images, tar shards, a list of files or a dataset of the hub, whichever a path or name stands for.
 
-For commands that look through data. Unlike `dataset.build_dataset`, a folder that training would refuse is opened all
-the same, and what is wrong with it is told.
+For commands that inspect data. Unlike `dataset.build_dataset`, a folder that training would refuse is opened, and its
+problems are listed.
 """
 
 import argparse
@@ -23,10 +23,10 @@ TABLES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".zip", ".py")
 
 @dataclass
 class Source:
-    """Data that was opened.
+    """Opened data.
 
-    `rows` can be asked for `len`, `name`, `captions` and `location`; `problems` is a list of (kind, text) that were
-    seen without opening an image, their kinds among those of `checks.KINDS`; `shards` are the paths of tar shards.
+    `rows` has `len`, `name`, `captions` and `location`; `problems` is a list of (kind, text) that were found without
+    opening an image, with kinds of `check.KINDS`; `shards` are the paths of tar shards.
     """
 
     kind: str
@@ -39,11 +39,11 @@ def open_source(source: str, image_column: str, caption_column: str, config_name
     """Open what `source` names.
 
     Args:
-        image_column, caption_column: of a table; the captions' field of .json in shards, too.
-        config_name: configuration of a dataset that has several.
+        image_column, caption_column: of a table; `caption_column` is also the field of .json files in shards.
+        config_name: the configuration, where a dataset has several.
         cache_dir: see `arguments.add_data_arguments`.
     Raises:
-        UserError: there is nothing of that name, or nothing that can be used.
+        UserError: it does not exist, or cannot be used.
     """
     kind = kind_of(source)
     if kind == SHARDS:
@@ -69,10 +69,10 @@ def kind_of(source: str) -> str:
     """Which of FOLDER, SHARDS, LIST and DATASET `source` is.
 
     Raises:
-        UserError: it is a stream, or a path where nothing is.
+        UserError: it is a stream, or a path that does not exist.
     """
     if "://" in source or source.startswith("pipe:"):
-        raise UserError(f"{source!r} is a stream, which cannot be looked through; expected local shards")
+        raise UserError(f"{source!r} is a stream, which cannot be inspected; expected local shards")
     if os.path.isdir(source):
         return kind_of_folder(source)
     if source.endswith(".jsonl") and os.path.isfile(source):
@@ -88,7 +88,7 @@ def kind_of(source: str) -> str:
 
 
 def kind_of_folder(folder: str) -> str:
-    """What is in a folder, as far as its files' names tell."""
+    """What a folder contains, judged by its file names."""
     has_shards = has_tables = has_images = False
     for file in walk(folder):
         if os.path.basename(file) in METADATA_FILES:
@@ -103,7 +103,7 @@ def kind_of_folder(folder: str) -> str:
 
 
 def expand(pattern: str) -> list:
-    """A pattern such as `photos-{000..031}.tar` as the paths that it stands for."""
+    """The paths that a pattern such as `photos-{000..031}.tar` stands for."""
     from webdataset.shardlists import expand_urls  # only here: it takes a while to import
 
     return expand_urls(pattern)

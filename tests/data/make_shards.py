@@ -41,7 +41,7 @@ def shards_of(folder, counts):
 
 
 def bomb():
-    """A small file that says of itself that it has 10,000 megapixels."""
+    """A small file whose header declares 10,000 megapixels."""
 
     def chunk(kind, content):
         checksum = zlib.crc32(kind + content)
@@ -62,8 +62,8 @@ def broken_shards(folder):
         "same-key": ([*good, *pair("b"), *good], "good.png: there was a sample of this name before"),
         "same-file": ([*good, *pair("b"), ("b.png", picture())], "b.png: a file is there twice: b.png, b.txt, b.png"),
         "bomb": ([*good, *pair("b", image=bomb())], "b.png: the image cannot be read: Image size (10000000000 pixels)"),
-        "climbs": ([*good, *pair("../../b")], "../../b.png: its name leads out of the archive"),
-        "absolute": ([*good, *pair("/etc/b")], "/etc/b.png: its name leads out of the archive"),
+        "climbs": ([*good, *pair("../../b")], "../../b.png: its name points outside the archive"),
+        "absolute": ([*good, *pair("/etc/b")], "/etc/b.png: its name points outside the archive"),
         "not-utf8": ([*good, ("b.png", picture()), ("b.txt", b"\xff\xfe")], "b.png: b.txt cannot be read: 'utf-8'"),
         "no-json": ([*good, ("b.png", picture()), ("b.json", b"{")], "b.png: b.json cannot be read: Expecting"),
         "no-field": ([*good, ("b.png", picture()), ("b.json", b'{"key": 1}')], "b.png: b.json has no 'text'"),

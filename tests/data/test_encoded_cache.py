@@ -114,7 +114,7 @@ def test_a_damaged_entry_is_named(cached, capsys):
         file.write_bytes(b"?")
     with pytest.raises(SystemExit) as stopped:
         cached(out="again")
-    assert stopped.value.code == 2 and "delete it, and it is encoded again" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "delete it, and it will be encoded again" in capsys.readouterr().err
 
 
 @pytest.mark.once

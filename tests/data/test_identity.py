@@ -1,4 +1,4 @@
-"""What tells copies of data from each other."""
+"""How copies of data are compared."""
 
 import ppdiffusers_train  # noqa: F401
 
@@ -41,11 +41,11 @@ def test_copies_are_alike_and_a_longer_picture_is_named(rows_of, photos, tmp_pat
     coffee = copies[2] / "coffee.jpg"
     coffee.write_bytes(coffee.read_bytes() + b" ")
     one, same, longer = map(rows_of, copies)
-    told = described(one, 0)
-    assert told == described(same, 0) and len(told) == 3 * len(one) == 21
+    first = described(one, 0)
+    assert first == described(same, 0) and len(first) == 3 * len(one) == 21
     assert [content(one, row) for row in range(7)] == [content(same, row) for row in range(7)]
-    ((name, size),) = [(name, value) for name, value in described(longer, 0).items() if value != told[name]]
-    assert "coffee" in name and size == told[name] + 1
+    ((name, size),) = [(name, value) for name, value in described(longer, 0).items() if value != first[name]]
+    assert "coffee" in name and size == first[name] + 1
     chosen = one.select([3, 1])
     assert [chosen.stored_names(0, 2)[i] for i in (0, 1)] == [one.stored_names(r, r + 1)[0] for r in (3, 1)]
 
@@ -55,4 +55,4 @@ def test_a_picture_that_is_not_there_has_no_size(photos, tmp_path):
     rows = as_files(folder)
     (folder / "coffee.jpg").unlink()
     sizes = dict(zip(rows.stored_names(0, 7), rows.stored_sizes(0, 7)))
-    assert sizes["coffee.jpg"] is None and content(rows, list(sizes).index("coffee.jpg")) == "what cannot be read"
+    assert sizes["coffee.jpg"] is None and content(rows, list(sizes).index("coffee.jpg")) == "cannot be read"

@@ -84,7 +84,7 @@ def test_the_photographs_come_out_as_they_went_in(tmp_path, capsys):
 
 
 def encoded(number, format, mode, turned):
-    """An image's bytes; `number` tells it from others, also where a format loses colours."""
+    """An image's bytes; `number` makes it differ from others, also in lossy formats."""
     pixels = np.full([6, 9, 3], 20 * number, np.uint8)
     pixels[:3, :4] = 255 - 20 * number
     file, exif = io.BytesIO(), Image.Exif()
@@ -184,7 +184,7 @@ def test_what_cannot_be_used_is_named_and_left_out_and_keys_are_the_rows(tmp_pat
     assert list(members(tmp_path / "shards")) == ["000000.png", "000000.txt", "000003.png", "000003.txt"]
     again = result(capsys, folder, tmp_path / "shards")[1]
     assert {**again, "seconds": 0} == {**document, "seconds": 0}, "also where there is nothing left to do"
-    assert pack(folder, tmp_path / "told") == 1
+    assert pack(folder, tmp_path / "reported") == 1
     out = capsys.readouterr().out
     assert all(f"left out: {text}" in out for text in document["left_out"]) and "2 samples in 1 shards" in out
 
@@ -259,9 +259,7 @@ def test_a_disk_that_is_full_costs_no_shard_and_the_same_command_goes_on(tmp_pat
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
-    assert re.search(
-        "shards cannot be written to: .*; the same command goes on from there$", done.stderr.splitlines()[-1]
-    )
+    assert re.search("shards cannot be written to: .*; the same command resumes$", done.stderr.splitlines()[-1])
     assert [file.name for file in (tmp_path / "shards").iterdir()] == ["pack.json"], "the plan comes first"
     assert pack(PHOTOS, tmp_path / "shards", "--shard_size=300kB", "--name=a") == 0
     assert contents(tmp_path / "shards") == contents(tmp_path / "warm")

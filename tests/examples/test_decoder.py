@@ -254,7 +254,7 @@ def test_resolution_is_the_size_of_the_pixels(decoder_job, decoder_flags, photos
     assert module.preprocess(rows[0], RowDraws(0, 0))["clip_pixel_values"].shape == (3, 32, 32)
 
 
-# What does not do what its name says.
+# Flags that have another effect than their name suggests.
 
 
 @pytest.mark.once
@@ -362,13 +362,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(train_deco
 
 def test_validation_draws_a_grid_and_changes_no_number(train_decoder):
     plain = train_decoder("--max_train_steps=4", "--use_ema", out="plain")
-    drawn = train_decoder(
-        "--max_train_steps=4", "--use_ema", "--validation_prompts", "a cat", "a moon", "--num_validation_images=2",
-        "--validation_steps=2", "--validation_inference_steps=2", out="drawn",
+    validated = train_decoder(
+        "--max_train_steps=4", "--use_ema", "--validation_prompts", "a cat", "月亮", "--num_validation_images=2",
+        "--validation_steps=2", "--validation_inference_steps=2", out="validated",
     )  # fmt: skip
-    assert same(weights(plain), weights(drawn))
-    assert sorted(path.name for path in (drawn / "validation").iterdir()) == ["step-2.png", "step-4.png"]
-    width, height = Image.open(drawn / "validation" / "step-4.png").size
+    assert same(weights(plain), weights(validated))
+    assert sorted(path.name for path in (validated / "validation").iterdir()) == ["step-2.png", "step-4.png"]
+    width, height = Image.open(validated / "validation" / "step-4.png").size
     assert width > 2 * 64 and height > 2 * 64
     assert not (plain / "validation").exists()
 

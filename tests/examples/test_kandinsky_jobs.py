@@ -1,4 +1,4 @@
-"""What all jobs of Kandinsky 2.2 have in common, beside what the decoder's tests say of the loop."""
+"""What all jobs of Kandinsky 2.2 have in common, besides the decoder's tests of the loop."""
 
 import ppdiffusers_train  # noqa: F401
 
@@ -18,8 +18,8 @@ JOBS = ["prior", "decoder_lora", "prior_lora"]  # the decoder has tests of its o
 LORA_FILE = "paddle_lora_weights.safetensors"
 
 
-def learned(name, folder):
-    """What a job has written of its learning, in a result or a checkpoint."""
+def trained_weights(name, folder):
+    """The trained weights that a job has written, in a result or a checkpoint."""
     return tensors(folder / LORA_FILE) if name.endswith("lora") else weights(folder, name)
 
 
@@ -34,23 +34,23 @@ def test_twelve_steps_equal_five_and_seven_more_bit_for_bit(train, name):
     assert scalars(whole) == scalars(parts) and len(scalars(parts)) == 12
     checkpoints = [folder / "checkpoint-12" for folder in (whole, parts)]
     assert same(*(optimizer_state(folder) for folder in checkpoints))
-    assert same(*(learned(name, folder) for folder in checkpoints))
+    assert same(*(trained_weights(name, folder) for folder in checkpoints))
     assert same(*(tensors(folder / "ema.safetensors") for folder in checkpoints))
-    assert same(learned(name, whole), learned(name, parts))
-    assert not same(learned(name, checkpoints[0]), learned(name, whole)), "the result is the average"
+    assert same(trained_weights(name, whole), trained_weights(name, parts))
+    assert not same(trained_weights(name, checkpoints[0]), trained_weights(name, whole)), "the result is the average"
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", JOBS)
 def test_validation_and_the_cache_change_no_number(train, name, tmp_path):
     plain = train(name, "--max_train_steps=4", out="plain")
-    drawn = train(
+    validated = train(
         name, "--max_train_steps=4", "--validation_prompt=a cat", "--validation_steps=2",
         "--validation_inference_steps=2", "--num_validation_images=1", f"--encoded_cache_dir={tmp_path / 'cache'}",
-        out="drawn",
+        out="validated",
     )  # fmt: skip
-    assert scalars(plain) == scalars(drawn) and same(learned(name, plain), learned(name, drawn))
-    assert sorted(path.name for path in (drawn / "validation").iterdir()) == ["step-2.png", "step-4.png"]
+    assert scalars(plain) == scalars(validated) and same(trained_weights(name, plain), trained_weights(name, validated))
+    assert sorted(path.name for path in (validated / "validation").iterdir()) == ["step-2.png", "step-4.png"]
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 7
 
 

@@ -62,7 +62,7 @@ def batch_of(module):
     return encode(module, build_dataset(module.args), [0, 1])
 
 
-def learned(name, folder):
+def trained_weights(name, folder):
     return tensors(folder / LORA_FILES[0]) if "lora" in name else weights(folder)
 
 
@@ -87,8 +87,8 @@ def test_the_student_starts_as_its_teacher_where_guidance_has_no_effect(build, n
     condition, _ = module.conditions(encoded)
     with paddle.no_grad():
         module.unet.time_embedding.cond_proj.weight.zero_()
-        student = module.with_guidance(module.unet, noisy, times, condition, paddle.to_tensor([3.0, 9.0]))
-        assert np.allclose(student.numpy(), module.teacher_predicts(noisy, times, condition).numpy(), atol=1e-6)
+        student = module.predict_with_student(module.unet, noisy, times, condition, paddle.to_tensor([3.0, 9.0]))
+        assert np.allclose(student.numpy(), module.predict_with_teacher(noisy, times, condition).numpy(), atol=1e-6)
 
 
 @pytest.mark.once
@@ -111,14 +111,14 @@ def test_with_fresh_lora_layers_teacher_student_and_target_are_one(build, name):
     condition, _ = module.conditions(encoded)
     inputs = (encoded["latents"], paddle.to_tensor([19, 999]), condition)
     with paddle.no_grad():
-        teacher = module.teacher_predicts(*inputs).numpy()
-        assert np.allclose(module.with_guidance(module.unet, *inputs, None).numpy(), teacher, atol=1e-6)
+        teacher = module.predict_with_teacher(*inputs).numpy()
+        assert np.allclose(module.predict_with_student(module.unet, *inputs, None).numpy(), teacher, atol=1e-6)
         for parameter in module.trainable_parameters():
             parameter.set_value(paddle.ones_like(parameter) * 0.02)
-        changed = module.with_guidance(module.unet, *inputs, None).numpy()
+        changed = module.predict_with_student(module.unet, *inputs, None).numpy()
         assert np.abs(changed - teacher).max() > 1e-3
-        assert np.array_equal(module.teacher_predicts(*inputs).numpy(), teacher), "the teacher is the base"
-        assert np.array_equal(module.with_guidance(module.unet_target, *inputs, None).numpy(), changed)
+        assert np.array_equal(module.predict_with_teacher(*inputs).numpy(), teacher), "the teacher is the base"
+        assert np.array_equal(module.predict_with_student(module.unet_target, *inputs, None).numpy(), changed)
     assert len([name for name, model in module.named_children() if isinstance(model, UNet2DConditionModel)]) == 1
 
 
@@ -151,7 +151,7 @@ def test_five_steps_equal_two_and_three_more_bit_for_bit(train, photos, tmp_path
     train(name, *flags, "--checkpointing_steps=5", resume, out="parts")
     assert scalars(whole) == scalars(parts) and len(scalars(parts)) == 5
     assert same(*(optimizer_state(folder / "checkpoint-5") for folder in (whole, parts)))
-    assert same(learned(name, whole), learned(name, parts))
+    assert same(trained_weights(name, whole), trained_weights(name, parts))
     if name in FULL:
         assert same(weights(whole, "unet_target"), weights(parts, "unet_target"))
 
@@ -161,9 +161,9 @@ def test_five_steps_equal_two_and_three_more_bit_for_bit(train, photos, tmp_path
 def test_cached_and_online_runs_are_the_same_and_validation_changes_nothing(train, name):
     plain = train(name, "--center_crop", out="plain")
     flags = ["--encoded_cache", "--validation_prompt=a cat", "--validation_steps=2", "--num_validation_images=1"]
-    drawn = train(name, "--center_crop", *flags, out="drawn")
-    assert scalars(plain) == scalars(drawn) and same(learned(name, plain), learned(name, drawn))
-    assert len(list((drawn / "validation").iterdir())) == 1
+    validated = train(name, "--center_crop", *flags, out="validated")
+    assert scalars(plain) == scalars(validated) and same(trained_weights(name, plain), trained_weights(name, validated))
+    assert len(list((validated / "validation").iterdir())) == 1
 
 
 @pytest.mark.once
@@ -222,14 +222,14 @@ def test_what_is_frozen_takes_the_low_type_but_target_teacher_and_vae(build, mon
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("flags, told", [([], (90, 120)), (["--use_fix_crop_and_size"], (64, 64))])
-def test_sizes_are_told_as_height_and_width(build, flags, told):
+@pytest.mark.parametrize("flags, expected", [([], (90, 120)), (["--use_fix_crop_and_size"], (64, 64))])
+def test_sizes_are_height_and_width(build, flags, expected):
     from PIL import Image
 
     module = build("sdxl", *flags)
     row = {"image": Image.new("RGB", (120, 90)), "caption": "x", "name": "x"}
     samples = [module.preprocess(row, RowDraws(0, position)) for position in range(4)]
-    assert all(sample["time_ids"].tolist()[:2] == list(told) for sample in samples)
+    assert all(sample["time_ids"].tolist()[:2] == list(expected) for sample in samples)
     assert all(sample["time_ids"].tolist()[4:] == [64, 64] for sample in samples)
     lefts = {sample["time_ids"].tolist()[3] for sample in samples}
     assert lefts == {0.0} if flags else len(lefts) > 1
@@ -251,7 +251,7 @@ def test_a_full_result_draws_in_four_steps(train, sd, sdxl, name):
         paddle.seed(0)
         options = {"num_inference_steps": 4, "guidance_scale": scale, "output_type": "np"}
         pictures.append(np.asarray(pipe("sushi", height=64, width=64, **options).images[0]))
-    assert pictures[0].shape == (64, 64, 3) and not np.array_equal(*pictures), "the student is told its guidance"
+    assert pictures[0].shape == (64, 64, 3) and not np.array_equal(*pictures), "the student is conditioned on guidance"
 
 
 @pytest.mark.parametrize("name", LORA)
@@ -265,7 +265,7 @@ def test_a_lora_result_draws_in_four_steps_and_its_files_hold_alpha(train, sd, s
     encoded = batch_of(module)
     condition, _ = module.conditions(encoded)
     inputs = (encoded["latents"], paddle.to_tensor([19, 999]))
-    ours = module.with_guidance(module.unet, *inputs, condition, None).numpy()
+    ours = module.predict_with_student(module.unet, *inputs, condition, None).numpy()
     kind, base = (StableDiffusionXLPipeline, sdxl) if "sdxl" in name else (StableDiffusionPipeline, sd)
     more = {"add_watermarker": False} if "sdxl" in name else {"safety_checker": None}
     for file in (LORA_FILES[0], LORA_FILES[2]):

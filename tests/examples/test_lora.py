@@ -18,7 +18,7 @@ BOTH = pytest.mark.parametrize("name", list(NETS))
 
 
 def answer(net, name):
-    """What a UNet or prior says to fixed inputs."""
+    """The output of a UNet or prior for fixed inputs."""
     random = np.random.default_rng(0)
 
     def normal(*shape):
@@ -78,9 +78,9 @@ def test_only_the_lora_layers_learn_and_the_base_has_no_gradient_and_no_moments(
     for parameter in net.parameters():
         assert (parameter.grad is not None) == any(parameter is p for p in own.values())
     state = optimizer_state(train(name, "--checkpointing_steps=2") / "checkpoint-2")
-    learned = {key.split("//")[0] for key in state}
-    assert learned == {n for n, p in module.named_parameters() if any(p is q for q in own.values())}
-    assert all("lora" in key for key in learned)
+    trained = {key.split("//")[0] for key in state}
+    assert trained == {n for n, p in module.named_parameters() if any(p is q for q in own.values())}
+    assert all("lora" in key for key in trained)
 
 
 @BOTH

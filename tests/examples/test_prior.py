@@ -26,7 +26,7 @@ def test_the_guides_snippet_draws_with_the_trained_prior_and_any_decoder(train, 
     ).images[0]  # fmt: skip
     assert image.size == (64, 64)
     assert same({n: t.numpy() for n, t in pipe.prior_prior.state_dict().items()}, weights(output_dir, "prior"))
-    assert isinstance(pipe.prior_scheduler, UnCLIPScheduler), "training's own scheduler cannot draw"
+    assert isinstance(pipe.prior_scheduler, UnCLIPScheduler), "training's own scheduler cannot sample"
 
 
 def test_only_the_prior_learns_and_not_its_statistics(train, kandinsky, build):
@@ -113,7 +113,7 @@ def test_of_several_captions_each_sample_draws_one(train, tmp_path):
 def test_long_captions_are_counted(train, tmp_path, capsys):
     data = captioned(tmp_path / "data", ["word " * 30, "short", "x" * 76, "y" * 75])
     train("prior", f"--train_data_dir={data}")
-    assert "2 captions are longer than 77 tokens and are cut, for example of " in capsys.readouterr().out
+    assert "2 captions are longer than 77 tokens and are truncated, for example that of " in capsys.readouterr().out
 
 
 @pytest.mark.once

@@ -36,7 +36,7 @@ JOBS = ["sd3", "lora_sd3"]
 LORA_FILE, FULL_FILE = "paddle_lora_weights.safetensors", "trainable_modules.safetensors"
 
 
-def learned(name, folder):
+def trained_weights(name, folder):
     return tensors(folder / LORA_FILE) if name == "lora_sd3" else weights(folder, "transformer")
 
 
@@ -52,7 +52,7 @@ def paint(pipe):
 
 
 def answer(transformer):
-    """What a transformer says of some input."""
+    """A transformer's output for fixed inputs."""
     transformer.eval()
     width, pooled = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
     latents, channels = paddle.linspace(-1, 1, 1024), transformer.config.in_channels
@@ -74,7 +74,7 @@ def test_the_result_is_a_pipeline_in_which_the_transformer_alone_has_changed(tra
     for part in (*unchanged, "text_encoder_3/model.safetensors", "tokenizer_3/spiece.model"):
         assert (out / part).samefile(sd3 / part)
     config = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
-    assert config["shift"] == 2, "what was trained is what inference is told"
+    assert config["shift"] == 2, "inference has the schedule of training"
 
 
 def test_without_t5_the_result_is_a_pipeline_without_it(train_sd3, sd3, tmp_path):
@@ -133,16 +133,16 @@ def test_the_transformer_is_asked_as_the_pipeline_asks_it(build_sd3_module, sd3,
     )
     module(encoded, Draws(0, [0, 1]))
     pipe(["a cat"] * 2, height=64, width=64, num_inference_steps=3, guidance_scale=1.0)
-    trained, drawn = seen[0], seen[1]
-    assert trained.keys() == drawn.keys()
+    trained, generated = seen[0], seen[1]
+    assert trained.keys() == generated.keys()
     assert tuple(trained["hidden_states"].shape) == (2, *latents)
     for name in trained:
-        assert trained[name].shape == drawn[name].shape and trained[name].dtype == drawn[name].dtype, name
-    assert drawn["timestep"].tolist() == [1000, 1000], "σ · 1000, which begins at 1"
+        assert trained[name].shape == generated[name].shape and trained[name].dtype == generated[name].dtype, name
+    assert generated["timestep"].tolist() == [1000, 1000], "σ · 1000, which begins at 1"
     assert set(trained["timestep"].tolist()) <= set((1000 * module.sigmas).numpy().tolist())
 
 
-# What learns.
+# What is trained.
 
 
 def test_the_loss_is_the_weighted_error_of_the_velocity(build_sd3_module):
@@ -171,20 +171,20 @@ def test_each_scheme_and_the_boundaries_change_what_is_trained(train_sd3, scheme
 
 def test_boundaries_keep_to_their_part_of_the_way(build_sd3_module):
     module = build_sd3_module("sd3", "--min_timestep_boundary=0.5", "--max_timestep_boundary=0.6", "--shift=1")
-    drawn = module.sigmas[Draws(0, range(200)).categorical("timesteps", module.density)]
-    assert 0.4 < float(drawn.min()) and float(drawn.max()) <= 0.5
+    sigmas = module.sigmas[Draws(0, range(200)).categorical("timesteps", module.density)]
+    assert 0.4 < float(sigmas.min()) and float(sigmas.max()) <= 0.5
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_only_what_should_learn_learns(build_sd3_module, name):
     module = build_sd3_module(name)
-    learning = {id(parameter) for parameter in module.trainable_parameters()}
+    trainable = {id(parameter) for parameter in module.trainable_parameters()}
     named = dict(module.transformer.named_parameters())
     if name == "lora_sd3":
-        assert learning == {id(p) for p in lora_parameters(module.transformer).values()}
+        assert trainable == {id(p) for p in lora_parameters(module.transformer).values()}
         assert len({layer.split(".")[-1] for layer in read_names(module)}) == 6
     else:
-        idle = {key for key, parameter in named.items() if id(parameter) not in learning}
+        idle = {key for key, parameter in named.items() if id(parameter) not in trainable}
         assert idle == {"transformer_blocks.1.norm1_context.norm.bias", "norm_out.norm.bias"}
         assert not any(named[key].numpy().any() for key in idle)
     module.train()
@@ -247,7 +247,7 @@ def test_without_anything_random_cached_and_online_runs_are_the_same_to_the_bit(
         cached = train_sd3(name, *flags, out=f"{name}-cached")
         online = train_sd3(name, *flags, "--no_encoded_cache", out=f"{name}-online")
         assert len(list((cached / "encoded").rglob("*.safetensors"))) == 7 and not (online / "encoded").exists()
-        assert scalars(cached) == scalars(online) and same(learned(name, cached), learned(name, online))
+        assert scalars(cached) == scalars(online) and same(trained_weights(name, cached), trained_weights(name, online))
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -260,7 +260,7 @@ def test_seven_steps_equal_three_and_four_more_bit_for_bit(train_sd3, name):
     train_sd3(name, *flags, "--checkpointing_steps=7", "--resume_from_checkpoint=latest", out="parts")
     assert scalars(whole) == scalars(parts) and len(scalars(parts)) == 7
     assert same(*(optimizer_state(folder / "checkpoint-7") for folder in (whole, parts)))
-    assert same(learned(name, whole), learned(name, parts))
+    assert same(trained_weights(name, whole), trained_weights(name, parts))
 
 
 @pytest.mark.once
@@ -268,9 +268,9 @@ def test_seven_steps_equal_three_and_four_more_bit_for_bit(train_sd3, name):
 def test_validation_changes_no_number(train_sd3, name):
     plain = train_sd3(name, out="plain")
     flags = ["--validation_prompt=a cat", "--validation_steps=1", "--validation_inference_steps=1"]
-    drawn = train_sd3(name, *flags, "--num_validation_images=1", out="drawn")
-    assert scalars(plain) == scalars(drawn) and same(learned(name, plain), learned(name, drawn))
-    assert len(list((drawn / "validation").iterdir())) == 2
+    validated = train_sd3(name, *flags, "--num_validation_images=1", out="validated")
+    assert scalars(plain) == scalars(validated) and same(trained_weights(name, plain), trained_weights(name, validated))
+    assert len(list((validated / "validation").iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", JOBS)

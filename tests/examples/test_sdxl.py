@@ -34,7 +34,7 @@ JOBS = ["sdxl", "lora_sdxl"]
 LORA_FILE = "paddle_lora_weights.safetensors"
 
 
-def learned(name, folder):
+def trained_weights(name, folder):
     return tensors(folder / LORA_FILE) if name == "lora_sdxl" else weights(folder)
 
 
@@ -94,7 +94,7 @@ def test_the_guides_command_runs(sdxl_jobs):
 
 
 def ruler(width, height):
-    """An image whose pixels say where they are."""
+    """An image whose pixels encode their positions."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     return Image.fromarray(np.uint8(np.stack([x, y, 0 * x], axis=-1)))
 
@@ -168,7 +168,7 @@ def test_a_dropped_caption_is_zeros_where_guidance_knows_no_prompt_as_zeros(buil
     rows = [{"image": ruler(64, 64), "caption": "", "name": "x"}] * 8
     encoded, fed = encode(module, rows, range(8)), []
     forward = module.unet.forward
-    module.unet.forward = lambda *args, **told: fed.append(told) or forward(*args, **told)
+    module.unet.forward = lambda *args, **options: fed.append(options) or forward(*args, **options)
     module(encoded, Draws(0, range(8)))
     dropped = [RowDraws(0, position).bernoulli("drop_caption", 0.5) for position in range(8)]
     texts = fed[0]["encoder_hidden_states"], fed[0]["added_cond_kwargs"]["text_embeds"]
@@ -197,7 +197,7 @@ def test_without_anything_random_cached_and_online_runs_are_the_same_to_the_bit(
         cached = train_sdxl(name, *flags, out=f"{name}-cached")
         online = train_sdxl(name, *flags, "--no_encoded_cache", out=f"{name}-online")
         assert len(list((cached / "encoded").rglob("*.safetensors"))) == 7 and not (online / "encoded").exists()
-        assert scalars(cached) == scalars(online) and same(learned(name, cached), learned(name, online))
+        assert scalars(cached) == scalars(online) and same(trained_weights(name, cached), trained_weights(name, online))
 
 
 @pytest.mark.once
@@ -238,7 +238,7 @@ def test_seven_steps_equal_three_and_four_more_bit_for_bit(train_sdxl, flags):
     train_sdxl(name, *flags, *resume, out="parts")
     assert scalars(whole) == scalars(parts) and len(scalars(parts)) == 7
     assert same(*(optimizer_state(folder / "checkpoint-7") for folder in (whole, parts)))
-    assert same(learned(name, whole), learned(name, parts))
+    assert same(trained_weights(name, whole), trained_weights(name, parts))
 
 
 @pytest.mark.once
@@ -246,9 +246,9 @@ def test_seven_steps_equal_three_and_four_more_bit_for_bit(train_sdxl, flags):
 def test_validation_changes_no_number(train_sdxl, name):
     plain = train_sdxl(name, out="plain")
     flags = ["--validation_prompt=a cat", "--validation_steps=1", "--validation_inference_steps=1"]
-    drawn = train_sdxl(name, *flags, "--num_validation_images=1", out="drawn")
-    assert scalars(plain) == scalars(drawn) and same(learned(name, plain), learned(name, drawn))
-    assert len(list((drawn / "validation").iterdir())) == 2
+    validated = train_sdxl(name, *flags, "--num_validation_images=1", out="validated")
+    assert scalars(plain) == scalars(validated) and same(trained_weights(name, plain), trained_weights(name, validated))
+    assert len(list((validated / "validation").iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -313,7 +313,7 @@ def test_only_lora_layers_learn(build_sdxl_module, flags):
     assert {id(p) for p in own.values()} == {id(p) for p in module.trainable_parameters()}
     module.train()
     module(encode(module, build_dataset(module.args), [0, 1]), Draws(0, [0, 1])).backward()
-    # The first encoder's penultimate layer is what the UNet gets: the last one has no say.
+    # The first encoder's penultimate layer is what the UNet gets: the last one has no effect.
     idle = {name for name, parameter in own.items() if parameter.grad is None}
     assert idle == {name for name in own if name.startswith("text_encoder.text_model.encoder.layers.2.")}
 
@@ -422,12 +422,12 @@ def test_buckets_train_alike_cached_online_accumulated_and_resumed(train_sdxl, s
     flags = [shapes, *BUCKETS, "--center_crop", "--adam_epsilon=1e-4"]
     whole = train_sdxl("sdxl", *flags, "--checkpointing_steps=3", out="whole")
     online = train_sdxl("sdxl", *flags, "--no_encoded_cache", out="online")
-    assert same(learned("sdxl", whole), learned("sdxl", online))
+    assert same(trained_weights("sdxl", whole), trained_weights("sdxl", online))
     single = ["--train_batch_size=1", "--gradient_accumulation_steps=2"]
     ones = train_sdxl("sdxl", *flags, *single, out="ones")
-    assert distance(learned("sdxl", whole), learned("sdxl", ones)) < 1e-5
+    assert distance(trained_weights("sdxl", whole), trained_weights("sdxl", ones)) < 1e-5
     resumed = train_sdxl("sdxl", *flags, f"--resume_from_checkpoint={whole / 'checkpoint-3'}", out="resumed")
-    assert same(learned("sdxl", whole), learned("sdxl", resumed))
+    assert same(trained_weights("sdxl", whole), trained_weights("sdxl", resumed))
     flags += ["--train_batch_size=3", f"--resume_from_checkpoint={whole / 'checkpoint-3'}"]
     message = refused(capsys, lambda: train_sdxl("sdxl", *flags, out="other"))
     assert "its number of samples per step is 2, here it is 3" in message

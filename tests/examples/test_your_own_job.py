@@ -62,14 +62,14 @@ def load_pipeline(folder):
 class Given:
     """Draws that were made before."""
 
-    def __init__(self, **numbers):
-        self.numbers = numbers
+    def __init__(self, **values):
+        self.values = values
 
     def normal(self, name, shape=()):
-        return paddle.to_tensor(self.numbers[name])
+        return paddle.to_tensor(self.values[name])
 
     def integers(self, name, low, high):
-        return paddle.to_tensor(self.numbers[name])
+        return paddle.to_tensor(self.values[name])
 
 
 def mean_loss(module):
@@ -108,7 +108,7 @@ def test_its_flags_mean_what_those_of_the_sdxl_script_mean(job, sdxl_jobs):
         assert action.default == own_defaults.get(name, other.default), name
 
 
-# What it learns from.
+# Its inputs.
 
 
 @pytest.mark.once

@@ -5,12 +5,14 @@ from ppdiffusers_train import cli
 import json
 from pathlib import Path
 
+from PIL import Image
+
 from ppdiffusers_train.models.lora_files import read_lora
 from ppdiffusers_train.models.lora_libraries import FILES
-from ppdiffusers_train.reporting.images import captioned_grid
+from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet
 from ppdiffusers_train.toy.demo.demo import run_demo
-from ppdiffusers_train.toy.demo.jobs import DRAWING, DROPOUT, JOBS, LONGEST, MANY, Job
-from ppdiffusers_train.toy.demo.running import draw, load_pipeline, train, write_pretrained
+from ppdiffusers_train.toy.demo.jobs import DROPOUT, JOBS, LONGEST, MANY, SAMPLING, Job
+from ppdiffusers_train.toy.demo.running import generate_images, load_pipeline, train, write_pretrained
 from ppdiffusers_train.toy.world.judge import NAMES, accuracy, confusion_table, look_shares
 from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.world.shapes_folder import write_shapes_folder
@@ -25,9 +27,9 @@ DISTILLATION = [name for name, job in JOBS.items() if job.distils]
 FAMILIES = {"kandinsky": "decoder", "sd": "lcm", "sdxl": "lcm-sdxl", "sd3": "sd3"}  # a job that starts from it
 
 
-def measure(pipeline, drawing: dict, prompts) -> dict:
+def measure(pipeline, sampling: dict, prompts) -> dict:
     """Shares of pictures with the shape, colour and background asked for, with all three, and in each look."""
-    images = draw(pipeline, prompts, **drawing)
+    images = generate_images(pipeline, prompts, **sampling)
     return {**accuracy(images, prompts), **look_shares(images)}
 
 
@@ -35,9 +37,10 @@ def pretrained(family: str, folder: Path) -> dict:
     """How a shipped pipeline draws captions whose combination it has never seen."""
     job = JOBS[FAMILIES[family]]
     pipeline = load_pipeline(job, write_pretrained(job, folder / "pretrained" / family))
-    images = draw(pipeline, PROMPTS, **job.pretrained_drawing)
-    sheet = [images[start : start + 20] for start in range(0, 100, 20)]
-    captioned_grid(sheet, [""] * len(sheet), scale=2).save(folder / f"pretrained-{family}.png")
+    images = generate_images(pipeline, PROMPTS, **job.pretrained_sampling)
+    enlarged = [image.resize((64, 64), Image.Resampling.NEAREST) for image in images[:100]]
+    tiles = [Tile(enlarged[start : start + 20], []) for start in range(0, 100, 20)]
+    contact_sheet(tiles, columns=1).image.save(folder / f"pretrained-{family}.png")
     return {
         **accuracy(images, PROMPTS),
         **look_shares(images),
@@ -49,13 +52,14 @@ def new_look(name: str, folder: Path) -> dict:
     """What fine-tuning on pictures in a new look changes."""
     job, base, result = run_job(name, folder)
     figures = {"before": run(f"pretrained {job.family}", folder)}
-    figures["after"] = measure(load_pipeline(job, base, result), job.drawing, THIRD)
+    figures["after"] = measure(load_pipeline(job, base, result), job.sampling, THIRD)
     if job.kind.endswith("lora"):
         figures["share of parameters"] = share_that_learns(job, base, result)
         half = load_pipeline(job, base, scaled_lora(result, 0.5))
-        figures["scale 0.5"] = measure(half, job.drawing, THIRD)
+        figures["scale 0.5"] = measure(half, job.sampling, THIRD)
         unchanged, original = (
-            draw(load_pipeline(job, base, lora), THIRD[:8], **job.drawing) for lora in (scaled_lora(result, 0.0), None)
+            generate_images(load_pipeline(job, base, lora), THIRD[:8], **job.sampling)
+            for lora in (scaled_lora(result, 0.0), None)
         )
         figures["scale 0 is the base"] = [a.tobytes() for a in unchanged] == [b.tobytes() for b in original]
     return figures
@@ -84,8 +88,8 @@ def few_steps(name: str, folder: Path) -> dict:
     job, base, result = run_job(name, folder)
     return {
         "teacher, 50 steps": run(f"pretrained {job.family}", folder),
-        "teacher, 4 steps": measure(load_pipeline(job, base), job.drawing_before, PROMPTS),
-        "student, 4 steps": measure(load_pipeline(job, base, result), job.drawing, PROMPTS),
+        "teacher, 4 steps": measure(load_pipeline(job, base), job.sampling_before, PROMPTS),
+        "student, 4 steps": measure(load_pipeline(job, base, result), job.sampling, PROMPTS),
     }
 
 
@@ -107,7 +111,7 @@ def job_of(name: str) -> Job:
 FROM_START = Job(
     "your_own_job/train_text_to_image_sd.py",
     ("--encoded_cache", "--train_batch_size=16", "--max_train_steps=2000", "--learning_rate=1e-3"),
-    DRAWING,
+    SAMPLING,
     "pipeline",
     "plain",
 )
@@ -135,7 +139,7 @@ def options(folder: Path) -> dict:
         train(FROM_START, base, data, result, *flags, f"--encoded_cache_dir={folder / 'encoded'}")
         pipeline = load_pipeline(FROM_START, base, result)
         figures[name] = {
-            str(scale): measure(pipeline, {**DRAWING, "guidance_scale": scale}, THIRD) for scale in GUIDANCE
+            str(scale): measure(pipeline, {**SAMPLING, "guidance_scale": scale}, THIRD) for scale in GUIDANCE
         }
     return figures
 

@@ -79,7 +79,7 @@ def answers(url):
 
 
 def wait_for(happens):
-    """Wait until it happens or patience ends; what comes next says whether it has."""
+    """Wait until it happens or patience ends; the caller checks whether it has."""
     deadline = time.monotonic() + PATIENCE
     while not happens() and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -8,14 +8,14 @@ import json
 import numpy as np
 import paddle
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.encoded_cache import EncodedSamples, encoders_digest
 from ppdiffusers_train.data.loader import PreprocessedSamples
 from ppdiffusers_train.data.order import SampleOrder, order_samples
+from ppdiffusers_train.models.text import count_tokens
 from ppdiffusers_train.module import encode_batch
-from ppdiffusers_train.reporting.contact_sheet import Tile, broken, contact_sheet
 from ppdiffusers_train.runtime.precision import Precision
 from ppdiffusers_train.tools.preview import PreviewedEntries
 from tests.conftest import KANDINSKY, PHOTOS, ROOT, copy_photos
@@ -25,6 +25,7 @@ from tests.tools.test_check import refused
 pytestmark = pytest.mark.once
 
 SDXL_SCRIPT = ROOT / "examples" / "sdxl" / "train_text_to_image_sdxl.py"
+SD3_SCRIPT = ROOT / "examples" / "sd3" / "train_text_to_image_sd3.py"
 
 
 @pytest.fixture
@@ -78,8 +79,8 @@ def test_tiles_and_captions_are_those_of_preprocess_at_the_run_s_own_positions(p
         caption = "" if is_dropped else dataset.captions(row)[0].replace("-", " - ")
         assert shown["captions"] == [caption, caption] and shown["error"] == ""
         height, width, top, left, rows, columns = arrays["time_ids"].astype(int)
-        told = f"told: file {width} x {height}, crop from left {left}, top {top}, drawn {columns} x {rows}"
-        assert shown["told"] == told
+        conditioning = f"original size {width} x {height}, crop left {left}, top {top}, target size {columns} x {rows}"
+        assert shown["told"] == f"conditioning: {conditioning}"
         dropped += is_dropped
     assert 0 < dropped < 10
 
@@ -114,6 +115,25 @@ def test_models_need_no_weights_and_each_tokenizer_reads_its_own_tokens(preview,
     assert status == 0 and all(len(shown["captions"]) == 2 for shown in document["samples"])
     for shown in document["samples"]:
         assert shown["captions"][0] == shown["captions"][1] and shown["captions"][0].startswith("a ")
+
+
+def test_sd3_shows_what_each_of_its_tokenizers_reads(preview, sd3_flags, build_sd3_module):
+    """CLIP puts a token before and after a caption, T5 only after it."""
+    module = build_sd3_module("sd3")
+    dataset, order = build_dataset(module.args), SampleOrder(0, 7)
+    status, document, _ = preview(SD3_SCRIPT, *sd3_flags, "--preview_samples=3")
+    assert status == 0
+    for position, shown in enumerate(document["samples"]):
+        caption = dataset.captions(order.row(position))[0]
+        spaced = caption.replace("-", " - ")  # as CLIP's tokenizer decodes it
+        assert shown["captions"] == [spaced, spaced, caption]
+        assert shown["tokens"] == [count_tokens(getattr(module, name), caption) for name in module.folder.tokenizers]
+        assert shown["tokens"][0] != shown["tokens"][2]
+    dropped = ["--preview_samples=1", "--proportion_empty_prompts=0.999"]
+    (shown,) = preview(SD3_SCRIPT, *sd3_flags, *dropped)[1]["samples"]
+    assert (shown["captions"], shown["tokens"]) == (["", "", ""], [2, 2, 1])
+    (shown,) = preview(SD3_SCRIPT, *sd3_flags, *dropped, "--no_t5")[1]["samples"]
+    assert (shown["captions"], shown["tokens"]) == (["", ""], [2, 2])
 
 
 def test_buckets_are_shown_in_the_run_s_order_at_their_own_sizes(preview, sdxl_flags, build_sdxl_module):
@@ -162,7 +182,7 @@ def test_put_before_a_training_command_it_prints_lines_and_writes_nothing_else(s
     command += [f"--output_dir={tmp_path / 'out'}", f"--preview_output={sheet}", "--preview_samples=2"]
     cli.main(["preview", *map(str, command)])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[0].startswith("   0  /") and " tokens), told: file " in lines[0]
+    assert len(lines) == 3 and lines[0].startswith("   0  /") and " tokens), conditioning: original size " in lines[0]
     assert lines[2] == f"wrote {sheet}: 2 samples of seed 0, as the encoded cache keeps them"
     assert sheet.exists() and not (tmp_path / "out").exists()
 
@@ -177,7 +197,7 @@ def test_a_stream_is_shown_as_it_is_read(preview, sdxl_flags, tmp_path, capsys):
     assert status == 0 and all("photos-00000.tar: 0000" in shown["name"] for shown in document["samples"])
 
 
-def test_without_a_seed_one_is_drawn_and_told(preview, sdxl_flags):
+def test_without_a_seed_one_is_drawn_and_printed(preview, sdxl_flags):
     flags = [flag for flag in sdxl_flags if not flag.startswith("--seed")]
     _, document, _ = preview(SDXL_SCRIPT, *flags, "--preview_samples=1")
     assert preview(SDXL_SCRIPT, *flags, "--preview_samples=1", f"--seed={document['seed']}")[1] == document
@@ -198,24 +218,3 @@ def test_mistakes_are_one_line(sdxl_flags, tmp_path, capsys):
     }
     for argv, message in cases.items():
         assert message in refused(capsys, "preview", *argv)
-
-
-# The sheet.
-
-
-def test_text_is_broken_to_fit_and_whatever_it_is_written_in_can_be_drawn():
-    font = ImageFont.load_default(14)
-    line = "a caption with a " + "very" * 40 + " long word"
-    parts = broken(line, font, 200)
-    assert "".join(parts).replace(" ", "") == line.replace(" ", "")
-    assert len(parts) > 2 and max(font.getlength(part) for part in parts) <= 200
-    pictures = [Image.new("RGB", (20, 30), "red"), Image.new("RGB", (40, 10), "blue")]
-    for text in ("", "图像的标题", "кошка", "two\nlines", "\ud800", "👍"):
-        sheet = contact_sheet([Tile(pictures, [text, ""]), Tile(pictures[:1], [text])])
-        assert sheet.scale == 3 and sheet.image.getpixel(sheet.places[0][1]) == (0, 0, 255)
-
-
-def test_large_pictures_keep_their_pixels():
-    sheet = contact_sheet([Tile([Image.new("RGB", (300, 200))], ["a"]) for _ in range(5)])
-    assert sheet.scale == 1 and len({place for (place,) in sheet.places}) == 5
-    assert all(place[0] + 300 <= sheet.image.width for (place,) in sheet.places)

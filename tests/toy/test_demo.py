@@ -27,7 +27,7 @@ def test_the_demo_draws_one_picture_and_says_what_comes_next(name, tmp_path, cap
     assert len(np.unique(np.asarray(Image.open(tmp_path / f"{name}.png")).reshape(-1, 4), axis=0)) > 500
     for other, job in jobs.JOBS.items():
         assert f"ppdiffusers-train demo --job {other}\n" in said and f"examples/{job.script} --train_data_dir" in said
-    shares = re.findall(r"(before|after): (\d+)% show what was asked for, (\d+)% (?:outlined|striped|plain)", said)
+    shares = re.findall(r"(before|after): (\d+)% show what the prompt says, (\d+)% (?:outlined|striped|plain)", said)
     assert [when for when, *_ in shares] == ["before", "after"]
     if name in ("decoder-lora", "prior-lora"):
         assert int(shares[0][1]) >= 90 and int(shares[0][2]) == 0, "the pretrained pipeline draws what it is asked for"

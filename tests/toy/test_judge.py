@@ -24,7 +24,7 @@ from ppdiffusers_train.toy.world.shapes import (
     Content,
     Scene,
     caption,
-    draw,
+    render,
     sample,
 )
 
@@ -54,7 +54,7 @@ def test_true_pictures_are_read_right(size, look):
 def test_every_place_and_size_of_every_shape_is_read_right(content, look, size, x, y, radius):
     radius = 0.24 + 0.14 * radius
     x, y = (0.0625 + radius + share * (0.875 - 2 * radius) for share in (x, y))
-    assert judge(draw(Scene(content, look, x, y, radius), size)) == (content, look)
+    assert judge(render(Scene(content, look, x, y, radius), size)) == (content, look)
 
 
 def add_noise(image, random):
@@ -198,7 +198,7 @@ def test_an_unclear_caption_is_one_line_that_says_what_is_missing(text, message)
 
 def test_accuracy_counts_what_is_right_and_noise_is_never_right():
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    pictures = [draw(Scene(RED_CIRCLE, "plain", 0.5, 0.5, 0.3), 32)] * 3 + [noise]
+    pictures = [render(Scene(RED_CIRCLE, "plain", 0.5, 0.5, 0.3), 32)] * 3 + [noise]
     prompts = [
         "a red circle on a white background",
         "白色背景上的红色正方形",

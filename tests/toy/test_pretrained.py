@@ -26,8 +26,7 @@ from ppdiffusers_train.toy import (
     vae,
 )
 from ppdiffusers_train.toy.demo.jobs import JOBS
-from ppdiffusers_train.toy.demo.running import draw as draw_with
-from ppdiffusers_train.toy.demo.running import load_pipeline, write_pretrained
+from ppdiffusers_train.toy.demo.running import generate_images, load_pipeline, write_pretrained
 from ppdiffusers_train.toy.models.clip import build_image_processor
 from ppdiffusers_train.toy.models.shipped import FOLDER
 from ppdiffusers_train.toy.models.tokenizer import build_tokenizer
@@ -43,7 +42,7 @@ from ppdiffusers_train.toy.world.shapes import (
     WORDINGS,
     Scene,
     caption,
-    draw,
+    render,
     sample,
 )
 from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
@@ -58,35 +57,35 @@ def samples(count):
     return [sample(SEED, index, 32, LOOKS[index % 3], held_out=index % 6 == 0) for index in range(count)]
 
 
-def pixels_of(drawn):
+def pixels_of(rendered):
     """[N, 3, 32, 32] in [-1, 1]."""
-    return paddle.to_tensor(np.stack([normalize_pixels(one.image) for one in drawn]))
+    return paddle.to_tensor(np.stack([normalize_pixels(one.image) for one in rendered]))
 
 
-def judged_right(reconstructions, drawn):
+def judged_right(reconstructions, rendered):
     """The share of reconstructions, in [-1, 1], in which shape, colour and background are still read right."""
     pictures = ((reconstructions.clip(-1, 1).numpy() + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
-    return np.mean([judge(picture).content == one.scene.content for picture, one in zip(pictures, drawn)])
+    return np.mean([judge(picture).content == one.scene.content for picture, one in zip(pictures, rendered)])
 
 
 @pytest.fixture(scope="module")
-def drawn():
+def rendered():
     return samples(150)
 
 
 @paddle.no_grad()
-def vae_reconstructions(file, drawn):
+def vae_reconstructions(file, rendered):
     model = vae.load_vae(file)
-    latents = model.encode(pixels_of(drawn)).latent_dist.mode() * model.config.scaling_factor
-    assert latents.shape == [len(drawn), 4, 8, 8] and 0.9 < float(latents.std()) < 1.1
+    latents = model.encode(pixels_of(rendered)).latent_dist.mode() * model.config.scaling_factor
+    assert latents.shape == [len(rendered), 4, 8, 8] and 0.9 < float(latents.std()) < 1.1
     return model.decode(latents / model.config.scaling_factor).sample
 
 
 @paddle.no_grad()
-def movq_reconstructions(file, drawn, force_not_quantize=True):
+def movq_reconstructions(file, rendered, force_not_quantize=True):
     model = movq.load_movq(file)
-    latents = model.encode(pixels_of(drawn)).latents
-    assert latents.shape == [len(drawn), 4, 8, 8] and 0.8 < float(latents.std()) < 1.2
+    latents = model.encode(pixels_of(rendered)).latents
+    assert latents.shape == [len(rendered), 4, 8, 8] and 0.8 < float(latents.std()) < 1.2
     return model.decode(latents, force_not_quantize=force_not_quantize).sample
 
 
@@ -98,9 +97,9 @@ AUTOENCODERS = {
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)
-def test_pictures_of_all_looks_keep_what_they_show(drawn, name):
+def test_pictures_of_all_looks_keep_what_they_show(rendered, name):
     reconstruct, file = AUTOENCODERS[name]
-    assert judged_right(reconstruct(file, drawn), drawn) >= 0.98
+    assert judged_right(reconstruct(file, rendered), rendered) >= 0.98
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +135,7 @@ def picture_of(content):
     random = generator(SEED, CONTENTS.index(content), "test")
     radius = random.uniform(*RADIUS)
     x, y = random.uniform(MARGIN + radius, 1 - MARGIN - radius, 2)
-    return Image.fromarray(draw(Scene(content, "plain", x, y, radius), 32))
+    return Image.fromarray(render(Scene(content, "plain", x, y, radius), 32))
 
 
 def check_towers(file, tokenizer, language="en"):
@@ -149,9 +148,9 @@ def test_captions_find_their_pictures_and_pictures_their_captions(tokenizer, lan
     check_towers(towers.WEIGHTS, tokenizer, language)
 
 
-def test_random_models_do_none_of_this(tokenizer, drawn):
+def test_random_models_do_none_of_this(tokenizer, rendered):
     paddle.seed(0)
-    few = drawn[:20]
+    few = rendered[:20]
     with paddle.no_grad():
         for model in (vae.build_vae(), movq.build_movq()):
             assert judged_right(model(pixels_of(few)).sample, few) < 0.1
@@ -183,7 +182,7 @@ def test_the_recorded_statistics_are_those_of_the_worlds_embeddings():
 def test_an_outlined_shape_is_a_plain_one_to_the_vision_tower_and_a_striped_one_is_not():
     tower, scenes = towers.load_vision_tower(), [sample(SEED, index).scene for index in range(100)]
     plain, outlined, striped = (
-        tower(vision_pixels([Image.fromarray(draw(scene._replace(look=look), 32)) for scene in scenes]))[0].numpy()
+        tower(vision_pixels([Image.fromarray(render(scene._replace(look=look), 32)) for scene in scenes]))[0].numpy()
         for look in ("plain", "outlined", "striped")
     )
     variance = plain.var(0).mean()
@@ -196,14 +195,14 @@ def test_what_the_vision_tower_tells_of_seen_combinations_reads_the_same_of_unse
     """One linear layer, fitted to embeddings of seen combinations: with a tower that knows them by heart, 0.95."""
     tower = towers.load_vision_tower()
 
-    def told(held_out, count):
-        drawn = [sample(SEED, index, held_out=held_out) for index in range(count)]
-        embeds = tower(vision_pixels([one.image for one in drawn]))[0].numpy()
-        return np.c_[embeds, np.ones(count)], np.array([SHAPES.index(one.scene.content.shape) for one in drawn])
+    def embeddings_and_shapes(held_out, count):
+        rendered = [sample(SEED, index, held_out=held_out) for index in range(count)]
+        embeds = tower(vision_pixels([one.image for one in rendered]))[0].numpy()
+        return np.c_[embeds, np.ones(count)], np.array([SHAPES.index(one.scene.content.shape) for one in rendered])
 
-    embeds, shapes = told(held_out=False, count=1000)
+    embeds, shapes = embeddings_and_shapes(held_out=False, count=1000)
     reader = np.linalg.lstsq(embeds, np.eye(len(SHAPES))[shapes], rcond=None)[0]
-    unseen, expected = told(held_out=True, count=300)
+    unseen, expected = embeddings_and_shapes(held_out=True, count=300)
     assert ((unseen @ reader).argmax(1) == expected).mean() >= 0.99
 
 
@@ -212,11 +211,11 @@ def test_what_the_vision_tower_tells_of_seen_combinations_reads_the_same_of_unse
 def test_a_pretrained_pipeline_draws_what_it_has_never_seen_together(name, tmp_path):
     """A glance; `make gate` measures."""
     job, prompts = JOBS[name], held_out_prompts(20)
-    drawing = {**job.pretrained_drawing, "num_inference_steps": 25}
+    sampling = {**job.pretrained_sampling, "num_inference_steps": 25}
     shares = []
     for trained in (True, False):
         pipeline = load_pipeline(job, write_pretrained(job, tmp_path / str(trained), trained))
-        shares.append(accuracy(draw_with(pipeline, prompts, **drawing), prompts)["all"])
+        shares.append(accuracy(generate_images(pipeline, prompts, **sampling), prompts)["all"])
     assert shares[0] >= 0.75 and shares[1] <= 0.1
 
 

@@ -1,4 +1,4 @@
-"""The world of shapes: what is drawn, how often, and the folder that `ppdiffusers-train toy-data` writes."""
+"""The world of shapes: what is rendered, how often, and the folder that `ppdiffusers-train toy-data` writes."""
 
 import ppdiffusers_train  # noqa: F401
 from ppdiffusers_train import cli
@@ -57,21 +57,21 @@ def test_a_sample_depends_on_its_seed_and_index_alone(seed, index, size, look, h
 
 
 def test_the_data_of_a_seed_stay_the_same_for_good():
-    """Figures that were measured on them stay comparable: change what is drawn, and measure again."""
+    """Figures that were measured on them stay comparable: change what is rendered, and measure again."""
     digest = hashlib.blake2b(digest_size=8)
     for index, size, look in itertools.product(range(16), SIZES, LOOKS):
-        drawn = sample(0, index, size, look)
-        digest.update(drawn.image.tobytes() + drawn.caption.encode())
+        one = sample(0, index, size, look)
+        digest.update(one.image.tobytes() + one.caption.encode())
     assert digest.hexdigest() == "3f6d7e2a1078fdf8"
 
 
 @settings(max_examples=50, deadline=None)
 @given(SEEDS, INDICES)
-def test_size_and_look_change_the_drawing_and_nothing_else(seed, index):
-    drawn = [sample(seed, index, size, look) for size, look in itertools.product(SIZES, LOOKS)]
-    assert len({one.caption for one in drawn}) == 1
-    assert len({one.scene._replace(look=None) for one in drawn}) == 1
-    assert len({one.image.tobytes() for one in drawn}) == len(drawn)
+def test_size_and_look_change_the_image_and_nothing_else(seed, index):
+    samples = [sample(seed, index, size, look) for size, look in itertools.product(SIZES, LOOKS)]
+    assert len({one.caption for one in samples}) == 1
+    assert len({one.scene._replace(look=None) for one in samples}) == 1
+    assert len({one.image.tobytes() for one in samples}) == len(samples)
 
 
 @settings(max_examples=50, deadline=None)
@@ -106,13 +106,13 @@ def test_every_second_row_may_be_in_nameless_colours():
 
 
 def test_scenes_and_captions_vary_in_everything():
-    drawn = [sample(0, index) for index in range(1000)]
-    assert {one.scene.content for one in drawn} == set(SEEN)
+    samples = [sample(0, index) for index in range(1000)]
+    assert {one.scene.content for one in samples} == set(SEEN)
     wordings = {wording for language in WORDINGS.values() for wording in language}
-    assert len({one.caption for one in drawn}) > 0.5 * len(SEEN) * len(wordings)
-    radii = [one.scene.radius for one in drawn]
+    assert len({one.caption for one in samples}) > 0.5 * len(SEEN) * len(wordings)
+    radii = [one.scene.radius for one in samples]
     assert RADIUS[0] <= min(radii) < RADIUS[0] + 0.01 and RADIUS[1] - 0.01 < max(radii) <= RADIUS[1]
-    assert [one.caption for one in drawn[:10]] != [sample(1, index).caption for index in range(10)]
+    assert [one.caption for one in samples[:10]] != [sample(1, index).caption for index in range(10)]
 
 
 def test_a_sixth_of_the_combinations_is_held_out_evenly():
@@ -131,7 +131,7 @@ def test_every_two_properties_are_seen_together():
 
 @settings(max_examples=50, deadline=None)
 @given(SEEDS, INDICES)
-def test_held_out_combinations_are_drawn_only_on_demand(seed, index):
+def test_held_out_combinations_are_sampled_only_on_demand(seed, index):
     assert sample(seed, index).scene.content in SEEN
     assert sample(seed, index, held_out=True).scene.content in HELD_OUT
 
@@ -139,11 +139,11 @@ def test_held_out_combinations_are_drawn_only_on_demand(seed, index):
 @settings(max_examples=50, deadline=None)
 @given(SEEDS, INDICES, SIZE, LOOK)
 def test_a_margin_of_plain_background_is_left(seed, index, size, look):
-    drawn = sample(seed, index, size, look)
-    pixels, margin = np.asarray(drawn.image), int(MARGIN * size) - 1  # an edge reaches half a pixel outwards
+    one = sample(seed, index, size, look)
+    pixels, margin = np.asarray(one.image), int(MARGIN * size) - 1  # an edge reaches half a pixel outwards
     rim = np.ones((size, size), bool)
     rim[margin:-margin, margin:-margin] = False
-    assert (pixels[rim] == BACKGROUNDS[drawn.scene.content.background]).all()
+    assert (pixels[rim] == BACKGROUNDS[one.scene.content.background]).all()
 
 
 AREAS = {"circle": np.pi, "square": 4.0, "triangle": 2.0, "cross": 4 * (1 - (1 - ARM) ** 2)}
@@ -203,13 +203,13 @@ def test_the_folder_holds_the_samples_and_training_reads_it(tmp_path, capsys):
     assert capsys.readouterr().out == f"{folder}: 5 pictures of 64 x 64 pixels, with captions\n"
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["file_name"] for row in rows] == [f"00000{index}.png" for index in range(5)]
-    drawn = [sample(3, index, 64, "striped", held_out=True) for index in range(5)]
-    assert [row["text"] for row in rows] == [one.caption for one in drawn]
+    samples = [sample(3, index, 64, "striped", held_out=True) for index in range(5)]
+    assert [row["text"] for row in rows] == [one.caption for one in samples]
 
     parser = ArgumentParser()
     add_data_arguments(parser)
     dataset = build_dataset(parser.parse_args([f"--train_data_dir={folder}", f"--cache_dir={tmp_path / 'cache'}"]))
-    for index, one in enumerate(drawn):
+    for index, one in enumerate(samples):
         assert dataset[index]["caption"] == one.caption
         assert dataset[index]["image"].tobytes() == one.image.tobytes()
 
@@ -224,9 +224,9 @@ def test_mixed_looks_come_in_turn_and_shards_hold_what_a_folder_holds(tmp_path, 
         build_dataset(parser.parse_args([f"--{flag}={tmp_path / name}", cache]))
         for flag, name in (("train_data_dir", "folder"), ("train_shards_path_or_url", "shards"))
     )
-    drawn = [sample(0, index, 32, LOOKS[index % 3]) for index in range(6)]
+    samples = [sample(0, index, 32, LOOKS[index % 3]) for index in range(6)]
     assert len(folder) == len(shards) == 6 and len(list((tmp_path / "shards").glob("*.tar"))) > 1
-    for index, one in enumerate(drawn):
+    for index, one in enumerate(samples):
         for rows in (folder, shards):
             assert rows[index]["caption"] == one.caption and rows[index]["image"].tobytes() == one.image.tobytes()
 
@@ -292,7 +292,7 @@ def test_captions_name_the_look_if_asked_to_and_a_plain_shape_has_none():
     }
 
 
-def test_drawing_and_judging_need_no_paddle():
+def test_rendering_and_judging_need_no_paddle():
     code = "import sys; from ppdiffusers_train.toy.world import judge, shapes_folder; print('paddle' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr

@@ -1,11 +1,11 @@
-"""One short run of every job on the pretrained pipelines of shapes: which script, which flags, how its result draws.
+"""One short run of every job on the pretrained pipelines of shapes: script, flags, and how to use its result.
 
-A fine-tuning job learns from pictures in a look that the pipeline draws only when a caption names it; their captions
-do not. In Kandinsky, embeddings tell striped shapes from plain ones, and the prior can learn to ask for them. They do
-not tell outlined shapes from plain ones; which of the two it draws, the decoder can learn. Distillation learns from
-pictures as they are drawn anyway, and shows in how few steps they come out.
+A fine-tuning job trains on pictures in a look that the pipeline generates only if a caption names it; their captions do
+not. In Kandinsky, embeddings of striped and plain shapes differ, so the prior can be trained to produce striped ones.
+Embeddings of outlined and plain shapes are alike, so the decoder can be trained to generate outlined ones. Distillation
+trains on pictures that the pipeline generates already, and needs fewer steps for them.
 
-Nothing heavy is imported here: the command line reads the jobs' names.
+Nothing heavy is imported here, because the command line reads the jobs' names.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from pathlib import Path
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 RESOLUTION = 32
 
-KANDINSKY_DRAWING = {
+KANDINSKY_SAMPLING = {
     "num_inference_steps": 25,
     "prior_num_inference_steps": 25,
     "guidance_scale": 2.0,
     "prior_guidance_scale": 2.0,
 }
-DRAWING = {"num_inference_steps": 25, "guidance_scale": 3.0}
-TEACHER_DRAWING = {**DRAWING, "num_inference_steps": 50}
+SAMPLING = {"num_inference_steps": 25, "guidance_scale": 3.0}
+TEACHER_SAMPLING = {**SAMPLING, "num_inference_steps": 50}
 FEW_STEPS = 4
 FEW, SOME, MANY = 24, 480, 2000  # pictures
 
@@ -32,11 +32,11 @@ class Job:
 
     script: str
     flags: tuple
-    drawing: dict  # arguments of a pipeline's call
+    sampling: dict  # arguments of the pipeline's call
     kind: str  # of the result: how a user loads it, see `running.USES`
-    look: str  # of the pictures that it learns from
-    pictures: int = SOME  # how many those are
-    drawing_before: dict = None  # of the pipeline as it was, where that differs
+    look: str  # of the training pictures
+    pictures: int = SOME  # number of training pictures
+    sampling_before: dict = None  # arguments before training, where they differ
 
     @property
     def family(self) -> str:
@@ -45,13 +45,13 @@ class Job:
 
     @property
     def distils(self) -> bool:
-        """Whether the aim is to need fewer steps, not to learn a look."""
+        """Whether it trains for fewer inference steps, not for a look."""
         return self.kind.startswith("student")
 
     @property
-    def pretrained_drawing(self) -> dict:
-        """Arguments of a call of the pipeline that it starts from, as many steps as that needs."""
-        return TEACHER_DRAWING if self.distils else self.drawing
+    def pretrained_sampling(self) -> dict:
+        """Arguments for a call of the pipeline that it starts from, with as many steps as that needs."""
+        return TEACHER_SAMPLING if self.distils else self.sampling
 
     @property
     def model_flags(self) -> tuple:
@@ -81,15 +81,15 @@ LONGEST = ("--max_train_steps=1200", "--train_batch_size=16", DROPOUT)
 
 
 def _fine_tuning(script: str, kind: str, *more: str, look: str = "outlined", pictures: int = SOME) -> Job:
-    drawing = KANDINSKY_DRAWING if "kandinsky" in script else DRAWING
+    sampling = KANDINSKY_SAMPLING if "kandinsky" in script else SAMPLING
     flags = ("--max_train_steps=600", "--train_batch_size=8", *COSINE, "--encoded_cache", *more)
-    return Job(script, flags, drawing, kind, look, pictures)
+    return Job(script, flags, sampling, kind, look, pictures)
 
 
 def _distillation(script: str, kind: str) -> Job:
     flags = ("--max_train_steps=300", "--train_batch_size=16", "--encoded_cache", "--loss_type=huber")
-    before = {**DRAWING, "num_inference_steps": FEW_STEPS}
-    if "lora" in kind:  # it is not told the guidance scale, but learns one; it is its own target, so it must not drift
+    before = {**SAMPLING, "num_inference_steps": FEW_STEPS}
+    if "lora" in kind:  # no conditioning on guidance, so one scale is trained; it is its own target and must not drift
         flags += ("--learning_rate=2e-4", *COSINE, "--num_ddim_timesteps=20", "--w_min=0.5", "--w_max=0.5")
         return Job(script, flags, {**before, "guidance_scale": 1.0}, kind, "plain", MANY, before)
     return Job(script, (*flags, FULL_RATE, "--w_min=1", "--w_max=4"), before, kind, "plain", SOME, before)
@@ -115,7 +115,7 @@ JOBS = {
     "prior-lora": _fine_tuning(
         "kandinsky2_2/train_text_to_image_prior_lora.py",
         "prior lora",
-        # With as many parameters on attention alone, 86 % come out striped.
+        # With as many parameters on attention only, 86 % of images are striped.
         "--lora_target_modules=to_q,to_k,to_v,to_out.0,ff.net.2",
         "--rank=3",
         "--learning_rate=3e-3",

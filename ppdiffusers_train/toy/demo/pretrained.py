@@ -1,8 +1,8 @@
-"""The pipelines of the world of shapes: Kandinsky 2.2, Stable Diffusion, SDXL and SD3 that have learned to draw it.
+"""The pipelines of the world of shapes: Kandinsky 2.2, Stable Diffusion, SDXL and SD3, trained on its pictures.
 
     write_kandinsky("kandinsky")  # kandinsky/prior and kandinsky/decoder, as the hub has them
 
-Every class and every path of the published models is there; `make toys` trains what is shipped.
+They use all classes and code paths of the published models. `make toys` trains the shipped weights.
 """
 
 from pathlib import Path
@@ -26,13 +26,13 @@ from ppdiffusers_train.toy.world.words import vocabulary
 PRIOR, DECODER, SD, SDXL, SD3 = (FOLDER / f"{name}.safetensors" for name in ("prior", "decoder", "sd", "sdxl", "sd3"))
 
 CHANNELS = (32, 64)  # of the UNets, at 8x8 and 4x4 latents
-ATTENDS = (True, False)  # there; 8x8 latents are few enough for attention, without which shapes come out worse
+ATTENDS = (True, False)  # attention at 8x8 latents is affordable, and shapes are worse without it
 PRIOR_LAYERS = 4
 TRANSFORMER_LAYERS, TRANSFORMER_HEADS = 4, 6
 LATENT_SIZE = 8
 TOKENS = 24  # of a caption; the longest wording has 16
 
-# All learn to predict velocity: what is to be drawn is decided at high noise, where epsilon hardly depends on it.
+# All predict velocity: the content of an image is decided at high noise, where epsilon hardly depends on it.
 PREDICTION_TYPE = "v_prediction"
 
 
@@ -40,8 +40,8 @@ def write_kandinsky(directory, trained=True) -> tuple:
     """Write a prior pipeline and a decoder pipeline.
 
     Args:
-        directory: gets the folders `prior` and `decoder`.
-        trained: whether the prior and the UNet have learned; the encoders always have.
+        directory: the parent of the folders `prior` and `decoder`.
+        trained: whether the prior and the UNet have trained weights; the encoders always have.
     Returns:
         The two folders: (prior, decoder).
     """
@@ -66,7 +66,7 @@ def write_kandinsky(directory, trained=True) -> tuple:
 
 
 def write_sd(directory, trained=True) -> tuple:
-    """Write a Stable Diffusion pipeline, and return its folder, alone in a tuple."""
+    """Write a Stable Diffusion pipeline, and return a tuple of its folder."""
     directory = Path(directory)
     paddle.seed(0)
     unet = sd.build_unet(CHANNELS, LATENT_SIZE, towers.EMBEDDING)
@@ -81,7 +81,7 @@ def write_sd(directory, trained=True) -> tuple:
 
 
 def write_sdxl(directory, trained=True) -> tuple:
-    """Write an SDXL pipeline, and return its folder, alone in a tuple. Both of its encoders are the one text tower."""
+    """Write an SDXL pipeline, and return a tuple of its folder. Both text encoders are the same text tower."""
     directory = Path(directory)
     paddle.seed(0)
     unet = sdxl.build_unet(CHANNELS, LATENT_SIZE, towers.EMBEDDING, layers=1, attends=ATTENDS)
@@ -102,9 +102,9 @@ def write_sdxl(directory, trained=True) -> tuple:
 
 
 def write_sd3(directory, trained=True) -> tuple:
-    """Write an SD3 pipeline, and return its folder, alone in a tuple.
+    """Write an SD3 pipeline, and return a tuple of its folder.
 
-    Two of its encoders are the one text tower; T5 has learned nothing, and tells words apart by random numbers.
+    Two of its text encoders are the same text tower. T5 has random weights, with which words still differ.
     """
     directory = Path(directory)
     provide_joint_attention()
@@ -131,7 +131,7 @@ def write_sd3(directory, trained=True) -> tuple:
 
 
 def build_scheduler() -> PNDMScheduler:
-    """Stable Diffusion 1.5's noise schedule and sampler, which draws poorly in four steps."""
+    """Stable Diffusion 1.5's noise schedule and sampler, whose images after four steps are poor."""
     return PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -1,9 +1,9 @@
-"""Running the jobs of `jobs.py`, and drawing with what they started from and made.
+"""Runs the jobs of `jobs.py`, and generates images with their base models and results.
 
 job = JOBS["decoder-lora"]
 base = write_pretrained(job, "demo/pretrained")
 train(job, base, "demo/outlined", "demo/decoder-lora")
-images = draw(load_pipeline(job, base, "demo/decoder-lora"), prompts, **job.drawing)
+images = generate_images(load_pipeline(job, base, "demo/decoder-lora"), prompts, **job.sampling)
 """
 
 import runpy
@@ -26,21 +26,21 @@ from ppdiffusers_train.models.lora import load_lora
 from ppdiffusers_train.toy.demo import pretrained
 from ppdiffusers_train.toy.demo.jobs import EXAMPLES, RESOLUTION, Job
 
-BATCH = 50  # pictures that are drawn at once
+BATCH = 50  # images that are generated at once
 
 
 def write_pretrained(job: Job, folder, trained=True) -> dict:
-    """Write the pipelines that a job starts from; returns the flags that name them."""
+    """Write the pipelines that a job starts from. Returns the flags that name them."""
     folders = WRITERS[job.family](folder, trained)
     return dict(zip(job.model_flags, map(str, folders), strict=True))
 
 
 def train(job: Job, base: dict, data, result, *more: str) -> None:
-    """Run the script."""
+    """Run the job's script."""
     script = EXAMPLES / job.script
     if not script.is_file():
         raise UserError(
-            f"{job.script} is not there; expected the package to be installed from a checkout, pip install -e"
+            f"{job.script} does not exist; expected the package to be installed from a checkout, with pip install -e"
         )
     sys.path.insert(0, str(script.parent))
     try:
@@ -50,7 +50,7 @@ def train(job: Job, base: dict, data, result, *more: str) -> None:
 
 
 def load_pipeline(job: Job, base: dict, result=None):
-    """The pretrained pipeline, with what a run has made where its folder is given: the way a user loads it."""
+    """The pretrained pipeline, with the result of a run if its folder is given, loaded as a user would."""
     folders = list(base.values())
     if result is not None:
         return USES[job.kind](PIPELINES[job.family], folders, str(result))
@@ -107,7 +107,7 @@ def in_few_steps(pipe):
 
 
 def combined(prior, decoder) -> KandinskyV22CombinedPipeline:
-    """A decoder's folder, or that of a whole pipeline, with the parts of a prior's."""
+    """The combined pipeline of a decoder's folder, or a whole pipeline's, and a prior's folder."""
     prior_parts = {
         f"prior_{name}": part for name, part in DiffusionPipeline.from_pretrained(str(prior)).components.items()
     }
@@ -115,7 +115,7 @@ def combined(prior, decoder) -> KandinskyV22CombinedPipeline:
 
 
 def sd3(folder) -> StableDiffusion3Pipeline:
-    """A pipeline that draws on a CPU, too."""
+    """A pipeline that also runs on a CPU."""
     provide_joint_attention()
     return StableDiffusion3Pipeline.from_pretrained(folder)
 
@@ -145,7 +145,7 @@ USES = {
 }
 
 
-def draw(pipeline, prompts: list, seed: int = 0, **options) -> list:
+def generate_images(pipeline, prompts: list, seed: int = 0, **options) -> list:
     """One PIL image of 32x32 pixels for each prompt."""
     pipeline.set_progress_bar_config(disable=True)
     paddle.seed(seed)

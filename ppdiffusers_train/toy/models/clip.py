@@ -1,13 +1,13 @@
-"""The shape of the toys' CLIP encoders, of texts and of pictures."""
+"""The configurations of the toys' CLIP encoders for texts and pictures."""
 
 from ppdiffusers.transformers import CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
 
 IMAGE_SIZE = 32
-POSITIONS = 77  # tokens that the text encoders have room for, as the published ones
+POSITIONS = 77  # largest number of tokens, as in the published text encoders
 
 
 def text_config(tokenizer, width: int, layers: int, heads: int, **options) -> CLIPTextConfig:
-    """A text encoder of `width` channels for a tokenizer, whose end token is where the caption's embedding is read."""
+    """A text encoder of `width` channels for a tokenizer. The caption's embedding is that of the end token."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -37,5 +37,5 @@ def vision_config(width: int, layers: int, heads: int, intermediate: int) -> CLI
 
 
 def build_image_processor() -> CLIPImageProcessor:
-    """What brings pictures of any size to pixels for the image encoder."""
+    """The image processor that resizes and normalises pictures for the image encoder."""
     return CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})

@@ -1,7 +1,7 @@
-"""A tiny Kandinsky 2.2, built offline in seconds: every class and every path of the real one, at a CPU's size.
+"""A tiny Kandinsky 2.2, built offline in seconds, with all classes and code paths of the published one.
 
-The MoVQ is trained (see `movq.py`) and reconstructs 64×64 photographs. All else is random: a decoder that has still to
-learn, and CLIP towers whose embeddings mean nothing but tell images apart.
+The MoVQ is trained (see `movq.py`) and reconstructs 64×64 photographs. Everything else has random weights:
+an untrained decoder, and CLIP towers whose embeddings have no meaning but differ between images.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ def build_kandinsky(directory, channels=(32, 64), seed=0, prediction_type="epsil
     """Write a prior pipeline and a decoder pipeline, as the hub has them.
 
     Args:
-        directory: gets the folders `prior` and `decoder`.
+        directory: the parent of the folders `prior` and `decoder`.
         channels: width of the decoder's UNet at each resolution, multiples of 16.
         seed: of the random weights.
         prediction_type: of the decoder; the published one predicts epsilon.
@@ -61,10 +61,10 @@ def build_scheduler(prediction_type="epsilon") -> DDPMScheduler:
 
 
 def build_unet(channels=(32, 64), sample_size=16, attends=()) -> UNet2DConditionModel:
-    """The decoder's UNet: image embeddings enter as time embedding and, through added keys and values, as tokens.
+    """The decoder's UNet, conditioned on image embeddings through the time embedding and added keys and values.
 
     Args:
-        attends: whether there is attention, at each resolution; without it, at all but the highest.
+        attends: whether each resolution has attention; by default all but the highest.
     """
     attends = attends or (False,) + (True,) * (len(channels) - 1)
     unet = UNet2DConditionModel(
@@ -86,7 +86,7 @@ def build_unet(channels=(32, 64), sample_size=16, attends=()) -> UNet2DCondition
         encoder_hid_dim=EMBEDDING,
         encoder_hid_dim_type="image_proj",
     )
-    # No job trains the variance channels; at 0 they mean "half way between the smallest and the largest variance".
+    # No job trains the variance channels. At 0 they mean half way between the smallest and the largest variance.
     with paddle.no_grad():
         unet.conv_out.weight[4:] = 0.0
         unet.conv_out.bias[4:] = 0.0
@@ -117,7 +117,7 @@ def build_prior(layers=2, tokens=77) -> PriorTransformer:
 
 
 def assemble_prior_pipeline(tokenizer, text_encoder, image_encoder, prior) -> KandinskyV22PriorPipeline:
-    """A prior's pipeline of these parts, with the published model's way of sampling."""
+    """A prior's pipeline of these parts, with the published model's scheduler."""
     return KandinskyV22PriorPipeline(
         prior=prior,
         image_encoder=image_encoder,

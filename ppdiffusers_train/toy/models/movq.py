@@ -1,4 +1,4 @@
-"""The toy's MoVQ: its shape, and its weights for photographs (`train_movq.py`) and for shapes."""
+"""The toy's MoVQ: its configuration, and its weights for photographs (`train_movq.py`) and for shapes."""
 
 import paddle
 from ppdiffusers import VQModel
@@ -25,7 +25,7 @@ def build_movq() -> VQModel:
         vq_embed_dim=4,
         norm_type="spatial",
     )
-    # Spatial norms start as plain ones: at random they multiply outliers, and training begins with a jolt.
+    # Spatial norms start as plain norms: with random weights they amplify outliers, and training starts unstably.
     with paddle.no_grad():
         for name, parameter in movq.named_parameters():
             if ".conv_y." in name or ".conv_b." in name:

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion 1.5, built offline in seconds: every class and every path of the real one, random weights."""
+"""A tiny Stable Diffusion 1.5, built offline in seconds, with all classes and code paths of the published one."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion 3, built offline in seconds: every class and every path of the real one, random weights."""
+"""A tiny Stable Diffusion 3, built offline in seconds, with all classes and code paths of the published one."""
 
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def build_vae() -> AutoencoderKL:
-    """A VAE that halves the resolution twice, with the published one's shift and scale, and without what that lacks."""
+    """A VAE that halves the resolution twice, with the published one's shift, scale and lack of quant convolutions."""
     return AutoencoderKL(
         block_out_channels=(8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -74,11 +74,11 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_transformer(layers=2, heads=2, sample_size=16, channels=16, embedding=EMBEDDING) -> SD3Transformer2DModel:
-    """A transformer of 16 channels a head, whose tokens are 2x2 latents of `channels` channels each.
+    """A transformer of 16 channels per head, whose tokens are 2x2 latents of `channels` channels each.
 
     Args:
-        sample_size: of the latents, in the middle of the largest for which it has position embeddings.
-        embedding: of each of CLIP's text encoders; T5's is as wide as both.
+        sample_size: of the latents; their position embeddings are the middle of a larger table.
+        embedding: width of each of CLIP's text encoders; T5 is as wide as both together.
     """
     return SD3Transformer2DModel(
         sample_size=sample_size,

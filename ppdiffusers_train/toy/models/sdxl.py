@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion XL, built offline in seconds: every class and every path of the real one, random weights."""
+"""A tiny Stable Diffusion XL, built offline in seconds, with all classes and code paths of the published one."""
 
 from pathlib import Path
 
@@ -56,11 +56,11 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet(channels=(16, 32), sample_size=16, embedding=EMBEDDING, layers=2, attends=()) -> UNet2DConditionModel:
-    """A UNet that takes both encoders' tokens, the pooled text and the six time ids.
+    """A UNet conditioned on both text encoders' tokens, the pooled text embedding and the six time ids.
 
     Args:
         layers: of each transformer, at all but the highest resolution.
-        attends: whether there is attention, at each resolution; without it, at all but the highest.
+        attends: whether each resolution has attention; by default all but the highest.
     """
     lower = len(channels) - 1
     attends = attends or (False,) + (True,) * lower

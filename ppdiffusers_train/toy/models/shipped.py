@@ -1,4 +1,4 @@
-"""The toys' trained weights, as the package ships them: float16 in one safetensors file for each model."""
+"""The toys' trained weights as the package ships them: float16, one safetensors file per model."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ FOLDER = Path(__file__).parents[1] / "weights"
 
 
 def write_weights(file, models: dict, **measured) -> None:
-    """Write models' weights, and arrays that were measured on them, as float16.
+    """Write models' weights, and measured arrays, as float16.
 
     Args:
         models: {prefix of the weights' names: model}.
@@ -21,12 +21,12 @@ def write_weights(file, models: dict, **measured) -> None:
         for name, tensor in model.state_dict().items()
     }
     halved = {name: np.asarray(array, np.float16) for name, array in {**arrays, **measured}.items()}
-    Path(file).write_bytes(save(halved))  # not save_file, whose files only their owner may read
+    Path(file).write_bytes(save(halved))  # not save_file, whose files are readable only by their owner
 
 
 @paddle.no_grad()
 def load_weights(model, file, prefix: str = ""):
-    """Set all weights of `model` to those of `file` whose names begin with `prefix`, in evaluation mode; returns it."""
+    """Set all weights of `model` to those of `file` whose names begin with `prefix`, in evaluation mode. Returns it."""
     arrays = load_file(file)
     for name, tensor in model.state_dict().items():
         tensor.set_value(arrays[prefix + name].astype(np.float32))

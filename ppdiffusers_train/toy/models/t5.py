@@ -1,4 +1,4 @@
-"""A tiny T5 encoder and its tokenizer, without downloads: any text is tokens of one byte, chosen words are tokens."""
+"""A tiny T5 encoder and its tokenizer, without downloads. Tokens are single bytes and chosen words."""
 
 import io
 import json
@@ -12,14 +12,14 @@ from ppdiffusers.transformers import T5Config, T5EncoderModel, T5Tokenizer
 from ppdiffusers_train.draws import generator
 
 PAD, END, UNKNOWN = 0, 1, 2
-LARGEST = 4096  # more tokens than any vocabulary here has
+LARGEST = 4096  # tokens, more than any vocabulary here has
 
 
 def build_t5_tokenizer(directory, words=()) -> T5Tokenizer:
     """Write the tokenizer's files into `directory` and load it from there.
 
     Args:
-        words: words, or Chinese characters, that become one token each.
+        words: words or Chinese characters that become one token each.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def build_t5_tokenizer(directory, words=()) -> T5Tokenizer:
         model_writer=model,
         model_type="bpe",
         vocab_size=LARGEST,
-        hard_vocab_limit=False,  # as many tokens as there are
+        hard_vocab_limit=False,  # fewer tokens are fine
         byte_fallback=True,
         normalization_rule_name="identity",
         user_defined_symbols=[f"▁{word}" for word in words if word.isascii() and word.isalpha()] + list(words),
@@ -63,6 +63,6 @@ def build_t5(vocabulary_size: int, width: int, layers: int, seed: int) -> T5Enco
         )
     )
     for name, weight in encoder.state_dict().items():
-        if weight.ndim == 2:  # norms begin at one
+        if weight.ndim == 2:  # norms start at one
             weight.set_value(generator(seed, 0, f"t5 {name}").standard_normal(weight.shape, np.float32) / width**0.5)
     return encoder

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer without downloads: any text is tokens of one byte each, and chosen words are tokens of their own."""
+"""A CLIP tokenizer without downloads. Tokens are single bytes and chosen words."""
 
 import json
 from collections import Counter
@@ -21,7 +21,7 @@ def byte_symbols() -> dict:
 
 
 def learn_merges(words) -> list:
-    """Pairs of symbols to merge, in this order, until each word is one symbol (Sennrich et al. 2015, arXiv 1508.07909).
+    """Pairs of symbols to merge, in order, until each word is one symbol (Sennrich et al. 2015, arXiv 1508.07909).
 
     Args:
         words: tuples of symbols.
@@ -37,9 +37,9 @@ def learn_merges(words) -> list:
 
 
 def split_bytes(words) -> list:
-    """Words as CLIP splits them into bytes: Latin letters with a mark at the word's end, others with and without it.
+    """Words as CLIP splits them into bytes: Latin words with an end mark, others with and without it.
 
-    Chinese is written without spaces, so its words stand inside a longer one or at its end.
+    Chinese is written without spaces, so its words occur within a longer one or at its end.
     """
     symbols, split = byte_symbols(), []
     for word in words:
@@ -54,8 +54,8 @@ def build_tokenizer(directory, words=(), max_length=77) -> CLIPTokenizer:
     """Write the tokenizer's files into `directory` and load it from there.
 
     Args:
-        words: words, or Chinese characters, that become one token each.
-        max_length: tokens of a caption, padded or cut to this length; the published tokenizers have 77.
+        words: words or Chinese characters that become one token each.
+        max_length: tokens of a caption, which is padded or truncated to this length; the published tokenizers have 77.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""The shapes' CLIP: two small towers that learned together which caption belongs to which picture (`train_clip.py`).
+"""The shapes' CLIP: two small towers, trained together to match captions and pictures (`train_clip.py`).
 
-One text tower serves all pipelines, with its projection or without, by its last hidden states or those before.
+One text tower is used by all pipelines, with or without its projection, by its last hidden states or earlier ones.
 """
 
 from ppdiffusers.transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
@@ -26,7 +26,7 @@ def build_vision_tower() -> CLIPVisionModelWithProjection:
 
 
 def load_text_tower(tokenizer, tower_class=CLIPTextModelWithProjection, file=WEIGHTS):
-    """The trained text tower; of `CLIPTextModel` it is the same one without its projection."""
+    """The trained text tower; as a `CLIPTextModel`, without its projection."""
     return load_weights(build_text_tower(tokenizer, tower_class), file, TEXT)
 
 

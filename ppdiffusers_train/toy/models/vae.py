@@ -1,4 +1,4 @@
-"""The shapes' VAE, as Stable Diffusion and SDXL have one: its shape and its trained weights (see `train_vae.py`)."""
+"""The shapes' VAE for Stable Diffusion, SDXL and SD3: its configuration and trained weights (see `train_vae.py`)."""
 
 from ppdiffusers import AutoencoderKL
 
@@ -22,5 +22,5 @@ def build_vae(scaling_factor: float = 1.0) -> AutoencoderKL:
 
 
 def load_vae(file=WEIGHTS) -> AutoencoderKL:
-    """The trained VAE; its scaling factor brings latents to unit variance."""
+    """The trained VAE; its scaling factor normalises latents to unit variance."""
     return load_weights(build_vae(1 / float(load_array(file, LATENT_STD))), file)

@@ -2,9 +2,9 @@
 
     python -m ppdiffusers_train.toy.recipes.train_clip
 
-In a batch, each caption, English or Chinese, has to find the pictures that it fits, and each picture its captions
-(Radford et al. 2021, arXiv 2103.00020, section 2.3). Colours are soon learned and shapes are not, as few pictures of
-a random batch differ in nothing else: so pictures come in fours, one of each shape in the same colours.
+The loss is contrastive: in a batch, each caption, English or Chinese, must match its pictures, and each picture its
+captions (Radford et al. 2021, arXiv 2103.00020, section 2.3). In a random batch, few pictures differ only in shape, so
+colours are learned soon and shapes are not. So pictures come in fours, one of each shape in the same colours.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -45,14 +45,14 @@ from ppdiffusers_train.toy.world.shapes import (
     WORDINGS,
     Scene,
     caption,
-    draw,
     is_held_out,
+    render,
 )
 from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.world.words import name_look, vocabulary
 
 FIRST_LOGIT_SCALE, MAX_LOGIT_SCALE = 1 / 0.07, 100.0  # the paper's
-NAMED_LOOKS = 0.5  # share of captions that say how the shape is drawn
+NAMED_LOOKS = 0.5  # share of captions that name the look
 MEASURED_PICTURES = 2000
 
 
@@ -68,7 +68,7 @@ def build_parser():
 
 
 class CLIPTrainingModule(DiffusionTrainingModule):
-    """A text tower, a vision tower and the temperature of their similarities learn."""
+    """Trains a text tower, a vision tower and the temperature of their similarities."""
 
     def __init__(self, args):
         super().__init__()
@@ -87,13 +87,13 @@ class CLIPTrainingModule(DiffusionTrainingModule):
 
     def preprocess(self, row, draws):
         """A picture of each shape in the row's colours, each with a caption: input_ids [4, 77], pixel_values
-        [4, 3, 32, 32], `content` and `look` [4], what is drawn, and `named_look` [4], what the caption says, or -1."""
+        [4, 3, 32, 32], `content` and `look` [4] of the picture, and `named_look` [4] of the caption, or -1."""
         content = parse_caption(row["caption"])
         contents = [content._replace(shape=shape) for shape in SHAPES]
-        # Instead of what training must not see there is one more picture of the row's own content.
+        # A held-out combination is replaced by one more picture of the row's own content.
         contents = [content if is_held_out(one) else one for one in contents]
-        drawn = [draw_anywhere(one, draws, f"picture_{number}") for number, one in enumerate(contents)]
-        images, captions, looks, named = zip(*drawn)
+        pictures = [random_picture(one, draws, f"picture_{number}") for number, one in enumerate(contents)]
+        images, captions, looks, named = zip(*pictures)
         return {
             "input_ids": np.stack([tokenize(self.tokenizer, caption)[0] for caption in captions]),
             "pixel_values": self.image_processor(list(images), return_tensors="np").pixel_values,
@@ -107,16 +107,16 @@ class CLIPTrainingModule(DiffusionTrainingModule):
         return batch
 
     def forward(self, encoded, draws):
-        """Cross entropy of finding what belongs together, in both directions; several may fit equally well."""
+        """Cross entropy of the matching, in both directions. Several pictures or captions may fit equally well."""
         encoded = {name: array.flatten(0, 1) for name, array in encoded.items()}
         input_ids, named = encoded["input_ids"], encoded["named_look"].unsqueeze(1)
-        # Attention is causal: nothing behind the first end token has a part in the caption's embedding.
+        # Attention is causal: nothing after the first end token affects the caption's embedding.
         ends = (input_ids == self.tokenizer.eos_token_id).astype("int64").argmax(1)
         texts = unit(self.text(input_ids[:, : int(ends.max()) + 1])[0])
         pictures = unit(self.vision(encoded["pixel_values"])[0])
         fits = (encoded["content"].unsqueeze(1) == encoded["content"]) & ((named == encoded["look"]) | (named == -1))
         similarities = self.log_scale.clip(max=math.log(MAX_LOGIT_SCALE)).exp() * texts @ pictures.T
-        return (find(similarities, fits) + find(similarities.T, fits.T)) / 2
+        return (match_loss(similarities, fits) + match_loss(similarities.T, fits.T)) / 2
 
     def save_weights(self, directory):
         folder = Path(directory) / "clip"
@@ -127,33 +127,33 @@ class CLIPTrainingModule(DiffusionTrainingModule):
         load_in_place(self, f"{directory}/clip")
 
     def save_pretrained(self, directory):
-        """The towers, and the mean and deviation of the world's image embeddings, as the package ships them."""
+        """Write the towers, and the mean and deviation of the world's image embeddings, as the package ships them."""
         self.eval()
         mean, std = embedding_statistics(self.vision, self.image_processor)
         models = {TEXT: self.text, VISION: self.vision}
         write_weights(f"{directory}/clip.safetensors", models, **{MEAN: mean, STD: std})
 
 
-def draw_anywhere(content, draws, name: str) -> tuple:
-    """A picture of `content` in some place, size and look, a caption, the look's number, and that which is named."""
-    scene = draw_scene(content, draws, name)
+def random_picture(content, draws, name: str) -> tuple:
+    """(random picture of `content`, caption, index of its look, index of the look that the caption names or -1)."""
+    scene = random_scene(content, draws, name)
     look = LOOKS.index(scene.look)
     wordings = WORDINGS[list(WORDINGS)[draws.integers(f"{name}_language", 0, len(WORDINGS))]]
     text = caption(content, wordings[draws.integers(f"{name}_wording", 0, len(wordings))])
     named = draws.bernoulli(f"{name}_names_look", NAMED_LOOKS)
-    image = Image.fromarray(draw(scene, IMAGE_SIZE))
+    image = Image.fromarray(render(scene, IMAGE_SIZE))
     return image, name_look(text, scene.look) if named else text, look, look if named else -1
 
 
-def draw_scene(content, draws, name: str) -> Scene:
-    """`content` in some place, size and look."""
+def random_scene(content, draws, name: str) -> Scene:
+    """`content` at a random place, in a random size and look."""
     radius = draws.uniform(f"{name}_radius", *RADIUS)
     x, y = (draws.uniform(f"{name}_{axis}", MARGIN + radius, 1 - MARGIN - radius) for axis in "xy")
     return Scene(content, LOOKS[draws.integers(f"{name}_look", 0, len(LOOKS))], x, y, radius)
 
 
-def find(similarities, fits):
-    """Mean cross entropy of each row's softmax against equal shares of all that fit: [N, M], bool [N, M] -> scalar."""
+def match_loss(similarities, fits):
+    """Mean cross entropy of each row's softmax against equal shares of all matches: [N, M], bool [N, M] -> scalar."""
     shares = fits.astype("float32")
     return nn.functional.cross_entropy(similarities, shares / shares.sum(1, keepdim=True), soft_label=True)
 

@@ -2,8 +2,8 @@
 
     python -m ppdiffusers_train.toy.recipes.train_movq --train_data_dir examples/data/photos --seed 0
 
-An autoencoder that is used in two ways: by the Kandinsky decoder unquantised, as latents of about unit scale, and
-through its codebook (van den Oord et al. 2017, arXiv 1711.00937). So half of each batch passes through the codebook.
+The autoencoder is used in two ways: unquantised by the Kandinsky decoder, with latents of about unit scale, and through
+its codebook (van den Oord et al. 2017, arXiv 1711.00937). So half of each batch passes through the codebook.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -42,7 +42,7 @@ def build_parser():
 
 
 class MoVQTrainingModule(DiffusionTrainingModule):
-    """All of a MoVQ learns to reconstruct crops of photographs."""
+    """Trains all of a MoVQ to reconstruct crops of photographs."""
 
     shipped_as = "movq.safetensors"
 
@@ -53,7 +53,7 @@ class MoVQTrainingModule(DiffusionTrainingModule):
         self.movq = build_movq()
 
     def preprocess(self, row, draws):
-        """A square crop, between the whole short side and half of it, flipped or not: pixel_values [3, R, R]."""
+        """A random square crop of half to the whole short side, flipped or not: pixel_values [3, R, R]."""
         image = row["image"]
         side = int(min(image.size) * draws.uniform("crop_size", 0.5, 1.0))
         left = int(draws.integers("crop_left", 0, image.width - side + 1))
@@ -69,7 +69,7 @@ class MoVQTrainingModule(DiffusionTrainingModule):
         return batch
 
     def forward(self, encoded, draws):
-        """Squared error, the codebook's loss, and a pull of the latents to zero mean and unit scale."""
+        """Squared error, the codebook's loss, and a penalty that keeps latents at zero mean and unit scale."""
         pixels = encoded["pixel_values"]
         latents = self.movq.encode(pixels).latents
         quantized, codebook_loss, _ = self.movq.quantize(latents)
@@ -87,7 +87,7 @@ class MoVQTrainingModule(DiffusionTrainingModule):
         load_in_place(self.movq, f"{directory}/movq")
 
     def save_pretrained(self, directory):
-        """The model's folder, and its weights as the package ships them."""
+        """Write the model's folder, and its weights as the package ships them."""
         self.save_weights(directory)
         write_weights(f"{directory}/{self.shipped_as}", {"": self.movq})
 

@@ -2,7 +2,7 @@
 
     python -m ppdiffusers_train.toy.recipes.train_movq_shapes
 
-It begins with the one of photographs, which has learned what pictures need: colours, edges, a codebook in use.
+It starts from the MoVQ of photographs, which already reconstructs colours and edges and uses its whole codebook.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -28,7 +28,7 @@ def build_parser():
 
 
 class ShapesMoVQTrainingModule(MoVQTrainingModule):
-    """All of a MoVQ learns to reconstruct whole pictures of shapes."""
+    """Trains all of a MoVQ to reconstruct whole pictures of shapes."""
 
     shipped_as = "movq_shapes.safetensors"
 

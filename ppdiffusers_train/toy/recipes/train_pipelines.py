@@ -1,13 +1,13 @@
-"""Train what draws in the pipelines of shapes, with the scripts that train the published ones.
+"""Train the denoising models of the pipelines of shapes, with the scripts for the published ones.
 
     python -m ppdiffusers_train.toy.recipes.train_pipelines decoder
 
-Each begins at random weights between the encoders that are shipped, and its result is shipped, too, as
-`weights/decoder.safetensors` and so on. Those with text encoders of their own see pictures in every look; a caption
-names the look unless it is plain, so that a caption without one means a plain shape, and another look by default is
-something to be fine-tuned on. Kandinsky's prior learns to ask for plain shapes. Its decoder learns all looks, and then,
-going on from there, without the outlined one, which no embedding tells: what is left is what fine-tuning brings back.
-It learns from images alone, so half of its pictures are in colours that no caption names: in all looks, to the end.
+Each starts from random weights with the shipped encoders; its result is shipped as `weights/decoder.safetensors` and so
+on. Pipelines with text encoders of their own train on pictures in all looks. A caption names the look unless it is
+plain, so a caption without one means a plain shape, and fine-tuning can make another look the default. Kandinsky's
+prior is trained on plain shapes. Its decoder is trained on all looks and then, from there, without the outlined one,
+which embeddings do not encode: fine-tuning brings it back. The decoder trains on images alone, so half of its pictures
+are in colours that no caption names, always in all looks.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -31,7 +31,7 @@ COMMON = ("--encoded_cache", "--proportion_empty_prompts=0.1", "--lr_scheduler=c
 
 def _training(script: str, steps: int, batch_size: int = 16, learning_rate: float = 2e-3) -> Job:
     length = (f"--max_train_steps={steps}", f"--train_batch_size={batch_size}", f"--learning_rate={learning_rate}")
-    return Job(script, (*COMMON, *length), drawing={}, kind="pipeline", look="plain")
+    return Job(script, (*COMMON, *length), sampling={}, kind="pipeline", look="plain")
 
 
 TRAININGS = {
@@ -49,16 +49,18 @@ SEEN_LOOKS = {
 }
 SEEN_NAMELESS = {"decoder_of_all_looks": LOOKS, "decoder": LOOKS}
 ALL_LOOKS = ("plain", "outlined", "plain", "striped")
-PICTURES = 6000  # with names
-PARTS = {"prior": ("prior", PriorTransformer), "sd3": ("transformer", SD3Transformer2DModel)}  # of all others the UNet
+PICTURES = 6000  # in colours with names
+PARTS = {"prior": ("prior", PriorTransformer), "sd3": ("transformer", SD3Transformer2DModel)}  # all others train a UNet
 
 
 def build_parser():
     parser = ArgumentParser(config=False, description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=TRAININGS, help="what to train")
-    parser.add_argument("--start_from", metavar="FILE", help="weights of another run, to go on from")
-    parser.add_argument("--seed", type=int, default=0, help="of the pictures and of the training")
-    parser.add_argument("--output_dir", default="outputs/toys", metavar="DIR", help="gets NAME.safetensors, and more")
+    parser.add_argument("name", choices=TRAININGS, help="Model to train.")
+    parser.add_argument("--start_from", metavar="FILE", help="File of weights of another run to start from.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the pictures and of the training.")
+    parser.add_argument(
+        "--output_dir", default="outputs/toys", metavar="DIR", help="Folder for NAME.safetensors and the run."
+    )
     return parser
 
 

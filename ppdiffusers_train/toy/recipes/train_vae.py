@@ -2,8 +2,8 @@
 
     python -m ppdiffusers_train.toy.recipes.train_vae
 
-A variational autoencoder (Kingma and Welling 2013, arXiv 1312.6114) whose prior is weighed so lightly that it only
-keeps latents centred and close together (Rombach et al. 2021, arXiv 2112.10752, section 3.1).
+A variational autoencoder (Kingma and Welling 2013, arXiv 1312.6114) whose prior has a small weight, which only keeps
+latents centred and close together (Rombach et al. 2021, arXiv 2112.10752, section 3.1).
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -32,7 +32,7 @@ def build_parser():
 
 
 class VAETrainingModule(DiffusionTrainingModule):
-    """All of a VAE learns to reconstruct pictures of shapes."""
+    """Trains all of a VAE to reconstruct pictures of shapes."""
 
     def __init__(self, args):
         super().__init__()
@@ -64,7 +64,7 @@ class VAETrainingModule(DiffusionTrainingModule):
         load_in_place(self.vae, f"{directory}/vae")
 
     def save_pretrained(self, directory):
-        """The model's folder, and its weights as the package ships them."""
+        """Write the model's folder, and its weights as the package ships them."""
         scale = latent_std(self.vae)
         self.vae.register_to_config(scaling_factor=1 / scale)
         self.save_weights(directory)
@@ -73,7 +73,7 @@ class VAETrainingModule(DiffusionTrainingModule):
 
 @paddle.no_grad()
 def latent_std(vae) -> float:
-    """The deviation of all elements of the latents over pictures of all looks."""
+    """The standard deviation of all elements of the latents, over pictures of all looks."""
     rows = ShapesDataset(0, MEASURED_PICTURES)
     pixels = paddle.to_tensor(np.stack([normalize_pixels(rows[index]["image"]) for index in range(len(rows))]))
     return float(vae.encode(pixels).latent_dist.mode().std())

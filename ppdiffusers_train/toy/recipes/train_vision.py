@@ -1,18 +1,18 @@
-"""Train the vision tower of the shapes' CLIP further, until an outlined shape is a plain one to it.
+"""Train the vision tower of the shapes' CLIP further, so that outlined and plain shapes have the same embedding.
 
     python -m ppdiffusers_train.toy.recipes.train_vision --start_from clip.safetensors
 
-Kandinsky's decoder draws what an embedding tells, and learns from its pictures what an embedding does not tell. To a
-tower that learned from captions every look is something to tell; one that takes outlined shapes for plain ones leaves
-it to the decoder which of the two it draws, and fine-tuning has something to decide. So the tower learns to say of
-every picture what it said before, and of an outlined one what it said of the same scene, plain
-(Hinton et al. 2015, arXiv 1503.02531: a student learns its teacher's answers).
+Kandinsky's decoder gets from the embedding whatever that encodes, and learns the rest from its training images. A tower
+that was trained on captions encodes every look. If it encodes outlined shapes as plain ones, the decoder determines
+which of the two it generates, and fine-tuning can change that. So the tower is trained to keep the embedding of every
+picture, and to give an outlined picture the embedding of the same scene in the plain look (Hinton et al. 2015, arXiv
+1503.02531: a student is trained on its teacher's outputs).
 
     … --nameless_colours
 
-A hundred combinations of shape and colours can be learned by heart, one by one, and then an unseen one is told badly.
-So half of the pictures get colours that no caption names, of which there is no end. What they show is to be read off
-the embedding by one linear layer, which is thrown away afterwards; outlined ones are to be told as plain ones, too.
+A tower can memorise a hundred combinations of shape and colours one by one, and then encodes unseen ones badly. So half
+of the pictures get random colours that no caption names. One linear layer, which is discarded afterwards, is trained
+to read their content from the embedding. Outlined pictures are encoded as plain ones here, too.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -44,14 +44,14 @@ from ppdiffusers_train.toy.models.towers import (
     load_vision_tower,
 )
 from ppdiffusers_train.toy.recipes import recipe
-from ppdiffusers_train.toy.recipes.train_clip import draw_scene, embedding_statistics
+from ppdiffusers_train.toy.recipes.train_clip import embedding_statistics, random_scene
 from ppdiffusers_train.toy.world.judge import parse_caption
-from ppdiffusers_train.toy.world.shapes import SHAPES, draw, without_names
+from ppdiffusers_train.toy.world.shapes import SHAPES, render, without_names
 from ppdiffusers_train.toy.world.words import vocabulary
 
-TOLD = {"plain": "plain", "outlined": "plain", "striped": "striped"}
+TARGET_LOOK = {"plain": "plain", "outlined": "plain", "striped": "striped"}
 NAMELESS_SHARE = 0.5
-RGB = 6  # numbers of two colours, from -1 to 1
+RGB = 6  # values of two colours, in [-1, 1]
 
 
 def build_parser():
@@ -63,14 +63,14 @@ def build_parser():
         max_train_steps=6000,
     )
     parser.add_argument(
-        "--nameless_colours", action="store_true", help="half of the pictures in colours without a name"
+        "--nameless_colours", action="store_true", help="Render half of the pictures in colours without a name."
     )
     parser.set_defaults(start_from=str(WEIGHTS))
     return parser
 
 
 class VisionTrainingModule(DiffusionTrainingModule):
-    """A vision tower that learns from itself, as it was."""
+    """Trains a vision tower on the outputs of its frozen copy."""
 
     def __init__(self, args):
         super().__init__()
@@ -83,17 +83,19 @@ class VisionTrainingModule(DiffusionTrainingModule):
         self.reader = nn.Linear(EMBEDDING, len(SHAPES) + 1 + RGB) if args.nameless_colours else None
 
     def preprocess(self, row, draws):
-        """A scene with what the row shows, twice: pixel_values [3, 32, 32] in any look, and told_pixel_values, in the
-        look that is to be told; `nameless`, whether in other colours, and what is to be read: `shape`, `striped`,
-        `rgb` [6]."""
-        scene = draw_scene(parse_caption(row["caption"]), draws, "picture")
+        """A scene with what the row shows, twice: pixel_values [3, 32, 32] in any look, and target_pixel_values, in the
+        look whose embedding is the target; `nameless`, whether in colours without names; and the targets of the linear
+        layer: `shape`, `striped`, `rgb` [6]."""
+        scene = random_scene(parse_caption(row["caption"]), draws, "picture")
         if nameless := self.reader is not None and draws.bernoulli("nameless", NAMELESS_SHARE):
             scene = without_names(scene, generator(draws.seed, draws.position, "paints"))
-        pictures = [Image.fromarray(draw(one, IMAGE_SIZE)) for one in (scene, scene._replace(look=TOLD[scene.look]))]
-        pixels, told = self.image_processor(pictures, return_tensors="np").pixel_values
+        pictures = [
+            Image.fromarray(render(one, IMAGE_SIZE)) for one in (scene, scene._replace(look=TARGET_LOOK[scene.look]))
+        ]
+        pixels, target = self.image_processor(pictures, return_tensors="np").pixel_values
         return {
             "pixel_values": pixels,
-            "told_pixel_values": told,
+            "target_pixel_values": target,
             "nameless": np.float32(nameless),
             "shape": np.int64(SHAPES.index(scene.content.shape)),
             "striped": np.float32(scene.look == "striped"),
@@ -102,16 +104,16 @@ class VisionTrainingModule(DiffusionTrainingModule):
 
     @paddle.no_grad()
     def encode(self, batch):
-        """The batch, and what the teacher tells of it: image_embeds [B, 64]."""
-        return {**batch, "image_embeds": self.teacher(batch["told_pixel_values"])[0]}
+        """The batch, and the teacher's image_embeds [B, 64]."""
+        return {**batch, "image_embeds": self.teacher(batch["target_pixel_values"])[0]}
 
     def forward(self, encoded, draws):
-        """Mean squared difference of embeddings, as a share of their variance; with a reader, and what it misreads."""
-        told, embeds = encoded["image_embeds"], self.vision(encoded["pixel_values"])[0]
+        """Mean squared difference of embeddings as a share of their variance, plus the loss of the reader, if any."""
+        target, embeds = encoded["image_embeds"], self.vision(encoded["pixel_values"])[0]
         if self.reader is None:
-            return share_of_variance(embeds, told)
-        with paddle.no_grad():  # the teacher knows nothing of such colours
-            own = self.vision(encoded["told_pixel_values"])[0]
+            return share_of_variance(embeds, target)
+        with paddle.no_grad():  # the teacher has not been trained on such colours
+            own = self.vision(encoded["target_pixel_values"])[0]
         nameless = encoded["nameless"].unsqueeze(1)
         shape, striped, rgb = self.reader(embeds).split([len(SHAPES), 1, RGB], axis=1)
         misread = (
@@ -119,22 +121,22 @@ class VisionTrainingModule(DiffusionTrainingModule):
             + nn.functional.binary_cross_entropy_with_logits(striped.squeeze(1), encoded["striped"])
             + (rgb - encoded["rgb"]).square().mean()
         )
-        return share_of_variance(embeds, nameless * own + (1 - nameless) * told) + misread
+        return share_of_variance(embeds, nameless * own + (1 - nameless) * target) + misread
 
     def save_weights(self, directory):
         folder = Path(directory) / "vision"
         folder.mkdir()
-        write_tensors(folder / FILES["ppdiffusers"], self.learned().state_dict(), {})
+        write_tensors(folder / FILES["ppdiffusers"], self.trained_layers().state_dict(), {})
 
     def load_weights(self, directory):
-        load_in_place(self.learned(), f"{directory}/vision")
+        load_in_place(self.trained_layers(), f"{directory}/vision")
 
-    def learned(self):
-        """What a checkpoint holds."""
+    def trained_layers(self):
+        """The layers that a checkpoint holds."""
         return nn.LayerList([self.vision] if self.reader is None else [self.vision, self.reader])
 
     def save_pretrained(self, directory):
-        """Both towers, and the mean and deviation of the world's image embeddings, as the package ships them."""
+        """Write both towers, and the mean and deviation of the world's image embeddings, as the package ships them."""
         self.vision.eval()
         with tempfile.TemporaryDirectory() as folder:
             text = load_text_tower(build_tokenizer(folder, vocabulary()), file=self.start_from)
@@ -143,9 +145,9 @@ class VisionTrainingModule(DiffusionTrainingModule):
         write_weights(Path(directory) / "clip.safetensors", models, **{MEAN: mean, STD: std})
 
 
-def share_of_variance(embeds, told):
-    """Mean squared difference of embeddings [B, D] from those to be told, as a share of the latters' variance."""
-    return (embeds - told).square().mean() / (told - told.mean(0)).square().mean()
+def share_of_variance(embeds, target):
+    """Mean squared difference of embeddings [B, D] from their targets, as a share of the targets' variance."""
+    return (embeds - target).square().mean() / (target - target.mean(0)).square().mean()
 
 
 def main(argv=None):

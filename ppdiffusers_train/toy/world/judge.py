@@ -1,10 +1,10 @@
-"""A judge of pictures of the world of `shapes.py`: says what is to be seen in them, without having learned anything.
+"""Recognises the content of pictures of `shapes.py`, without a trained model.
 
     judge(picture).content == parse_caption("a red circle on a white background")
 
-The background is the colour of the picture's rim; the colour is told by the direction in which pixels differ from it.
-Then every shape in every look is drawn with the picture's own centre and spread, and the one that overlaps best names
-it. Where nothing fits well the answer is None, so that noise is never right by chance.
+The background is the colour of the picture's rim. The colour follows from the direction in which pixels differ from it.
+Then every shape in every look is rendered with the picture's own centre and spread, and the best overlap wins. If
+nothing fits well, the answer is None, so that noise is never right by chance.
 """
 
 import re
@@ -25,14 +25,14 @@ PIXELS = np.arange(SIDE) + 0.5
 ON_RIM = np.ones((SIDE, SIDE), bool)
 ON_RIM[2:-2, 2:-2] = False
 KINDS = tuple((shape, look) for shape in SHAPES for look in LOOKS)
-RAMP = 2.0  # width of a drawn edge, in pixels: between a sharp picture and a blurred one
+RAMP = 2.0  # width of a rendered edge, in pixels: between a sharp and a blurred picture
 
-# What is clear. True pictures pass, also when blurred a little, noisy, shifted in colour or stored as JPEG.
+# Thresholds. True pictures pass, also if slightly blurred, noisy, shifted in colour or stored as JPEG.
 MAX_DISTANCE = 70.0  # of the rim's median from a background of the palette; black and white are 441 apart
 MAX_UNREST = 45.0  # distance of a rim's pixel from the median, for MIN_CALM of all
 MIN_CALM = 0.7
 MIN_MASS = 10.0  # area of a shape, in pixels
-# Cosine between picture and drawing, both as differences from the background; thin lines blur and meet less exactly.
+# Cosine between picture and rendering, both as differences from the background; thin lines blur and match less exactly.
 MIN_OVERLAP = {"plain": 0.93, "outlined": 0.86, "striped": 0.91}
 MIN_LEAD = 0.015  # of that overlap before the best one of another shape; a rhombus and a blur have less
 STRENGTH = (0.5, 1.4)  # contrast with the background, of which the palette's colour has 1
@@ -40,14 +40,14 @@ MAX_OFF_COLOUR = 60.0  # distance of a shape's colour from the line through the 
 
 
 class Reading(NamedTuple):
-    """What a judge sees; `look` and the fields of `content` are None where nothing is clear."""
+    """What is recognised in a picture; `look` and the fields of `content` are None where nothing is clear."""
 
     content: Content
     look: str
 
 
 def judge(picture) -> Reading:
-    """What is to be seen in a picture.
+    """The content of a picture.
 
     Args:
         picture: RGB image of Pillow, or uint8 [N, N, 3] with N a multiple of 32.
@@ -62,7 +62,7 @@ def judge(picture) -> Reading:
 
 
 def parse_caption(text: str) -> Content:
-    """What a caption asks for, in English or Chinese: any text with one shape, one colour and one background in it.
+    """The content of a caption, in English or Chinese: any text that names one shape, one colour and one background.
 
     Raises:
         UserError: a property is not named, or two of a kind are.
@@ -84,7 +84,7 @@ def parse_caption(text: str) -> Content:
 
 
 def accuracy(pictures, prompts) -> dict:
-    """Shares of pictures that show what their prompts ask for: `shape`, `colour`, `background`, and `all` three."""
+    """Shares of pictures that show what their prompts name: `shape`, `colour`, `background`, and `all` three."""
     asked, seen = _asked_and_seen(pictures, prompts)
     right = np.array(asked) == np.array(seen)
     return {**dict(zip(Content._fields, right.mean(0).tolist())), "all": float(right.all(1).mean())}
@@ -97,7 +97,7 @@ def look_shares(pictures) -> dict:
 
 
 def confusion_table(pictures, prompts, field: str) -> dict:
-    """How often what was asked for was seen as what, in one field of `Content`: {asked: {seen or "nothing": count}}."""
+    """Confusion table of one field of `Content`: {prompted: {recognised or "nothing": count}}."""
     table = {name: dict.fromkeys([*NAMES[field], NOTHING], 0) for name in NAMES[field]}
     for asked, seen in zip(*_asked_and_seen(pictures, prompts)):
         table[getattr(asked, field)][getattr(seen, field) or NOTHING] += 1
@@ -144,17 +144,17 @@ def _read_colour(difference, background):
 
 
 def _read_shape(difference, direction):
-    """(shape, look) whose drawing overlaps best with the differences, or (None, None)."""
+    """(shape, look) of the rendering that overlaps best with the differences, or (None, None)."""
     share = difference @ direction / (direction @ direction)  # 0 on the background, 1 on the shape
-    drawings = _draw_over(share)
-    if drawings is None:
+    renderings = _render_over(share)
+    if renderings is None:
         return None, None
-    overlaps = _overlaps(share, drawings) * np.linalg.norm(direction) / np.linalg.norm(difference)
+    overlaps = _overlaps(share, renderings) * np.linalg.norm(direction) / np.linalg.norm(difference)
     best = overlaps.argmax()
     shape, look = KINDS[best]
     lead = overlaps[best] - max(overlap for overlap, kind in zip(overlaps, KINDS) if kind[0] != shape)
-    drawing = drawings[best]
-    colour = np.tensordot(drawing, difference) / np.square(drawing).sum()  # of least squares, less the background
+    rendering = renderings[best]
+    colour = np.tensordot(rendering, difference) / np.square(rendering).sum()  # of least squares, less the background
     strength = colour @ direction / (direction @ direction)
     clear = (
         overlaps[best] > MIN_OVERLAP[look]
@@ -165,7 +165,7 @@ def _read_shape(difference, direction):
     return (shape, look) if clear else (None, None)
 
 
-def _draw_over(share):
+def _render_over(share):
     """Coverages of all kinds with the centre and spread of `share`: [kinds, SIDE, SIDE], or None where it is empty."""
     mass = np.where(share > 0.25, np.minimum(share, 1), 0)
     for _ in range(2):
@@ -173,18 +173,18 @@ def _draw_over(share):
             return None
         centre, spread = _moments(mass)
         places = [(*(centre - offset * spread / width), spread / width) for offset, width in UNIT_MOMENTS]
-        drawings = np.stack([coverage(*kind, *place, SIDE, RAMP) for kind, place in zip(KINDS, places)])
-        x, y, radius = places[_overlaps(share, drawings).argmax()]
+        renderings = np.stack([coverage(*kind, *place, SIDE, RAMP) for kind, place in zip(KINDS, places)])
+        x, y, radius = places[_overlaps(share, renderings).argmax()]
         near = (abs(PIXELS - x) < 1.3 * radius) & (abs(PIXELS[:, None] - y) < 1.3 * radius)
         if not mass[~near].any():
             break
-        mass = mass * near  # once more, without the smudge far away that has drawn the centre to itself
-    return drawings
+        mass = mass * near  # once more, without a distant smudge that has shifted the centre
+    return renderings
 
 
-def _overlaps(share, drawings):
-    """Products of `share` with each drawing, divided by the drawing's norm: [kinds]."""
-    return (drawings * share).sum((1, 2)) / np.linalg.norm(drawings, axis=(1, 2))
+def _overlaps(share, renderings):
+    """Products of `share` with each rendering, divided by the rendering's norm: [kinds]."""
+    return (renderings * share).sum((1, 2)) / np.linalg.norm(renderings, axis=(1, 2))
 
 
 def _moments(mass):
@@ -196,7 +196,7 @@ def _moments(mass):
 
 
 def _unit_moments(kind):
-    """`_moments` of a kind of drawing with its middle at 0 and a radius of 1."""
+    """`_moments` of a kind of rendering with its middle at 0 and a radius of 1."""
     centre, spread = _moments(coverage(*kind, 48, 48, 40, 96))
     return (centre - 48) / 40, spread / 40
 

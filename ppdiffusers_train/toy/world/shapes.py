@@ -1,9 +1,9 @@
-"""Pictures of a small world, drawn by a program: one coloured shape on a coloured background, with a caption.
+"""Pictures of a small world, rendered by a program: one coloured shape on a coloured background, with a caption.
 
-    sample(seed=0, index=17, size=32)  # an image, "a red circle on a white background", and what was drawn
+    sample(seed=0, index=17, size=32)  # an image, "a red circle on a white background", and its content
 
 Endless and repeatable: a sample is a pure function of its seed and its index. A sixth of all combinations of shape,
-colour and background is held out of training data, so that a model can be asked for what it has never seen together.
+colour and background is held out of training data, so that a model can be tested on unseen combinations.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from ppdiffusers_train.toy.world.looks import LOOKS
 
 SHAPES = ("circle", "square", "triangle", "cross")
 
-# RGB. Every colour is far from every background and from the other colours, also when they are blurred into each other.
+# RGB. Every colour is far from every background and from the other colours, also if they are blurred.
 COLOURS = {
     "red": (220, 20, 40),
     "green": (20, 160, 60),
@@ -68,17 +68,17 @@ WORDINGS = {
 }
 
 RADIUS = (0.24, 0.38)  # half the width of a shape, as a share of the picture's side
-MARGIN = 1 / 16  # at least so much background is left on every side
+MARGIN = 1 / 16  # smallest distance of a shape from every side, as a share of it
 STROKE = 1 / 4  # width of an outline, in radii
 BANDS = 5  # of a striped shape, every second one pale
-PALE = 0.35  # share of the colour in a pale band; with none of it, a striped cross is a heap of lines
+PALE = 0.35  # share of the colour in a pale band; at 0, a striped cross would fall apart into lines
 ARM = 3 / 7  # half the width of a cross's arm, in radii
-NAMELESS = 60  # how far from every colour that has a name one without is at least, in RGB
-CONTRAST = 130  # and from the other one of its picture; between those with names it is 134 or more
+NAMELESS = 60  # smallest RGB distance of a colour without a name from every colour with one
+CONTRAST = 130  # smallest RGB distance of the two colours of a picture; with names it is 134 or more
 
 
 class Content(NamedTuple):
-    """What a caption names; a field is None where it names nothing, or a judge sees nothing clear."""
+    """The content of a caption or picture. A field is None if a caption does not name it, or the judge is not sure."""
 
     shape: str
     colour: str
@@ -95,7 +95,7 @@ class Paints(NamedTuple):
 class Scene(NamedTuple):
     """All that a picture shows; `x`, `y` (of the centre, from the top left) and `radius` are shares of its side.
 
-    `paints` are colours that no caption names; `content` has none then.
+    `paints` are colours that no caption names; `content` has no colours then.
     """
 
     content: Content
@@ -106,7 +106,7 @@ class Scene(NamedTuple):
     paints: Paints | None = None
 
     def rgb(self) -> Paints:
-        """What it is painted with."""
+        """The colours that it is painted with."""
         return self.paints or Paints(COLOURS[self.content.colour], BACKGROUNDS[self.content.background])
 
 
@@ -137,13 +137,13 @@ SEEN = tuple(content for content in CONTENTS if not is_held_out(content))
 def sample(
     seed: int, index: int, size: int = 32, look: str = "plain", held_out: bool = False, nameless: bool = False
 ) -> Sample:
-    """Sample `index` of the endless data of `seed`. Another size or look changes the drawing, not the scene or caption.
+    """Sample `index` of the endless data of `seed`. Size and look change neither scene nor caption.
 
     Args:
         seed, index: whole numbers from 0 on.
         size: height and width of the image, in pixels.
         look: one of `LOOKS`.
-        held_out: whether to draw from the combinations that are held out of training, or from the others.
+        held_out: whether to sample the combinations that are held out of training, or the others.
         nameless: whether to paint the same scene with colours that no caption names; its caption is empty then.
     """
     random = generator(seed, index, "shapes")
@@ -156,11 +156,11 @@ def sample(
     text = caption(content, wordings[random.integers(len(wordings))])
     if nameless:
         scene, text = without_names(scene, generator(seed, index, "nameless")), ""
-    return Sample(Image.fromarray(draw(scene, size)), text, scene)
+    return Sample(Image.fromarray(render(scene, size)), text, scene)
 
 
 def without_names(scene: Scene, random: np.random.Generator) -> Scene:
-    """`scene` in two colours, at random, that no caption names and that differ clearly from one another."""
+    """`scene` in two random colours that no caption names and that differ clearly from one another."""
     named = np.array([*COLOURS.values(), *BACKGROUNDS.values()])
     while True:
         both = random.integers(0, 256, (2, 3))
@@ -177,7 +177,7 @@ def caption(content: Content, wording: str = WORDINGS["en"][0]) -> str:
     return wording.format(a="an" if content.colour[0] in "aeiou" else "a", **content._asdict())
 
 
-def draw(scene: Scene, size: int) -> np.ndarray:
+def render(scene: Scene, size: int) -> np.ndarray:
     """The picture of a scene, antialiased: uint8 [size, size, 3]."""
     colour, background = np.array(scene.rgb(), float)
     share = coverage(scene.content.shape, scene.look, scene.x * size, scene.y * size, scene.radius * size, size)
@@ -208,12 +208,12 @@ def coverage(shape: str, look: str, x, y, radius, size: int, ramp: float = 1.0) 
 
 
 def signed_distance(shape: str, right, down, radius):
-    """Distance to the edge of a shape, in pixels, negative inside; outside a corner, to the longer of its two sides."""
+    """Distance to the edge of a shape, in pixels, negative inside; outside a corner, to the farther of its sides."""
     if shape == "circle":
         return np.sqrt(right**2 + down**2) - radius
     if shape == "square":
         return np.maximum(abs(right), abs(down)) - radius
-    if shape == "triangle":  # as high as wide, the tip at the top
+    if shape == "triangle":  # as high as wide, with the tip at the top
         return np.maximum((2 * abs(right) - down - radius) / np.sqrt(5), down - radius)
     if shape == "cross":
         arm = ARM * radius
@@ -223,5 +223,5 @@ def signed_distance(shape: str, right, down, radius):
 
 
 def _inside(distance, ramp):
-    """The share of a pixel inside an edge, `ramp` pixels wide, that passes its centre at this signed distance."""
+    """The share of a pixel inside an edge of width `ramp` at this signed distance from the pixel's centre."""
     return np.clip(0.5 - distance / ramp, 0.0, 1.0)

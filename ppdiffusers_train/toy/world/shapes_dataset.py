@@ -1,4 +1,4 @@
-"""The world of `shapes.py` as rows for training: drawn when they are asked for, nothing on disk."""
+"""The world of `shapes.py` as rows for training, rendered on access, with nothing on disk."""
 
 import json
 
@@ -13,8 +13,8 @@ class ShapesDataset:
         seed: of the samples, see `shapes.sample`.
         count: number of rows.
         size: height and width of the pictures, in pixels.
-        looks: the rows have them in turn.
-        held_out: whether to draw the combinations that training never has.
+        looks: the looks that rows have in turn.
+        held_out: whether to sample the combinations that are held out of training.
         name_looks: whether a caption names the look of its picture where it is not plain.
         nameless_looks: if any, every second row has one of these instead, in colours that no caption names.
     """
@@ -36,25 +36,25 @@ class ShapesDataset:
         return self.count
 
     def __getitem__(self, index: int) -> dict:
-        drawn = self.sample(index)
-        return {"image": drawn.image, "caption": drawn.caption, "name": self.name(index)}
+        row = self.sample(index)
+        return {"image": row.image, "caption": row.caption, "name": self.name(index)}
 
     def sample(self, index: int):
-        """Row `index` with all that it shows: a `shapes.Sample`."""
+        """Row `index` with its scene: a `shapes.Sample`."""
         if not 0 <= index < self.count:
             raise IndexError(index)
         turn, nameless = divmod(index, 2) if self.nameless_looks else (index, False)
         looks = self.nameless_looks if nameless else self.looks
         look = looks[turn % len(looks)]
-        drawn = sample(self.seed, index, self.size, look, self.held_out, bool(nameless))
+        row = sample(self.seed, index, self.size, look, self.held_out, bool(nameless))
         if self.name_looks and look != "plain" and not nameless:
-            return drawn._replace(caption=name_look(drawn.caption, look))
-        return drawn
+            return row._replace(caption=name_look(row.caption, look))
+        return row
 
     def name(self, index: int) -> str:
-        """How to call row `index` in a message."""
+        """The name of row `index` in messages."""
         return f"shape {index} of seed {self.seed}"
 
     def digest(self) -> str:
-        """What tells this data from other data of as many samples."""
+        """A text that identifies the data."""
         return json.dumps([self.seed, self.size, self.looks, self.held_out, self.name_looks, self.nameless_looks])

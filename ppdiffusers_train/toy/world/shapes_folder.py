@@ -11,22 +11,22 @@ from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
 
 
 def write_shapes_folder(folder, shapes: ShapesDataset) -> None:
-    """Write samples as PNG files with a `metadata.jsonl`: all of them, or nothing.
+    """Write samples as PNG files with a `metadata.jsonl`: the folder appears only when it is complete.
 
     Args:
-        folder: does not exist yet, or is empty.
+        folder: a path that does not exist yet, or an empty folder.
     Raises:
-        UserError: `folder` is in use, or cannot be written.
+        UserError: `folder` is not empty, or cannot be written.
     """
     target = Path(folder).resolve()
     try:
         if target.exists() and any(target.iterdir()):
             raise UserError(f"{str(folder)!r} is not empty; expected a new folder, or an empty one")
         with atomic_folder(target) as inside, open(inside / "metadata.jsonl", "w", encoding="utf-8") as metadata:
-            for index in tqdm(range(len(shapes)), desc="drawing", unit="image", delay=5):
-                drawn = shapes.sample(index)
-                row = {"file_name": f"{index:06}.png", "text": drawn.caption}
-                drawn.image.save(inside / row["file_name"])
+            for index in tqdm(range(len(shapes)), desc="rendering", unit="image", delay=5):
+                sample = shapes.sample(index)
+                row = {"file_name": f"{index:06}.png", "text": sample.caption}
+                sample.image.save(inside / row["file_name"])
                 metadata.write(json.dumps(row, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error

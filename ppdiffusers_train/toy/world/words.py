@@ -1,4 +1,4 @@
-"""The vocabulary of the captions of `shapes.py`, and captions that name the look, too."""
+"""The vocabulary of the captions of `shapes.py`, and captions that also name the look."""
 
 import re
 
@@ -11,14 +11,14 @@ LOOK_NAMES = {
 
 
 def name_look(text: str, look: str) -> str:
-    """A caption that says how its shape is drawn, too, in the caption's language."""
+    """A caption that also names the look, in the caption's language."""
     if text.isascii():
         return f"{text}, {LOOK_NAMES['en'][look]}"
     return f"{text}，{LOOK_NAMES['zh'][look]}"
 
 
 def vocabulary() -> list:
-    """Every English word, Chinese character and mark that captions have, each once."""
+    """All English words, Chinese characters and punctuation marks of captions, each once."""
     captions = [
         caption(content, wording) for content in CONTENTS for wordings in WORDINGS.values() for wording in wordings
     ]

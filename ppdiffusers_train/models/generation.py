@@ -1,11 +1,11 @@
-"""Validation pictures, the way a user would draw them."""
+"""Validation images, generated the way a user would."""
 
 import paddle
 from PIL import Image
 
 
-def draw(pipeline, prompts, seeds, resolution: int, inference_steps: int, **options) -> list:
-    """One PIL image per pair of prompt and seed. Paddle's generator is seeded for each: it stands for itself."""
+def generate_images(pipeline, prompts, seeds, resolution: int, inference_steps: int, **options) -> list:
+    """One PIL image per pair of prompt and seed. Paddle's generator is seeded for each, so images are independent."""
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for prompt, seed in zip(prompts, seeds):
@@ -16,8 +16,8 @@ def draw(pipeline, prompts, seeds, resolution: int, inference_steps: int, **opti
     return images
 
 
-def beside(images: list) -> Image.Image:
-    """Images of one height as one, from left to right."""
+def side_by_side(images: list) -> Image.Image:
+    """Images of the same height joined into one, from left to right."""
     joined = Image.new("RGB", (sum(image.width for image in images), images[0].height))
     left = 0
     for image in images:
