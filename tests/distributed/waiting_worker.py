@@ -85,7 +85,7 @@ def ask_beside_paddle(ranks, folder):
             address = paddle_thread.submit(store.get, "address")
             assert [add("questions", 1) for _ in range(50)] == list(range(1, 51))
             assert address.result(20) == b"here"
-    ranks.gather(None)
+    ranks.gather_objects(None)
 
 
 def stop_zero(ranks, folder):
