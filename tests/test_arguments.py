@@ -1,3 +1,8 @@
+from ppdiffusers_train import arguments
+
+import inspect
+import re
+
 import pytest
 
 from ppdiffusers_train.arguments import (
@@ -92,3 +97,21 @@ def test_config_sets_flags_and_the_command_line_wins(parser, config):
 )
 def test_a_mistake_in_the_config_gets_one_line(parser, capsys, config, text, expected):
     assert expected in refusal(parser, capsys, config(text))
+
+
+NEEDS = {"output_dir": "out", "targets": "to_q"}  # arguments without a default
+GROUPS = [function for name, function in vars(arguments).items() if re.fullmatch("add_.*_arguments", name)]
+
+
+@pytest.mark.parametrize("add_group", GROUPS, ids=lambda function: function.__name__)
+def test_help_is_a_sentence_for_each_flag_and_ends_with_its_default(add_group):
+    parser = ArgumentParser(prog="job.py")
+    add_group(
+        parser, **{name: value for name, value in NEEDS.items() if name in inspect.signature(add_group).parameters}
+    )
+    for action in parser._actions[1:]:
+        shown = parser._get_formatter()._expand_help(action)
+        assert re.fullmatch(r"[A-Z].*\.", shown) and "None" not in shown, shown
+        has_default = action.default is not None
+        assert (f"(default: {action.default})" in shown) == (has_default and not isinstance(action.default, bool))
+        assert not isinstance(action.default, bool) or shown.endswith(("(default: on).", "(default: off).")), shown

@@ -45,94 +45,126 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 def add_data_arguments(parser):
     """Where the samples come from, read by `data.dataset.build_dataset`."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset_name", help="dataset on the hub, or a path that `datasets.load_dataset` understands")
-    group.add_argument("--dataset_config_name", help="configuration of the dataset, where it has several")
-    group.add_argument("--train_data_dir", metavar="DIR", help="folder of images with a metadata.jsonl beside them")
-    group.add_argument(
+    add = group.add_argument
+    add("--dataset_name", help="Dataset on the hub, or a path that `datasets.load_dataset` accepts.")
+    add("--dataset_config_name", help="Configuration of the dataset, if it has several.")
+    add("--train_data_dir", metavar="DIR", help="Folder of images with a metadata.jsonl that holds their captions.")
+    add(
         "--train_shards_path_or_url", metavar="SHARDS",
-        help="tar shards in the WebDataset format: a folder, a file, a pattern such as photos-{000..031}.tar, an "
-        "http(s) address, or pipe:COMMAND, which is run in a shell",
+        help="Tar shards in the WebDataset format: a folder, a file, a pattern such as photos-{000..031}.tar, an "
+        "http(s) address, or pipe:COMMAND, which is run in a shell.",
     )  # fmt: skip
-    group.add_argument("--image_column", default="image", help="column that holds the images")
-    group.add_argument("--caption_column", default="text", help="column, or field of .json, with the captions")
-    group.add_argument("--max_train_samples", type=positive_int, help="use this many samples, chosen by the seed")
-    group.add_argument("--cache_dir", metavar="DIR", help="where downloaded models and datasets are kept")
-    group.add_argument(
-        "--encoded_cache",
-        action=Flag,
-        default=None,
-        help="run the frozen encoders once per sample, keep the results in output_dir/encoded, and train from them",
-    )
-    group.add_argument("--encoded_cache_dir", metavar="DIR", help="keep them here instead, for other runs, too")
-    group.add_argument(
-        "--cache_variants", type=positive_int, default=1, help="random crops and flips of a sample that the cache keeps"
-    )
-    group.add_argument(
-        "--max_bad_samples", type=non_negative_int, default=0, help="samples that cannot be used are skipped up to here"
-    )
-    group.add_argument("--resolution", type=positive_int, default=512, help="height and width of the images, in pixels")
-    group.add_argument("--dataloader_num_workers", type=non_negative_int, default=0, help="threads that load images")
+    add("--image_column", default="image", help="Column that holds the images.")
+    add("--caption_column", default="text", help="Column, or field of a shard's .json files, that holds the captions.")
+    add("--max_train_samples", type=positive_int, help="Train on this many samples, chosen at random by --seed.")
+    add("--cache_dir", metavar="DIR", help="Folder for downloaded models and datasets.")
+    add(
+        "--encoded_cache", action=Flag, default=None,
+        help="Run the frozen encoders once per sample, store the results in output_dir/encoded, and train from them.",
+    )  # fmt: skip
+    add(
+        "--encoded_cache_dir", metavar="DIR",
+        help="Store encoded samples in this folder instead, where several runs can use them.",
+    )  # fmt: skip
+    add(
+        "--cache_variants", type=positive_int, default=1,
+        help="Number of random variants (crop, flip, caption) of each sample to store in the cache.",
+    )  # fmt: skip
+    add(
+        "--max_bad_samples", type=non_negative_int, default=0,
+        help="Skip up to this many samples that cannot be used; the run stops at the next one.",
+    )  # fmt: skip
+    add("--resolution", type=positive_int, default=512, help="Height and width of the training images in pixels.")
+    add(
+        "--dataloader_num_workers", type=non_negative_int, default=0,
+        help="Number of threads that load images; with 0, the main thread loads them.",
+    )  # fmt: skip
     return group
 
 
 def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
-    """Length, batch, optimizer and precision of the run, read by the loop."""
-    group = parser.add_argument_group("training")
-    group.add_argument(
-        "--dry_run", action=Flag, help="print what would happen, with the memory it takes, and end: nothing is loaded"
-    )
-    group.add_argument("--seed", type=seed, help="seed of the run; without it one is drawn and printed")
-    group.add_argument("--train_batch_size", type=positive_int, default=train_batch_size, help="samples per card")
-    group.add_argument("--num_train_epochs", type=positive_int, default=100, help="how often each sample is seen")
-    group.add_argument("--max_train_steps", type=positive_int, help="optimizer steps; overrides the number of epochs")
-    group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
-    group.add_argument("--gradient_checkpointing", action=Flag, help="recompute activations: less memory, more time")
-    group.add_argument(
-        "--trainable_modules", metavar="PATTERNS", help="train these parts of the model in full, and else at most LoRA "
-        "layers: names of layers or parameters, separated by commas, * for anything: blocks.*.norm1,proj_out",
+    """Length, batch size, optimizer and precision of the run, read by the loop."""
+    add = parser.add_argument_group("training").add_argument
+    add(
+        "--dry_run", action=Flag,
+        help="Print what the run would do and how much memory it needs, then exit; no weights are loaded.",
     )  # fmt: skip
-    group.add_argument(
-        "--enable_xformers_memory_efficient_attention",
-        action=Flag,
-        help="Paddle's own memory-efficient attention, where the installed Paddle and the device have it",
-    )
-    group.add_argument(
+    add("--seed", type=seed, help="Seed of the run; without it, one is chosen at random and printed.")
+    add("--train_batch_size", type=positive_int, default=train_batch_size, help="Batch size per GPU, in samples.")
+    add("--num_train_epochs", type=positive_int, default=100, help="Number of passes over the data.")
+    add("--max_train_steps", type=positive_int, help="Number of optimizer steps; overrides --num_train_epochs.")
+    add(
+        "--gradient_accumulation_steps", type=positive_int, default=1,
+        help="Number of batches per optimizer step on each GPU.",
+    )  # fmt: skip
+    add(
+        "--gradient_checkpointing", action=Flag,
+        help="Recompute activations in the backward pass, which takes less memory and more time.",
+    )  # fmt: skip
+    add(
+        "--trainable_modules", metavar="PATTERNS",
+        help="Train only these parts of the model in full, and LoRA layers if the job has them: names of layers or "
+        "parameters, separated by commas, with * for anything, such as blocks.*.norm1,proj_out.",
+    )  # fmt: skip
+    add(
+        "--enable_xformers_memory_efficient_attention", action=Flag,
+        help="Use Paddle's memory-efficient attention if this Paddle and this device have it.",
+    )  # fmt: skip
+    add(
         "--skip_nonfinite", type=non_negative_int, default=0, metavar="N",
-        help="drop up to N steps whose loss or gradient is not a number; at the next one, stop",
+        help="Skip up to N steps whose loss or gradient is NaN or inf; the run stops at the next one.",
     )  # fmt: skip
-    group.add_argument("--deterministic", action=Flag, help="ask Paddle for deterministic kernels on cards; slower")
-    group.add_argument("--allow_tf32", action=Flag, help="TF32 in matrix products (cards of the Ampere series on)")
-    group.add_argument("--to_static", action=Flag, help="trace the models that learn: a slow start for faster steps")
-    group.add_argument("--peak_tflops", type=positive_float, help="of a card, to show its utilisation")
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="type of the arithmetic")
-    group.add_argument(
-        "--amp_level", choices=("O1", "O2"), default="O1", help="O2: low-precision weights with float32 masters"
-    )
-    group.add_argument(
-        "--local_rank", type=int, default=-1, help="accepted for old commands; paddle.distributed.launch sets the rank"
-    )
+    add("--deterministic", action=Flag, help="Use deterministic kernels on GPUs, which are slower.")
+    add("--allow_tf32", action=Flag, help="Use TF32 in matrix products on GPUs of the Ampere generation or newer.")
+    add("--to_static", action=Flag, help="Trace the trained models into graphs: the start is slower, steps are faster.")
+    add(
+        "--peak_tflops", type=positive_float,
+        help="Peak of one GPU in TFLOP/s, from which utilisation is computed; without it, that of known GPUs is used.",
+    )  # fmt: skip
+    add(
+        "--mixed_precision", choices=("no", "fp16", "bf16"), default="no",
+        help="Automatic mixed precision: fp16 and bf16 compute in 16 bits where that is safe; no stays in float32.",
+    )  # fmt: skip
+    add(
+        "--amp_level", choices=("O1", "O2"), default="O1",
+        help="O1 keeps trained weights in float32; O2 keeps low-precision weights and float32 master weights.",
+    )  # fmt: skip
+    add(
+        "--local_rank", type=int, default=-1,
+        help="Has no effect: it is accepted for old commands, and paddle.distributed.launch sets the rank.",
+    )  # fmt: skip
 
-    group = parser.add_argument_group("several cards")
-    group.add_argument("--sharding_degree", type=positive_int, default=1, help="cards that share an optimizer's state")
-    group.add_argument(
-        "--sharding_stage", type=int, choices=(1, 2), default=1, help="2: they share gradients, too (ZeRO 2)"
-    )
-    group.add_argument(
-        "--collective_timeout", type=positive_float, default=1800.0, help="seconds a card waits for idle others"
-    )
+    add = parser.add_argument_group("multiple GPUs").add_argument
+    add(
+        "--sharding_degree", type=positive_int, default=1,
+        help="Number of GPUs that the optimizer's state is sharded over, as in ZeRO.",
+    )  # fmt: skip
+    add(
+        "--sharding_stage", type=int, choices=(1, 2), default=1,
+        help="ZeRO stage: 1 shards the optimizer's state, 2 shards gradients, too.",
+    )  # fmt: skip
+    add(
+        "--collective_timeout", type=positive_float, default=1800.0,
+        help="Seconds that a rank waits for others that give no sign of life before it ends the run.",
+    )  # fmt: skip
 
     group = parser.add_argument_group("optimizer")
-    group.add_argument("--learning_rate", type=non_negative_float, default=1e-4, help="learning rate after warm-up")
-    group.add_argument(
-        "--scale_lr", action=Flag, help="multiply the learning rate by the number of samples per optimizer step"
-    )
-    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="`constant` has no warm-up")
-    group.add_argument("--lr_warmup_steps", type=non_negative_int, default=500, help="optimizer steps of warm-up")
-    group.add_argument("--use_8bit_adam", action=Flag, help="keep AdamW's moments in 8 bits: a quarter of their memory")
-    group.add_argument("--adam_beta1", type=unit_float, default=0.9, help="decay of AdamW's first moment")
-    group.add_argument("--adam_beta2", type=unit_float, default=0.999, help="decay of AdamW's second moment")
-    group.add_argument("--adam_weight_decay", type=non_negative_float, default=weight_decay, help="decoupled decay")
-    group.add_argument("--adam_epsilon", type=positive_float, default=1e-8, help="added to AdamW's denominator")
-    group.add_argument("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
-    group.add_argument("--use_ema", action=Flag, help="keep a moving average of the weights; it is the final result")
+    add = group.add_argument
+    add("--learning_rate", type=non_negative_float, default=1e-4, help="Learning rate after warm-up.")
+    add("--scale_lr", action=Flag, help="Multiply the learning rate by the global batch of a step, in samples.")
+    add(
+        "--lr_scheduler", choices=LR_SCHEDULERS, default="constant",
+        help="Schedule of the learning rate; `constant` has no warm-up.",
+    )  # fmt: skip
+    add("--lr_warmup_steps", type=non_negative_int, default=500, help="Number of optimizer steps of warm-up.")
+    add("--use_8bit_adam", action=Flag, help="Keep AdamW's moments in 8 bits, which takes a quarter of their memory.")
+    add("--adam_beta1", type=unit_float, default=0.9, help="Decay rate of AdamW's first moment.")
+    add("--adam_beta2", type=unit_float, default=0.999, help="Decay rate of AdamW's second moment.")
+    add("--adam_weight_decay", type=non_negative_float, default=weight_decay, help="Decoupled weight decay of AdamW.")
+    add("--adam_epsilon", type=positive_float, default=1e-8, help="Epsilon in the denominator of AdamW.")
+    add("--max_grad_norm", type=positive_float, default=1.0, help="Clip gradients to this global norm.")
+    add(
+        "--use_ema", action=Flag,
+        help="Keep an exponential moving average (EMA) of the trained weights, which is the final result.",
+    )  # fmt: skip
     return group

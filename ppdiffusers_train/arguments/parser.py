@@ -43,7 +43,7 @@ def byte_size(text: str) -> int:
 
 
 class Flag(argparse.Action):
-    """`--name` sets it, `--no_name` takes it back (from a config file, say)."""
+    """`--name` turns it on, `--no_name` turns it off (if a config file turned it on, for example)."""
 
     def __init__(self, option_strings, dest, default=False, help=None):
         negated = [option.replace("--", "--no_", 1) for option in option_strings]
@@ -51,6 +51,17 @@ class Flag(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, not option_string.startswith("--no_"))
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Ends a flag's help with its default, if it has one; that of a `Flag` is on or off."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default is None or default is argparse.SUPPRESS or not action.option_strings:
+            return action.help
+        text = ("off", "on")[default] if isinstance(default, bool) else "%(default)s"
+        return f"{action.help.removesuffix('.')} (default: {text})."
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -61,11 +72,11 @@ class ArgumentParser(argparse.ArgumentParser):
     """
 
     def __init__(self, config=True, **options):
-        options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        options.setdefault("formatter_class", HelpFormatter)
         super().__init__(allow_abbrev=False, **options)
         self.reads_config = config
         if config:
-            self.add_argument("--config", metavar="FILE", help="YAML file with flags by name; the command line wins")
+            self.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line wins.")
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
@@ -85,7 +96,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return values
 
     def refuse(self, argument: str) -> None:
-        """End with a line about an argument that nobody knows."""
+        """Exit with one line about an unknown argument."""
         name = argument.split("=")[0]
         if name.startswith("-"):
             self.error(f"{name} is not a flag of this script{self._nearest(name)}")
