@@ -167,7 +167,7 @@ class Run:
     def _read(self, stream) -> None:
         for line in stream:
             self.lines.append(line.rstrip())
-            for mark, words in (("loaded", "parameters learn from"), ("written", "wrote the result")):
+            for mark, words in (("loaded", "trainable parameters, "), ("written", "wrote the result")):
                 if words in line:
                     self.marks.setdefault(mark, self.now())
 
@@ -324,7 +324,7 @@ def provide(folder: Path, name: str, dtype: str, torch_python: str, is_tiny: boo
 
 def read_estimate(lines: list) -> dict:
     """{kind: bytes} as a dry run printed them."""
-    begin = next(number for number, line in enumerate(lines) if line.startswith("memory of"))
+    begin = next(number for number, line in enumerate(lines) if line.startswith("memory per GPU"))
     found = {}
     for line in lines[begin + 1 :]:
         match = re.match(r"  (\w.*?)\s+([\d.]+) (GB|MB)\b", line)

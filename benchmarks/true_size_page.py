@@ -58,7 +58,7 @@ def memory_row(name: str, found: dict) -> list:
     """Estimate and peak of a case."""
     runs = [found[step] for step in TRAINING if step in found]
     peak, mapped = max(run["own_peak"] for run in runs), max(run["peak"] for run in runs)
-    before, estimate = found["nothing"]["own_peak"], found["estimate"]["at its most"]
+    before, estimate = found["nothing"]["own_peak"], found["estimate"]["peak"]
     off = peak / (estimate + before) - 1
     verdict = f"{off:+.0%}" if abs(off) <= BAR else f"**{off:+.0%}**"
     phase = max(((level, phase) for run in runs for phase, level in run["phases"].items()))[1]

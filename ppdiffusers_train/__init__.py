@@ -1,9 +1,9 @@
 """Fine-tuning and distillation of text-to-image diffusion models on PaddlePaddle, on top of ppdiffusers.
 
-Import this package before `paddle`: it prepares the processor's threads and libraries, which Paddle reads only once,
-while it is being imported, and has PaddleNLP imported without what nobody needs of it. Nothing that is already set in
-the environment is touched, and nothing is printed. In a process that Paddle's launcher has started, the first thing is
-that secrets are masked in what the launcher has written of the environment; then it goes on in a child (`stand_in.py`).
+Import this package before `paddle`: it sets the CPU's threads and libraries, which Paddle reads only once, when it is
+imported, and makes PaddleNLP import its parts on demand. It changes no environment variable that is already set, and
+prints nothing. In a process that Paddle's launcher has started, it first masks secrets in the launcher's log files, and
+then continues in a child process (`launcher/stand_in.py`).
 """
 
 from ppdiffusers_train.cpu.environment import prepare_cpu

@@ -1,7 +1,7 @@
 """Every random number of a run, as a pure function of (run seed, position of the sample in the run, name of the draw).
 
 The numbers come from Philox, a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3"): the seed and the name are its key, the position its counter. So they do not depend on the number of cards,
+1, 2, 3"): the seed and the name are its key, the position its counter. So they do not depend on the number of GPUs,
 workers or accumulation steps, nor on where a run was stopped; and NumPy draws the same ones on every device.
 """
 
@@ -13,9 +13,9 @@ import numpy as np
 
 
 def generator(seed: int, position: int, name: str) -> np.random.Generator:
-    """NumPy's generator for one draw; `position` is the sample's index in the run (or an epoch's number)."""
+    """NumPy's generator of one draw; `position` is the sample's index in the run (or an epoch's number)."""
     name_key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-    # The counter's low words run while numbers are drawn; the position stands above them, so streams never overlap.
+    # Drawing numbers counts up the low words of the counter; the position is in a higher one, so streams never overlap.
     bits = np.random.Philox(
         key=np.array([seed, name_key], dtype=np.uint64), counter=np.array([0, 0, position, 0], dtype=np.uint64)
     )
@@ -23,7 +23,7 @@ def generator(seed: int, position: int, name: str) -> np.random.Generator:
 
 
 class RowDraws:
-    """The random numbers of one sample: NumPy scalars, or arrays of the shape asked for.
+    """The random numbers of one sample: NumPy scalars, or arrays of the given shape.
 
     Args:
         seed: the run's seed, 0 <= seed < 2**64.
@@ -40,13 +40,13 @@ class RowDraws:
         return generator(self.seed, self.position, name)
 
     def normal(self, name: str, shape=()) -> np.ndarray:
-        """Standard normal float32 numbers of `shape`."""
+        """Standard normal values of `shape`, float32."""
         if (name, tuple(shape)) in self._ahead:
             return self._ahead[name, tuple(shape)]
         return np.float32(self._generator(name).standard_normal(tuple(shape), dtype=np.float32))
 
     def draw_ahead(self, normals) -> None:
-        """Draw now what will be asked of `normal`.
+        """Draw now what later calls of `normal` will return.
 
         Args:
             normals: (name, shape) of each.
@@ -64,7 +64,7 @@ class RowDraws:
         return self._generator(name).integers(low, high, dtype=np.int64)
 
     def bernoulli(self, name: str, probability: float) -> bool:
-        """True with this probability. Where that is 0 nothing is drawn: the sample stays without chance."""
+        """True with this probability. With 0, nothing is drawn: the sample counts as not random."""
         return probability > 0 and bool(self.uniform(name) < probability)
 
     def categorical(self, name: str, weights) -> np.int64:
@@ -79,17 +79,17 @@ class Draws:
 
     Args:
         seed: the run's seed.
-        positions: for each row of the batch its index in the run.
-        to_tensor: makes a tensor of an array; by default `paddle.to_tensor`.
+        positions: the index in the run of each row of the batch.
+        to_tensor: converts an array to a tensor; by default `paddle.to_tensor`.
     """
 
     def __init__(self, seed: int, positions, to_tensor=None):
         self.rows, self.to_tensor = [RowDraws(seed, int(position)) for position in positions], to_tensor
-        self.drawn_integers = {}  # {name: numbers} of the last draws, so that a failed step can name its timesteps
+        self.drawn_integers = {}  # {name: values} of the last draws, so that a failed step can name its timesteps
         self.drawn_normals = set()  # (name, shape) of the draws so far
 
     def keep(self, positions) -> None:
-        """Go on with the rows at these positions alone."""
+        """Drop all rows but those at these positions."""
         self.rows = [row for row in self.rows if row.position in positions]
 
     def normal(self, name: str, shape=()):
@@ -118,8 +118,8 @@ class Draws:
 
 
 def iterate_draws(seed: int, batches: list, to_tensor=None):
-    """Yield the `Draws` of each of `batches` (lists of positions), the noise of the next one drawn in a thread while
-    the one before is used: as much of it as batches have asked for so far."""
+    """Yield the `Draws` of each of `batches` (lists of positions). While one is used, a thread draws the normal values
+    of the next: those that batches have used so far."""
     normals, ahead = set(), None
 
     def prepared(positions, normals):

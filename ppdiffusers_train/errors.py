@@ -11,27 +11,27 @@ from ppdiffusers_train.launcher.tokens import secrets_in
 
 
 class UserError(Exception):
-    """Something the user gave is wrong. The message names the flag or file, what was found and what is expected."""
+    """A mistake in the user's input. The message names the flag or file, what was found and what is expected."""
 
     exit_status = 2
 
 
 class BadSampleError(UserError):
-    """A sample of the data cannot be used. The message names the file or row, and why."""
+    """A sample of the data cannot be used. The message names the file or row and the reason."""
 
 
 class RunError(Exception):
-    """The run cannot go on, through no mistake of its flags. The message says where it stands."""
+    """The run cannot continue, although its flags are right. The message names the step or file."""
 
     exit_status = 1
 
 
-SHORTEST_SECRET = 6  # characters; what is shorter may stand in any text
+SHORTEST_SECRET = 6  # characters; a shorter value may occur in any text
 
 
 def hide_tokens(text: str) -> str:
-    """A text without access tokens: those that the command line or the environment gives, and what looks like one, of
-    the hub or after the word bearer."""
+    """A text in which access tokens are masked: those of the command line and the environment, tokens of the hub, and
+    what follows the word bearer."""
     given = [word.partition("=")[2] for word in sys.argv if word.startswith("--hub_token=")]
     given += [word for flag, word in zip(sys.argv, sys.argv[1:]) if flag == "--hub_token"]
     given += [value for value in secrets_in(os.environ).values() if len(value) >= SHORTEST_SECRET]
@@ -43,8 +43,8 @@ def hide_tokens(text: str) -> str:
 def one_line_errors(main):
     """Wrap `main(argv)`: the errors above are printed as one line to standard error and end the process.
 
-    Any other keeps its traceback. A signal that nobody else waits for is one line, too.
-    On several ranks, the first that fails or is killed has the last word on the screen.
+    Other errors keep their traceback. A signal that has no handler yet ends the process with one line, too.
+    With several ranks, the error of the first that fails or is killed is the last line on the screen.
     """
 
     @functools.wraps(main)
@@ -59,7 +59,7 @@ def one_line_errors(main):
             print_after_launcher(message)
             raise SystemExit(error.exit_status) from error
         except Exception as error:
-            # Its traceback goes into a log.
+            # The traceback goes to a log file.
             error.args = tuple(hide_tokens(part) if isinstance(part, str) else part for part in error.args)
             rank = os.environ.get("PADDLE_TRAINER_ID", "0")
             print_after_launcher(hide_tokens(f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())}"))

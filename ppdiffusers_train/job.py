@@ -1,4 +1,4 @@
-"""What training scripts share: their `main`, and bases for jobs that train one model, in full or with LoRA."""
+"""What training scripts share: `main`, and base classes for jobs that train one model, in full or with LoRA."""
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
@@ -14,13 +14,13 @@ from ppdiffusers_train.training import train_job
 
 
 def run_job(parser, module_class, argv=None, build_dataset=build_dataset) -> None:
-    """The `main` of a training script: flags, data, models, training. A mistake is one line and exit status 2.
+    """The `main` of a training script: flags, data, models, training. A mistake gets one line and exit status 2.
 
     Args:
-        parser: of the script's flags.
-        module_class: its `DiffusionTrainingModule`, which is built from the flags.
-        argv: the command line's words, by default those of this process.
-        build_dataset: gives the samples that the flags name.
+        parser: the parser of the script's flags.
+        module_class: the script's `DiffusionTrainingModule`, which is built from the flags.
+        argv: the arguments, by default those of the command line.
+        build_dataset: returns the dataset that the flags name.
     """
 
     @one_line_errors
@@ -37,7 +37,7 @@ def run_job(parser, module_class, argv=None, build_dataset=build_dataset) -> Non
 
 @contextlib.contextmanager
 def named_by_flags():
-    """Within, a formula's `ValueError` about its parameter `x` is the user's mistake in the flag `--x`."""
+    """A context that turns a formula's `ValueError` about its parameter `x` into a `UserError` about the flag `--x`."""
     try:
         yield
     except ValueError as error:
@@ -45,13 +45,13 @@ def named_by_flags():
 
 
 class FullTraining(DiffusionTrainingModule):
-    """Trains a model as a whole: a checkpoint holds its folder, and so does the result, unless a job writes more."""
+    """Trains all of a model: a checkpoint holds the model's folder; so does the result, unless a job writes more."""
 
     trained = "unet"
-    """Name of the attribute that holds the model, and of its folder."""
+    """Name of the model's attribute and of its folder."""
 
     averages = ()
-    """The same of moving averages of it, which are kept beside it."""
+    """The same names of its moving averages, which are saved beside it."""
 
     def save_weights(self, directory):
         for name in (self.trained, *self.averages):
@@ -69,22 +69,22 @@ class FullTraining(DiffusionTrainingModule):
 class LoRATraining:
     """Makes a job train LoRA layers on its model instead of the model: `class MyLoRAJob(LoRATraining, MyJob)`.
 
-    The job's `trained` names the model. The flags are those of `arguments.add_lora_arguments`. A checkpoint and the
+    `trained` of the job names the model. The flags are those of `arguments.add_lora_arguments`. A checkpoint and the
     result hold the LoRA layers, and the parts of the model that `--trainable_modules` names.
     """
 
     adapted = {}
-    """{name: text encoder} of those that have LoRA layers, too."""
+    """{name: text encoder} of text encoders that have LoRA layers, too."""
 
     lora_formats = ()
-    """The libraries that the result is written for; empty: that of `--save_format`."""
+    """The libraries that the result is written for; if empty, the one of `--save_format`."""
 
     def __init__(self, args):
         super().__init__(args)
         self.add_lora(getattr(self, self.trained), args.lora_target_modules)
 
     def add_lora(self, model, targets: str) -> None:
-        """Freeze a model and set LoRA layers on the layers that `targets` names, as the flags say."""
+        """Freeze a model and add LoRA to the layers that `targets` names, as the flags say."""
         args = self.args
         add_lora(model, targets, args.lora_rank, args.lora_alpha, args.lora_dropout, args.seed or 0)
 

@@ -1,4 +1,4 @@
-"""The contract between a job and the loop: what one job learns, and how a batch becomes a loss."""
+"""The contract between a job and the loop: what a job trains, and how it computes the loss of a batch."""
 
 from fnmatch import fnmatchcase
 
@@ -9,34 +9,34 @@ from ppdiffusers_train.errors import UserError
 
 
 class DiffusionTrainingModule(nn.Layer):
-    """One training job. A subclass loads its models, freezes what does not learn, and fills in the methods below.
+    """One training job. A subclass loads its models, freezes what is not trained, and implements the methods below.
 
-    A row is `{"image": RGB PIL image, "caption": str, …}` whatever the dataset's columns are called; a batch is the
-    arrays of several rows stacked, as paddle tensors. `draws` gives every random number (see `draws.Draws`), so the
-    same `encoded` and `draws` give the same loss on any number of cards.
+    A row is `{"image": RGB PIL image, "caption": str, …}` whatever the dataset's columns are called; a batch has the
+    arrays of several rows stacked, as paddle tensors. All random numbers come from `draws` (see `draws.Draws`), so the
+    same `encoded` and `draws` give the same loss on any number of GPUs.
     """
 
     encoders = ()
     """Names of the attributes that hold the frozen models of `encode`: a cache of encoded samples replaces them."""
 
     keep_float32 = ()
-    """Names of the attributes that hold frozen models whose weights stay float32 whatever the run's precision. VAEs do
-    so by themselves."""
+    """Names of the attributes that hold frozen models whose weights stay float32 in any precision. VAEs stay float32
+    without being named."""
 
     keep_float32_in_fp16 = ()
-    """The same, of models whose activations outgrow float16."""
+    """Names of frozen models whose weights stay float32 under fp16, because their activations overflow float16."""
 
     encode_batch_size = 1
-    """How many samples `encode` gets at once."""
+    """Number of samples that `encode` gets at once."""
 
     can_compile_encode = False
-    """Whether Paddle can trace `encode`: a CPU then runs it faster, on data large enough to be worth it."""
+    """Whether Paddle can trace `encode`. CPUs then run it faster, on data large enough to pay for the compilation."""
 
     buckets = ()
-    """[(height, width)] of the sizes that samples are brought to; empty where all samples fit into one batch."""
+    """[(height, width)] of the aspect-ratio buckets; empty if all samples have the same size."""
 
     def encoding_settings(self):
-        """What `preprocess` and `encode` depend on besides the sample and the encoders' weights, as JSON."""
+        """Settings that `preprocess` and `encode` depend on besides the sample and the encoders' weights, as JSON."""
         return {}
 
     def preprocess(self, row, draws):
@@ -44,29 +44,29 @@ class DiffusionTrainingModule(nn.Layer):
         raise NotImplementedError
 
     def encode(self, batch):
-        """`{name: [B, …]} -> {name: [B, …]}` through the frozen models, without gradient: what a cache can store."""
+        """`{name: [B, …]} -> {name: [B, …]}` through the frozen models, without gradients: what a cache can store."""
         raise NotImplementedError
 
     def forward(self, encoded, draws):
-        """The loss of a batch, a scalar: the mean over its samples, through the models that learn."""
+        """The loss of a batch, a scalar: the mean over its samples, through the trained models."""
         raise NotImplementedError
 
     def inspect_dataset(self, dataset):
-        """Called once before training: print here what is unusual about the data. Nothing, by default."""
+        """Called once before training, to print what is unusual about the data. Does nothing by default."""
 
     def after_step(self):
         """Called once after each optimizer step."""
 
     def generate(self, prompts, seeds):
-        """One PIL image per pair of prompt and seed, drawn the way a user would run inference."""
+        """One PIL image per pair of prompt and seed, generated the way a user would run inference."""
         raise NotImplementedError
 
     def save_weights(self, directory):
-        """Write the weights that learn below `directory`: what a checkpoint holds."""
+        """Write the trained weights below `directory`, for a checkpoint."""
         raise NotImplementedError
 
     def load_weights(self, directory):
-        """Read what `save_weights` wrote into the parameters in place: the optimizer keeps its objects."""
+        """Read what `save_weights` wrote into the existing parameters, to which the optimizer refers."""
         raise NotImplementedError
 
     def save_pretrained(self, directory):
@@ -78,16 +78,16 @@ class DiffusionTrainingModule(nn.Layer):
         return {}
 
     def trainable_parameters(self):
-        """The parameters that learn: whatever is not frozen."""
+        """The trainable parameters: all that are not frozen."""
         return [parameter for parameter in self.parameters() if not parameter.stop_gradient]
 
 
 @paddle.no_grad()
 def encode_batch(module, batch: dict) -> dict:
-    """A batch through `module.encode`: `{name: [B, …]} -> {name: [B, …]}`, floats as float32.
+    """Encode a batch with `module.encode`: `{name: [B, …]} -> {name: [B, …]}`, floats as float32.
 
-    One sample at a time unless the module says otherwise, because how a product of matrices is rounded depends on their
-    sizes: a sample's encoding must not depend on which others share its batch, or a cache could not hold the same bits.
+    One sample at a time unless the module says otherwise: the rounding of a matrix product depends on its sizes, and a
+    sample's encoding must not depend on the other samples of its batch, or a cache could not hold the same bits.
     """
     size, together = len(next(iter(batch.values()))), module.encode_batch_size
     parts = [
@@ -99,7 +99,7 @@ def encode_batch(module, batch: dict) -> dict:
 
 
 def freeze(model: nn.Layer) -> nn.Layer:
-    """Take a model out of training: no gradients, evaluation mode. Returns the model."""
+    """Freeze a model: no gradients, evaluation mode. Returns the model."""
     model.eval()
     for parameter in model.parameters():
         parameter.stop_gradient = True
@@ -107,31 +107,32 @@ def freeze(model: nn.Layer) -> nn.Layer:
 
 
 def trained_models(module) -> list:
-    """Those of its models in which something learns."""
+    """The models of a module that have trainable parameters."""
     return [model for model in module.children() if any(not weights.stop_gradient for weights in model.parameters())]
 
 
 def keep_frozen(*parameters) -> None:
-    """Take parameters out of training for good: statistics, or what the published model does not have.
+    """Freeze parameters for good, such as statistics, or parameters that the published model does not have.
 
-    They also keep their float32 values whatever the run's precision.
+    They also stay float32 in any precision.
     """
     for parameter in parameters:
         parameter.stop_gradient = parameter.stays_frozen = True
 
 
 def choose_trainable(module, patterns) -> dict:
-    """Of the models in which something is trained, train these parts in full, and nothing else but LoRA layers.
+    """In the models that are trained, train only these parts in full, and LoRA layers.
 
-    What a job has frozen stays frozen; of a LoRA's frozen base any part may be chosen but what `keep_frozen` got.
+    Parameters that a job has frozen stay frozen; of a LoRA's frozen base any part may be chosen, except parameters that
+    were passed to `keep_frozen`.
 
     Args:
-        patterns: names of layers or parameters in such a model, with its own name before them or without, separated by
-            commas; `*` is anything. None: what is trained stays as it is.
+        patterns: names of layers or parameters in such a model, with or without the model's name before them,
+            separated by commas; `*` matches anything. With None, nothing changes.
     Returns:
-        {pattern: size of what fits it}.
+        {pattern: number of elements of the parameters that match it}.
     Raises:
-        UserError: a pattern fits nothing in these models.
+        UserError: a pattern matches nothing in these models.
     """
     if patterns is None:
         return {}
@@ -158,7 +159,7 @@ def choose_trainable(module, patterns) -> dict:
             known = ", ".join(
                 f"{name}.{child}" for name, model in trained.items() for child, _ in model.named_children()
             )
-            raise UserError(f"--trainable_modules: {pattern!r} fits nothing that can learn; there are {known}")
+            raise UserError(f"--trainable_modules: {pattern!r} matches nothing that can be trained; there are {known}")
     return sizes
 
 

@@ -80,7 +80,7 @@ def prepare(module, dataset, run: Run) -> Plan:
         agree_on_data(dataset, run.ranks)
         agree(run.ranks, model_digests(module))
     for part, size in choose_trainable(module, args.trainable_modules).items():
-        run.log(f"--trainable_modules: {part}, {size:,} parameters, learns in full")
+        run.log(f"--trainable_modules: {part}, {size:,} parameters, trained in full")
     identity = run_identity(module, dataset, args, run.saved, run.samples_per_step)
     order = order_samples(module, dataset, identity["seed"], run.samples_per_step, run.log)
     steps_per_epoch = order.steps_per_epoch(run.samples_per_step)
@@ -105,7 +105,7 @@ def prepare_state(plan: Plan) -> TrainingState:
         run.log(line)
     trained = sum(parameter.size for parameter in state.parameters.values())
     run.log(
-        f"{type(module).__name__}: {trained:,} parameters learn from {len(plan.dataset)} samples; {plan.total_steps} "
+        f"{type(module).__name__}: {trained:,} trainable parameters, {len(plan.dataset)} samples; {plan.total_steps} "
         f"steps of {run.samples_per_step} samples, {plan.steps_per_epoch} per epoch; seed {plan.info['seed']}"
     )
     if run.ranks.is_main:

@@ -184,7 +184,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_no_other(tra
 def test_on_save_error_continue_goes_on_to_the_result(train, capsys):
     with no_file_above(BETWEEN):
         out = train("prior", "--checkpointing_steps=1", "--on_save_error=continue", "--report_to=none")
-    assert capsys.readouterr().out.count("; going on") == 2
+    assert capsys.readouterr().out.count("; continuing") == 2
     assert not list(out.glob("checkpoint-*")) and not list(out.glob(".*")), "no half-written folder is left"
     assert weights(out, "prior")
 

@@ -18,7 +18,7 @@ more = bytearray(100_000_000)
 time.sleep(0.3)
 os.rename(sys.argv[1] + "/.checkpoint-1.tmp", sys.argv[1] + "/checkpoint-1")
 del more
-print("Module: 5 parameters learn from 2 samples", flush=True)
+print("Module: 5 trainable parameters, 2 samples", flush=True)
 time.sleep(30 if sys.argv[2] == "waits" else 0.3)
 """
 
@@ -43,7 +43,7 @@ def test_a_process_is_watched_from_outside(true_size, tmp_path, ending):
 
 
 def test_an_estimate_is_read_as_it_is_printed(true_size):
-    lines = ["", "memory of each card", "  frozen weights      1.50 GB", "  EMA       2.00 MB   fits", "  (8.5 GB)"]
+    lines = ["", "memory per GPU", "  frozen weights      1.50 GB", "  EMA       2.00 MB   fits", "  (8.5 GB)"]
     assert true_size.read_estimate(lines) == {"frozen weights": 1.5e9, "EMA": 2e6}
 
 
@@ -62,7 +62,7 @@ def test_the_page_says_what_is_missing_what_failed_and_what_is_off(true_size):
         "models": {"sdxl": {"parameters": {"unet": 2567463684}, "dtype": "float32", "bytes": 13.9e9}},
         "nothing": {"own_peak": 5e8},
         "dry run": {"seconds": 20.0},
-        "estimate": {"at its most": 9.5e9},
+        "estimate": {"peak": 9.5e9},
         "train": run,
     }
     text = true_size.page({"sdxl_lora": found, "sd3_lora": {**found, "failed": "Traceback"}})

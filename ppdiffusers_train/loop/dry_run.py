@@ -1,7 +1,8 @@
-"""`--dry_run`: what a run would do and what memory it would take, said before the hours are spent.
+"""`--dry_run`: prints what a run would do and how much memory it would need.
 
-The module has models of their real size without weights. What stays in memory is counted. Activations are measured: the
-job's own forward and backward pass of one sample, at sizes small enough for any machine, carried on to the run's.
+The module has models of their real size without weights. Weights, gradients and the optimizer's state are counted.
+Activations are measured: the job's own forward and backward pass of one sample, at resolutions small enough for any
+machine, extrapolated to the resolution of the run.
 """
 
 import argparse
@@ -26,19 +27,25 @@ from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.step import set_training_mode
 from ppdiffusers_train.module import choose_trainable, encode_batch
 
-MEASURED = (128, 192, 256)  # heights and widths in pixels; below, weights' gradients hide the activations
+MEASURED = (
+    128,
+    192,
+    256,
+)  # heights and widths in pixels; below, gradients of weights hide the activations
 GPU_SIZES = (8, 12, 16, 24, 40, 80)  # GB
 
 
 def describe_run(plan: Plan) -> None:
-    """Print what the run would be."""
+    """Print what the run would do and how much memory it would need."""
     module, dataset, args = plan.module, plan.dataset, plan.run.args
     print(f"{type(module).__name__}: a dry run, nothing is loaded, trained or written\n\nmodels")
-    learning = {id(parameter) for parameter in module.trainable_parameters()}
+    trainable = {id(parameter) for parameter in module.trainable_parameters()}
     for name, model in module.named_children():
         size = sum(parameter.size for parameter in model.parameters())
-        learns = sum(parameter.size for parameter in model.parameters() if id(parameter) in learning)
-        role = f"{learns:,} learn" if learns else "frozen, encodes samples" if name in module.encoders else "frozen"
+        trained = sum(parameter.size for parameter in model.parameters() if id(parameter) in trainable)
+        role = (
+            f"{trained:,} trainable" if trained else "frozen, encodes samples" if name in module.encoders else "frozen"
+        )
         print(f"  {name:<16} {size:>15,} parameters of {type(model).__name__}, {role}")
 
     inventory, options = inventory_of(module, first_row(dataset), args), options_of(args)
@@ -55,28 +62,28 @@ def describe_run(plan: Plan) -> None:
         + (f"in {args.encoded_cache_dir}" if options.cached else "with --encoded_cache")
     )
 
-    print("\nmemory of each card")
+    print("\nmemory per GPU")
     for name, size in inventory.memory(options).items():
         print(f"  {name:<32} {human(size):>10}")
     for name, size in inventory.phases(options).items():
-        print(f"  {f'all together, {name}':<32} {human(size):>10}")
+        print(f"  {f'total, {name}':<32} {human(size):>10}")
     peak = inventory.peak(options)
-    print(f"  {'at its most':<32} {human(peak):>10}   {fitting(peak)}")
-    print("  (activations: measured on one sample of at most 256 pixels, carried on to this run's)")
-    print("\nwhat would lower it")
+    print(f"  {'peak':<32} {human(peak):>10}   {fitting(peak)}")
+    print("  (activations: measured on one sample of at most 256 pixels, extrapolated to this run's)")
+    print("\nwhat would reduce it")
     for saving, flag in sorted(savings(inventory, options), reverse=True):
         print(f"  {flag:<28} -{human(saving)}")
 
 
 def human(size: int) -> str:
-    """Bytes for people."""
+    """A number of bytes in GB or MB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
 def fitting(size: int) -> str:
-    """Which card is large enough for so many bytes."""
-    fits = next((card for card in GPU_SIZES if size <= card * 1e9), None)
-    return f"fits a card of {fits} GB" if fits else f"too much for a card of {GPU_SIZES[-1]} GB"
+    """The smallest GPU with enough memory, or that there is none."""
+    fits = next((gigabytes for gigabytes in GPU_SIZES if size <= gigabytes * 1e9), None)
+    return f"fits a GPU with {fits} GB" if fits else f"does not fit a GPU with {GPU_SIZES[-1]} GB"
 
 
 def options_of(args) -> Options:
@@ -88,7 +95,7 @@ def options_of(args) -> Options:
 
 
 def savings(inventory: Inventory, options: Options):
-    """(bytes, flag) of each change of the flags that would save any."""
+    """(bytes, flag) of each change of the flags that would reduce the peak."""
     changes = {
         "--gradient_checkpointing": {"gradient_checkpointing": True},
         "--encoded_cache": {"cached": True},
@@ -115,11 +122,11 @@ def first_row(dataset) -> dict:
 
 
 def inventory_of(module, row: dict, args) -> Inventory:
-    """What the job of `module` consists of, at the size that `args` ask for."""
+    """What the job of `module` keeps in memory, at the resolution of `args`."""
     sizes = [args.resolution] if args.resolution <= MEASURED[-1] else list(MEASURED)
     samples, encoded, encoding, activations = [], [], [], {}
     for recompute in (False, True):
-        # Buckets have as many pixels as the square.
+        # A bucket has as many pixels as the square.
         changed = {"gradient_checkpointing": recompute, "aspect_ratio_buckets": False}
         small = argparse.Namespace(**{**vars(args), **changed})
         job = type(module)(small)

@@ -65,7 +65,7 @@ class Inventory:
         if precision != "no":
             activations = activations // 2 + 2 * (numbers - lowered + self.float32_beside)
         return {
-            "weights that learn": 4 * numbers - 2 * lowered,
+            "trainable weights": 4 * numbers - 2 * lowered,
             "frozen weights": in_bytes(self.frozen, precision),
             "encoders": 0 if options.cached else in_bytes(self.encoders, precision),
             "gradients": 4 * numbers + (min(4 * numbers, IN_FLIGHT_BYTES) if options.ranks > 1 else 0),
@@ -93,7 +93,7 @@ class Inventory:
         loaded = 4 * sum(self.trained) + in_bytes(self.frozen, "no") + in_bytes(self.encoders, "no")
         phases = {"loading": loaded + training["EMA"], "training": sum(training.values())}
         if options.cached:
-            fixed = sum(training[kind] for kind in ("weights that learn", "frozen weights", "EMA"))
+            fixed = sum(training[kind] for kind in ("trainable weights", "frozen weights", "EMA"))
             masters = 4 * self._lowered(options) // options.sharding_degree  # they are there from the beginning
             encoders = in_bytes(self.encoders, options.mixed_precision)
             phases["filling the cache"] = fixed + masters + encoders + self.encoding

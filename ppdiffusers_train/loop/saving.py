@@ -57,7 +57,7 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
                 message = f"checkpoint-{state.step} cannot be written to {str(output_dir)!r}: {error}"
                 if args.on_save_error == "stop":
                     raise RunError(f"{message}; earlier checkpoints are untouched") from error
-                plan.run.log(f"{message}; going on")
+                plan.run.log(f"{message}; continuing")
                 return False
             finally:
                 shutil.rmtree(shards, ignore_errors=True)
@@ -109,7 +109,7 @@ def end_stopped(stop: StopRequest, plan: Plan, state: TrainingState, is_written:
     # Not every rank has to have got it. And one that ends takes the others down: first, all have to be here.
     told = plan.run.ranks.gather_objects((stop.received, is_written))
     received = next(number for number, _ in told if number)
-    written = f"wrote {checkpoint} {where}; go on with --resume_from_checkpoint latest"
+    written = f"wrote {checkpoint} {where}; resume with --resume_from_checkpoint latest"
     message = f"{received.name}: {written if told[0][1] else f'ended {where}, without a checkpoint'}"
     print(message, flush=True)
     print_after_launcher(message)

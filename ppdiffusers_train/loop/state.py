@@ -201,7 +201,7 @@ class TrainingState:
         unknown = {name.split(SEPARATOR)[0] for name in tensors} - set(self.parameters)
         if unknown:
             raise UserError(
-                f"{flag} holds an optimizer of other weights, such as {min(unknown)}, which do not learn here"
+                f"{flag} holds an optimizer of other weights, such as {min(unknown)}, which are not trained here"
             )
         self.module.load_weights(str(folder))
 

@@ -21,7 +21,7 @@ USE_DEVICE = {"call": "tests.device.runner:use_device"}
 
 def estimate(said):
     """The lines about memory in what a dry run says."""
-    return re.findall(r"^  (\w.*?)  +([\d.]+ [GM]B)", said.partition("memory of each card")[2], re.MULTILINE)
+    return re.findall(r"^  (\w.*?)  +([\d.]+ [GM]B)", said.partition("memory per GPU")[2], re.MULTILINE)
 
 
 def computed(report):
@@ -63,11 +63,11 @@ def weights_in_memory(script, flags):
     state = build_training_state(module, args, 2, 1, start_ranks())
     state.precision.cast_models(module, state.optimizer)
     trained = {id(parameter) for parameter in state.parameters.values()}
-    found = {"weights that learn": 0, "frozen weights": 0, "encoders": 0}
+    found = {"trainable weights": 0, "frozen weights": 0, "encoders": 0}
     for name, model in module.named_children():
         for tensor in [*model.parameters(), *filter(paddle.is_floating_point, model.buffers())]:
             frozen = "encoders" if name in module.encoders else "frozen weights"
-            found["weights that learn" if id(tensor) in trained else frozen] += tensor.numpy().nbytes
+            found["trainable weights" if id(tensor) in trained else frozen] += tensor.numpy().nbytes
     masters = sum(master.numpy().nbytes for master in state.optimizer._master_weights.values())
     moments = sum(8 * parameter.size + 8 for parameter in state.parameters.values())
     return [{name: counted[name] for name in found} | {"masters": counted["optimizer"] - moments},

@@ -63,7 +63,7 @@ def test_signals_stop_all_ranks_after_the_same_step_with_a_checkpoint(base_flags
     newest = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     step = int(newest.name.split("-")[1])
     assert json.loads((newest / "state.json").read_text())["step"] == step
-    told = f"{name}: wrote {newest} after step {step} of 100000; go on with --resume_from_checkpoint latest"
+    told = f"{name}: wrote {newest} after step {step} of 100000; resume with --resume_from_checkpoint latest"
     for rank in (0, 1):
         said = (tmp_path / "log" / f"workerlog.{rank}").read_text().splitlines()
         assert [line for line in said if "SIG" in line or "rror" in line] == [told], said
@@ -142,7 +142,7 @@ def test_a_disk_that_is_full_for_one_ranks_share_is_told_and_nobody_waits(base_f
     assert told in said and "Traceback" not in said + (tmp_path / "log" / "workerlog.1").read_text()
     assert not list((tmp_path / "out").glob("*checkpoint*")), "no half-written folder is left"
     if on_save_error == "continue":
-        assert said.count("; going on") == 2 and learned("prior", tmp_path / "out")
+        assert said.count("; continuing") == 2 and learned("prior", tmp_path / "out")
 
 
 @pytest.mark.once

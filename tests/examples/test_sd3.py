@@ -201,9 +201,9 @@ def read_names(module):
 def test_modules_learn_in_full_alone(train_sd3, sd3, capsys):
     out = train_sd3("sd3", "--trainable_modules=proj_out,transformer_blocks.*.norm1")
     said = capsys.readouterr().out
-    assert "--trainable_modules: proj_out, 2,112 parameters, learns in full" in said
-    assert "--trainable_modules: transformer_blocks.*.norm1, 12,672 parameters, learns in full" in said
-    assert "SD3TrainingModule: 14,784 parameters learn" in said
+    assert "--trainable_modules: proj_out, 2,112 parameters, trained in full" in said
+    assert "--trainable_modules: transformer_blocks.*.norm1, 12,672 parameters, trained in full" in said
+    assert "SD3TrainingModule: 14,784 trainable parameters" in said
     before, after = weights(sd3, "transformer"), weights(out, "transformer")
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     blocks = [f"transformer_blocks.{block}.norm1.linear" for block in (0, 1)]
@@ -234,7 +234,8 @@ def test_parts_that_no_model_has_and_those_that_only_encode_are_refused(train_sd
     for pattern in ("to_x", "vae.decoder"):
         message = refused(capsys, lambda pattern=pattern: train_sd3("sd3", f"--trainable_modules={pattern}"))
         assert (
-            f"--trainable_modules: {pattern!r} fits nothing that can learn; there are transformer.pos_embed" in message
+            f"--trainable_modules: {pattern!r} matches nothing that can be trained; "
+            "there are transformer.pos_embed" in message
         )
 
 

@@ -209,7 +209,7 @@ def test_the_cache_and_validation_pictures_change_no_bit(train):
 def test_a_dry_run_tells_what_learns_and_writes_nothing(train, capsys):
     out = train("--dry_run")
     said = capsys.readouterr().out
-    assert "203,204 parameters of UNet2DConditionModel, 203,204 learn" in said and "fits a card of 8 GB" in said
+    assert "203,204 parameters of UNet2DConditionModel, 203,204 trainable" in said and "fits a GPU with 8 GB" in said
     assert not out.exists() or not list(out.iterdir())
 
 

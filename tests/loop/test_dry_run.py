@@ -69,16 +69,16 @@ def test_every_script_says_what_it_would_do_without_any_weights(jobs, name, tmp_
     job.main([*bare, "--dry_run", "--num_train_epochs=5"])
     said = capsys.readouterr().out
     real = module_class(job)(job.build_parser().parse_args(flags))
-    learning = {id(parameter) for parameter in real.trainable_parameters()}
+    trainable = {id(parameter) for parameter in real.trainable_parameters()}
     for child, model in real.named_children():
-        size, learns = (
+        size, trained = (
             sum(parameter.size for parameter in model.parameters() if chosen(parameter))
-            for chosen in (lambda _: True, lambda parameter: id(parameter) in learning)
+            for chosen in (lambda _: True, lambda parameter: id(parameter) in trainable)
         )
-        role = f"{learns:,} learn" if learns else "frozen, encodes" if child in real.encoders else "frozen\n"
+        role = f"{trained:,} trainable" if trained else "frozen, encodes" if child in real.encoders else "frozen\n"
         assert re.search(rf"  {child} +{size:,} parameters of {type(model).__name__}, {role}", said)
     assert "7 samples with 7 captions\n  20 steps of 2 samples: 5.0 epochs of 4 steps" in said
-    for part in ("gradients", "optimizer", "activations", "all together, training", "at its most", "what would lower"):
+    for part in ("gradients", "optimizer", "activations", "total, training", "peak", "what would reduce"):
         assert part in said
     assert not list((tmp_path / "o").iterdir()), "nothing is written"
 
@@ -89,7 +89,7 @@ def test_weights_gradients_and_states_are_exact_to_the_byte(train_sdxl, build_sd
     module = build_sdxl_module("sdxl", *flags)
     memory = inventory_of(module, ROW, module.args).memory(options_of(module.args))
     weights = sum(parameter.numpy().nbytes for parameter in module.unet.parameters())
-    assert memory["weights that learn"] == memory["gradients"] == weights and memory["frozen weights"] == 0
+    assert memory["trainable weights"] == memory["gradients"] == weights and memory["frozen weights"] == 0
     encoders = [parameter for name in module.encoders for parameter in getattr(module, name).parameters()]
     assert memory["encoders"] == sum(parameter.numpy().nbytes for parameter in encoders)
     state = optimizer_state(out / "checkpoint-1").items()
@@ -139,7 +139,7 @@ def test_a_run_loads_fills_its_cache_and_trains(build_sdxl_module, name, flags):
 
 @pytest.mark.once
 def test_a_resumed_run_frees_its_encoders_before_it_reads_the_optimizer(sdxl_jobs, train_sdxl, monkeypatch):
-    """Else it would take more than the run that it goes on with."""
+    """Else it would need more memory than the run that it resumes."""
     train_sdxl("sdxl", "--checkpointing_steps=1")
     found, read = [], state.load_optimizer_tensors
 
@@ -167,7 +167,7 @@ def test_a_resumed_run_frees_its_encoders_before_it_reads_the_optimizer(sdxl_job
 def test_the_estimate_is_within_fifteen_percent_of_what_a_run_takes(
     channels, flags, sdxl_jobs, sdxl_flags, tmp_path, monkeypatch
 ):
-    """At 160 pixels, carried on from smaller ones; all of a run on encoded samples, from loading to its end."""
+    """At 160 pixels, extrapolated from smaller ones; all of a run on encoded samples, from loading to its end."""
     monkeypatch.setattr(dry_run, "MEASURED", (64, 96, 128))  # tiny models have tiny gradients of weights
     model = build_sdxl(tmp_path / "model", channels=channels)
     more = [
@@ -189,7 +189,7 @@ def test_the_estimate_is_within_fifteen_percent_of_what_a_run_takes(
 
 
 @pytest.mark.once
-def test_polynomials_are_carried_on_exactly():
+def test_polynomials_are_extrapolated_exactly():
     pixels = np.float64([8, 16, 24, 100]) ** 2
     one, other = 7 + 3 * pixels + 0.5 * pixels**2, 5000 + pixels
     assert extrapolate([8, 16, 24], np.stack([one, other], axis=1)[:3], 100) == pytest.approx([one[3], other[3]])
