@@ -1,4 +1,4 @@
-"""The one loop. It trains any `DiffusionTrainingModule` and knows no diffusion."""
+"""The training loop. It trains any `DiffusionTrainingModule` and contains nothing of diffusion."""
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
@@ -33,10 +33,10 @@ from ppdiffusers_train.runtime.tracing import compile_models
 
 
 def check_run(args) -> None:
-    """For a script that builds its module from the flags by itself: check them, and resolve what they leave open.
+    """Check the flags and resolve what they leave open, for a script that builds its module from them by itself.
 
     Raises:
-        UserError: for all that can be seen to be wrong before data and models are loaded.
+        UserError: for every mistake that can be found before data and models are loaded.
     """
     vars(args).update(vars(resolve_run(args).args))
 
@@ -45,19 +45,19 @@ def launch_training_task(module, dataset, args) -> None:
     """Train `module` on `dataset` as the flags say, and write the result to `args.output_dir`.
 
     Args:
-        module: a `DiffusionTrainingModule`; whatever in it is not frozen is trained.
-        dataset: `len(dataset)`, `dataset[i]` -> row, `dataset.name(i)` -> what to call it in a message.
+        module: a `DiffusionTrainingModule`; all its parameters that are not frozen are trained.
+        dataset: `len(dataset)`, `dataset[i]` -> row, `dataset.name(i)` -> its name in messages.
         args: the flags of `arguments.add_training_arguments` and its siblings.
     Raises:
         UserError: a flag, a sample or the checkpoint to resume from is wrong.
-        RunError: the run cannot go on: a loss is not a number, a file cannot be written.
+        RunError: the run cannot continue: a loss is NaN or inf, a file cannot be written.
     """
     train_job(module, dataset, resolve_run(args))
 
 
 @patched_paddle()
 def train_job(module, dataset, run: Run) -> None:
-    """`launch_training_task` for flags that are resolved."""
+    """`launch_training_task` with resolved flags."""
     repair_kernels()
     holds_folder = run.ranks.is_main and not run.args.dry_run
     with folder_held(run.output_dir) if holds_folder else contextlib.nullcontext():
@@ -72,15 +72,15 @@ def train_job(module, dataset, run: Run) -> None:
 
 
 def prepare(module, dataset, run: Run) -> Plan:
-    """Choose what is trained and in which order samples come; see that all ranks and the checkpoint agree on it."""
+    """Choose what is trained and the order of samples; check that all ranks and the checkpoint agree on it."""
     args = run.args
     remarks = set_arithmetic(args)
     if run.ranks.world_size > 1 and not args.dry_run:
         agree(run.ranks, job_code(module))
         agree_on_data(dataset, run.ranks)
         agree(run.ranks, model_digests(module))
-    for part, size in choose_trainable(module, args.trainable_modules).items():
-        run.log(f"--trainable_modules: {part}, {size:,} parameters, trained in full")
+    for pattern, size in choose_trainable(module, args.trainable_modules).items():
+        run.log(f"--trainable_modules: {pattern}, {size:,} parameters, trained in full")
     identity = run_identity(module, dataset, args, run.saved, run.samples_per_step)
     order = order_samples(module, dataset, identity["seed"], run.samples_per_step, run.log)
     steps_per_epoch = order.steps_per_epoch(run.samples_per_step)
@@ -91,7 +91,7 @@ def prepare(module, dataset, run: Run) -> Plan:
 
 
 def prepare_state(plan: Plan) -> TrainingState:
-    """Build optimizer, averages and precision, or take them and the weights from the checkpoint to resume from."""
+    """Build the optimizer, averages and precision; when resuming, load the weights from the checkpoint."""
     run, module = plan.run, plan.module
     state = build_training_state(module, run.args, plan.total_steps, run.samples_per_step, run.ranks)
     if run.checkpoint:
@@ -116,8 +116,11 @@ def prepare_state(plan: Plan) -> TrainingState:
 
 
 def prepare_samples(plan: Plan, state: TrainingState):
-    """The samples of the run: from the cache, which is filled first, or encoded while the run trains. Then what an
-    optimizer goes on with, which is large: cached samples need no encoders in memory."""
+    """The samples of the run: from the cache, which is filled first, or encoded during training.
+
+    When resuming, the optimizer's state is loaded afterwards: it is large, and with a cache the encoders are freed by
+    then.
+    """
     run, module = plan.run, plan.module
     if run.args.encoded_cache_dir:
         samples = encode_dataset(plan, state)
@@ -134,7 +137,7 @@ def prepare_samples(plan: Plan, state: TrainingState):
 
 
 def train(plan: Plan, state: TrainingState, samples) -> None:
-    """Take every step from the state's to the last, with checkpoints, pictures and the result."""
+    """Take every step from the state's to the last, with checkpoints, validation images and the result."""
     ranks, args = plan.run.ranks, plan.run.args
     steps = plan.steps_from(state)
     positions = [positions for _, share in steps for positions in share]
@@ -142,7 +145,7 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
     draws = iterate_draws(plan.order.seed, positions, to_device)
     with open_reports(plan, state) as reports, StopRequest(args.stop_signal) as stop:
         ask_for_time()
-        ranks.wait_for_all("the others to begin")  # rank 0 has trackers to open, and disks are slow or fast
+        ranks.wait_for_all("the others to begin")  # rank 0 opens trackers, and some disks are slow
         for window, share in steps:
             ranks.step = state.step
             seed_layers(plan.order.seed, state.step, ranks.rank)
@@ -155,25 +158,25 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
             bad, stopping = exchange_counts(plan, state, micro_batches, bool(stop.received))
             loss = ranks.sum(sum((part.loss for part in micro_batches), paddle.zeros([])))
             reports.add(state.take_step(window, loss, bad), micro_batches)
-            writes, draws_pictures = stopping or plan.checkpoint_is_due(state), plan.validation_is_due(state)
-            # A step's figures are fetched while the device works on the next one. Before anything is written, or the
-            # run ends, they have to be good.
+            saves, validates = stopping or plan.checkpoint_is_due(state), plan.validation_is_due(state)
+            # A step's figures are fetched while the device computes the next one, but before anything is written or
+            # the run ends: they have to be finite.
             is_last = state.step == plan.total_steps
-            reports.fetch(0 if writes or draws_pictures or is_last or state.checks_before_update else 1)
-            with reports.progress.paused() if writes or draws_pictures else contextlib.nullcontext():
-                is_written = writes and save_checkpoint(plan, state)
+            reports.fetch(0 if saves or validates or is_last or state.checks_before_update else 1)
+            with reports.progress.paused() if saves or validates else contextlib.nullcontext():
+                is_written = saves and save_checkpoint(plan, state)
                 if stopping:
                     reports.progress.close()
                     end_stopped(stop, plan, state, is_written)
-                if draws_pictures:
+                if validates:
                     save_validation_images(plan, state, reports.trackers)
         reports.progress.close()
         finish(plan, state, stop)
 
 
 def exchange_counts(plan: Plan, state: TrainingState, micro_batches: list, is_asked_to_stop: bool) -> tuple:
-    """What the hosts of all ranks have to know before a step: how many of its samples cannot be used, and whether any
-    rank was asked to stop. And gradients' sums are complete after this."""
+    """Exchange between the ranks, before a step's update: how many of its samples cannot be used, and whether any rank
+    was asked to stop. Afterwards the sums of gradients are complete."""
     ranks, order = plan.run.ranks, plan.order
     has_changed = state.gradients.send_rest()
     bad, stopping, changed = ranks.total(
@@ -188,11 +191,11 @@ def exchange_counts(plan: Plan, state: TrainingState, micro_batches: list, is_as
 
 
 def finish(plan: Plan, state: TrainingState, stop: StopRequest) -> None:
-    """Write what the run was for."""
+    """Write the result."""
     ranks = plan.run.ranks
     with state.result_weights(), ranks.only_main("the result to be written") as is_turn:
         if is_turn:
             write_result(plan)
     if stop.received:
-        print(f"{stop.received.name}: came after the last step; the run has ended, its result is written")
+        print(f"{stop.received.name}: received after the last step; the run has ended and its result is written")
     ranks.gather_objects(None)  # the store is in rank 0's process, which must not end before the others are done

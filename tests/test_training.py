@@ -214,7 +214,9 @@ def interrupting(kandinsky_jobs, monkeypatch):
 def test_a_signal_after_the_last_step_costs_no_result(train, interrupting, capsys):
     interrupting("save_pretrained")
     out = train("prior", "--max_train_steps=1", "--report_to=none")
-    assert "SIGTERM: came after the last step; the run has ended, its result is written" in capsys.readouterr().out
+    assert (
+        "SIGTERM: received after the last step; the run has ended and its result is written" in capsys.readouterr().out
+    )
     assert weights(out, "prior") and not list(out.glob("checkpoint-*"))
 
 

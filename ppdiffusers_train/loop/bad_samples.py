@@ -1,4 +1,4 @@
-"""Samples that cannot be used: named once, counted, and skipped as far as the user allows."""
+"""Samples that cannot be used: logged once, counted, and skipped up to the limit that the user sets."""
 
 from ppdiffusers_train.errors import BadSampleError
 
@@ -7,15 +7,15 @@ class BadSamples:
     """The rows of a dataset that could not be used so far, the same on every rank.
 
     Args:
-        limit: how many may be skipped.
-        rows: those known already, from a checkpoint.
+        limit: number of rows that may be skipped.
+        rows: those that are already known, from a checkpoint.
     """
 
     def __init__(self, limit: int, rows=()):
         self.limit, self.rows = limit, set(rows)
 
-    def add(self, found: dict, say) -> None:
-        """Count `{row: message}`, and say of the new ones that they are skipped.
+    def add(self, found: dict, log) -> None:
+        """Count `{row: message}`, and log that the new ones are skipped.
 
         Raises:
             BadSampleError: there are more than the limit.
@@ -27,4 +27,4 @@ class BadSamples:
             if len(self.rows) > self.limit:
                 allowed = f" ({len(self.rows)} bad samples, --max_bad_samples is {self.limit})" if self.limit else ""
                 raise BadSampleError(message + allowed)
-            say(f"skipped, {len(self.rows)} of at most {self.limit} bad samples: {message}")
+            log(f"skipped, {len(self.rows)} of at most {self.limit} bad samples: {message}")

@@ -1,7 +1,7 @@
-"""Dropout whose masks follow the sample, as all random numbers of a run do (`draws`).
+"""Dropout whose masks depend on the sample alone, as all random numbers of a run do (`draws`).
 
-Paddle's own draws one mask for a batch from the generator of its process: another number of GPUs, or another batch for
-the same step, would drop other elements.
+Paddle's own dropout draws one mask for a batch from the generator of the process: with another number of GPUs, or
+another batch size, the same step would drop other elements.
 """
 
 import contextlib
@@ -11,13 +11,13 @@ from paddle.nn import functional
 
 from ppdiffusers_train.draws import Draws, generator
 
-_current = []  # the `_Seeds` of the batch that is forward or backward now, at most one
+_current = []  # the `_Seeds` of the batch in its forward or backward pass now, at most one
 
 
 class _Seeds:
     """A seed for each layer and sample of a batch, as a function of (run seed, position of the sample, layer) alone.
 
-    The layer's number is the key, not how often dropout was called: recomputation for the backward pass calls again.
+    The layer's number is the key, not a count of calls: recomputation in the backward pass calls dropout again.
     """
 
     def __init__(self, draws: Draws):
@@ -33,10 +33,10 @@ class _Seeds:
 
 @contextlib.contextmanager
 def dropout_follows(draws: Draws):
-    """A context in which the layers that `follow_samples` has prepared drop elements by these samples' numbers.
+    """A context in which the layers that `follow_samples` has prepared draw their masks from these samples' seeds.
 
     Args:
-        draws: of the batch. Its backward pass belongs into the context, too.
+        draws: those of the batch, whose backward pass has to be inside the context, too.
     """
     _current.append(_Seeds(draws))
     try:
@@ -46,9 +46,9 @@ def dropout_follows(draws: Draws):
 
 
 def follow_samples(models) -> None:
-    """Prepare the dropout layers of models, in which some elements are dropped, for `dropout_follows`.
+    """Prepare the dropout layers of models for `dropout_follows`; those with probability 0 are left alone.
 
-    Outside it, and in a graph that Paddle traces, they do what they did before.
+    Outside of that context, and in a graph that Paddle traces, they behave as before.
     """
     layers = [
         layer
@@ -57,15 +57,15 @@ def follow_samples(models) -> None:
         if isinstance(layer, paddle.nn.Dropout) and layer.p and layer.axis is None
     ]
     for number, layer in enumerate(layers):
-        # Models have made their layers by then; a method that is set on a layer could not be traced.
+        # The class is replaced, because layers exist by then, and a method set on a layer could not be traced.
         layer.__class__, layer.number, layer.count = SampleDropout, number, len(layers)
 
 
 class SampleDropout(paddle.nn.Dropout):
-    """Layer `number` of the `count` that drop elements."""
+    """Dropout layer `number` of the `count` in the trained models."""
 
     def forward(self, x):
-        """Drop elements of x [B·k, …], of which the k rows of a sample follow each other."""
+        """Drop elements of x [B·k, …], in which each sample has k consecutive rows."""
         if not (_current and self.training and paddle.in_dynamic_mode()):
             return super().forward(x)
         seeds = _current[-1].of_layer(self.number, self.count)

@@ -23,7 +23,7 @@ from ppdiffusers_train.runtime.checkpoint import require_writable
 
 
 def encode_dataset(plan: Plan, state: TrainingState) -> EncodedSamples:
-    """Fill the cache with what it lacks of the data, and free the module's encoders, which nobody needs any more.
+    """Encode the samples that the cache does not have yet, and free the module's encoders, which are no longer needed.
 
     Samples that cannot be used are added to the state's.
     """
@@ -32,7 +32,7 @@ def encode_dataset(plan: Plan, state: TrainingState) -> EncodedSamples:
     require_writable(root, "--encoded_cache_dir")
     folder, is_compiled = encoders_folder(root, module, state.precision, len(dataset))
     if not folder.exists() and any(root.iterdir()):
-        run.log(f"{root}: what is there comes of other models, settings or code; it stays, and is not used")
+        run.log(f"{root}: holds samples of other models, settings or code, which are kept but not used")
     run.ranks.wait_for_all("the others to hash their encoders")  # before anyone makes the folder
     samples = EncodedSamples(folder, dataset, plan.order, choose_variants(plan))
     missing = samples.missing(run.ranks)
@@ -50,7 +50,7 @@ def encode_dataset(plan: Plan, state: TrainingState) -> EncodedSamples:
 
 
 def choose_variants(plan: Plan) -> int:
-    """How many crops, flips and captions of a sample the cache keeps."""
+    """Number of variants (crop, flip, caption) of a sample that the cache keeps."""
     variants = plan.run.args.cache_variants
     is_random = draws_something(plan.module, plan.dataset)
     if variants > 1 and not is_random:
@@ -62,7 +62,7 @@ def choose_variants(plan: Plan) -> int:
 
 
 def fill(samples: EncodedSamples, missing: dict, plan: Plan, state: TrainingState) -> dict:
-    """Encode what is missing. Whichever rank is free takes the next row, so all end at about the same time.
+    """Encode the missing samples. Each rank takes the next row when it is free, so all finish at about the same time.
 
     Args:
         missing: see `EncodedSamples.missing`.
@@ -71,7 +71,7 @@ def fill(samples: EncodedSamples, missing: dict, plan: Plan, state: TrainingStat
     """
     ranks, module = plan.run.ranks, plan.module
     rows, taken, found, done = list(missing), deque(), {}, ranks.counter()
-    # Another process may be filling the same cache: each begins somewhere else, and skips what it meets.
+    # Another run may be filling the same cache: each starts at a random row, and skips what is already there.
     start = ranks.broadcast_object(secrets.randbelow(len(rows)))
 
     def take():
@@ -90,7 +90,7 @@ def fill(samples: EncodedSamples, missing: dict, plan: Plan, state: TrainingStat
             entry = taken.popleft()
             if errors:
                 found[entry.row] = errors[0]
-            elif batch:  # else another process has encoded it by now
+            elif batch:  # empty if another run has encoded it by now
                 with state.precision.autocast():
                     encoded = encode_batch(module, batch)
                 entry.write({name: tensor[0].numpy() for name, tensor in encoded.items()})

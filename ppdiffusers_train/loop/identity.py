@@ -1,4 +1,4 @@
-"""What a run is: its seed, its arguments, the versions it depends on. Written into its folder and its checkpoints."""
+"""The identity of a run: seed, flags and versions, which are written into its folder and its checkpoints."""
 
 from ppdiffusers_train import __version__
 
@@ -15,7 +15,7 @@ from ppdiffusers_train.runtime.agreement import digest
 
 LIBRARY = Path(__file__).parents[1].name
 SECRETS = ("hub_token",)
-# Flags that a rank may have for itself. What is found in these places is compared, so each node may have a copy:
+# Paths that may differ between ranks: their contents are compared instead, so each node may have its own copy.
 OWN_PLACES = {
     "train_data_dir",
     "dataset_name",
@@ -27,8 +27,9 @@ OWN_PLACES = {
     "pretrained_vae_model_name_or_path",
     "pretrained_teacher_model",
 }
-# `config` holds other flags, `output_dir` has rules of its own (`check_shared_folders`), `local_rank` has no effect. No
-# number depends on how and from where a rank loads. The rest rank 0 alone reads.
+# Other flags that may differ. `config` holds flags that are compared, `output_dir` has its own rules
+# (`check_shared_folders`), `local_rank` has no effect. `cache_dir` and the number of workers change no result. The rest
+# is read by rank 0 alone.
 OWN_FLAGS = {
     *("config", "output_dir", "local_rank", "cache_dir", "dataloader_num_workers"),
     *("hub_token", "report_to", "logging_dir", "peak_tflops"),
@@ -36,21 +37,21 @@ OWN_FLAGS = {
 
 
 def compared_flags(args) -> dict:
-    """The flags that all ranks have to have alike; of places that are a rank's own, whether there is one."""
+    """The flags that have to be the same on all ranks; of paths that may differ, whether they are given."""
     flags = {name: value for name, value in public_arguments(args).items() if name not in OWN_FLAGS}
     flags = {name: value is not None if name in OWN_PLACES else value for name, value in flags.items()}
     return {f"--{name}": value for name, value in flags.items()}
 
 
 def compared_code() -> dict:
-    """The versions that all ranks have to have alike, and a hash of this project's code, which may be edited."""
+    """The versions that have to be the same on all ranks, and a hash of this package's code, which may be edited."""
     code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
     libraries = {f"version of {name}": version for name, version in versions().items() if name != "python"}
     return {**libraries, f"code of {LIBRARY}": digest(code)}
 
 
 def job_code(module) -> dict:
-    """{file of a script: a hash} of those that say what a training module does."""
+    """{file: its hash} of the scripts that define a training module's methods."""
     written = [part for part in type(module).__mro__ if part.__module__.partition(".")[0] not in (LIBRARY, "paddle")]
     functions = [value for part in written for value in vars(part).values() if inspect.isfunction(value)]
     files = {Path(inspect.getfile(function)) for function in functions}
@@ -58,13 +59,13 @@ def job_code(module) -> dict:
 
 
 def public_arguments(args) -> dict:
-    """The flags without their secrets, as they may be written and sent."""
+    """The flags without secrets, which may be written to files and trackers."""
     public = {name: value for name, value in vars(args).items() if name not in SECRETS}
     return {name: hide_tokens(value) if isinstance(value, str) else value for name, value in public.items()}
 
 
 def public_command(args) -> str:
-    """The command line, without the secrets in it."""
+    """The command line without secrets."""
     command = shlex.join(sys.argv)
     for name in SECRETS:
         if getattr(args, name):
@@ -73,11 +74,11 @@ def public_command(args) -> str:
 
 
 def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
-    """What makes this run this run; a checkpoint to resume from must agree, or it would go on with other samples."""
+    """The identity of a run. A checkpoint to resume from must have the same: else samples would differ."""
     identity = {"job": type(module).__name__, "seed": args.seed, "rows": len(dataset)}
     if hasattr(dataset, "digest"):
         identity["data"] = dataset.digest()
-    if module.buckets:  # then the order depends on it
+    if module.buckets:  # then the order of samples depends on it
         identity["samples_per_step"] = samples_per_step
     words = {
         "seed": "--seed",
@@ -95,7 +96,7 @@ def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
 
 
 def versions() -> dict:
-    """The versions that a result depends on."""
+    """The versions of the libraries that the result depends on."""
     import ppdiffusers
 
     return {

@@ -1,4 +1,4 @@
-"""What a training step takes in memory: counted for what stays, measured for what comes and goes."""
+"""Memory of a training run: tensors that stay are counted, temporary ones are measured."""
 
 import os
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from ppdiffusers_train.runtime.adamw_8bit import AdamW8bit
 from ppdiffusers_train.runtime.gradient_sums import BUCKET_BYTES, BUCKETS_IN_FLIGHT
 from ppdiffusers_train.runtime.precision import DTYPES, is_trained_without_lora, keeps_float32
 
-IN_FLIGHT_BYTES = (BUCKETS_IN_FLIGHT + 1) * BUCKET_BYTES  # copies of gradients, between ranks; one more is being filled
-EMA_UPDATE_BYTES = 12  # for each number of a parameter whose average moves: two products, and their sum
+IN_FLIGHT_BYTES = (BUCKETS_IN_FLIGHT + 1) * BUCKET_BYTES  # copies of gradients on several ranks; one is being filled
+EMA_UPDATE_BYTES = 12  # for each element of a parameter whose average is updated: two products and their sum
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,22 @@ class Options:
     use_8bit_adam: bool
     sharding_degree: int
     gradient_checkpointing: bool
-    cached: bool  # encoders are gone
+    cached: bool  # samples are cached, so the encoders are freed
     ranks: int
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a job consists of, in numbers.
+    """The sizes of a job's tensors.
 
     Args:
-        trained: sizes of the parameters that are trained.
-        lowered: how many of their numbers O2 keeps in 16 bits: those of models without LoRA.
-        frozen: `{name: {mixed precision: bytes}}` of what is not trained in the parts that training needs.
-        encoders: the same of those that a cache replaces.
-        float32_beside: how many frozen numbers stay float32 in models that are trained without LoRA; autocast makes
-            16-bit copies of those, too.
-        activations: `{with recompute?: peak bytes of a sample's forward and backward pass in float32}`.
+        trained: numbers of elements of the trainable parameters.
+        lowered: how many of these elements O2 keeps in 16 bits: those of models without LoRA.
+        frozen: `{model: {mixed precision: bytes}}` of the frozen weights of models that training needs.
+        encoders: the same of models that a cache replaces.
+        float32_beside: number of frozen elements that stay float32 in models that are trained without LoRA; autocast
+            makes 16-bit copies of those, too.
+        activations: `{with recomputation: peak bytes of a sample's forward and backward pass in float32}`.
         encoding: peak bytes while a sample is encoded.
         encoded: bytes of an encoded sample.
     """
@@ -56,30 +56,30 @@ class Inventory:
     encoded: int
 
     def memory(self, options: Options) -> dict:
-        """Bytes on each device by kind, in training. Weights, gradients, moments and averages are counted; in 16 bits,
-        activations are taken as half of those in float32, and autocast's copies of float32 weights come with them."""
-        numbers, precision = sum(self.trained), options.mixed_precision
+        """Bytes per device by kind, during training. Weights, gradients, moments and averages are counted. In 16 bits,
+        activations are taken as half of those in float32, plus autocast's copies of float32 weights."""
+        elements, precision = sum(self.trained), options.mixed_precision
         lowered = self._lowered(options)
         moments = AdamW8bit.state_bytes if options.use_8bit_adam else adamw_state_bytes
         activations = self.activations[options.gradient_checkpointing] * options.train_batch_size
         if precision != "no":
-            activations = activations // 2 + 2 * (numbers - lowered + self.float32_beside)
+            activations = activations // 2 + 2 * (elements - lowered + self.float32_beside)
         return {
-            "trainable weights": 4 * numbers - 2 * lowered,
+            "trainable weights": 4 * elements - 2 * lowered,
             "frozen weights": in_bytes(self.frozen, precision),
             "encoders": 0 if options.cached else in_bytes(self.encoders, precision),
-            "gradients": 4 * numbers + (min(4 * numbers, IN_FLIGHT_BYTES) if options.ranks > 1 else 0),
+            "gradients": 4 * elements + (min(4 * elements, IN_FLIGHT_BYTES) if options.ranks > 1 else 0),
             "optimizer": (sum(map(moments, self.trained)) + 4 * lowered) // options.sharding_degree,
-            "EMA": 4 * numbers if options.use_ema else 0,
+            "EMA": 4 * elements if options.use_ema else 0,
             "activations": max(activations, 0 if options.cached else self.encoding, self.updating(options)),
         }
 
     def _lowered(self, options: Options) -> int:
-        """How many of the numbers that are trained are in 16 bits."""
+        """Number of trainable elements that are kept in 16 bits."""
         return self.lowered if options.mixed_precision != "no" and options.amp_level == "O2" else 0
 
     def updating(self, options: Options) -> int:
-        """Bytes that come and go while the largest parameter is updated, after the activations have gone."""
+        """Temporary bytes while the largest parameter is updated, after the activations have been freed."""
         largest = max(self.trained)
         return max(
             AdamW8bit.update_bytes(largest) if options.use_8bit_adam else 0,
@@ -87,39 +87,39 @@ class Inventory:
         )
 
     def phases(self, options: Options) -> dict:
-        """Bytes on each device at the peak of each of a run's phases. Models are loaded in float32, and cast when all
-        are there; gradients and moments come with the first step."""
+        """Peak bytes per device of each phase of a run. Models are loaded in float32, and cast when all are loaded;
+        gradients and moments are allocated by the first step."""
         training = self.memory(options)
         loaded = 4 * sum(self.trained) + in_bytes(self.frozen, "no") + in_bytes(self.encoders, "no")
         phases = {"loading": loaded + training["EMA"], "training": sum(training.values())}
         if options.cached:
             fixed = sum(training[kind] for kind in ("trainable weights", "frozen weights", "EMA"))
-            masters = 4 * self._lowered(options) // options.sharding_degree  # they are there from the beginning
+            masters = 4 * self._lowered(options) // options.sharding_degree  # they are allocated from the beginning
             encoders = in_bytes(self.encoders, options.mixed_precision)
             phases["filling the cache"] = fixed + masters + encoders + self.encoding
         return phases
 
     def peak(self, options: Options) -> int:
-        """The most that a run takes, in bytes on each device."""
+        """The peak of a run, in bytes per device."""
         return max(self.phases(options).values())
 
 
 def in_bytes(parts: dict, mixed_precision: str) -> int:
-    """Bytes of all parts together, as `Inventory` has them."""
+    """Total bytes of `Inventory.frozen` or `Inventory.encoders` in a precision."""
     return sum(sizes[mixed_precision] for sizes in parts.values())
 
 
 def compute_on_cpu() -> None:
-    """Have this process compute on the CPU whatever devices there are: `Peaks` sees the host's memory alone.
+    """Compute on the CPU even if there are GPUs, because `Peaks` measures the host's memory alone.
 
-    To be called before models are built and ranks are started.
+    Call it before models are built and ranks are started.
     """
     paddle.set_device("cpu")
-    os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"  # ranks that were launched for other devices meet on the host
+    os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"  # also for ranks that were launched on GPUs
 
 
 def adamw_state_bytes(size: int) -> int:
-    """Bytes of AdamW's state for a parameter of `size` numbers: two moments, two powers of beta."""
+    """Bytes of AdamW's state for a parameter of `size` elements: two moments, two powers of beta."""
     return 8 * size + 8
 
 
@@ -141,10 +141,10 @@ def take_inventory(module, activations: dict, encoding: int, encoded: int) -> In
 
 
 def frozen_bytes(module, name: str, mixed_precision: str) -> int:
-    """Bytes of what is not trained in a module's model, once `Precision.cast_models` has been there: its parameters,
-    and its buffers of floating-point numbers, such as SD3's position embeddings.
+    """Bytes of the frozen parameters of a module's model after `Precision.cast_models`, and of its floating-point
+    buffers, such as SD3's position embeddings.
 
-    In float16, Paddle keeps layer norms in float32: too few numbers to be counted.
+    In float16, Paddle keeps layer norms in float32: too few elements to be counted.
     """
     model = getattr(module, name)
     parameters = [parameter for parameter in model.parameters() if parameter.stop_gradient]
@@ -157,15 +157,16 @@ def frozen_bytes(module, name: str, mixed_precision: str) -> int:
 
 
 class Peaks:
-    """The most that Paddle has allocated in each stretch of time, in bytes above what there was at the beginning.
+    """A context that measures the peak of Paddle's allocations in each stretch of time, in bytes above the level at the
+    beginning.
 
-    A context; stretches end where `mark` is called. Paddle knows the highest level of the process alone, so each
-    stretch begins at that level: what is missing to it is allocated, and never written to, which costs no memory.
+    A stretch ends where `mark` is called. Paddle reports only the peak of the whole process, so each stretch begins at
+    that peak: the difference is allocated and never written to, which takes no real memory.
     """
 
     def __init__(self):
         self.fillers, self.base = [], allocated()
-        self.levels, self.peaks = [0], []  # at the beginning and the ends of stretches; within each
+        self.levels, self.peaks = [0], []  # levels at the beginning and at the ends of stretches; peaks within each
 
     def __enter__(self):
         self._fill_up()
@@ -182,27 +183,27 @@ class Peaks:
         self._fill_up()
 
     def _fill_up(self) -> None:
-        # In pieces: a system refuses to promise more at once than it has.
+        # In pieces: a system may refuse one allocation that is larger than its free memory.
         while missing := min(highest() - allocated(), 2**30):
             self.fillers.append(paddle.empty([missing], "uint8"))
 
 
 def allocated() -> int:
-    """Bytes that Paddle has allocated on the host now."""
+    """Bytes that Paddle currently has allocated on the host."""
     return core.host_memory_stat_current_value("Allocated", 0)
 
 
 def highest() -> int:
-    """The most that Paddle has ever allocated on the host, in bytes."""
+    """The peak of Paddle's allocations on the host in this process, in bytes."""
     return core.host_memory_stat_peak_value("Allocated", 0)
 
 
 class StepMeter:
-    """Measures training steps; the gradients of `parameters` are dropped as they come: they are counted elsewhere."""
+    """Measures training steps. Gradients of `parameters` are freed at once, because they are counted elsewhere."""
 
     def __init__(self, parameters: list):
         self.peaks = None
-        for parameter in parameters:  # hooks cannot be taken back
+        for parameter in parameters:  # hooks cannot be removed, so they are registered once
             parameter._register_backward_hook(lambda parameter=parameter: self._drop(parameter))
 
     def _drop(self, parameter) -> None:
@@ -210,7 +211,7 @@ class StepMeter:
         parameter.clear_gradient(False)
 
     def measure(self, loss) -> Peaks:
-        """Memory during `loss()`, and in each stretch of its backward pass up to a parameter's gradient."""
+        """Memory during `loss()`, and during its backward pass in stretches that end with a parameter's gradient."""
         with Peaks() as self.peaks:
             value = loss()
             self.peaks.mark()
@@ -220,12 +221,12 @@ class StepMeter:
 
 
 def extrapolate(sizes: list, measured, size: int) -> np.ndarray:
-    """Quantities at `size` that were measured at smaller sizes, or at this one: [n].
+    """Extrapolate quantities from smaller sizes to `size`: [n].
 
     Args:
-        sizes: heights of an image in pixels, as many as determine the polynomials.
-        measured: [len(sizes), n], the quantities at each of them. Each is a polynomial of second degree in the number
-            of pixels: text is constant, convolutions are linear, attention is quadratic.
+        sizes: image heights in pixels, as many as the polynomials have coefficients, or `size` alone.
+        measured: [len(sizes), n], the quantities at each of them. Each is a polynomial of degree 2 in the number of
+            pixels: text is constant, convolutions are linear, attention is quadratic.
     """
     pixels = np.asarray(sizes, dtype=np.float64) ** 2
     coefficients = np.linalg.solve(np.vander(pixels), np.asarray(measured, dtype=np.float64))
@@ -233,10 +234,11 @@ def extrapolate(sizes: list, measured, size: int) -> np.ndarray:
 
 
 def extrapolate_peak(sizes: list, measured: list, size: int) -> int:
-    """The highest level of memory at `size`, from `Peaks` of the same stretches at each of `sizes`.
+    """The peak of memory at `size`, from `Peaks` of the same stretches at each of `sizes`.
 
-    Levels between stretches are sums of tensors, so polynomials. What rises above them within a stretch is a maximum
-    of several: it grows as it did between the two largest sizes, at most with the square of the number of pixels.
+    Levels between stretches are sums of tensor sizes, and so polynomials. The rise above them within a stretch is a
+    maximum of several sums: it is taken to grow as it did between the two largest sizes, at most with the square of the
+    number of pixels.
     """
     levels = extrapolate(sizes, [peaks.levels for peaks in measured], size)
     levels = np.maximum(levels[:-1], levels[1:])

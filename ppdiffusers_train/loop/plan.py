@@ -1,4 +1,4 @@
-"""What a run is going to do, once its data and models are there."""
+"""What a run is going to do, known once data and models are loaded."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,16 @@ from ppdiffusers_train.loop.run import Run
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained on what, in which order and for how long.
+    """What is trained, on which data, in which order and for how long.
 
     Args:
-        run: its flags and ranks.
+        run: the resolved flags and the ranks.
         module: the `DiffusionTrainingModule`.
-        dataset: the rows.
-        order: which of them comes when.
-        total_steps, steps_per_epoch: optimizer steps.
-        info: what is written about the run into its folder and its checkpoints.
-        remarks: lines about flags without effect.
+        dataset: the rows of data.
+        order: which row comes at which position.
+        total_steps, steps_per_epoch: numbers of optimizer steps.
+        info: identity, flags and versions, which are written into the run's folder and its checkpoints.
+        remarks: lines to log about flags without effect.
     """
 
     run: Run
@@ -30,7 +30,7 @@ class Plan:
     remarks: list
 
     def steps_from(self, state) -> list:
-        """[(window, [positions of each of this rank's batches])] of the steps that are still to be taken."""
+        """[(window, [positions of each of this rank's batches])] of the remaining steps."""
         ranks, batch_size = self.run.ranks, self.run.args.train_batch_size
         windows = self.order.windows(state.position, self.run.samples_per_step)
         return [
@@ -39,11 +39,11 @@ class Plan:
         ]
 
     def checkpoint_is_due(self, state) -> bool:
-        """Whether a checkpoint is to be written after the step that was taken last."""
+        """Whether a checkpoint is to be written after the last step."""
         return state.step % self.run.args.checkpointing_steps == 0
 
     def validation_is_due(self, state) -> bool:
-        """Whether pictures are to be drawn after the step that was taken last."""
+        """Whether validation images are to be generated after the last step."""
         args = self.run.args
         if not args.validation_prompts:
             return False

@@ -1,4 +1,4 @@
-"""What a run tells of its steps: on the progress line, in the trackers, and why it cannot go on."""
+"""What a run logs about its steps: the progress line, the trackers, and the reason why it cannot continue."""
 
 import contextlib
 from collections import deque
@@ -13,26 +13,26 @@ from ppdiffusers_train.runtime.flops import peak_tflops
 
 
 class StepReports:
-    """The figures of steps, from when the device begins to compute them until they are shown.
+    """Logs the figures of steps. They are kept until the device has computed them.
 
     Args:
-        progress: the line on the screen.
-        trackers: where scalars and pictures go.
+        progress: the progress line on the screen.
+        trackers: those that scalars and images are logged to.
     """
 
     def __init__(self, plan: Plan, state: TrainingState, progress: Progress, trackers):
         self.plan, self.state, self.progress, self.trackers = plan, state, progress, trackers
-        self._waiting = deque()  # (figures, micro-batches) of steps whose numbers are still to be fetched
+        self._waiting = deque()  # (figures, micro-batches) of steps that have not been fetched from the device
 
     def add(self, figures: StepFigures, micro_batches: list) -> None:
-        """Take over a step's figures, which the device may still be computing."""
+        """Add a step's figures, which the device may still be computing."""
         self._waiting.append((figures, micro_batches))
 
     def fetch(self, keep: int) -> None:
-        """Fetch and show all figures but those of the last `keep` steps.
+        """Fetch and log all figures except those of the last `keep` steps.
 
         Raises:
-            RunError: a loss or a norm is NaN or infinite, and that is not to be skipped.
+            RunError: a loss or a norm is NaN or inf, and the step may not be skipped.
         """
         while len(self._waiting) > keep:
             figures, micro_batches = self._waiting.popleft()
@@ -48,7 +48,7 @@ class StepReports:
         found = plan.run.ranks.gather_objects(
             describe_failure(micro_batches, figures, plan.run.ranks, plan.order, plan.dataset)
         )
-        together = f"the ranks' sums come to a loss of {figures.loss} and a norm of {figures.norm}"
+        together = f"summed over all ranks, the loss is {figures.loss} and the norm of the gradients is {figures.norm}"
         reason, limit = next(filter(None, found), together), plan.run.args.skip_nonfinite
         if not state.checks_before_update or state.failed_steps > limit:
             raise RunError(f"step {figures.step}, {reason}; the last checkpoint is untouched")
@@ -75,9 +75,9 @@ class StepReports:
 
 @contextlib.contextmanager
 def open_reports(plan: Plan, state: TrainingState):
-    """Within, the `StepReports` of a run; on ranks other than 0 they show nothing."""
+    """A context with the `StepReports` of a run; ranks other than 0 log nothing."""
     args, ranks = plan.run.args, plan.run.ranks
-    # What recomputes would be counted twice.
+    # Recomputed operations would be counted twice.
     peak = None if args.gradient_checkpointing else args.peak_tflops or peak_tflops(state.precision.enabled)
     peak = peak and peak * ranks.world_size
     folder, names = plan.run.output_dir / args.logging_dir, args.report_to if ranks.is_main else "none"

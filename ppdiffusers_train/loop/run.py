@@ -1,4 +1,4 @@
-"""A run before its first step: its flags are checked, and what they leave open is resolved, once and for all ranks."""
+"""A run before its first step: flags are checked, and what they leave open is resolved once for all ranks."""
 
 import argparse
 import secrets
@@ -23,13 +23,13 @@ from ppdiffusers_train.runtime.tracing import can_compile_models
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's flags come to.
+    """The resolved flags of a run and its ranks.
 
     Args:
-        args: the flags, with a seed and, where samples are cached, a folder for that.
+        args: the flags, with a seed and, if samples are cached, the folder of the cache.
         ranks: the processes of the run.
-        checkpoint: the folder that it goes on from, or None.
-        saved: what that folder's `state.json` holds, or {}.
+        checkpoint: the folder to resume from, or None.
+        saved: the contents of that folder's `state.json`, or {}.
     """
 
     args: argparse.Namespace
@@ -39,32 +39,32 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
-        """Where everything is written."""
+        """The folder that everything is written to."""
         return Path(self.args.output_dir)
 
     @property
     def samples_per_step(self) -> int:
-        """The global batch of a step."""
+        """The global batch of a step, in samples."""
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.ranks.world_size
 
     def log(self, line: str) -> None:
-        """Print a line once, not on every rank."""
+        """Print a line on rank 0 alone."""
         if self.ranks.is_main:
             print(line)
 
 
 def resolve_run(args) -> Run:
-    """Check flags, meet the other ranks, and resolve the checkpoint to resume from, the seed and the cache's folder.
+    """Check the flags, join the other ranks, and resolve the checkpoint to resume from, the seed and the cache.
 
     Raises:
-        UserError: for all that can be seen to be wrong before data and models are loaded.
+        UserError: for every mistake that can be found before data and models are loaded.
     """
     quiet_libraries()
     release_tensors_at_exit()
     if args.dry_run:
         compute_on_cpu()
-    # First of all, as flags say which groups and collectives there are. And before models are loaded: who has loaded
-    # them waits for those that still give signs of life.
+    # Before anything else, because flags decide which groups and collectives there are. And before models are loaded: a
+    # rank that has loaded them then waits for the others as long as these give signs of life.
     ranks = start_ranks(timeout=args.collective_timeout)
     if ranks.world_size > 1:
         agree(ranks, {**compared_flags(args), **compared_code()})
@@ -80,8 +80,11 @@ def resolve_run(args) -> Run:
 
 
 def resolve_flags(args, saved: dict, ranks: Ranks) -> argparse.Namespace:
-    """A copy of the flags with a seed, which without `--seed` is that of the checkpoint or one drawn for all ranks, and
-    with a folder for the cache where one is asked for, which without `--encoded_cache_dir` is in the run's own."""
+    """A copy of the flags with a seed and, if samples are cached, the folder of the cache.
+
+    Without `--seed`, the seed is the checkpoint's, or a random one for all ranks. Without `--encoded_cache_dir`, the
+    folder is in `--output_dir`.
+    """
     seed, cache = args.seed, args.encoded_cache_dir
     if seed is None:
         seed = saved["seed"] if saved else ranks.broadcast_object(secrets.randbelow(2**31))
@@ -93,13 +96,13 @@ def resolve_flags(args, saved: dict, ranks: Ranks) -> argparse.Namespace:
 
 
 def check_flags(args, ranks: Ranks) -> None:
-    """Raise a `UserError` for flags that contradict each other, and for what they need and is not there."""
+    """Raise a `UserError` for flags that contradict each other, or that need something that is missing."""
     check_optimizer(args)
     output_dir, images = Path(args.output_dir), getattr(args, "train_data_dir", None)
     if images and output_dir.resolve().is_relative_to(Path(images).resolve()):
         raise UserError(
-            f"--output_dir: {str(output_dir)!r} lies in --train_data_dir, whose images the run's own would join; "
-            "expected another folder"
+            f"--output_dir: {str(output_dir)!r} lies in --train_data_dir, so the run's own images would become training "
+            "data; expected another folder"
         )
     require_writable(output_dir, "--output_dir")
     tracker_names(args.report_to)
@@ -113,10 +116,10 @@ def check_flags(args, ranks: Ranks) -> None:
 
 
 def choose_checkpoint(args, ranks: Ranks) -> tuple:
-    """What rank 0 finds for `--resume_from_checkpoint`, for all ranks: (folder, state), or (None, {}).
+    """The checkpoint of `--resume_from_checkpoint` as rank 0 finds it: (folder, state), or (None, {}).
 
     Raises:
-        UserError: on every rank the same: it is none, or another rank does not see it.
+        UserError: the same on every rank: it is not a checkpoint, or another rank does not see it.
     """
     if not args.resume_from_checkpoint:
         return None, {}
@@ -144,11 +147,13 @@ def choose_checkpoint(args, ranks: Ranks) -> tuple:
 
 
 def check_shared_folders(args, ranks: Ranks, is_resumed: bool) -> None:
-    """See that the ranks share the folders that they have to: to resume they do, and to write a sharded optimizer's
-    state, and what one rank encodes all read. In a fresh run rank 0 alone writes the rest.
+    """Check that the ranks share the folders that they need to share.
+
+    All ranks need `--output_dir` to resume and to write a sharded optimizer's state, and the cache to read samples that
+    another rank has encoded. In a new run without sharding, rank 0 alone writes to `--output_dir`.
 
     Raises:
-        UserError: on every rank the same, which names those that see another folder.
+        UserError: the same on every rank; it names a rank that sees another folder.
     """
     flags = {"--output_dir": args.output_dir, "--encoded_cache_dir": args.encoded_cache_dir}
     for flag, folder in flags.items():
@@ -159,17 +164,17 @@ def check_shared_folders(args, ranks: Ranks, is_resumed: bool) -> None:
         if not elsewhere:
             continue
         rank = elsewhere[0]
-        told = f"{flag}: rank {rank} has {folders[rank]!r}, which is another folder than rank 0's {folders[0]!r}"
+        difference = f"{flag}: rank {rank} has {folders[rank]!r}, which is another folder than rank 0's {folders[0]!r}"
         if flag == "--output_dir" and not is_resumed and args.sharding_degree == 1:
             if ranks.is_main:
-                print(f"{told}; rank 0 alone writes")
+                print(f"{difference}; rank 0 alone writes")
             continue
         why = "a resumed run" if is_resumed else "--sharding_degree" if flag == "--output_dir" else "the encoded cache"
-        raise UserError(f"{told}; expected one that all ranks share, which {why} needs")
+        raise UserError(f"{difference}; expected one that all ranks share, which {why} needs")
 
 
 def set_arithmetic(args) -> list:
-    """Switch TF32 and deterministic kernels as the flags ask for; returns a line for each that has no effect here."""
+    """Switch TF32 and deterministic kernels as the flags say; returns a line for each flag without effect."""
     lines = []
     if not set_tf32(args.allow_tf32) and args.allow_tf32:
         lines.append("--allow_tf32: no effect, this device has no TF32")
@@ -179,7 +184,7 @@ def set_arithmetic(args) -> list:
 
 
 def notices(args, precision: Precision, total_steps: int):
-    """One line for each flag that does not do here what its name says."""
+    """One line for each flag that has no effect, or an unexpected one, in this run."""
     if precision.notice:
         yield precision.notice
     if args.to_static and not can_compile_models():

@@ -1,4 +1,4 @@
-"""What a run writes: checkpoints while it lasts and when it is stopped, and its result."""
+"""What a run writes: checkpoints during training and when it is stopped, and the result."""
 
 import shutil
 from pathlib import Path
@@ -13,20 +13,20 @@ from ppdiffusers_train.runtime.checkpoint import replace_children, write_checkpo
 from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.tensor_files import cast_files
 
-SHARDS = ".shards-"  # how the name of the folder begins in which ranks collect their shares of a checkpoint
+SHARDS = ".shards-"  # prefix of the folder in which ranks collect their shards of a checkpoint
 
 
 def remove_stale_shards(output_dir: Path) -> None:
-    """Remove what a run that was killed while it wrote a checkpoint has left."""
+    """Remove the leftovers of a run that was killed while it wrote a checkpoint."""
     for folder in output_dir.glob(f"{SHARDS}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
-    """Write `checkpoint-<step>`: rank 0 all of it, but a sharded optimizer's share each rank that holds one.
+    """Write `checkpoint-<step>`. Rank 0 writes it, except shards of the optimizer's state, which their ranks write.
 
     Returns:
-        Whether rank 0, if this is it, has written it.
+        True on rank 0 if the checkpoint was written; False on other ranks.
     Raises:
         RunError: it cannot be written, and `--on_save_error` is not `continue`.
     """
@@ -34,9 +34,8 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
     shards = output_dir / f"{SHARDS}{ranks.name}"
     failures = [""]
     if ranks.sharding_degree > 1:
-        # And now all of them are there.
         failure = write_shard(state, ranks, shards)
-        failures = ranks.gather_objects(failure, "the others to write their shares of a checkpoint")
+        failures = ranks.gather_objects(failure, "the others to write their shards of a checkpoint")
 
     def write(folder):
         state.save(folder)
@@ -46,8 +45,8 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
             for file in shards.iterdir():
                 file.rename(folder / file.name)
 
-    with state.float32_weights(only_main=True), ranks.only_main("a checkpoint to be written") as is_turn:
-        if is_turn:
+    with state.float32_weights(only_main=True), ranks.only_main("a checkpoint to be written") as is_main:
+        if is_main:
             try:
                 if any(failures):
                     raise OSError(next(filter(None, failures)))
@@ -65,7 +64,7 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
 
 
 def write_shard(state: TrainingState, ranks: Ranks, folder: Path) -> str:
-    """Write this rank's share of the optimizer's state, where it has to; returns what kept it from that, or nothing."""
+    """Write this rank's shard of the optimizer's state, if it holds one; returns an error message, or an empty text."""
     if not ranks.holds_a_shard:
         return ""
     try:
@@ -77,7 +76,7 @@ def write_shard(state: TrainingState, ranks: Ranks, folder: Path) -> str:
 
 
 def write_result(plan: Plan) -> None:
-    """Write what the run was for into its folder, and upload it where that is asked for."""
+    """Write the result into the run's folder, and upload it if the flags say so."""
     module, output_dir, args = plan.module, plan.run.output_dir, plan.run.args
 
     def save(folder):
@@ -90,7 +89,7 @@ def write_result(plan: Plan) -> None:
     except OSError as error:
         raise RunError(
             f"the result cannot be written to {str(output_dir)!r}: {error}; the same command with "
-            "--resume_from_checkpoint latest goes on from the last checkpoint"
+            "--resume_from_checkpoint latest resumes from the last checkpoint"
         ) from error
     plan.run.log(f"wrote the result to {output_dir}")
     if args.push_to_hub:
@@ -99,18 +98,18 @@ def write_result(plan: Plan) -> None:
 
 
 def end_stopped(stop: StopRequest, plan: Plan, state: TrainingState, is_written: bool) -> None:
-    """End a run that a signal has stopped, on every rank with one line and the status 128 + the number of the signal.
+    """End a run that a signal has stopped: on every rank, one line and the exit status 128 + the signal's number.
 
     Args:
-        is_written: whether rank 0 has written the checkpoint; of other ranks nobody asks.
+        is_written: whether rank 0 has written the checkpoint; ignored on other ranks.
     """
     checkpoint = plan.run.output_dir / f"checkpoint-{state.step}"
     where = f"after step {state.step} of {plan.total_steps}"
-    # Not every rank has to have got it. And one that ends takes the others down: first, all have to be here.
-    told = plan.run.ranks.gather_objects((stop.received, is_written))
-    received = next(number for number, _ in told if number)
+    # Perhaps not every rank has received the signal. All ranks meet here first: one that ends would end the others.
+    found = plan.run.ranks.gather_objects((stop.received, is_written))
+    received = next(number for number, _ in found if number)
     written = f"wrote {checkpoint} {where}; resume with --resume_from_checkpoint latest"
-    message = f"{received.name}: {written if told[0][1] else f'ended {where}, without a checkpoint'}"
+    message = f"{received.name}: {written if found[0][1] else f'ended {where}, without a checkpoint'}"
     print(message, flush=True)
     print_after_launcher(message)
     raise SystemExit(128 + received)

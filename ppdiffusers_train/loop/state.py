@@ -1,4 +1,4 @@
-"""What changes while a run trains, and so what a checkpoint holds."""
+"""What changes during training, and therefore belongs to a checkpoint."""
 
 import contextlib
 import math
@@ -22,40 +22,40 @@ from ppdiffusers_train.runtime.optimizer_state import SEPARATOR, is_8bit, load_o
 from ppdiffusers_train.runtime.precision import Precision, holding, updated_parameters
 from ppdiffusers_train.tensor_files import open_tensors, write_parts
 
-OPTIMIZER, AVERAGES = "optimizer", "ema"  # how the names of their files begin
+OPTIMIZER, AVERAGES = "optimizer", "ema"  # prefixes of their file names
 
 
 @dataclass
 class StepFigures:
-    """What one step came to: numbers on the device until somebody looks at them."""
+    """The figures of one step: values on the device until they are fetched."""
 
     step: int  # from 1
     window: range
     learning_rate: float
-    factor: float  # the window's size by the number of samples that came
-    loss: object  # of the window, were those that did not come 0: a scalar on the device, or a float
-    norm: object  # of its gradients, likewise
+    factor: float  # global batch / number of samples that could be used
+    loss: object  # mean over the window, with 0 for samples that could not be used: a scalar on the device, or a float
+    norm: object  # of the gradients, likewise
     own_squares: list  # see `GradientSums.take_own_squares`
-    overflowed: bool = False  # in float16, which left the weights as they were
+    overflowed: bool = False  # gradients overflowed float16, and the weights were not updated
 
     def fetch(self, ranks: Ranks) -> None:
-        """Bring the numbers from the device, for which this waits."""
+        """Copy the values from the device, which waits for them."""
         if not isinstance(self.loss, float):
-            with ranks.watch("the numbers of a step"):
+            with ranks.watch("the figures of a step"):
                 self.loss, self.norm = paddle.stack([self.loss, self.norm]).tolist()
 
     @property
     def failed(self) -> bool:
-        """Whether a number is NaN or infinite, and a smaller scale of the loss would not mend it."""
+        """Whether loss or norm is NaN or inf, and a smaller loss scale would not help."""
         return not (math.isfinite(self.loss) and (math.isfinite(self.norm) or self.overflowed))
 
 
 @dataclass
 class TrainingState:
-    """All that changes while a run trains: what a checkpoint holds."""
+    """All that changes during training: the contents of a checkpoint."""
 
     module: object
-    parameters: dict  # {structured name: parameter}, those that are trained
+    parameters: dict  # {structured name: parameter} of all trainable ones
     optimizer: object
     lr_scheduler: object
     precision: Precision
@@ -64,43 +64,44 @@ class TrainingState:
     seed: int
     max_grad_norm: float
     bad_samples: BadSamples
-    checks_before_update: bool  # whether a step's numbers are looked at before the weights change
-    sharding_stage: int  # 2: gradients are kept by those that update their parameters alone
+    checks_before_update: bool  # whether loss and norm are fetched and checked before the weights are updated
+    sharding_stage: int  # 2: gradients are kept only by the rank that updates their parameters
     step: int = 0  # optimizer steps taken
     position: int = 0  # samples seen
-    failed_steps: int = 0  # of those steps, the ones that were NaN or infinite
-    overflowed_steps: int = 0  # the ones that were too large for float16
+    failed_steps: int = 0  # those of them that were NaN or inf
+    overflowed_steps: int = 0  # those of them whose gradients overflowed float16
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that left the weights as they were because of their numbers."""
+        """Steps that did not update the weights, because they were NaN or inf or overflowed."""
         return self.failed_steps + self.overflowed_steps
 
     @cached_property
     def gradients(self) -> GradientSums:
-        """Made when it is first asked for: parameters have the types by then that they are trained in."""
+        """Created at first use: by then parameters have the dtypes that they are trained in."""
         return GradientSums(self.parameters, self.ranks, self.owners() if self.sharding_stage == 2 else None)
 
     def gradient_norm(self):
-        """Norm of all gradients together, as they are without the loss's scale: a scalar on the device."""
+        """Global norm of the gradients, without the loss scale: a scalar on the device."""
         return self.gradients.squared_norm().sqrt() / self.precision.loss_scale.value
 
     def owners(self) -> dict:
-        """{structured name: which of the ranks that share the optimizer's state has the parameter's}, of a sharded
-        optimizer."""
+        """{structured name: the rank that holds the parameter's state, among those the state is sharded over}; empty
+        without sharding."""
         owners = getattr(self.optimizer, "_param2rank", {})
         return {name: owners[parameter.name] for name, parameter in self.parameters.items() if owners}
 
     def take_step(self, window: range, loss, missing: int = 0) -> StepFigures:
-        """Update the weights from the gradients of `window`, and everything that follows them.
+        """Update the weights from the gradients of `window`, then the learning rate and the averages.
 
-        A step without a sample, and one whose numbers are NaN or infinite, leaves weights, averages and learning rate
-        as they are. Where they are not checked before the update (`checks_before_update`), its gradients are set to
-        zero on the device: the run ends when the figures are fetched, and until then no weight is NaN.
+        A step without a sample, or with a NaN or inf loss or norm, leaves weights, averages and learning rate as they
+        are. If that is not checked before the update (`checks_before_update`), the gradients are set to zero on the
+        device: the run ends when the figures are fetched, and until then no weight is NaN.
 
         Args:
-            loss: of the window, a scalar on the device.
-            missing: how many of its samples did not come.
+            window: the positions of the global batch.
+            loss: its loss, a scalar on the device.
+            missing: the number of its samples that could not be used.
         """
         factor = len(window) / max(len(window) - missing, 1)
         scale = self.precision.loss_scale
@@ -128,7 +129,7 @@ class TrainingState:
         return figures
 
     def _follow(self) -> None:
-        """What comes after new weights."""
+        """Call the module's `after_step` and update the averages."""
         if getattr(self.module.after_step, "__func__", None) is not DiffusionTrainingModule.after_step:
             with self.float32_weights():
                 self.module.after_step()
@@ -136,12 +137,13 @@ class TrainingState:
             self.ema.update((name, value) for name, _, value in self.float32_values())
 
     def float32_values(self, is_kept=True):
-        """Yield (structured name, parameter, its float32 value) of what is trained, a low-precision parameter's master.
+        """Yield (structured name, parameter, its float32 value) of the trainable parameters; the value of a parameter
+        of lower precision is its master weight.
 
-        A sharded optimizer's masters come from the ranks that have them, one after the other: all ranks have to ask.
+        The masters of a sharded optimizer are broadcast by the ranks that hold them: all ranks have to iterate.
 
         Args:
-            is_kept: whether this rank wants the values; else they are None.
+            is_kept: whether this rank needs the values; otherwise they are None.
         """
         masters, owners = self.optimizer._master_weights, self.owners()
         for name, parameter in self.parameters.items():
@@ -151,25 +153,25 @@ class TrainingState:
             yield name, parameter, value if is_kept else None
 
     def float32_weights(self, only_main: bool = False):
-        """A context in which the trained parameters are float32, as in files. All ranks have to enter it.
+        """A context in which the trainable parameters are float32, as in files. All ranks have to enter it.
 
         Args:
-            only_main: only rank 0 needs it.
+            only_main: only rank 0 needs the values.
         """
         values = self.float32_values(self.ranks.is_main or not only_main)
         return holding([(p, value) for _, p, value in values if value is not None and value is not p])
 
     def result_weights(self):
-        """A context in which the module on rank 0 holds what its result is: the averages where there are any, else its
-        weights in float32. All ranks have to enter it."""
+        """A context in which the module on rank 0 holds the weights of the result: the averages if there are any, else
+        the float32 weights. All ranks have to enter it."""
         return self.ema.applied() if self.ema else self.float32_weights(only_main=True)
 
     def save_optimizer(self, folder: Path, stem: str) -> None:
-        """Write the optimizer's tensors, of a sharded one this rank's share."""
+        """Write the optimizer's tensors; with sharding, this rank's shard."""
         write_parts(folder, stem, optimizer_tensors(self.optimizer, self.parameters).items())
 
     def save(self, folder: Path) -> None:
-        """Write weights and averages into a checkpoint's folder, within `float32_weights`."""
+        """Write weights and averages into a checkpoint's folder; to be called within `float32_weights`."""
         self.module.save_weights(str(folder))
         if self.ema:
             write_parts(folder, AVERAGES, self.ema.averages.items())
@@ -177,7 +179,7 @@ class TrainingState:
                 self.module.save_weights(str(folder / "ema"))
 
     def record(self) -> dict:
-        """What else belongs to a checkpoint, as JSON."""
+        """The rest of a checkpoint, as JSON."""
         return {
             "position": self.position,
             "lr_scheduler": self.lr_scheduler.state_dict(),
@@ -189,7 +191,7 @@ class TrainingState:
         }
 
     def load_weights(self, folder: Path, saved: dict) -> None:
-        """Read a checkpoint's weights, in float32; what is built upon them comes with `load_optimizer`."""
+        """Load a checkpoint's float32 weights; `load_optimizer` loads optimizer state and averages later."""
         flag = f"--resume_from_checkpoint: {folder}"
         if bool(self.ema) != (saved["ema_updates"] is not None):
             raise UserError(f"{flag} was written {'without' if self.ema else 'with'} --use_ema; expected the same now")
@@ -197,16 +199,16 @@ class TrainingState:
         if tensors and is_8bit(tensors) != isinstance(self.optimizer, AdamW8bit):
             how = "with" if is_8bit(tensors) else "without"
             raise UserError(f"{flag} was written {how} --use_8bit_adam; expected the same now")
-        # Fewer are right, too: what no step has used has no state.
+        # Fewer parameters are right, too: one that no step has used has no state.
         unknown = {name.split(SEPARATOR)[0] for name in tensors} - set(self.parameters)
         if unknown:
             raise UserError(
-                f"{flag} holds an optimizer of other weights, such as {min(unknown)}, which are not trained here"
+                f"{flag} holds the optimizer state of other weights, such as {min(unknown)}, which are not trained here"
             )
         self.module.load_weights(str(folder))
 
     def load_record(self, saved: dict) -> None:
-        """Take over what `record` returned."""
+        """Load what `record` returned."""
         self.lr_scheduler.set_state_dict(saved["lr_scheduler"])
         self.precision.loss_scale.load_state_dict(saved["scaler"])
         if self.ema:
@@ -216,9 +218,9 @@ class TrainingState:
         self.bad_samples.rows = set(saved["bad_rows"])
 
     def load_optimizer(self, folder: Path) -> None:
-        """Read a checkpoint's optimizer and averages, once the weights have the types that they are trained in.
+        """Load a checkpoint's optimizer state and averages, once the weights have the dtypes that they are trained in.
 
-        They are large: encoders should be gone by then where training does without.
+        They are large: encoders that training does not need should be freed by then.
         """
         own = {parameter.name for parameter in updated_parameters(self.optimizer)}
         updated = {name: parameter for name, parameter in self.parameters.items() if parameter.name in own}
@@ -228,14 +230,14 @@ class TrainingState:
                 self.ema.averages[name].set_value(tensor.numpy())
 
 
-def saved_tensors(folder: Path, beginning: str) -> dict:
-    """`{name: tensor}` of a checkpoint's files whose names begin so. A tensor is read when it is fetched."""
-    files = sorted(folder.glob(f"{beginning}*.safetensors"))
+def saved_tensors(folder: Path, prefix: str) -> dict:
+    """`{name: tensor}` of a checkpoint's files with this prefix. A tensor is read when it is fetched."""
+    files = sorted(folder.glob(f"{prefix}*.safetensors"))
     return {name: tensor for file in files for name, tensor in open_tensors(file)[0].items()}
 
 
 def check_schedule(args, total_steps: int) -> None:
-    """Raise a `UserError` for a learning rate that the run cannot have."""
+    """Raise a `UserError` for a learning rate schedule that is impossible with this number of steps."""
     if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= total_steps:
         raise UserError(
             f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {total_steps} steps; expected fewer with polynomial"
@@ -249,13 +251,13 @@ def check_optimizer(args) -> None:
         raise UserError(f"--sharding_stage {args.sharding_stage}: expected it with a --sharding_degree above 1")
     if args.use_8bit_adam and (args.sharding_degree > 1 or args.amp_level == "O2"):
         raise UserError(
-            "--use_8bit_adam: its state is neither split over GPUs nor kept for low-precision weights; "
+            "--use_8bit_adam: its state can be neither sharded nor kept for low-precision weights; "
             "expected it without --sharding_degree and --amp_level O2"
         )
 
 
 def build_training_state(module, args, total_steps: int, samples_per_step: int, ranks: Ranks) -> TrainingState:
-    """Optimizer, learning rate, precision and average for what is trained in `module`."""
+    """Build optimizer, learning rate schedule, precision and average of the trainable parameters of `module`."""
     trained = {id(parameter) for parameter in module.trainable_parameters()}
     parameters = {name: parameter for name, parameter in module.named_parameters() if id(parameter) in trained}
     lr_scheduler = get_scheduler(

@@ -1,4 +1,4 @@
-"""The parts of one optimizer step: each batch's gradients, and what to say of those that are NaN or infinite."""
+"""The parts of one optimizer step: the gradients of each batch, and a description of those that are NaN or inf."""
 
 import math
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from ppdiffusers_train.runtime.distributed import Ranks
 class MicroBatch:
     """One batch's contribution to a step."""
 
-    loss: object  # its part of the window's mean loss, on the device
+    loss: object  # its part of the mean loss of the global batch, on the device
     draws: Draws
-    positions: list  # of its samples
+    positions: list  # of its samples in the run
     errors: dict  # {position: message} of those that could not be used
 
 
@@ -28,13 +28,13 @@ class MicroBatch:
 def add_gradients(
     module, samples, loaded, draws: Draws, positions: list, window: range, state: TrainingState, is_last: bool
 ) -> MicroBatch:
-    """Add the gradients of one batch, the samples at `positions`, to those of its step's `window`.
+    """Add the gradients of one batch, the samples at `positions`, to those of the step's global batch `window`.
 
     Args:
-        samples: where the batch comes from, with a method `encode`.
+        samples: the source of the batch, with a method `encode`.
         loaded: the batch, and the messages of samples that cannot be used.
-        draws: of all its samples.
-        is_last: whether it is this rank's last batch of the window.
+        draws: the random numbers of all its samples.
+        is_last: whether it is this rank's last batch of the step.
     """
     batch, errors = loaded
     errors = {positions[i]: message for i, message in errors.items()}
@@ -45,9 +45,9 @@ def add_gradients(
     with dropout_follows(draws):
         with state.precision.autocast():
             encoded = samples.encode(batch)
-            # By its share of the samples: right for a short last batch, and for a short last window.
+            # Weighted by the number of samples, which is right for a short last batch and a short last window, too.
             loss = module(encoded, draws) * (len(good) / len(window))
-        # Gradients are averaged over ranks, but each rank has its part of one sum.
+        # Gradients are averaged over ranks, but each rank computes a part of one sum.
         scale = state.precision.loss_scale.value * state.ranks.world_size
         with state.gradients.micro_batch(is_last):
             (loss * scale if scale != 1 else loss).backward()
@@ -55,7 +55,7 @@ def add_gradients(
 
 
 def losses_by_file(parts: list, window_size: int, order: SampleOrder, dataset) -> dict:
-    """{name of a sample: the loss of its batch, which is its own where it was alone}."""
+    """{name of a sample: the loss of its batch, which is the sample's own with a batch size of 1}."""
     return {
         dataset.name(order.row(position)): float(part.loss) * window_size / len(part.positions)
         for part in parts
@@ -64,25 +64,25 @@ def losses_by_file(parts: list, window_size: int, order: SampleOrder, dataset) -
 
 
 def seed_layers(seed: int, step: int, rank: int) -> None:
-    """Seed Paddle's own generator, from which a module of one's own may draw, as a function of (seed, step, rank)."""
+    """Seed Paddle's own generator, which a user's module may use, as a function of (seed, step, rank)."""
     paddle.seed(int(generator(seed, step, f"layers of rank {rank}").integers(2**31)))
 
 
 def set_training_mode(module) -> None:
-    """Put every model that is trained into training mode; the frozen ones stay in evaluation mode."""
-    learning = trained_models(module)
-    follow_samples(learning)
+    """Put trained models into training mode and frozen ones into evaluation mode."""
+    trained = trained_models(module)
+    follow_samples(trained)
     for model in module.children():
-        if model in learning:
+        if model in trained:
             model.train()
         else:
             model.eval()
 
 
 def describe_failure(parts: list, figures: StepFigures, ranks: Ranks, order: SampleOrder, dataset) -> str:
-    """Which of this rank's samples and draws made a step NaN or infinite; empty where none did.
+    """Which samples and draws of this rank made a step NaN or inf; empty if none did.
 
-    The norm is that of all ranks together, so it tells nothing: each looks at what it had before it got the others'.
+    The norm is that of all ranks together, so each rank looks at its own gradients, before the others' were added.
     """
     bad = [part for part in parts if not math.isfinite(float(part.loss))]
     own = float(sum(figures.own_squares)) if ranks.world_size > 1 else figures.norm

@@ -1,4 +1,4 @@
-"""Pictures drawn while a run trains, by the same code as inference."""
+"""Images generated during training, by the same code as inference."""
 
 import contextlib
 
@@ -11,7 +11,7 @@ from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet
 
 @contextlib.contextmanager
 def evaluation(module):
-    """Within, all of `module` is in evaluation mode and nothing records gradients."""
+    """A context in which all of `module` is in evaluation mode and no gradients are recorded."""
     modes = [(layer, layer.training) for layer in module.sublayers(include_self=True)]
     module.eval()
     try:
@@ -23,7 +23,7 @@ def evaluation(module):
 
 
 def generate_validation(module, prompts: list, count: int, seed: int):
-    """A grid with one row of `count` pictures per prompt, on the same seeds every time."""
+    """A grid with one row of `count` images per prompt, generated from the same seeds every time."""
     seeds = [seed + index for index in range(count)]
     with evaluation(module):
         images = module.generate([prompt for prompt in prompts for _ in seeds], seeds * len(prompts))
@@ -32,15 +32,15 @@ def generate_validation(module, prompts: list, count: int, seed: int):
 
 
 def save_validation_images(plan: Plan, state: TrainingState, trackers) -> None:
-    """Draw pictures with what the result would be now, into the run's folder and its trackers."""
+    """Generate images with the weights that the result would have now, for the run's folder and its trackers."""
     run, args = plan.run, plan.run.args
-    with state.result_weights(), run.ranks.only_main("pictures to be drawn") as is_turn:
-        if is_turn:
+    with state.result_weights(), run.ranks.only_main("images to be generated") as is_main:
+        if is_main:
             with state.precision.autocast():
-                picture = generate_validation(
+                grid = generate_validation(
                     plan.module, args.validation_prompts, args.num_validation_images, plan.order.seed
                 )
             file = run.output_dir / "validation" / f"step-{state.step}.png"
             file.parent.mkdir(exist_ok=True)
-            picture.save(file)
-            trackers.image("validation", picture, state.step)
+            grid.save(file)
+            trackers.image("validation", grid, state.step)

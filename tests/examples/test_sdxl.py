@@ -474,7 +474,7 @@ def test_flags_without_effect_say_so(train_sdxl, capsys):
 def test_a_cache_of_other_models_is_named_and_left_alone(train_sdxl, tmp_path, capsys):
     cache = f"--encoded_cache_dir={tmp_path / 'cache'}"
     train_sdxl("sdxl", cache, "--max_train_steps=1")
-    line = "what is there comes of other models, settings or code; it stays, and is not used"
+    line = "holds samples of other models, settings or code, which are kept but not used"
     assert line not in capsys.readouterr().out
     train_sdxl("sdxl", cache, "--max_train_steps=1", "--center_crop", out="other")
     assert capsys.readouterr().out.count(line) == 1
