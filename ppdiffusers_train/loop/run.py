@@ -101,8 +101,8 @@ def check_flags(args, ranks: Ranks) -> None:
     output_dir, images = Path(args.output_dir), getattr(args, "train_data_dir", None)
     if images and output_dir.resolve().is_relative_to(Path(images).resolve()):
         raise UserError(
-            f"--output_dir: {str(output_dir)!r} lies in --train_data_dir, so the run's own images would become training "
-            "data; expected another folder"
+            f"--output_dir: {str(output_dir)!r} lies in --train_data_dir, so the run's own images would become "
+            "training data; expected another folder"
         )
     require_writable(output_dir, "--output_dir")
     tracker_names(args.report_to)

@@ -1,20 +1,20 @@
 """AdamW with block-wise 8-bit moments (Dettmers et al. 2021, arXiv 2110.02861), in Paddle's tensor operations.
 
-A moment is kept as one byte per number and one float32 scale per block. Each step turns it into float32, updates it as
-AdamW does, and rounds it again. One outlier spoils the resolution of its block alone.
+A moment is kept as one byte per element and one float32 scale per block. Each step dequantizes it to float32, updates
+it as AdamW does, and quantizes it again. An outlier reduces the resolution of its own block alone.
 """
 
 import numpy as np
 import paddle
 
-BLOCK = 256  # numbers that share a scale; the paper has 2048, smaller blocks are closer to float32 and cost 1.5 %
-SMALLEST = 4096  # tensors of fewer numbers keep float32 moments (section 3)
+BLOCK = 256  # elements that share a scale; the paper has 2048, smaller blocks are closer to float32 and take 1.5 % more
+SMALLEST = 4096  # tensors with fewer elements keep float32 moments (section 3)
 
 
 def dynamic_tree_map(signed: bool) -> np.ndarray:
-    """The 256 numbers in [-1, 1] or [0, 1] that a byte can mean, ascending (section 1.3 and figure 2).
+    """The 256 values in [-1, 1] or [0, 1] that a byte represents, in ascending order (section 1.3 and figure 2).
 
-    Leading zeros of the byte are a power of ten, the rest divides [0.1, 1] evenly: small numbers keep relative
+    Leading zeros of the byte give a power of ten, the rest divides [0.1, 1] evenly: small values keep their relative
     precision over seven orders of magnitude. 0 and 1 are exact.
     """
     positive = []
@@ -27,7 +27,7 @@ def dynamic_tree_map(signed: bool) -> np.ndarray:
 
 
 class Moments:
-    """How a tensor is kept in 8 bits: `pack` and `unpack` with the map of signed or of non-negative numbers."""
+    """Quantizes a tensor to 8 bits (`pack`) and back (`unpack`), with the map of signed or of non-negative values."""
 
     def __init__(self, signed: bool):
         values = dynamic_tree_map(signed)
@@ -35,7 +35,7 @@ class Moments:
         self.borders = paddle.to_tensor((values[1:] + values[:-1]) / 2)
 
     def pack(self, tensor) -> tuple:
-        """[n] float32 -> bytes [blocks · BLOCK] uint8, scales [blocks, 1] float32: each number's nearest in the map."""
+        """[n] float32 -> bytes [blocks · BLOCK] uint8, scales [blocks, 1] float32: the nearest value in the map."""
         padding = -tensor.shape[0] % BLOCK
         blocks = (paddle.concat([tensor, paddle.zeros([padding])]) if padding else tensor).reshape([-1, BLOCK])
         scales = blocks.abs().max(axis=1, keepdim=True)
@@ -44,8 +44,8 @@ class Moments:
 
     def unpack(self, codes, scales, size: int):
         """The reverse of `pack`, [size] float32."""
-        numbers = paddle.gather(self.values, codes.astype("int64"))
-        return (numbers.reshape([-1, BLOCK]) * scales).flatten()[:size]
+        values = paddle.gather(self.values, codes.astype("int64"))
+        return (values.reshape([-1, BLOCK]) * scales).flatten()[:size]
 
 
 class AdamW8bit(paddle.optimizer.AdamW):
@@ -79,7 +79,9 @@ class AdamW8bit(paddle.optimizer.AdamW):
         rate = self.get_lr()
         change = (moment1 / (1 - beta1**count)) / ((moment2 / (1 - beta2**count)).sqrt() + self.epsilon)
         value = parameter.flatten() * (1 - rate * self.decay) - rate * change
-        paddle.assign(value.reshape(parameter.shape), output=parameter)  # `set_value` goes by NumPy in Paddle 2.6
+        paddle.assign(
+            value.reshape(parameter.shape), output=parameter
+        )  # `set_value` copies through NumPy in Paddle 2.6
         if size < SMALLEST:
             state["moment1"], state["moment2"] = moment1, moment2
         else:
@@ -98,14 +100,14 @@ class AdamW8bit(paddle.optimizer.AdamW):
 
     @staticmethod
     def state_bytes(size: int) -> int:
-        """Bytes of the state for a parameter of `size` numbers."""
+        """Bytes of the state of a parameter with `size` elements."""
         blocks = -(-size // BLOCK)
         return 8 * size if size < SMALLEST else 2 * blocks * (BLOCK + 4)
 
     @staticmethod
     def update_bytes(size: int) -> int:
-        """Bytes that come and go while a parameter of `size` numbers is updated: moments, change, value and blocks in
-        float32, and places in the map, which are int64; blocks that have to be filled up are copied once more."""
+        """Temporary bytes while a parameter with `size` elements is updated: moments, change, value and blocks in
+        float32, and int64 indices into the map; blocks that need padding are copied once more."""
         return (32 if size % BLOCK else 28) * size
 
     def state_dict(self) -> dict:
@@ -115,7 +117,7 @@ class AdamW8bit(paddle.optimizer.AdamW):
         return {**tensors, **counts}
 
     def set_state_dict(self, state_dict: dict) -> None:
-        """Take over what `state_dict` returned."""
+        """Load what `state_dict` returned."""
         self.states, self.counts = {}, {}
         names = ("moment1", "moment2", "moment1_codes", "moment1_scales", "moment2_codes", "moment2_scales")
         for name in (parameter.name for parameter in self._parameter_list):

@@ -1,4 +1,4 @@
-"""What the ranks of a run have to agree on before they train together: told, compared, and named where it differs."""
+"""Checks before training that all ranks have the same flags, code, data and models; a message names a difference."""
 
 import hashlib
 import json
@@ -15,31 +15,33 @@ from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.runtime.distributed import Ranks
 
 SHOWN = 80  # characters of a value in a message
-SAMPLED = 2**16  # numbers of a tensor that are compared; all of a smaller one
-FILE_SECONDS = 3  # after which a file that another machine has written is seen through a network, if ever
+SAMPLED = 2**16  # elements of a tensor that are compared; all of a smaller tensor
+FILE_SECONDS = 3  # after which a file written by another machine should be visible on a network disk
 
 
 def agree(ranks: Ranks, values: dict) -> None:
-    """Compare what the ranks have under each name.
+    """Compare the ranks' values of each name.
 
     Args:
-        values: {flag, file or model: what this rank has there, which JSON can hold}.
+        values: {flag, file or model: this rank's value, as JSON}.
     Raises:
-        UserError: on every rank the same, which names the first thing that differs.
+        UserError: the same on every rank; it names the first difference.
     """
     message = disagreement(ranks.gather_objects(values, "the others to load what is compared"))
     if message:
         raise UserError(message)
 
 
-def disagreement(told: list) -> str:
-    """The first of the things in which a rank differs from rank 0, as a line; empty where all agree.
+def disagreement(values_of_ranks: list) -> str:
+    """A line about the first value in which a rank differs from rank 0; empty if all agree.
 
     Args:
-        told: for each rank its {name: value}. A name that only some of them have counts, too.
+        values_of_ranks: {name: value} of each rank. A name that only some ranks have is a difference, too.
     """
-    for name in dict.fromkeys(chain.from_iterable(told)):
-        texts = [json.dumps(values[name], ensure_ascii=False) if name in values else "nothing" for values in told]
+    for name in dict.fromkeys(chain.from_iterable(values_of_ranks)):
+        texts = [
+            json.dumps(values[name], ensure_ascii=False) if name in values else "nothing" for values in values_of_ranks
+        ]
         for rank, text in enumerate(texts):
             if text != texts[0]:
                 other, first = shortened(text, texts[0])
@@ -53,7 +55,7 @@ def digest(content: bytes) -> str:
 
 
 def shortened(*texts: str) -> list:
-    """Texts as they fit into a line: of long ones the part from shortly before they differ."""
+    """Texts shortened to fit into a line: of long ones, the part that begins shortly before they differ."""
     start = len(os.path.commonprefix(texts)) - SHOWN // 3
     if start <= 0 or max(map(len, texts)) <= SHOWN:
         start = 0
@@ -65,30 +67,33 @@ def shortened(*texts: str) -> list:
 def model_digests(module) -> dict:
     """{name of a model in a module: a hash of all its parameters and buffers, and of its configuration}.
 
-    Names, shapes, types and bytes count: of a tensor of at most `SAMPLED` numbers all, of a larger one about as many,
-    evenly spread, which are picked on its device. Bytes, as each device adds up in an order of its own.
+    Names, shapes, dtypes and bytes count: all bytes of a tensor of at most `SAMPLED` elements, and those of about as
+    many evenly spread elements of a larger one, which are picked on its device. Bytes are hashed rather than sums,
+    because each device adds in an order of its own.
     """
     digests = {}
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         model = digests.setdefault(name.split(".")[0], hashlib.blake2b(digest_size=8))
         model.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
         step = max(tensor.size // SAMPLED, 1)
-        while math.gcd(step, tensor.size) > 1:  # none in common: the sample meets every row, column and channel
+        while (
+            math.gcd(step, tensor.size) > 1
+        ):  # no common factor: the sample has elements of every row, column and channel
             step += 1
         if tensor.size:
-            # The copy is that of the few: Paddle would copy the whole tensor for a view of it.
+            # Clone first: from a view, Paddle would copy the whole tensor to the host.
             model.update((tensor.flatten()[::step].clone() if step > 1 else tensor).numpy().tobytes())
-    told = {f"weights of {name}": model.hexdigest() for name, model in digests.items()}
+    weights = {f"weights of {name}": model.hexdigest() for name, model in digests.items()}
     parts = {**vars(module), **dict(module.named_children())}
     settings = {f"settings of {name}": settings_of(part) for name, part in parts.items()}
-    return {**told, **{name: found for name, found in settings.items() if found}}
+    return {**weights, **{name: found for name, found in settings.items() if found}}
 
 
 def settings_of(part):
-    """What a model, scheduler, tokenizer or image processor depends on besides weights, as JSON; of a list of them a
-    list; nothing of others.
+    """The settings of a model, scheduler, tokenizer or image processor, as JSON; a list for a list of them; empty for
+    anything else.
 
-    Without what says where it came from and which library has written it.
+    Without the entries that name its origin and the library that wrote it.
     """
     if isinstance(part, (list, tuple)):
         return [found for found in map(settings_of, part) if found]
@@ -105,8 +110,8 @@ def settings_of(part):
 
 
 def ranks_elsewhere(folder: Path, ranks: Ranks) -> list:
-    """The ranks to which `folder` is another one than to rank 0, though it may have the same name: a file that rank 0
-    makes in it for a moment is not in theirs."""
+    """The ranks for which `folder` is another folder than for rank 0, even if it has the same name: they do not see a
+    temporary file that rank 0 creates in it."""
     with tempfile.TemporaryDirectory(prefix=".same-for-all-", dir=folder if ranks.is_main else None) as made:
         name = ranks.broadcast_object(os.path.basename(made))
         deadline = time.monotonic() + FILE_SECONDS

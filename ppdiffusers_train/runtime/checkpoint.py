@@ -1,7 +1,7 @@
-"""Folders that are either complete or not there.
+"""Checkpoints and results, which are written atomically.
 
 A checkpoint is written into a temporary folder, synced to disk, and renamed. Its `state.json`, written last, lists
-every file with its size, so a folder that something else cut short is recognised too.
+every file with its size, so a folder that is incomplete for another reason is recognised, too.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 @contextlib.contextmanager
 def atomic_folder(target: Path):
-    """Yield an empty folder to write into; afterwards it stands at `target`, complete, or nothing has changed there."""
+    """Yield an empty folder that replaces `target` atomically at the end; after an error, `target` is unchanged."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -29,7 +29,7 @@ def atomic_folder(target: Path):
         yield temporary
         sync_tree(temporary)
     except Exception:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the space
+        shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
         raise
     replaced = target.with_name(f".{target.name}.old")
     shutil.rmtree(replaced, ignore_errors=True)
@@ -41,9 +41,9 @@ def atomic_folder(target: Path):
 
 
 def replace_children(folder: Path, write) -> None:
-    """`write(path)` fills an empty folder, whose parts then take the place of those of the same name in `folder`.
+    """`write(path)` fills an empty folder; its files and folders then replace those of the same name in `folder`.
 
-    Files that stood there are never opened for writing: they may be hard links to a base model.
+    Existing files are never opened for writing: they may be hard links to a base model.
     """
     temporary = folder / ".result"
     with atomic_folder(temporary) as inside:
@@ -61,7 +61,7 @@ def replace_children(folder: Path, write) -> None:
 
 
 def require_writable(folder: Path, flag: str) -> None:
-    """Make `folder`, or raise a `UserError` that names `flag` when nothing can be written there."""
+    """Create `folder`; raise a `UserError` that names `flag` if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -71,7 +71,7 @@ def require_writable(folder: Path, flag: str) -> None:
 
 
 def sync(path) -> None:
-    """Have the system write a file or folder to the disk itself."""
+    """Make the system write a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -90,8 +90,8 @@ def write_checkpoint(output_dir: Path, step: int, write, state: dict, total_limi
     """Write `output_dir/checkpoint-<step>`, then delete the oldest beyond `total_limit`.
 
     Args:
-        write: `write(folder)` puts the tensors' files into a folder.
-        state: what else belongs to it, as JSON.
+        write: `write(folder)` writes the files of tensors into a folder.
+        state: the rest of the checkpoint, as JSON.
     """
     target = output_dir / f"checkpoint-{step}"
     with atomic_folder(target) as folder:
@@ -101,7 +101,7 @@ def write_checkpoint(output_dir: Path, step: int, write, state: dict, total_limi
         (folder / STATE_FILE).write_text(text, encoding="utf-8")
     if total_limit is not None:
         for old in checkpoints(output_dir)[:-total_limit]:
-            # Renamed first: a kill halfway through leaves no folder that looks like a checkpoint.
+            # Renamed first: if the process is killed here, no incomplete folder looks like a checkpoint.
             doomed = old.with_name(f".{old.name}.old")
             os.rename(old, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
@@ -140,8 +140,8 @@ def read_state(checkpoint: Path) -> dict:
     return state
 
 
-def find_checkpoint(resume: str, output_dir: Path, say=print):
-    """The checkpoint that `--resume_from_checkpoint` means: (folder, state), or (None, None) for `latest` of nothing.
+def find_checkpoint(resume: str, output_dir: Path, log=print):
+    """The checkpoint of `--resume_from_checkpoint`: (folder, state), or (None, None) for `latest` without a checkpoint.
 
     Raises:
         UserError: the named folder does not exist or is not complete.
@@ -160,6 +160,6 @@ def find_checkpoint(resume: str, output_dir: Path, say=print):
         try:
             return folder, read_state(folder)
         except UserError as error:
-            say(f"--resume_from_checkpoint latest: skipped, {error}")
-    say(f"--resume_from_checkpoint latest: no checkpoint in {str(output_dir)!r}, starting at step 0")
+            log(f"--resume_from_checkpoint latest: skipped, {error}")
+    log(f"--resume_from_checkpoint latest: no checkpoint in {str(output_dir)!r}, starting at step 0")
     return None, None

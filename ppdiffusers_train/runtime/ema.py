@@ -8,8 +8,8 @@ from ppdiffusers_train.runtime.precision import holding
 def ema_decay(update: int, max_decay: float = 0.9999) -> float:
     """Decay of the `update`-th update, counted from 1: min(max_decay, (1 + s) / (10 + s)) with s = update - 1.
 
-    The first update has decay 0, so the average starts at weights that were trained, and short runs are not dominated
-    by the initial ones (as in diffusers' `EMAModel`).
+    The first update has decay 0, so the average starts at trained weights, and the initial ones do not dominate short
+    runs (as in diffusers' `EMAModel`).
     """
     past = update - 1
     return 0.0 if past <= 0 else min(max_decay, (1 + past) / (10 + past))
@@ -23,7 +23,7 @@ def move_average(averages, parameters, decay: float) -> None:
 
 
 def replace(tensor, value) -> None:
-    """Give a tensor another one's numbers, on its device: `set_value` goes by NumPy in Paddle 2.6, for each tensor."""
+    """Copy values into a tensor on its device. In Paddle 2.6, `set_value` would copy through NumPy."""
     paddle.assign(value, output=tensor)
 
 
@@ -31,7 +31,7 @@ class EMA:
     """θ_ema ← d · θ_ema + (1 - d) · θ, in float32.
 
     Args:
-        parameters: `{structured name: parameter}` to follow.
+        parameters: `{structured name: parameter}` to average.
         max_decay: upper bound of d.
     """
 
@@ -41,10 +41,10 @@ class EMA:
 
     @paddle.no_grad()
     def update(self, values=None) -> None:
-        """Follow the parameters by one step.
+        """Update the averages after a step.
 
         Args:
-            values: (structured name, float32 tensor) of each parameter; by default, what they hold.
+            values: (structured name, float32 tensor) of each parameter; by default, the parameters themselves.
         """
         values = self.parameters.items() if values is None else values
         self.updates += 1
@@ -53,5 +53,5 @@ class EMA:
             replace(self.averages[name], decay * self.averages[name] + (1 - decay) * value)
 
     def applied(self):
-        """A context in which the parameters are the averages, in float32; afterwards they are themselves again."""
+        """A context in which the parameters hold the averages in float32; afterwards they hold their own values."""
         return holding([(parameter, self.averages[name]) for name, parameter in self.parameters.items()])

@@ -1,4 +1,4 @@
-"""What a training step computes: floating-point operations, and which share of a card's peak that is."""
+"""The floating-point operations of a training step, and the peak of GPUs."""
 
 import paddle
 from paddle.nn import functional
@@ -16,11 +16,11 @@ PEAKS = {
 
 
 class FlopCounter:
-    """A context that adds up the operations of the products within it, and of the backward pass to come.
+    """A context that counts the operations of the products within it, and of their backward pass.
 
-    Convolutions, linear layers, matrix products and attention: two operations for each pair of numbers, once for the
-    result, once for the gradient of each operand that needs one. Everything else is small beside them. What is
-    recomputed within it counts again.
+    Convolutions, linear layers, matrix products and attention: two operations for each multiplication, once for the
+    result, once for the gradient of each operand that needs one. Everything else is negligible. Recomputed operations
+    count again.
     """
 
     def __init__(self, enabled: bool = True):
@@ -46,10 +46,10 @@ class FlopCounter:
             setattr(owner, name, original)
 
     def counted(self, function, count):
-        """`function` that also adds what `count` makes of its arguments and its result."""
+        """`function` that also adds `count` of its result and arguments to the total."""
 
         def call(*arguments, **options):
-            if self.is_inside:  # attention may be made of products
+            if self.is_inside:  # attention may be computed by products, which are counted already
                 return function(*arguments, **options)
             self.is_inside = True
             try:
@@ -84,18 +84,18 @@ def attention(result, query, key, value, *_, **__) -> int:
 
 
 def needs_gradient(*tensors) -> bool:
-    """Whether one of them will be asked for its gradient."""
+    """Whether the gradient of one of the tensors will be computed."""
     return paddle.is_grad_enabled() and any(not tensor.stop_gradient for tensor in tensors)
 
 
 def passes(*operands) -> int:
-    """How often a product is taken: for the result, and for each operand's gradient."""
+    """Number of products: one for the result, and one for the gradient of each operand that needs it."""
     return 1 + sum(needs_gradient(operand) for operand in operands)
 
 
 def peak_tflops(half_precision: bool):
-    """What this process' card can compute, in TFLOP/s, or None where that is not known. Not run on a card."""
+    """The peak of this process's GPU in TFLOP/s, or None if it is not known. Not tested on a GPU."""
     if not paddle.get_device().startswith("gpu"):
         return None
     name = paddle.device.cuda.get_device_name()
-    return next((peaks[half_precision] for card, peaks in PEAKS.items() if card in name), None)
+    return next((peaks[half_precision] for gpu, peaks in PEAKS.items() if gpu in name), None)

@@ -1,4 +1,4 @@
-"""Scaling gradients by numbers that nobody fetches from the device."""
+"""Scaling gradients by factors that stay on the device."""
 
 import paddle
 
@@ -7,10 +7,13 @@ from ppdiffusers_train.runtime.precision import share_storage
 
 @paddle.no_grad()
 def clipping_factor(norm, max_norm: float, factor: float = 1.0):
-    """By what to multiply gradients of this norm (a float32 scalar on the device) so that `factor` times them has a
-    norm of at most `max_norm` (Pascanu et al. 2013, arXiv 1211.5063, algorithm 1): `factor`, or less.
+    """The factor that scales gradients by `factor` and clips the result to `max_norm` (Pascanu et al. 2013, arXiv
+    1211.5063, algorithm 1): `factor`, or less.
 
-    Worked out in float64, then rounded once.
+    Computed in float64; `scale_gradients` rounds it once.
+
+    Args:
+        norm: of the gradients, a float32 scalar on the device.
     """
     scaled = norm.astype("float64") * factor
     return paddle.where(scaled > max_norm, factor * (max_norm / scaled), paddle.full_like(scaled, factor))
@@ -26,7 +29,7 @@ def scale_gradients(gradients: list, factor) -> None:
 
 @paddle.no_grad()
 def zero_unless(is_good, gradients: list) -> None:
-    """Make gradients zero, NaN or not, unless a boolean on the device is true."""
+    """Set gradients to zero, even where they are NaN, unless a boolean on the device is true."""
     zero = paddle.zeros([])
     for gradient in gradients:
         share_storage(gradient, paddle.where(is_good, gradient, zero))

@@ -1,4 +1,4 @@
-"""The groups of ranks that collectives run in: all ranks and, with a sharded optimizer, those that share one state."""
+"""Process groups: all ranks and, with a sharded optimizer, the ranks that its state is sharded over."""
 
 import contextlib
 import functools
@@ -15,16 +15,16 @@ from ppdiffusers_train.errors import UserError
 
 @functools.cache
 def connect_ranks() -> None:
-    """Make the group of all ranks, once in a process."""
-    # The store's newer server (Paddle 3) aborts rank 0, often after its last word, when another rank's connection
-    # is reset; Paddle 2.6 has the older one only, and not the flag.
+    """Create the group of all ranks, once per process."""
+    # The store's newer server (Paddle 3) aborts rank 0, often at the end of a run, when another rank's connection is
+    # reset. Paddle 2.6 has only the older server, and no flag.
     with contextlib.suppress(ValueError):
         paddle.set_flags({"FLAGS_tcp_store_using_libuv": False})
     dist.init_parallel_env()
 
 
 def check_sharding_degree(sharding_degree: int) -> None:
-    """Raise a `UserError` unless the optimizer's state can be split over so many of the processes."""
+    """Raise a `UserError` unless the number of processes is a multiple of the sharding degree."""
     if dist.get_world_size() % sharding_degree:
         raise UserError(
             f"--sharding_degree: {sharding_degree} does not divide the number of processes, which is "
@@ -34,7 +34,7 @@ def check_sharding_degree(sharding_degree: int) -> None:
 
 @functools.cache
 def make_sharding_groups(world_size: int, sharding_degree: int) -> None:
-    """Make fleet's groups, once in a process: `DygraphShardingOptimizer` asks for them, and nothing else needs them."""
+    """Create fleet's groups, once per process, for `DygraphShardingOptimizer`."""
     strategy = fleet.DistributedStrategy()
     strategy.hybrid_configs = {
         "dp_degree": world_size // sharding_degree,
@@ -48,11 +48,11 @@ def make_sharding_groups(world_size: int, sharding_degree: int) -> None:
 
 @contextlib.contextmanager
 def stores_for_gloo():
-    """Within, each new group over gloo has a store of its own.
+    """A context in which each new gloo group has its own store.
 
-    In one store, Paddle's gloo groups write their addresses under the same keys: a member that is faster than another
-    reads where that one listened for the group before, and is refused, or waits for ever. Members of two groups that
-    are made at the same time read each other's.
+    In one store, Paddle's gloo groups write their addresses under the same keys: a fast member reads the address that
+    another one had in the previous group, and is refused or waits forever. Members of two groups that are created at
+    the same time read each other's addresses.
     """
     new_group = collective._new_process_group_impl
 
@@ -69,7 +69,7 @@ def stores_for_gloo():
 
 
 def _new_store(shared, name: str, rank: int):
-    """A store for the members of a group; its first serves it, and says where in the store that all ranks share."""
+    """A store for the members of a group. The first member serves it, and writes its address to the shared store."""
     key, nobody_to_wait_for = f"store of {name}", 0
     if rank == 0:
         host = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]

@@ -1,9 +1,9 @@
 """An optimizer's state under structured parameter names.
 
-Paddle names the state after parameters' automatic names (`linear_7.w_0_moment1_0`), which count the layers a process
-has made so far: they differ between a script, a resumed script and another rank. Structured names
-(`unet.conv_in.weight`) do not. Under O2 Paddle names it after the float32 master of a parameter; here it has the same
-name in every precision. Masters themselves are not part of it: they are the weights that a checkpoint holds.
+Paddle names the state after parameters' automatic names (`linear_7.w_0_moment1_0`), which count the layers that a
+process has created so far: they may differ between a script, a resumed script and another rank. Structured names
+(`unet.conv_in.weight`) do not. Under O2 Paddle names the state after the float32 master of a parameter; here it has the
+same name in every precision. The masters are not part of the state: they are the weights that a checkpoint holds.
 """
 
 import paddle
@@ -17,7 +17,7 @@ def optimizer_tensors(optimizer, parameters: dict) -> dict:
 
     Args:
         optimizer: has taken at least one step, or the result is empty.
-        parameters: `{structured name: parameter}` of all that it updates.
+        parameters: `{structured name: parameter}` of all parameters that it updates.
     """
     names = sorted(((parameter.name, name) for name, parameter in parameters.items()), key=lambda pair: -len(pair[0]))
     tensors = {}
@@ -31,13 +31,13 @@ def optimizer_tensors(optimizer, parameters: dict) -> dict:
 
 
 def load_optimizer_tensors(optimizer, parameters: dict, tensors: dict) -> None:
-    """Give an optimizer that has not stepped yet the state that `optimizer_tensors` returned, a tensor at a time.
+    """Load the state that `optimizer_tensors` returned into an optimizer before its first step, one tensor at a time.
 
     Args:
-        parameters: `{structured name: parameter}` of those that it updates on this rank; others' state is not loaded.
-        tensors: `{name: array}`, of any number of them, or what has a method `numpy` that fetches one.
+        parameters: `{structured name: parameter}` of those that it updates on this rank; other state is ignored.
+        tensors: `{name: array}`, or objects with a method `numpy` that reads the array.
     """
-    arrays = {}  # earlier versions named state after masters, and wrote masters, too
+    arrays = {}  # earlier versions named the state after masters, and saved masters, too
     for key, value in tensors.items():
         structured, accumulator = key.split(SEPARATOR)
         if structured in parameters and accumulator != "master_weight":
@@ -46,7 +46,7 @@ def load_optimizer_tensors(optimizer, parameters: dict, tensors: dict) -> None:
         named = ((parameters[key.split(SEPARATOR)[0]].name, key.split(SEPARATOR)[1]) for key in arrays)
         optimizer.set_state_dict({"_".join(name): as_tensor(value) for name, value in zip(named, arrays.values())})
         return
-    # `set_state_dict` keeps what it gets, and the first step copies it: for a while, moments would be there twice.
+    # `set_state_dict` keeps the tensors, and the first step copies them: moments would be in memory twice for a while.
     used = {key.split(SEPARATOR)[0] for key in arrays}
     inner = getattr(optimizer, "_inner_opt", optimizer)  # of a sharded one
     inner.helper = LayerHelper(type(inner).__name__)  # as the first step begins in Paddle 2.6
@@ -57,7 +57,7 @@ def load_optimizer_tensors(optimizer, parameters: dict, tensors: dict) -> None:
 
 
 def as_tensor(value):
-    """A tensor of an array, or of what has a method `numpy` that fetches one."""
+    """A tensor of an array, or of an object with a method `numpy` that reads one."""
     return paddle.to_tensor(value.numpy() if hasattr(value, "numpy") else value)
 
 

@@ -1,4 +1,4 @@
-"""Processes of this machine: which machine it is, and which of them live."""
+"""Processes of this machine: an identifier of the machine, and whether a process is alive."""
 
 import functools
 import hashlib
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @functools.cache
 def this_machine() -> int:
-    """A number above 0 for the machine or container whose processes this one can see; 0 where that is not known."""
+    """A number above 0 that identifies the machine or container of this process; 0 if it is unknown."""
     try:
         words = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -17,7 +17,7 @@ def this_machine() -> int:
 
 
 def is_alive(process: int) -> bool:
-    """Whether a process of this machine has not ended. Who started it may not have taken notice of the end yet."""
+    """Whether a process of this machine is running. A zombie, for which its parent has not waited yet, is not."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
