@@ -1,6 +1,6 @@
-"""Safetensors files in every type they can have, read and written a tensor at a time.
+"""Safetensors files of every dtype, read and written one tensor at a time.
 
-NumPy has no bfloat16 of its own; ml_dtypes adds it. Larger sets are divided, as Hugging Face's libraries divide them:
+NumPy has no bfloat16; ml_dtypes adds it. Large sets are split into several files, as in Hugging Face's libraries:
 `<stem>-00001-of-00003.safetensors` and so on.
 """
 
@@ -45,14 +45,14 @@ class Stored:
 
 
 class Converted:
-    """A tensor in another type, or a matrix transposed; worked out when it is fetched."""
+    """A tensor in another dtype, or a transposed matrix; converted when it is fetched."""
 
     def __init__(self, tensor, dtype: np.dtype, transposed: bool = False):
         self.tensor, self.dtype, self.transposed = tensor, dtype, transposed
         self.shape = list(tensor.shape)[::-1] if transposed else list(tensor.shape)
 
     def numpy(self) -> np.ndarray:
-        """The changed tensor as an array."""
+        """The converted tensor as an array."""
         array = as_array(self.tensor).astype(self.dtype, copy=False)
         return array.T if self.transposed else array
 
@@ -61,10 +61,10 @@ def open_tensors(file) -> tuple:
     """`({name: Stored}, metadata)` of a safetensors file, of which only the header is read.
 
     Raises:
-        UserError: it is missing, damaged, or has tensors of a type that `DTYPES` does not know.
+        UserError: it is missing, damaged, or has tensors of a dtype that is not in `DTYPES`.
     """
     try:
-        with safe_open(str(file), "np"):  # which checks the header, and that the file is as long as it says
+        with safe_open(str(file), "np"):  # checks the header and the length of the file
             pass
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
@@ -82,7 +82,7 @@ def open_tensors(file) -> tuple:
 
 
 def read_tensors(file) -> tuple:
-    """`({name: array}, metadata)` of a safetensors file, each array in the type that it has there.
+    """`({name: array}, metadata)` of a safetensors file, each array in its stored dtype.
 
     Raises:
         UserError: see `open_tensors`.
@@ -92,13 +92,13 @@ def read_tensors(file) -> tuple:
 
 
 def write_tensors(file, tensors: dict, metadata: dict) -> None:
-    """Write `{name: tensor}` into a safetensors file: arrays, Paddle's tensors, or the classes of this module.
+    """Write `{name: tensor}` into a safetensors file: arrays, Paddle tensors, or objects of this module's classes.
 
-    A tensor is fetched when it is written; the host holds one at a time. (The library's writer wants all of them, and
-    in its version 0.4 a second time as bytes.) A file that is there is replaced, never written into: it may be a hard
-    link to somebody else's, or hold the tensors that are written.
+    A tensor is fetched when it is written, so the host holds one at a time. (The library's writer needs all of them in
+    memory, and in version 0.4 a second copy as bytes.) An existing file is replaced, never written into: it may be a
+    hard link to another file, or hold the tensors that are written.
     """
-    # Large types first: each tensor then lies at a multiple of its type's size.
+    # Large dtypes first, so that each tensor is aligned to the size of its dtype.
     ordered = sorted(tensors, key=lambda name: -dtype_of(tensors[name]).itemsize)
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name in ordered:
@@ -115,12 +115,12 @@ def write_tensors(file, tensors: dict, metadata: dict) -> None:
                 write_steadily(opened, as_array(tensors[name]).reshape(-1).view(np.uint8))
         os.replace(temporary, file)
     finally:
-        temporary.unlink(missing_ok=True)  # of a full disk
+        temporary.unlink(missing_ok=True)  # left after an error such as a full disk
 
 
 def write_steadily(opened, content: np.ndarray) -> None:
-    """Write bytes at the pace of the disk. What the system had in its memory would all be waited for at the end: for
-    minutes, on a slow disk, in which this process would look as if it hung."""
+    """Write bytes and sync them to disk at intervals. Otherwise one sync at the end could take minutes on a slow disk,
+    and this process would look as if it hung."""
     for start in range(0, content.size, STEADY_BYTES):
         before = opened.tell()
         opened.write(content[start : start + STEADY_BYTES])
@@ -130,30 +130,30 @@ def write_steadily(opened, content: np.ndarray) -> None:
 
 
 def as_array(tensor) -> np.ndarray:
-    """A tensor of any kind as a contiguous array in its own type."""
+    """A tensor of any kind as a contiguous array in its own dtype."""
     array = tensor.numpy() if hasattr(tensor, "numpy") else tensor
-    # Paddle gives a bfloat16's bits as uint16.
+    # Paddle returns bfloat16 as uint16.
     return np.ascontiguousarray(array).view(dtype_of(tensor)).reshape(tensor.shape)
 
 
 def size_in_bytes(tensor) -> int:
-    """What a tensor takes in a file, without fetching it."""
+    """Bytes of a tensor in a file, without fetching it."""
     return int(np.prod(tensor.shape)) * dtype_of(tensor).itemsize
 
 
 def dtype_of(tensor) -> np.dtype:
-    """A tensor's type, of any kind of tensor."""
+    """The NumPy dtype of a tensor of any kind."""
     return DTYPES[CODES[str(tensor.dtype).removeprefix("paddle.")]]
 
 
 def write_parts(folder, stem: str, tensors, limit: int = 2**30, metadata=None) -> dict:
     """Write tensors into `<stem>.safetensors` or, beyond `limit` bytes, into several files
-    `<stem>-00001-of-00003.safetensors`. Files of that stem which stood there are gone afterwards.
+    `<stem>-00001-of-00003.safetensors`. Existing files of that stem are removed first.
 
     Args:
         tensors: pairs (name, array or Paddle tensor). They are fetched from their device one at a time.
         limit: bytes of tensors in a file; a larger tensor has a file of its own.
-        metadata: of each file.
+        metadata: that of each file.
     Returns:
         {file name: names of the tensors in it}.
     """
@@ -176,16 +176,16 @@ def write_parts(folder, stem: str, tensors, limit: int = 2**30, metadata=None) -
 
 
 def part_files(folder, stem: str) -> list:
-    """The files of a stem that there are, divided or not."""
+    """The existing files of a stem, whether one or several."""
     name = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors")
     return sorted(path for path in Path(folder).iterdir() if name.fullmatch(path.name))
 
 
 def cast_files(folder, dtype: str) -> None:
-    """Give every floating-point tensor in the safetensors files below `folder` the type "float32", "float16" or
-    "bfloat16". Files are replaced, never written into: they may be hard links to somebody else's.
+    """Cast every floating-point tensor in the safetensors files below `folder` to "float32", "float16" or "bfloat16".
+    Files are replaced, never written into: they may be hard links to other files.
 
-    A tensor with values that the type has no room for keeps its own, and a line says so.
+    A tensor with values that overflow the dtype keeps its own, and a line about it is printed.
     """
     wanted = {"float32": DTYPES["F32"], "float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}[dtype]
     for file in Path(folder).rglob("*.safetensors"):
@@ -205,7 +205,7 @@ def cast_files(folder, dtype: str) -> None:
 
 
 def fits(tensor, dtype: np.dtype) -> bool:
-    """Whether a type can hold all finite values of a tensor; only float16 is smaller than the others."""
+    """Whether a dtype can hold all finite values of a tensor; only float16 has a smaller range."""
     if dtype != DTYPES["F16"]:
         return True
     sizes = np.abs(as_array(tensor).astype("float32"))
@@ -213,7 +213,7 @@ def fits(tensor, dtype: np.dtype) -> bool:
 
 
 def correct_size(index: Path) -> None:
-    """Have the index of a divided set say how many bytes of tensors its files hold."""
+    """Update the total size in the index of a split set of files."""
     content = json.loads(index.read_text(encoding="utf-8"))
     files = {index.with_name(name) for name in content["weight_map"].values()}
     sizes = [size_in_bytes(tensor) for file in files for tensor in open_tensors(file)[0].values()]
@@ -221,12 +221,12 @@ def correct_size(index: Path) -> None:
 
 
 def write_index(file: Path, weight_map: dict, total_size: int) -> None:
-    """Write the index of a divided set.
+    """Write the index of a split set of files.
 
     Args:
         weight_map: {tensor: name of the file that holds it}.
         total_size: bytes of all tensors.
     """
     content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    file.unlink(missing_ok=True)  # it may be a hard link to somebody else's
+    file.unlink(missing_ok=True)  # it may be a hard link to another file
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from ppdiffusers_train.data.loader import OnlineSamples, iterate_batches, to_dev
 from ppdiffusers_train.data.order import order_samples
 from ppdiffusers_train.draws import iterate_draws
 from ppdiffusers_train.launcher.signals import StopRequest
-from ppdiffusers_train.launcher.stand_in import ask_for_time
+from ppdiffusers_train.launcher.stand_in import ask_for_time, ignore_signals_from_now_on
 from ppdiffusers_train.loop.dry_run import describe_run
 from ppdiffusers_train.loop.filling import encode_dataset
 from ppdiffusers_train.loop.identity import job_code, public_arguments, public_command, run_identity, versions
@@ -172,6 +172,7 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
                     save_validation_images(plan, state, reports.trackers)
         reports.progress.close()
         finish(plan, state, stop)
+    ignore_signals_from_now_on()
 
 
 def exchange_counts(plan: Plan, state: TrainingState, micro_batches: list, is_asked_to_stop: bool) -> tuple:

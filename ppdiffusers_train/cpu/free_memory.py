@@ -1,13 +1,13 @@
-"""Memory of the process that nobody holds any more."""
+"""Returning free memory of the process to the system."""
 
 import ctypes
 import sys
 
 
 def return_free_memory() -> None:
-    """Give memory that is free back to the system, which the C library of Linux would keep for what may come.
+    """Return free memory to the system; the C library of Linux would keep it for later allocations.
 
-    Without this, the copies made while a model is read, and models that are no longer needed, count until the end.
+    Without this, copies made while models are loaded, and models that are no longer needed, keep their memory.
     """
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)

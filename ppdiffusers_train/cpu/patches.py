@@ -1,9 +1,9 @@
-"""What makes Paddle's CPU kernels faster, and leaves the results as they are. Nothing here touches a run on a card.
+"""Patches that make Paddle faster on CPUs with the same results up to rounding. On GPUs nothing is patched.
 
-    PPDIFFUSERS_TRAIN_CPU_LEVERS=conv_bias,linear_bias    these two; without the variable, the usual ones
-    PPDIFFUSERS_TRAIN_CPU_LEVERS=none                     Paddle as it comes
+    PPDIFFUSERS_TRAIN_CPU_LEVERS=conv_bias,linear_bias    apply these two; without the variable, the default ones
+    PPDIFFUSERS_TRAIN_CPU_LEVERS=none                     apply none
 
-docs/performance.md has what each of them gains.
+docs/performance.md has the gain of each.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import paddle
-from paddle import matmul, nn  # a product by its own name: what counts a model's must not count those in here
+from paddle import matmul, nn  # imported by name, because `flops` must not count the products in here
 from paddle.autograd import PyLayer
 from paddle.nn import functional
 
@@ -27,22 +27,22 @@ PATCHES = (
     "no_subnormals", "no_views", "no_same_casts", "onednn_convolutions", "conv_bias", "linear_bias", "image_padding",
     "compiled_encoders",
 )  # fmt: skip
-# Compiling the encoders costs as much as encoding some dozens of samples. The rule looks at the data alone: a run that
-# goes on, or has other cards, encodes as the one before.
+# Compiling the encoders takes as long as encoding some dozens of samples. The rule depends on the data alone, so that a
+# resumed run, or one with another number of GPUs, encodes in the same way.
 COMPILE_FROM_ROWS = 1000
 
 
 def enabled_patches() -> tuple:
-    """The levers that are on: none on a card, else what the environment says.
+    """The names of the patches to apply: none on a GPU, else those of the environment variable.
 
     Raises:
-        UserError: it names another lever.
+        UserError: the variable names an unknown patch.
     """
     if not paddle.get_device().startswith("cpu"):
         return ()
-    useless = {"compiled_encoders"} if cpu_vendor() == "AuthenticAMD" else ()  # as fast uncompiled there
-    usual = [name for name in PATCHES if name not in useless]
-    names = [name.strip() for name in os.environ.get(VARIABLE, ",".join(usual)).split(",")]
+    useless = {"compiled_encoders"} if cpu_vendor() == "AuthenticAMD" else ()  # not faster there
+    default = [name for name in PATCHES if name not in useless]
+    names = [name.strip() for name in os.environ.get(VARIABLE, ",".join(default)).split(",")]
     unknown = set(names) - {*PATCHES, "none", ""}
     if unknown:
         raise UserError(f"{VARIABLE}: there is no {min(unknown)!r}; expected some of {', '.join(PATCHES)}, or none")
@@ -50,7 +50,7 @@ def enabled_patches() -> tuple:
 
 
 def apply_patches() -> None:
-    """Put the levers that are on in the place of Paddle's functions; once is enough, and more change nothing."""
+    """Replace functions of Paddle by the enabled patches. Further calls change nothing."""
     on = enabled_patches()
     flush_subnormals("no_subnormals" in on)
     for which, owner, name, replacement_for in replacements():
@@ -62,7 +62,7 @@ def apply_patches() -> None:
 
 
 def remove_patches() -> None:
-    """Put Paddle's own functions back."""
+    """Restore Paddle's own functions."""
     flush_subnormals(False)
     for _, owner, name, _ in replacements():
         function = getattr(owner, name)
@@ -71,7 +71,7 @@ def remove_patches() -> None:
 
 @contextlib.contextmanager
 def patched_paddle():
-    """The levers are pulled inside, and released at the end, whatever that is."""
+    """A context in which the patches are applied; they are removed at the end, after an error, too."""
     apply_patches()
     try:
         yield
@@ -81,12 +81,12 @@ def patched_paddle():
 
 @contextlib.contextmanager
 def no_views():
-    """Inside, where the lever is on, a transposed tensor is a new one, its numbers in order, and not a view.
+    """A context in which, if the patch is enabled, a transposed tensor is a contiguous copy and not a view.
 
-    Attention transposes, and where a product wants the numbers in order, Paddle's kernel for any view copies them one
-    by one: 7 ms for what its kernel for transposing does in 0.35. Not for a whole run: without views Paddle has no
-    kernel for `Tensor.view` to another type, with which safetensors reads files. A view from outside is refused inside,
-    by Paddle 3; 2.6 would read it as if it were none, and gains nothing anyway.
+    Attention transposes tensors, and where a product needs them contiguous, Paddle's generic kernel copies a view
+    element by element: 7 ms for what its transpose kernel does in 0.35 ms. Not for a whole run: without views, Paddle
+    has no kernel for `Tensor.view` to another dtype, with which safetensors reads files. Inside, Paddle 3 refuses a
+    view from outside; Paddle 2.6 would read it as contiguous, and gains nothing anyway.
     """
     flag = "FLAGS_use_stride_kernel"
     if "no_views" not in enabled_patches() or not paddle.framework.use_pir_api() or not paddle.get_flags(flag)[flag]:
@@ -100,7 +100,8 @@ def no_views():
 
 
 def replacements() -> tuple:
-    """(the levers it belongs to, where a function of Paddle stands, its name, what makes its replacement)."""
+    """(the patches that need it, the owner of a function of Paddle, its name, a function that builds the
+    replacement)."""
     of_convolution = ("onednn_convolutions", "conv_bias")
     return (
         (of_convolution, functional.conv, "_conv_nd", replacement_for_conv_nd),  # of nn.Conv2D
@@ -112,11 +113,10 @@ def replacements() -> tuple:
 
 
 def convolution(on, original, x, weight, bias, stride, *options):
-    """One of Paddle's functions for convolutions in two dimensions, as the levers want it.
+    """One of Paddle's functions for 2-D convolutions, with the patches of `on`.
 
-    Paddle adds the bias as [1, C, 1, 1], for which its CPU kernels, of the sum and of the bias' gradient, work out the
-    place of each number by itself; with fewer dimensions than the other side they go through whole planes. The same
-    bits.
+    Paddle adds the bias as [1, C, 1, 1], for which its CPU kernels, of the sum and of the bias' gradient, compute the
+    index of each element; with fewer dimensions they process whole planes. The bits are the same.
     """
     by_onednn = "onednn_convolutions" in on and paddle.framework.use_pir_api() and onednn.pays(x, weight, stride)
     if by_onednn:
@@ -129,7 +129,7 @@ def convolution(on, original, x, weight, bias, stride, *options):
 
 
 def replacement_for_conv_nd(original, on):
-    """Paddle's function behind its layers of convolution, by `convolution`."""
+    """Paddle's function behind its convolution layers, through `convolution`."""
 
     def conv_nd(
         x, weight, bias=None, stride=1, padding=0, padding_algorithm=None, dilation=1, groups=1, data_format="NCHW",
@@ -144,7 +144,7 @@ def replacement_for_conv_nd(original, on):
 
 
 def replacement_for_conv2d(original, on):
-    """Paddle's function for convolutions without a layer, by `convolution`."""
+    """Paddle's function for convolutions without a layer, through `convolution`."""
 
     def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, data_format="NCHW", name=None):
         rest = (stride, padding, dilation, groups, data_format, name)
@@ -156,10 +156,10 @@ def replacement_for_conv2d(original, on):
 
 
 class AddBias(PyLayer):
-    """[…, N] + [N], whose gradient for the bias is a product of ones [1, M] with the other one's [M, N].
+    """[…, N] + [N]; the gradient of the bias is the product of ones [1, M] with the gradient [M, N].
 
-    Paddle's is a sum over the first axes, which its kernel takes a number at a time, with one thread. The order of the
-    sum differs, so it is the same up to rounding.
+    Paddle sums over the first axes, which its kernel does element by element with one thread. The order of the sum
+    differs, so the result is the same up to rounding.
     """
 
     @staticmethod
@@ -175,11 +175,11 @@ class AddBias(PyLayer):
 
 
 def replacement_for_linear(original, _):
-    """A linear layer with the bias of `AddBias`, where a gradient for it will be asked for."""
+    """A linear layer that adds its bias with `AddBias` if the bias needs a gradient."""
 
     def linear(x, weight, bias=None, name=None):
-        learns = bias is not None and not bias.stop_gradient and paddle.is_grad_enabled()
-        if not learns or not paddle.in_dynamic_mode():
+        is_trained = bias is not None and not bias.stop_gradient and paddle.is_grad_enabled()
+        if not is_trained or not paddle.in_dynamic_mode():
             return original(x, weight, bias, name)
         return AddBias.apply(original(x, weight, None), bias)
 
@@ -187,34 +187,34 @@ def replacement_for_linear(original, _):
 
 
 def replacement_for_pad(original, _):
-    """Numbers around images by Paddle's kernel for any axes; that for images takes 40 times as long. The same bits."""
+    """Padding of images by Paddle's kernel for any axes; that for images takes 40 times as long. The same bits."""
 
     def padded(x, pad, mode="constant", value=0.0, data_format="NCHW", *arguments, **options):
         if mode == "constant" and data_format == "NCHW" and isinstance(pad, (list, tuple)) and x.ndim == len(pad) == 4:
-            pad = [0, 0, 0, 0, *pad[2:], *pad[:2]]  # before and after, from the first axis on, not from the last
+            pad = [0, 0, 0, 0, *pad[2:], *pad[:2]]  # (before, after) of each axis, from the first axis to the last
         return original(x, pad, mode, value, data_format, *arguments, **options)
 
     return padded
 
 
 def replacement_for_cast(original, _):
-    """`Tensor.cast` that gives the tensor itself where it has the type, as torch's `to`, and Paddle's a copy.
+    """`Tensor.cast` that returns the tensor itself if it has the dtype, as torch's `to` does; Paddle makes a copy.
 
-    ppdiffusers' layers, LoRA's above all, cast wherever diffusers' call `to`.
+    ppdiffusers' layers, above all those of LoRA, cast where those of diffusers call `to`.
     """
 
     def cast(self, dtype):
         same = dtype_name(self) == str(dtype).removeprefix("paddle.")
-        # Under `no_grad` a copy is also what has no gradients.
+        # Under `no_grad`, the copy also has no gradient, so it is needed.
         return self if same and (self.stop_gradient or paddle.is_grad_enabled()) else original(self, dtype)
 
     return cast
 
 
 def can_compile(module) -> bool:
-    """Whether `module.encode` may be compiled here: its job allows it, and all samples have one shape.
+    """Whether `module.encode` may be compiled: its job allows it, and all samples have the same shape.
 
-    Paddle needs its newer graph, PIR: the engine of 2.6 fails on CLIP ("could not create a primitive descriptor").
+    This needs PIR, Paddle's newer graph: the engine of 2.6 fails on CLIP ("could not create a primitive descriptor").
     """
     return (
         "compiled_encoders" in enabled_patches()
@@ -226,11 +226,11 @@ def can_compile(module) -> bool:
 
 
 class CompiledEncode:
-    """Stands in for `module.encode`: the encoders' graph, run by Paddle's inference engine with oneDNN's kernels.
+    """Replaces `module.encode`: the encoders' graph, run by Paddle's inference engine with oneDNN's kernels.
 
-    oneDNN's convolutions and products are faster than those of Paddle's dynamic graph, and the engine fuses what
-    follows them. The same up to rounding, 3e-6 of the largest number. It is compiled at the first batch, whose shapes
-    all others must have. The engine has weights of its own, so the module's encoders are freed then.
+    oneDNN's convolutions and products are faster than those of Paddle's dynamic graph, and the engine fuses operations
+    that follow them. The result is the same up to rounding, 3e-6 of the largest value. The graph is compiled at the
+    first batch, whose shapes all others must have. The engine has its own weights, so the module's encoders are freed.
     """
 
     def __init__(self, module):
@@ -246,10 +246,10 @@ class CompiledEncode:
         return {name: paddle.to_tensor(output.copy_to_cpu()) for name, output in zip(self.names, outputs, strict=True)}
 
     def compile(self, batch: dict) -> None:
-        """Trace `encode` on the shapes of a batch, and hand the graph over to the engine."""
+        """Trace `encode` for the shapes of a batch, and load the graph into the engine."""
         spec = {name: paddle.static.InputSpec(x.shape, dtype_name(x), name) for name, x in batch.items()}
         graph = EncodeGraph(self.module)
-        remove_patches()  # they are for the dynamic graph
+        remove_patches()  # the patches are for the dynamic graph
         with tempfile.TemporaryDirectory() as folder, paddle.no_grad():
             file = Path(folder) / "encode"
             paddle.jit.save(paddle.jit.to_static(graph, input_spec=[spec], full_graph=True), str(file))
@@ -257,13 +257,13 @@ class CompiledEncode:
             for name in self.module.encoders:
                 setattr(self.module, name, None)
             del graph
-            return_free_memory()  # the engine reads a copy of its own
+            return_free_memory()  # the engine loads its own copy
             self.predictor = create_predictor(file)
         apply_patches()
 
 
 class EncodeGraph(nn.Layer):
-    """`module.encode` as a layer with the encoders' parameters alone, from named tensors to a list."""
+    """`module.encode` as a layer that has only the encoders' parameters, from named tensors to a list."""
 
     def __init__(self, module):
         super().__init__()
@@ -274,11 +274,11 @@ class EncodeGraph(nn.Layer):
     def forward(self, batch):
         encoded = self.encode(batch)
         self.output_names = list(encoded)
-        return [paddle.assign(encoded[name]) for name in encoded]  # a result that is an input is no result to Paddle
+        return [paddle.assign(encoded[name]) for name in encoded]  # Paddle would drop an output that is also an input
 
 
 def create_predictor(file: Path):
-    """Paddle's inference engine for what `paddle.jit.save` wrote under a name without ending."""
+    """Paddle's inference engine for the graph that `paddle.jit.save` wrote; `file` has no suffix."""
     config = paddle.inference.Config(str(file.with_suffix(".json")), str(file.with_suffix(".pdiparams")))
     config.disable_gpu()
     config.disable_glog_info()

@@ -1,4 +1,4 @@
-"""Numbers too small for full precision, which a processor works out in microcode."""
+"""Subnormal numbers, with which CPUs compute slowly."""
 
 import ctypes
 import platform
@@ -8,15 +8,15 @@ import numpy as np
 
 
 def flush_subnormals(flush: bool) -> None:
-    """Have this processor's thread, and those that compute for it, take numbers below 1.2e-38 for zero; or no longer.
+    """Make this thread, and those that compute for it, treat numbers below 1.2e-38 as zero; or stop that.
 
-    Gradients through attention that has made up its mind are full of them, and a processor works each out in
-    microcode: a step of the prior took twice as long after 18 steps. No parameter feels them: AdamW's epsilon is 1e-8.
+    Gradients through saturated attention have many of them, and a CPU computes with each in microcode: a step of the
+    prior took twice as long after 18 steps. They do not matter to updates: AdamW's epsilon is 1e-8.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return
     for dtype in (np.float16, np.float32, np.float64):
-        np.finfo(dtype)  # which NumPy works out once: it would warn that there are none
+        np.finfo(dtype)  # NumPy computes this once; later it would warn that there are no subnormals
     mathematics = ctypes.CDLL("libm.so.6")
     environment = (ctypes.c_uint32 * 8)()  # glibc's fenv_t; the last word is the register MXCSR
     mathematics.fegetenv(environment)

@@ -1,8 +1,8 @@
 """The last line on the screen after a failure under `paddle.distributed.launch`.
 
-The launcher ends a run in which a rank failed with lines of its own: the command, the end of the rank's log, a number.
-What the rank had to say is somewhere among them, and of one that was killed there is nothing. A small process that
-outlives the launcher says it once more. Under `ppdiffusers-train launch` that command does.
+When a rank has failed, the launcher prints lines of its own: the command, the end of the rank's log, an exit code. The
+rank's error message is somewhere among them, and there is none of a rank that was killed. A small process that outlives
+the launcher prints it again at the end. With `ppdiffusers-train launch`, that command does.
 """
 
 import contextlib
@@ -13,14 +13,14 @@ from pathlib import Path
 
 from ppdiffusers_train.launcher.watched_ranks import message_file, status_file
 
-PARENT = os.getppid()  # also of the process that stands in for this one (stand_in.py)
-WATCHED = "PPDIFFUSERS_TRAIN_WATCHED"  # the process that started the launcher and watches it, where one does
+PARENT = os.getppid()  # also the parent of this process's stand-in (stand_in.py)
+WATCHED = "PPDIFFUSERS_TRAIN_WATCHED"  # id of the process that started the launcher and watches it, if there is one
 PROGRAM = Path(__file__).with_name("watched_ranks.py")
 
 
 def watch_launcher() -> None:
-    """Have the run's last word said where the launcher prints, after its last line; one of its ranks sees to that."""
-    with contextlib.suppress(OSError):  # another rank was first
+    """Start a process, on one of the ranks, that prints the run's last message after the launcher's last line."""
+    with contextlib.suppress(OSError):  # another rank was faster
         if is_launcher(PARENT) and WATCHED not in os.environ:
             _marker().touch(0o600, exist_ok=False)
             with open(f"/proc/{PARENT}/fd/2", "a") as screen:
@@ -34,21 +34,21 @@ def watch_launcher() -> None:
 
 
 def print_after_launcher(message: str) -> None:
-    """Make `message` the run's last word, unless another rank has said one or was killed before."""
-    with contextlib.suppress(OSError):  # another rank was first
+    """Make `message` the run's last message, unless another rank has failed or was killed before."""
+    with contextlib.suppress(OSError):  # another rank was faster
         if is_launcher(PARENT) and _is_watched():
             file = message_file(PARENT)
-            whole = file.with_suffix(f".{os.getpid()}")  # first: the file is there with all of it, or not at all
-            whole.touch(0o600, exist_ok=False)
+            temporary = file.with_suffix(f".{os.getpid()}")  # linked when complete, so the file appears atomically
+            temporary.touch(0o600, exist_ok=False)
             try:
-                whole.write_text(message)
-                os.link(whole, file)
+                temporary.write_text(message)
+                os.link(temporary, file)
             finally:
-                whole.unlink()
+                temporary.unlink()
 
 
 def note_status(status: int) -> None:
-    """Before this process ends: leave its run's wait status to who watches the launcher, if anybody does."""
+    """Write the run's wait status for the process that watches the launcher, if there is one."""
     with contextlib.suppress(OSError):  # the launcher has ended
         if _is_watched():
             status_file(PARENT, os.getpid()).write_text(str(status))
@@ -59,12 +59,12 @@ def _is_watched() -> bool:
 
 
 def _marker() -> Path:
-    """Is there while a process of `watch_launcher` watches."""
+    """A file that exists while a process of `watch_launcher` watches."""
     return message_file(PARENT).with_suffix(".watched")
 
 
 def is_launcher(process: int) -> bool:
-    """Whether a process is Paddle's launcher, as far as the system tells."""
+    """Whether a process is Paddle's launcher, by its command line."""
     try:
         return b"paddle.distributed.launch" in Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:

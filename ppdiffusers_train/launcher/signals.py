@@ -1,7 +1,7 @@
-"""Signals that ask a run to stop: SIGTERM, Ctrl-C, and, where it is asked for, a scheduler's warning.
+"""Signals that stop a run: SIGTERM, Ctrl-C, and, with --stop_signal, a scheduler's warning.
 
-In the loop, the first one stops the run after its step, with a checkpoint; another SIGTERM or SIGINT, some seconds
-later, ends it at once. Before and after the loop the first one does.
+In the loop, the first signal stops the run after its step, with a checkpoint; another SIGTERM or SIGINT, some seconds
+later, ends it at once. Before and after the loop, the first signal ends it at once.
 """
 
 import ctypes
@@ -13,21 +13,21 @@ import time
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # of which --stop_signal chooses one
 
-# Whoever stops a run may signal it more than once: a terminal signals all of its processes, SLURM all of a job's, and
-# Paddle's launcher then each of its ranks, one after the other, three times in 0.6 s.
+# One stop may arrive as several signals: a terminal signals all of its processes, SLURM all of a job's, and Paddle's
+# launcher then each of its ranks, one after the other, three times in 0.6 s.
 REPETITION_SECONDS = 2.0
 LAUNCHER_SECONDS = 0.6
 
 ASKS, REPEATS, INSISTS = "asks", "repeats", "insists"
 
-_entered = []  # contexts of this process
+_entered = []  # active contexts of this process
 
 
 class Patience:
-    """Tells a signal that repeats another from one that insists on it.
+    """Distinguishes a repeated signal of one stop from a second stop.
 
-    A warning announces signals that come anyway. So it never insists, and the first of those is not taken for insisting
-    on the warning.
+    A scheduler's warning is followed by other signals anyway. So a warning never insists, and the first stop signal
+    after a warning does not insist either.
     """
 
     def __init__(self):
@@ -36,7 +36,7 @@ class Patience:
         self._first = {}
 
     def hear(self, number: int) -> str:
-        """`ASKS` for the first signal of its kind, then `REPEATS`, and `INSISTS` once some seconds have passed."""
+        """`ASKS` for the first signal of a kind, then `REPEATS`, and `INSISTS` after some seconds."""
         kind, now = "stop" if number in STOP_SIGNALS else number, time.monotonic()
         if kind not in self._first:
             self._first[kind] = now
@@ -45,11 +45,11 @@ class Patience:
 
 
 class StopRequest:
-    """A context in which signals only set `received`; the loop asks for it between steps. What insists ends the
-    process as it would have outside.
+    """A context in which a signal only sets `received`, which the loop checks between steps. A signal that insists ends
+    the process as outside of the context.
 
     Args:
-        also: name of another signal that asks, such as "USR1".
+        also: name of another signal that stops the run, such as "USR1".
     """
 
     def __init__(self, also=None):
@@ -68,7 +68,7 @@ class StopRequest:
         self.restore()
 
     def restore(self) -> None:
-        """Put the handlers back that were there before."""
+        """Restore the previous handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -82,13 +82,13 @@ class StopRequest:
             os.kill(os.getpid(), number)
 
     def react(self) -> None:
-        """What the first signal does beside setting `received`."""
+        """Called at the first signal, after `received` is set."""
         signal_at_parents_end(0)
 
 
 class EndAtOnce(StopRequest):
-    """A context in which a signal that would have killed the process ends it in order: with a line, and the status
-    128 + its number. Handlers that somebody has set are left alone."""
+    """A context in which a signal that would kill the process ends it with one line and the exit status 128 + its
+    number. Existing handlers are left alone."""
 
     def __init__(self):
         super().__init__()
@@ -96,11 +96,11 @@ class EndAtOnce(StopRequest):
         self.numbers = [number for number in STOP_SIGNALS + WARNINGS if signal.getsignal(number) in usual]
 
     def restore(self) -> None:
-        if self.received is None:  # else what `react` has set stays
+        if self.received is None:  # else the handlers that `react` has set stay
             super().restore()
 
     def react(self) -> None:
-        # A repetition would kill the process while it ends: Python takes its own handlers away then.
+        # Python removes its handlers while it exits, so a repeated signal would kill the process then.
         for number in self.numbers:
             signal.signal(number, signal.SIG_IGN)
         print(f"{os.path.basename(sys.argv[0])}: ended by {self.received.name}", file=sys.stderr, flush=True)
@@ -108,7 +108,7 @@ class EndAtOnce(StopRequest):
 
 
 def leave_to_parent() -> None:
-    """In a forked child, such as a worker that its parent ends by SIGTERM: nobody waits for a step there."""
+    """In a forked child, restore the handlers: a worker that its parent ends by SIGTERM must end."""
     while _entered:
         _entered.pop().restore()
 
@@ -117,7 +117,7 @@ os.register_at_fork(after_in_child=leave_to_parent)
 
 
 def signal_at_parents_end(number: int) -> None:
-    """Have the system send this process a signal when its parent ends, or none (0). On Linux alone."""
+    """Make the system send this process a signal when its parent ends, or none (0). Linux only."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, number)

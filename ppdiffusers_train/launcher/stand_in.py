@@ -1,12 +1,12 @@
-"""A rank under Paddle's launcher is two processes: the launcher's child stands in for the run, which is its own child.
+"""A rank under Paddle's launcher is two processes: the launcher's child is a stand-in, and the run is its child.
 
-The launcher kills (SIGKILL) what still lives 30 s after its SIGTERM, however long a step and a checkpoint take. It can
-kill the stand-in only. The run, in a session of its own, ends with its stand-in as long as nobody has asked it to stop;
-from then on it finishes step and checkpoint, and ends by itself.
+The launcher kills (SIGKILL) processes that are alive 30 s after its SIGTERM, however long a step and a checkpoint take.
+It can kill only the stand-in. The run, in a session of its own, ends with its stand-in unless it has been asked to
+stop: then it finishes its step and checkpoint, and ends by itself.
 
-This happens while the package is imported, when the process has one thread, little memory and no GPU yet. A run that
-forks when it is asked to stop has threads of Paddle, whose locks the child would inherit, and a GPU, which it could not
-use; and a step that takes longer than the launcher waits would be lost.
+The fork happens when the package is imported, while the process has one thread, little memory and no GPU context. A run
+that forked only when it is asked to stop would have threads of Paddle, whose locks the child would inherit, and a GPU
+that the child could not use; and a step that takes longer than the launcher waits would be lost.
 """
 
 import os
@@ -28,15 +28,15 @@ from ppdiffusers_train.launcher.signals import (
 )
 
 LAUNCHER_ENDED = signal.SIGHUP
-END_SECONDS = 10.0  # in which a run that has nothing to finish has to end
+END_SECONDS = 10.0  # after which a run that has nothing to finish is killed
 HEARD = {*STOP_SIGNALS, *WARNINGS, LAUNCHER_ENDED, signal.SIGCHLD}
 
-_stand_in = None  # number of the process
+_stand_in = None  # process id
 _to_stand_in = None  # a pipe
 
 
 def leave_stand_in() -> None:
-    """Where Paddle's launcher has started this process: go on in a child, and stand in for it here until it ends."""
+    """If Paddle's launcher has started this process, continue in a child, whose stand-in this process becomes."""
     global _stand_in, _to_stand_in
     if sys.platform != "linux" or "paddle" in sys.modules or not is_launcher(PARENT):
         return
@@ -57,27 +57,34 @@ def leave_stand_in() -> None:
 
 
 def is_left_alone() -> bool:
-    """Whether this process had a stand-in that is gone."""
+    """Whether this process had a stand-in that has ended."""
     return _stand_in not in (None, os.getppid())
 
 
 def ask_for_time() -> None:
-    """Tell the stand-in that from now on this process has something to finish when it is asked to stop."""
+    """Signal to the stand-in that from now on this process needs time to finish when it is asked to stop."""
     if _to_stand_in is not None:
         os.write(_to_stand_in, b".")
 
 
+def ignore_signals_from_now_on() -> None:
+    """In a process that has a stand-in, once its work is done: it ends by itself, and well."""
+    if _to_stand_in is not None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def stand_in_for(run: int, from_run: int) -> int:
-    """Pass signals on to a child until it has ended; returns its status, as `os.waitpid` has it.
+    """Forward signals to a child until it has ended; returns its status in the format of `os.waitpid`.
 
     Args:
-        from_run: a pipe from which something can be read once the run has asked for time.
+        from_run: a pipe that is readable once the run has called `ask_for_time`.
     """
     patience, passed_on = Patience(), set()
     while True:
-        number, seconds, message = signal.sigwait(HEARD), 0.0, None  # how long it may live on, and what is said then
+        number, seconds, message = signal.sigwait(HEARD), 0.0, None  # seconds until the run is killed, with a message
         may_insist = number != LAUNCHER_ENDED
-        if number == LAUNCHER_ENDED:  # one that was killed could tell nobody to stop
+        if number == LAUNCHER_ENDED:  # a launcher that was killed sent no signal
             number = signal.SIGTERM
         heard = patience.hear(number) if number != signal.SIGCHLD else None
         if heard == ASKS:
@@ -85,12 +92,12 @@ def stand_in_for(run: int, from_run: int) -> int:
             if not has_time:
                 # Or a rank that gets the signal later would fail, because others have ended.
                 time.sleep(until_last_is_signalled())
-                # One that waits for others, in Paddle, hears nothing.
+                # A run that waits for others inside Paddle does not handle the signal.
                 seconds, message = END_SECONDS, "ended by {}"
             passed_on.add(number)
             os.kill(run, number)
         elif heard == INSISTS and may_insist:
-            # The launcher's last SIGTERM, after 30 s, comes a moment before SIGKILL, which only this process gets.
+            # The launcher's last SIGTERM, after 30 s, comes a moment before SIGKILL, which only this process receives.
             seconds, message = REPETITION_SECONDS, "{} again: ended at once"
         status = wait_for_end(run, seconds)
         if status is None and message:
@@ -98,31 +105,31 @@ def stand_in_for(run: int, from_run: int) -> int:
             os.waitpid(run, 0)
             return ended_by(number, message)
         if status is not None:
-            told = os.WIFSIGNALED(status) and os.WTERMSIG(status) in passed_on  # before it could handle any
-            return ended_by(os.WTERMSIG(status), "ended by {}") if told else status
+            by_signal = os.WIFSIGNALED(status) and os.WTERMSIG(status) in passed_on  # before it had a handler
+            return ended_by(os.WTERMSIG(status), "ended by {}") if by_signal else status
 
 
 def until_last_is_signalled() -> float:
-    """Seconds until the launcher, which tells one rank of this machine after the other, has told the last."""
+    """Seconds until the launcher, which signals the ranks of this machine one by one, has signalled the last."""
     ranks, rank = int(os.environ.get("PADDLE_LOCAL_SIZE", 1)), int(os.environ.get("PADDLE_LOCAL_RANK", 0))
     return LAUNCHER_SECONDS * (ranks - 1 - rank)
 
 
 def wait_for_end(run: int, seconds: float):
-    """A child's status, or None if it lives on for so many seconds."""
+    """A child's status, or None if it is still alive after so many seconds."""
     signal.sigtimedwait({signal.SIGCHLD}, seconds)
     ended, status = os.waitpid(run, os.WNOHANG)
     return status if ended else None
 
 
 def ended_by(number: int, message: str) -> int:
-    """Say by which signal a run was ended; returns its status, as `os.waitpid` has it."""
+    """Print which signal ended a run; returns its status in the format of `os.waitpid`."""
     print(message.format(signal.Signals(number).name), flush=True)
     return (128 + number) << 8
 
 
 def end_like(status: int) -> None:
-    """End this process as a child has ended."""
+    """End this process with the status of a child."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number != signal.SIGKILL:

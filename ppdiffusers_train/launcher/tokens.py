@@ -1,4 +1,5 @@
-"""Access tokens and other secrets of the environment, kept out of files. Imports nothing: it comes before all else."""
+"""Keeps access tokens and other secrets of the environment out of files. It runs first, so it imports no other
+module."""
 
 import contextlib
 import json
@@ -6,20 +7,20 @@ import os
 import re
 from pathlib import Path
 
-HANDED_OVER = "PPDIFFUSERS_TRAIN_SECRETS"  # names a file in memory with what `hand_over` keeps out of the environment
+HANDED_OVER = "PPDIFFUSERS_TRAIN_SECRETS"  # names the in-memory file of `hand_over`
 
 _SECRET = re.compile(r"(?i)(?:token|key|secret|passw(?:or)?d|credential)s?(?=_|$)(?!.*_(?:path|file|dir)$)")
 
 
 def secrets_in(environment) -> dict:
-    """The variables whose names say that they are secret: HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, ..."""
+    """The variables whose names mark them as secret: HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, ..."""
     return {name: value for name, value in environment.items() if value and _SECRET.search(name)}
 
 
 def hand_over(environment: dict) -> None:
-    """Move the secrets of an environment that a process is to be given into a file that exists in memory alone.
+    """Move the secrets of another process's environment into a file in memory.
 
-    This process keeps it; those that find its name in their environment and belong to the same user can read it.
+    The file exists as long as this process. Processes of the same user with its name in their environment can read it.
     """
     found = secrets_in(environment)
     kept = os.memfd_create("secrets")
@@ -30,16 +31,16 @@ def hand_over(environment: dict) -> None:
 
 
 def take_over() -> None:
-    """Put what `hand_over` has kept into this process's environment."""
+    """Put the secrets of `hand_over` into this process's environment."""
     file = os.environ.pop(HANDED_OVER, None)
     if file:
         os.environ.update(json.loads(Path(file).read_bytes()))
 
 
 def scrub_launcher_logs() -> None:
-    """Mask the secrets in what Paddle's launcher has written of the environment: it writes all of it, three times.
+    """Mask the secrets in the files of Paddle's launcher, which writes the whole environment to three files.
 
-    Does nothing in a process that it did not start. The process goes on using them from its environment.
+    Does nothing in a process that the launcher did not start. The secrets stay in this process's environment.
     """
     backup = os.environ.get("PADDLE_BACKUP_ENV_PATH")
     if not backup:
@@ -48,17 +49,17 @@ def scrub_launcher_logs() -> None:
     masks = [pair for name, value in found for pair in zip(_written(name, value), _written(name, "***"))]
     for pattern in ("backup_env.*.json", "envlog.*", "*.log"):
         for file in Path(backup).parent.glob(pattern):
-            with contextlib.suppress(OSError):  # another rank has just put its own in place
+            with contextlib.suppress(OSError):  # another rank has just replaced it
                 _replace(file, masks)
 
 
 def _written(name: str, value: str) -> tuple:
-    """A variable as it stands in envlog.N, in default.POD.log, and in backup_env.N.json."""
+    """A variable as it is written in envlog.N, in default.POD.log, and in backup_env.N.json."""
     return f"{name}={value}\n", f"{name!r}: {value!r}", f"{json.dumps(name)}: {json.dumps(value)}"
 
 
 def _replace(file: Path, masks: list) -> None:
-    """Replace texts in a file, at once for whoever reads it."""
+    """Replace texts in a file atomically."""
     text = original = file.read_text(errors="surrogateescape")
     for secret, mask in masks:
         text = text.replace(secret, mask)

@@ -1,5 +1,5 @@
-"""How the ranks of Paddle's launcher on this host ended, as seen from outside. Also a program of its own, which
-outlives launcher and ranks and imports nothing of this package: `watched_ranks.py LAUNCHER`, a process number."""
+"""Watches the ranks of Paddle's launcher on this host, to report how they ended. Also a program that outlives launcher
+and ranks, and imports nothing of this package: `watched_ranks.py LAUNCHER`, with the launcher's process id."""
 
 import os
 import select
@@ -8,8 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-ASK_SECONDS = 0.02  # between two looks whether all ranks have been started
-LOOK_SECONDS = 2  # between two looks whether the launcher has started them anew
+ASK_SECONDS = 0.02  # between two checks whether all ranks have been started
+LOOK_SECONDS = 2  # between two checks whether the launcher has restarted them
 ASKED_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -19,18 +19,18 @@ def stat(process) -> list:
 
 
 def message_file(launcher: int) -> Path:
-    """Where the first rank that fails writes why; others begin with its name. Process numbers come again, with another
-    time of start."""
+    """The file for the error message of the first rank that fails; its name is the prefix of other files. It has the
+    launcher's start time, because process ids are reused."""
     return Path(tempfile.gettempdir(), f"ppdiffusers_train-{launcher}-{stat(launcher)[19]}")
 
 
 def status_file(launcher: int, process: int) -> Path:
-    """Where a rank that stands in for its run (stand_in.py) writes the run's wait status."""
+    """The file for the wait status of a run, written by its stand-in (stand_in.py)."""
     return message_file(launcher).with_suffix(f".{process}.status")
 
 
 def ranks_of(launcher: int) -> dict:
-    """{process number: what Paddle's launcher has put into its environment} of its ranks that live."""
+    """{process id: its environment} of the launcher's ranks that are alive."""
     found = {}
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         try:
@@ -44,8 +44,8 @@ def ranks_of(launcher: int) -> dict:
 
 
 def watch(launcher: int) -> list:
-    """Wait until the launcher has ended; [(rank, `exit_status`)] in the order in which its ranks have."""
-    poll, ends, watched = select.poll(), [], {}  # {pidfd: (process number, rank)}
+    """Wait until the launcher has ended; returns [(rank, `exit_status`)] in the order in which its ranks ended."""
+    poll, ends, watched = select.poll(), [], {}  # {pidfd: (process id, rank)}
     end = os.pidfd_open(launcher)
     poll.register(end, select.POLLIN)
     while True:
@@ -57,14 +57,14 @@ def watch(launcher: int) -> list:
             gone.append((rank, exit_status(launcher, process)))
             poll.unregister(fd)
             os.close(fd)
-        ends += sorted(gone, key=lambda it: not was_killed(it[1]))  # what kills one soon fails the others
+        ends += sorted(gone, key=lambda it: not was_killed(it[1]))  # a rank that was killed makes the others fail
         if end in ready:
             os.close(end)
             return ends
 
 
 def _watch_new(launcher: int, watched: dict, poll) -> bool:
-    """Also watch the ranks that have come meanwhile; whether there are as many as there should be."""
+    """Also watch ranks that have started meanwhile; returns whether all ranks have."""
     expected = 1
     try:
         for process, variables in ranks_of(launcher).items():
@@ -74,13 +74,13 @@ def _watch_new(launcher: int, watched: dict, poll) -> bool:
                 watched[fd] = process, int(variables["PADDLE_TRAINER_ID"])
                 poll.register(fd, select.POLLIN)
     except (FileNotFoundError, ProcessLookupError):
-        pass  # launcher or rank ends at this moment, which `watch` sees next
+        pass  # the launcher or the rank has just ended, which `watch` sees next
     return len(watched) >= expected
 
 
 def exit_status(launcher: int, process: int):
-    """The wait status of a rank that has ended; None where nobody knows: it has not written it, and the launcher has
-    asked the kernel first."""
+    """The wait status of a rank that has ended; None if it is unknown: no file was written, and the launcher has
+    already reaped the process."""
     try:
         return int(status_file(launcher, process).read_text())
     except FileNotFoundError:
@@ -92,23 +92,23 @@ def exit_status(launcher: int, process: int):
 
 
 def was_killed(status) -> bool:
-    """Whether a signal ended the process that nobody sends to ask for its end."""
+    """Whether the process was ended by a signal that does not ask it to stop."""
     return status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) not in ASKED_TO_END
 
 
 def memory_kills() -> int:
-    """How many processes this machine has killed for want of memory since it was started."""
+    """The number of processes that this machine has killed since its start because it was out of memory."""
     counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
     return int(counts.get("oom_kill", 0))
 
 
 def last_word(ends: list, message: str, memory_ran_out: bool) -> str:
-    """What is to be said of a run that has ended, if anything.
+    """The last message of a run that has ended; empty if there is none.
 
     Args:
-        ends: as `watch` returns them.
-        message: what the first rank that failed has said; empty where none did.
-        memory_ran_out: whether the machine has killed a process for want of memory meanwhile.
+        ends: what `watch` returned.
+        message: the error message of the first rank that failed; empty if there is none.
+        memory_ran_out: whether the machine has killed a process meanwhile because it was out of memory.
     """
     rank, status = next(((rank, status) for rank, status in ends if status != 0), (None, 0))
     if not was_killed(status):
@@ -128,7 +128,7 @@ def last_word(ends: list, message: str, memory_ran_out: bool) -> str:
 
 
 def wait_for_last_word(launcher: int) -> tuple:
-    """Wait for the end of a launcher; returns (the run's last word, what `watch` returns)."""
+    """Wait for the end of a launcher; returns (the run's last message, what `watch` returned)."""
     file, kills = message_file(launcher), memory_kills()
     ends = watch(launcher)
     message = file.read_text() if file.exists() else ""
@@ -140,4 +140,4 @@ def wait_for_last_word(launcher: int) -> tuple:
 if __name__ == "__main__":
     text, _ = wait_for_last_word(int(sys.argv[1]))
     if text:
-        print(text, flush=True)
+        print(f"\n{text}", flush=True)  # a progress line may stand there

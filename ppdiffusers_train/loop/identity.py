@@ -55,7 +55,7 @@ def job_code(module) -> dict:
     written = [part for part in type(module).__mro__ if part.__module__.partition(".")[0] not in (LIBRARY, "paddle")]
     functions = [value for part in written for value in vars(part).values() if inspect.isfunction(value)]
     files = {Path(inspect.getfile(function)) for function in functions}
-    return {f"code of {file.name}": digest(file.read_bytes()) for file in sorted(files)}
+    return {f"code of {file.name}": digest(file.read_bytes()) for file in sorted(files) if file.is_file()}
 
 
 def public_arguments(args) -> dict:

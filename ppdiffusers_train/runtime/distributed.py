@@ -1,5 +1,5 @@
-"""The ranks of a run: processes that `paddle.distributed.launch` started, one per card. One process alone needs no
-collective, and Paddle has none to offer it, so each call asks first."""
+"""The ranks of a run: processes that `paddle.distributed.launch` started, one per GPU. Paddle has no collectives for a
+single process, so each method does without them there."""
 
 import contextlib
 import itertools
@@ -20,37 +20,39 @@ from ppdiffusers_train.launcher.stand_in import is_left_alone
 from ppdiffusers_train.runtime.groups import check_sharding_degree, connect_ranks, make_sharding_groups
 from ppdiffusers_train.runtime.waiting import Absent, Failure, Meetings, add, start_signs_of_life
 
-LEFT_ALONE_SECONDS = 60.0  # of waiting, once the launcher has given a rank up, and probably another one, too
+LEFT_ALONE_SECONDS = 60.0  # of waiting, once the launcher has given up this rank, and so probably others
 
 
 class Ranks:
-    """This process among all: `rank` of `world_size`.
+    """This process among all ranks: `rank` of `world_size`.
 
     Args:
-        sharding_degree: over how many ranks the optimizer's state is split (ZeRO stage 1).
-        timeout: seconds that a rank waits for the others in a collective, or elsewhere for a sign of life of theirs,
-            before it gives up, and says where.
+        sharding_degree: number of ranks that the optimizer's state is sharded over (ZeRO stage 1).
+        timeout: seconds that a rank waits in a collective, or elsewhere without a sign of life of others; then it
+            ends with a message that says where.
     """
 
     def __init__(self, rank: int, world_size: int, sharding_degree: int = 1, timeout: float = 1800):
         self.rank, self.world_size, self.sharding_degree = rank, world_size, sharding_degree
         self.timeout, self.step = timeout, 0
-        self._rounds, self._totals = 0, ({}, {})  # of `total`: how many so far, and what its counters stand at
-        self.name = ""  # the run's, among those of a process
+        self._rounds, self._totals = 0, ({}, {})  # of `total`: how many so far, and the last values of its counters
+        self.name = ""  # of the run, which is unique among the runs of a process
         self._meetings, self._counters = Meetings(rank, world_size, timeout), 0
-        # Gloo, which CPUs have, waits 30 s for another rank, and Paddle has no way to say how long.
+        # Gloo, the backend on CPUs, waits 30 s for another rank, and Paddle cannot change that.
         self._has_gloo = paddle.get_device().startswith("cpu")
-        self._waiting = None  # (for what, the `Absent`, or since when in a collective), while waiting for others
+        self._waiting = (
+            None  # (for what, an `Absent` or the time at which a collective began), while waiting for others
+        )
         if world_size > 1:
             threading.Thread(target=self._watch, daemon=True).start()
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and speaks."""
+        """Whether this rank writes files and prints."""
         return self.rank == 0
 
     def broadcast(self, parameters) -> None:
-        """Give every rank the parameters of rank 0."""
+        """Copy the parameters of rank 0 to every rank."""
         if self.world_size > 1:
             with self.waits_for("the others to load their models", even=False):
                 for parameter in parameters:
@@ -65,10 +67,10 @@ class Ranks:
         return values
 
     def gather_objects(self, value, what: str = "the others to come to the same point") -> list:
-        """Every rank's picklable `value`, on every rank; however long it takes one of them to have it (`wait_for_all`).
+        """Every rank's picklable `value`, on every rank, in the order of ranks. Waits as long as `wait_for_all`.
 
         Args:
-            what: is waited for.
+            what: what is waited for, for messages.
         """
         if self.world_size == 1:
             return [value]
@@ -82,11 +84,11 @@ class Ranks:
         return self.gather_objects(value)[0]
 
     def total(self, **counts: int) -> list:
-        """The sum over all ranks of each of some small numbers, in their order.
+        """The sum over all ranks of each of some small integers, in their order.
 
-        It goes by the store that the ranks met at, from host to host: nobody waits for a device. Every rank adds to
-        counters that all can see, and looks until all ranks have. Two sets of counters take turns: who adds to one
-        again has seen all ranks add to the other, so all had read this one by then.
+        The hosts exchange them through the store at which the ranks met, so no rank waits for its device. Each rank
+        adds to shared counters, waits until all ranks have, and reads them. Two sets of counters are used in turns: a
+        rank that adds to one again has seen all ranks add to the other, so all ranks have read this one by then.
         """
         if self.world_size == 1:
             return list(counts.values())
@@ -105,9 +107,9 @@ class Ranks:
         return totals
 
     def counter(self):
-        """A function that adds to a number, 0 at first, which all ranks see, and returns it.
+        """A function that adds to a counter of all ranks, which starts at 0, and returns its new value.
 
-        All ranks have to ask for theirs in the same order.
+        All ranks have to create their counters in the same order.
         """
         self._counters += 1
         if self.world_size > 1:
@@ -115,72 +117,72 @@ class Ranks:
         return partial(add_to, [0])
 
     def pieces(self, count: int, size: int = 1):
-        """Share out `count` things: an iterator of ranges of at most `size`. Whoever is free takes the next one.
+        """Distribute `count` items: an iterator of ranges of at most `size`. A rank takes the next one when it is free.
 
-        All ranks have to ask for it in the same order.
+        All ranks have to call it in the same order.
         """
         taken = self.counter()
         starts = iter(lambda: (taken(1) - 1) * size, None)
         return (range(start, min(start + size, count)) for start in itertools.takewhile(lambda s: s < count, starts))
 
     def broadcast_in_shard(self, tensor, parameter, owner: int):
-        """A float32 tensor of the shape of `parameter` that one rank has of those that share an optimizer's state, on
-        all of them.
+        """Broadcast a float32 tensor of the shape of `parameter` among the ranks that an optimizer's state is sharded
+        over.
 
         Args:
-            tensor: on that rank; elsewhere None.
-            owner: its number among them.
+            tensor: the tensor on its owner; None on other ranks.
+            owner: index of the owner in the group.
         """
         group = fleet.get_hybrid_communicate_group().get_sharding_parallel_group()
         tensor = paddle.empty(parameter.shape, "float32") if tensor is None else tensor
-        with self.waits_for("another rank's share of the weights"):
+        with self.waits_for("another rank's shard of the weights"):
             dist.broadcast(tensor, src=group.ranks[owner], group=group)
         return tensor
 
     def share_optimizer_state(self, degree: int) -> None:
-        """From now on, split an optimizer's state over so many ranks; raises a `UserError` where that cannot be."""
+        """From now on, shard an optimizer's state over so many ranks; raises a `UserError` if that is impossible."""
         check_sharding_degree(degree)
         if degree > 1:
             make_sharding_groups(self.world_size, degree)
         self.sharding_degree = degree
 
     def shard(self, optimizer):
-        """The optimizer with its state split over ranks: each holds and updates its share, and sends the others the
-        new weights (Rajbhandari et al. 2019, arXiv 1910.02054: stage 1)."""
+        """The optimizer with its state sharded over ranks: each holds and updates its shard, and sends the new weights
+        to the others (Rajbhandari et al. 2019, arXiv 1910.02054: stage 1)."""
         if self.sharding_degree == 1:
             return optimizer
         sharded = DygraphShardingOptimizer(optimizer, fleet.get_hybrid_communicate_group())
-        # Paddle 3 sends those weights that have a gradient. At stage 2 the sender alone has one: nobody would listen.
+        # Paddle 3 broadcasts only weights with a gradient, but at stage 2 the receiving ranks have none.
         sharded._get_param_grad = lambda parameter: parameter
         return sharded
 
     @property
     def holds_a_shard(self) -> bool:
-        """Whether this rank's share of the optimizer's state has to be written: one of each set of equal ones."""
+        """Whether this rank writes its shard of the optimizer's state; of equal shards, one is written."""
         return self.rank < self.sharding_degree
 
     @contextlib.contextmanager
     def only_main(self, what: str):
-        """Rank 0 runs the body, the others wait for its end, however long it takes (`wait_for_all`).
+        """A context whose body is for rank 0 alone; the others wait for its end (`wait_for_all`).
 
-        Yields whether this rank is to run it. An error in the body ends the waiting, too, with an error there.
+        Yields whether this is rank 0. After an error in the body, the others stop waiting and raise an error, too.
 
         Args:
-            what: the others wait for.
+            what: what the others wait for, for messages.
         """
         try:
             yield self.is_main
         except BaseException:
             if self.world_size > 1:
-                with contextlib.suppress(RuntimeError):  # rank 0 has ended, so nobody listens
+                with contextlib.suppress(RuntimeError):  # rank 0 has ended
                     self._meetings.fail()
             raise
         self.wait_for_all(what)
 
     def wait_for_all(self, what: str) -> None:
-        """Wait until all ranks have come here, as long as those that have not give signs of life.
+        """Wait until all ranks have called this, as long as the missing ones give signs of life.
 
-        Before a collective, and after whatever may take one rank longer than another.
+        For use before a collective, and after work that may take one rank longer than another.
 
         Raises:
             RunError: another rank has failed, or rank 0 has ended.
@@ -192,13 +194,13 @@ class Ranks:
             self._meetings.wait(absent)
 
     def _add(self, name: str, more: int) -> int:
-        """Add `more` to a number that all ranks see, and return it."""
+        """Add `more` to a counter of all ranks, and return its new value."""
         with self._asks_store("rank 0's answer"):
             return add(name, more)
 
     @contextlib.contextmanager
     def _asks_store(self, what: str):
-        """Around what asks the store for `what`. Yields an `Absent`: how long this may last depends on it."""
+        """A context for a request to the store. Yields an `Absent`, which determines how long it may take."""
         absent = Absent()
         around, self._waiting = self._waiting, (what, absent)
         try:
@@ -212,8 +214,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def watch(self, what: str):
-        """Within, waiting longer than the timeout ends the process. On a GPU a host waits for its device only where it
-        fetches a number, so that is where a collective that hangs is noticed."""
+        """A context in which waiting longer than the timeout ends the process. On a GPU, the host waits for its device
+        only where it fetches a value, so that is where a hanging collective is noticed."""
         around, self._waiting = self._waiting, (what, time.monotonic())
         try:
             yield
@@ -222,10 +224,10 @@ class Ranks:
 
     @contextlib.contextmanager
     def waits_for(self, what: str, even: bool = True):
-        """Around a collective, which all ranks come to. On CPUs it begins when all are here.
+        """A context for a collective of all ranks. On CPUs it starts when all ranks are there.
 
         Args:
-            even: whether they come at about the same time, so that the collective may begin to wait for the others.
+            even: whether ranks arrive at about the same time, so that they may wait inside the collective.
         Raises:
             RunError: another rank has ended, or failed.
         """
@@ -245,7 +247,7 @@ class Ranks:
         return f"rank {self.rank} of {self.world_size}, step {self.step + 1}"
 
     def _watch(self) -> None:
-        """End the process when a collective does not come back, and say who waited where for what."""
+        """End the process if a collective does not return; the message says which rank waited where for what."""
         while True:
             time.sleep(min(1.0, self.timeout / 4))
             waiting, timeout = self._waiting, self.timeout
@@ -263,29 +265,29 @@ class Ranks:
 
 
 def add_to(number: list, more: int) -> int:
-    """Add to the only number in a list, and return it."""
+    """Add to the only element of a list, and return it."""
     number[0] += more
     return number[0]
 
 
 def synchronize() -> None:
-    """Wait for the device to finish what it was asked to do."""
+    """Wait until the device has finished its work."""
     if not paddle.get_device().startswith("cpu"):
         paddle.device.synchronize()
 
 
 def start_ranks(sharding_degree: int = 1, timeout: float = 1800) -> Ranks:
-    """Join the ranks that `paddle.distributed.launch` started, or be the only one.
+    """Connect to the other ranks that `paddle.distributed.launch` started, if there are any.
 
     Raises:
-        UserError: the optimizer's state cannot be split as asked for.
+        UserError: the optimizer's state cannot be sharded as the flags say.
     """
     world_size = dist.get_world_size()
     on_cpu = paddle.get_device().startswith("cpu")
     if world_size > 1 and on_cpu and os.environ.get("PADDLE_DISTRI_BACKEND") != "gloo":
         raise UserError(
-            f"{world_size} processes were started for cards, and there is none (or this Paddle was built without "
-            "them); on CPUs, start with --nproc_per_node instead of --gpus, and unset CUDA_VISIBLE_DEVICES"
+            f"{world_size} processes were started for GPUs, and there is none (or this Paddle was built without "
+            "CUDA); on CPUs, start with --nproc_per_node instead of --gpus, and unset CUDA_VISIBLE_DEVICES"
         )
     if world_size > 1:
         connect_ranks()

@@ -1,7 +1,7 @@
-"""Waiting for other ranks through counters in Paddle's store, and telling one that works long from one that hangs.
+"""Waiting for other ranks through counters in Paddle's store, and distinguishing a rank that works from one that hangs.
 
-No collective, so no timeout on work: each process gives a sign of life as long as it works, and who waits gives up only
-when one that it waits for has given none for a while.
+It uses no collective, so work has no timeout: each process gives signs of life as long as it works, and a rank stops
+waiting only when a missing one has given none for a while.
 """
 
 import contextlib
@@ -21,20 +21,23 @@ from paddle.base import core
 from ppdiffusers_train.launcher.signals import STOP_SIGNALS, WARNINGS
 from ppdiffusers_train.runtime.processes import is_alive, this_machine
 
-BEAT_SECONDS = 0.5  # between two looks at what this process has done
-# As a share of the time between them. A process that hangs uses less: threads that look at a clock; on rank 0 the
-# store's, which answers all others, 30 µs a question.
+BEAT_SECONDS = 0.5  # between two measurements of the work of this process
+# Least CPU time of a process that works, as a fraction of the time between measurements. A process that hangs uses
+# less: for threads that poll; on rank 0 for the store, which answers the others in 30 µs per request.
 WORKING_CPU = 0.02
-WORKING_BYTES = 4096  # a second, read or written; less is what a thread reads of /proc
-ASK_SECONDS = (0.0005, 1.0)  # the least and most between two questions; as steps end in milliseconds, fills in hours
-PROCESS_BITS = 23  # Linux numbers processes below 2**22
-FAILED = 1 << 40  # what a rank adds that will never come
+WORKING_BYTES = 4096  # read or written per second by a process that works; more than a thread reads from /proc
+ASK_SECONDS = (
+    0.0005,
+    1.0,
+)  # least and most between two requests: a step takes milliseconds, filling a cache may take hours
+PROCESS_BITS = 23  # process ids of Linux are below 2**22
+FAILED = 1 << 40  # added to the counters by a rank that has failed
 
 
 @functools.cache
 def store_thread() -> ThreadPoolExecutor:
-    """The one thread of this process that talks to Paddle's store, which takes a call that a signal interrupts for a
-    broken connection: none reaches this thread."""
+    """The only thread of this process that talks to Paddle's store. It blocks signals, because the store mistakes an
+    interrupted call for a broken connection."""
     return ThreadPoolExecutor(1, "store", signal.pthread_sigmask, (signal.SIG_BLOCK, STOP_SIGNALS + WARNINGS))
 
 
@@ -55,10 +58,10 @@ def open_store():
 
 
 def send_at_once() -> None:
-    """Have the connections of this process send what is written to them without waiting for more (TCP_NODELAY).
+    """Set TCP_NODELAY on the connections of this process, which then send what is written to them at once.
 
-    Paddle's store writes a question in parts, of which the second waits until the first has been acknowledged: 44 ms
-    for each question instead of 0.03, on one machine.
+    Paddle's store writes a request in parts, and the second would wait until the first is acknowledged: 44 ms per
+    request instead of 0.03 ms on one machine.
     """
     for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
@@ -67,15 +70,15 @@ def send_at_once() -> None:
 
 
 def ask_store(name: str, more: int):
-    """Add `more` to a number that all ranks see; the number comes as a future."""
+    """Add `more` to a counter of all ranks; returns a future of its new value."""
     return store_thread().submit(open_store().add, name, more)
 
 
 def add(name: str, more: int) -> int:
-    """Add `more` to a number that all ranks see, and return it.
+    """Add `more` to a counter of all ranks, and return its new value.
 
     Raises:
-        ConnectionError: rank 0, which keeps the numbers, has ended.
+        ConnectionError: rank 0, which holds the counters, has ended.
     """
     try:
         return ask_store(name, more).result()
@@ -84,15 +87,15 @@ def add(name: str, more: int) -> int:
 
 
 def sign_of(rank: int) -> str:
-    """The name of the number that a rank raises as long as it works."""
+    """The name of the counter that a rank increments as long as it works."""
     return f"alive {rank}"
 
 
 class Work:
-    """What this process does: CPU time, of all its threads, and bytes read and written.
+    """The work of this process: CPU time of all its threads, and bytes read and written.
 
-    Loading, encoding, writing, drawing and uploading all do one or the other. A process that waits for a lock, a dead
-    network disk or a device, or that was stopped, does neither. What it cannot tell is one that turns in a circle.
+    Loading, encoding, writing, generating and uploading use one or the other. A process that waits for a lock, a dead
+    network disk or a device, or that was stopped, uses neither. An endless loop cannot be distinguished from work.
     """
 
     def __init__(self):
@@ -114,84 +117,84 @@ class Work:
 
 @functools.cache
 def start_signs_of_life(rank: int) -> None:
-    """From now on, the other ranks of this machine see whether this process exists, and a thread tells all of them
-    whenever it works."""
+    """From now on, ranks on this machine can see whether this process exists, and a thread signals to all ranks when it
+    has worked."""
     add(f"process {rank}", this_machine() << PROCESS_BITS | os.getpid())
-    threading.Thread(target=_tell, args=(rank,), daemon=True).start()
+    threading.Thread(target=_signal_work, args=(rank,), daemon=True).start()
 
 
-def _tell(rank: int) -> None:
-    work, told = Work(), None
+def _signal_work(rank: int) -> None:
+    work, sent = Work(), None
     with contextlib.suppress(RuntimeError):  # the process ends
         while True:
             time.sleep(BEAT_SECONDS)
-            if work.has_worked() and (told is None or told.done()):
-                told = ask_store(sign_of(rank), 1)  # nobody waits for the answer, which may not come
+            if work.has_worked() and (sent is None or sent.done()):
+                sent = ask_store(sign_of(rank), 1)  # without waiting for the answer, which may not come
 
 
 @dataclass
 class Absent:
-    """Ranks that have not come yet to where this one waits."""
+    """Ranks that have not arrived yet at the point where this one waits."""
 
     signs: dict = field(default_factory=dict)  # {rank: when it last gave a sign of life}
-    answered: float = field(default_factory=time.monotonic)  # when the store last did
+    answered: float = field(default_factory=time.monotonic)  # when the store last answered
 
     @property
     def since(self) -> float:
-        """When the one that has been silent for longest gave its last sign."""
+        """The oldest of the last signs of life."""
         return min(list(self.signs.values()), default=self.answered)
 
     def silent(self, seconds: float) -> list:
-        """Those that have given no sign of life for so long; rank 0 where the store that it keeps does not answer."""
+        """The ranks without a sign of life for so long; rank 0 if its store does not answer."""
         now = time.monotonic()
         if now - self.answered > seconds / 2:
             return [0]
-        return [rank for rank, told in list(self.signs.items()) if now - told >= seconds]
+        return [rank for rank, last in list(self.signs.items()) if now - last >= seconds]
 
 
 def has_ended(rank: int) -> bool:
-    """Whether a rank is known to have ended: those on the same machine can see that."""
+    """Whether a rank is known to have ended, which can be seen only on the same machine."""
     machine, process = divmod(add(f"process {rank}", 0), 1 << PROCESS_BITS)
     return machine != 0 and machine == this_machine() and not is_alive(process)
 
 
 class Failure(Exception):
-    """A rank that others wait for will not come; the message says which, and why."""
+    """A rank that others wait for will not arrive; the message says which rank and why."""
 
 
 class Meetings:
-    """Points that all ranks come to, in the same order.
+    """Barriers that all ranks pass in the same order.
 
     Args:
-        rank, world_size: of this process, and how many there are. All make their `Meetings` in the same order, too.
-        timeout: seconds without a sign of life after which the caller gives a rank up.
+        rank, world_size: of this process. All ranks have to create their `Meetings` in the same order, too.
+        timeout: seconds without a sign of life after which the caller stops waiting for a rank.
     """
 
     _made = itertools.count()
 
     def __init__(self, rank: int, world_size: int, timeout: float):
         self.rank, self.world_size, self.held = rank, world_size, 0
-        self.look_seconds = min(10.0, timeout / 8)  # between two looks at the absent ranks' signs of life
+        self.look_seconds = min(10.0, timeout / 8)  # between two checks of the absent ranks' signs of life
         self._name = f"meeting {next(self._made)}"
 
     def come(self) -> None:
-        """Tell the others that this rank has come to its next point."""
+        """Signal to the others that this rank has reached its next barrier."""
         self.held += 1
-        self._tell(1)
+        self._add(1)
 
     def fail(self) -> None:
-        """Tell the others that this rank will never come."""
-        self._tell(FAILED)
+        """Signal to the others that this rank has failed."""
+        self._add(FAILED)
 
-    def _tell(self, more: int) -> None:
+    def _add(self, more: int) -> None:
         add(f"{self._name} {self.rank}", more)
         add(f"{self._name} all", more)
 
-    def _told(self, rank) -> int:
+    def _arrivals(self, rank) -> int:
         return add(f"{self._name} {rank}", 0)
 
     def wait(self, absent: Absent) -> None:
-        """Return when all have come to where this rank is; meanwhile keep in `absent` who has not.
+        """Wait until all ranks have reached this barrier; meanwhile keep the missing ones in `absent`.
 
         Raises:
             Failure: a rank has failed, or ended.
@@ -199,20 +202,20 @@ class Meetings:
         """
         began, looked, seen = absent.answered, absent.answered, {}
         absent.signs.update(dict.fromkeys(range(self.world_size), began))
-        while (told := self._told("all")) < self.held * self.world_size:
+        while (arrivals := self._arrivals("all")) < self.held * self.world_size:
             absent.answered = now = time.monotonic()
             if now - looked > self.look_seconds:
                 self._look(absent, seen)
                 looked = now
-            # A wait is at most a twentieth longer than the work that it is for.
+            # Polling makes a wait at most a twentieth longer.
             time.sleep(min(max(ASK_SECONDS[0], (now - began) / 20), ASK_SECONDS[1], self.look_seconds))
-        if told >= FAILED:
-            raise Failure(f"rank {next(r for r in range(self.world_size) if self._told(r) >= FAILED)} failed")
+        if arrivals >= FAILED:
+            raise Failure(f"rank {next(r for r in range(self.world_size) if self._arrivals(r) >= FAILED)} failed")
 
     def _look(self, absent: Absent, seen: dict) -> None:
-        """Who has come, and of the others, who works: their `seen` number has changed since the last look."""
+        """Update `absent`: which ranks have arrived, and which of the others have worked since the last check."""
         for rank in list(absent.signs):
-            if self._told(rank) >= self.held:
+            if self._arrivals(rank) >= self.held:
                 del absent.signs[rank]
                 continue
             if has_ended(rank):

@@ -80,7 +80,7 @@ def launch(words: list) -> int:
             threads.submit(copy_lines, source, screen.buffer)
         text, ends = watching.result()
     if text:
-        print(text, file=sys.stderr)
+        print(f"\n{text}", file=sys.stderr)  # a progress line may stand there
     status = next((status for _, status in ends if status != 0), None)
     code = launcher.wait() if status is None else os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
@@ -148,6 +148,8 @@ def pass_signals_on(launcher) -> None:
 
     def to_launcher(number, frame):
         if launcher.poll() is None:
+            if number == signal.SIGINT:  # the launcher sends SIGTERM, and the ranks' status tells the first that came
+                to_ranks(number, frame)
             launcher.send_signal(number if number in (signal.SIGINT, signal.SIGTERM) else signal.SIGTERM)
 
     def to_ranks(number, frame):

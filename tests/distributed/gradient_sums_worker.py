@@ -123,7 +123,7 @@ def check(what, steps, ranks, dtype, traced, owners, bucket_bytes):
             with sums.micro_batch(last=i == len(own) - 1):
                 if places is not SKIPPED:
                     net.backward((step, ranks.rank, i), places)
-        sent = sums._gone == set(sums._bucket_of)
+        sent = sums._sent == set(sums._bucket_of)
         changed = any(ranks.gather_objects(sums.send_rest()))
         assert changed == changes, (what, step, changed)
         if (

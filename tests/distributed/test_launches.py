@@ -158,9 +158,9 @@ def test_a_mistake_is_said_once_and_last(base_flags, tmp_path):
 
 
 @pytest.mark.once
-def test_processes_started_for_cards_that_are_not_there_are_told_how_to_start(base_flags, tmp_path):
+def test_processes_started_for_gpus_that_are_not_there_are_told_how_to_start(base_flags, tmp_path):
     done = subprocess.run(
         [sys.executable, script("prior"), *base_flags, f"--output_dir={tmp_path / 'out'}"],
         env=environment(PADDLE_TRAINERS_NUM="2", PADDLE_TRAINER_ID="0"), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 2 and "2 processes were started for cards" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "2 processes were started for GPUs" in done.stderr.splitlines()[-1]
