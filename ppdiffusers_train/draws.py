@@ -54,13 +54,13 @@ class RowDraws:
         self._ahead = {(name, shape): self.normal(name, shape) for name, shape in normals}
 
     def uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> np.float32:
-        """A float32 number, uniform in [low, high)."""
+        """A float32 value, uniform in [low, high)."""
         low, high = np.float32(low), np.float32(high)
-        number = np.float32(self._generator(name).random(dtype=np.float32))
-        return min(low + (high - low) * number, np.nextafter(high, low))  # the sum may round up to `high`
+        fraction = np.float32(self._generator(name).random(dtype=np.float32))
+        return min(low + (high - low) * fraction, np.nextafter(high, low))  # the sum may round up to `high`
 
     def integers(self, name: str, low: int, high: int) -> np.int64:
-        """An int64 number, uniform in {low, …, high - 1}."""
+        """An int64 value, uniform in {low, …, high - 1}."""
         return self._generator(name).integers(low, high, dtype=np.int64)
 
     def bernoulli(self, name: str, probability: float) -> bool:
@@ -111,10 +111,10 @@ class Draws:
         self.drawn_integers[name] = self._stack(row.categorical(name, weights) for row in self.rows)
         return self.drawn_integers[name]
 
-    def _stack(self, numbers):
+    def _stack(self, values):
         import paddle  # here, so that loader workers and tools can draw rows without Paddle
 
-        return (self.to_tensor or paddle.to_tensor)(np.stack(list(numbers)))
+        return (self.to_tensor or paddle.to_tensor)(np.stack(list(values)))
 
 
 def iterate_draws(seed: int, batches: list, to_tensor=None):

@@ -1,4 +1,4 @@
-"""What the READMEs tell a reader to type is run here, on tiny models; an unknown command is an error."""
+"""Runs the commands of the READMEs on tiny models; an unknown command is an error."""
 
 import ppdiffusers_train  # noqa: F401
 from ppdiffusers_train import cli
@@ -124,7 +124,7 @@ def check_json_lines(code, photos):
 
 
 def launch_two(words, last):
-    """The command for several cards, with two CPU processes that stand in for them."""
+    """The command for several GPUs, with two CPU processes instead."""
     assert words[:2] == ["--gpus", "0,1,2,3"]
     script = ROOT / "examples" / "kandinsky2_2" / words[2]
     command = launch_command(script, *words[3:], *last, "--max_train_steps=2", form=("--gpus", "0,1"))
@@ -134,20 +134,20 @@ def launch_two(words, last):
 
 
 def draw_small(monkeypatch):
-    """Make the pipelines draw small pictures in few steps, whatever they are asked for."""
+    """Make the pipelines generate small images in few steps, whatever their arguments."""
     for pipeline, small in SMALL_PICTURES.items():
-        draw = pipeline.__call__
+        call = pipeline.__call__
         monkeypatch.setattr(
             pipeline,
             "__call__",
-            lambda self, *prompt, draw=draw, small=small, **options: draw(self, *prompt, **{**options, **small}),
+            lambda self, *prompt, call=call, small=small, **options: call(self, *prompt, **{**options, **small}),
         )
 
 
 def test_a_reader_can_type_all_of_it_in_this_order(
     kandinsky_jobs, kandinsky, sdxl_jobs, sdxl, sd3_jobs, sd3, lcm_jobs, sd, tmp_path, monkeypatch, capsys
 ):
-    """The commands start in a copy of the repository's folders, with two steps each, and four where a run goes on."""
+    """The commands start in a copy of the repository's folders, with two steps each, and four when resumed."""
     photos = copy_photos(tmp_path / "examples" / "data" / "photos", 7)
     for folder in ("kandinsky2_2", "sdxl", "sd3", "lcm"):
         (tmp_path / "examples" / folder).mkdir()

@@ -71,7 +71,7 @@ def test_a_file_that_was_cut_short_is_named(tmp_path, kept):
 
 
 class Device:
-    """A tensor of which it is seen when it is fetched. It says its type as Paddle does."""
+    """A tensor that records when it is fetched. Its dtype is written as in Paddle."""
 
     def __init__(self, array, fetched):
         self.array, self.fetched, self.shape = array, fetched, list(array.shape)

@@ -10,31 +10,31 @@ from ppdiffusers_train.module import choose_trainable
 from tests.conftest import tensors, weights
 
 
-def learning(module):
-    """Names of the parameters that learn."""
+def trainable_names(module):
+    """Names of the trainable parameters."""
     return {name for name, parameter in module.named_parameters() if not parameter.stop_gradient}
 
 
 def test_without_the_flag_nothing_changes(build_sdxl_module):
     module = build_sdxl_module("sdxl")
-    before = learning(module)
-    assert choose_trainable(module, None) == {} and learning(module) == before
+    before = trainable_names(module)
+    assert choose_trainable(module, None) == {} and trainable_names(module) == before
 
 
 def test_a_pattern_names_layers_or_parameters_with_the_models_name_or_without(build):
     for pattern in ("conv_in", "unet.conv_in", "conv_in.*", "unet.conv_in.weight,*conv_in.bias"):
         module = build("decoder")
         sizes = choose_trainable(module, pattern)
-        assert learning(module) == {"unet.conv_in.weight", "unet.conv_in.bias"}
+        assert trainable_names(module) == {"unet.conv_in.weight", "unet.conv_in.bias"}
         assert sum(sizes.values()) == sum(parameter.size for parameter in module.trainable_parameters())
 
 
-def test_beside_lora_the_layers_of_all_models_that_learn_stay_trainable(build_sdxl_module):
+def test_beside_lora_the_layers_of_all_trained_models_stay_trainable(build_sdxl_module):
     module = build_sdxl_module("lora_sdxl", "--train_text_encoder")
-    lora = learning(module)
+    lora = trainable_names(module)
     choose_trainable(module, "conv_out,text_encoder_2.text_projection*")
-    full = learning(module) - lora
-    assert lora < learning(module) and {name.split(".")[1] for name in full} == {"conv_out", "text_projection"}
+    full = trainable_names(module) - lora
+    assert lora < trainable_names(module) and {name.split(".")[1] for name in full} == {"conv_out", "text_projection"}
 
 
 @pytest.mark.parametrize("pattern", ["*", "prior", "prior.*", "clip_*,proj_in"])
@@ -48,15 +48,15 @@ def test_what_a_job_froze_stays_frozen(build, name, pattern):
             choose_trainable(module, pattern)
     else:
         choose_trainable(module, pattern)
-        assert "prior.proj_in.weight" in learning(module)
-    assert not learning(module) & frozen
+        assert "prior.proj_in.weight" in trainable_names(module)
+    assert not trainable_names(module) & frozen
 
 
 def test_what_a_full_job_of_ones_own_froze_stays_frozen(build):
     module = build("decoder")
     module.unet.conv_in.weight.stop_gradient = True
     choose_trainable(module, "unet")
-    assert "unet.conv_in.weight" not in learning(module) and "unet.conv_in.bias" in learning(module)
+    assert "unet.conv_in.weight" not in trainable_names(module) and "unet.conv_in.bias" in trainable_names(module)
 
 
 @pytest.mark.once
@@ -66,14 +66,14 @@ def test_a_pattern_that_fits_nothing_is_refused_with_what_there_is(build):
             choose_trainable(build("decoder"), pattern)
 
 
-def test_a_part_of_the_prior_learns_alone(train, kandinsky):
+def test_a_part_of_the_prior_is_trained_alone(train, kandinsky):
     out = train("prior", "--trainable_modules=proj_in")
     before, after = weights(kandinsky[0], "prior"), weights(out, "prior")
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {"proj_in.weight", "proj_in.bias"}
 
 
-def test_a_part_of_the_prior_learns_beside_lora_and_has_a_file(train):
+def test_a_part_of_the_prior_is_trained_beside_lora_and_has_a_file(train):
     out = train("prior_lora", "--trainable_modules=proj_in")
     assert set(tensors(out / "trainable_modules.safetensors")) == {"unet.proj_in.weight", "unet.proj_in.bias"}
     assert not (train("prior_lora", out="plain") / "trainable_modules.safetensors").exists()

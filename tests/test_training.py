@@ -113,7 +113,7 @@ def test_bad_samples_are_named_once_counted_and_skipped_alike_with_any_number_of
 
 
 def test_the_loss_is_the_mean_over_the_samples_that_came_and_the_order_of_the_others_stays(train, data):
-    """Without learning, one epoch sample by sample tells every sample's loss; 0 where it is skipped."""
+    """With a learning rate of 0 and a batch size of 1, one epoch gives the loss of every sample; 0 if it is skipped."""
     flags = [f"--train_data_dir={data}", "--max_bad_samples=2", "--learning_rate=0"]
     alone = scalars(train("prior", *flags, "--train_batch_size=1", "--max_train_steps=7", out="alone"))
     assert alone.count(0) == 2

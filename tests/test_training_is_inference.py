@@ -42,7 +42,7 @@ class Prior:
         self.folders, self.pipe = folders, self.kind.from_pretrained(str(folders[self.folder]), **parts)
         self.pipe.set_progress_bar_config(disable=True)
 
-    def draw(self, **options):
+    def generate(self, **options):
         return self.pipe(ROW["caption"], output_type="np", num_inference_steps=STEPS, **options).image_embeds
 
     def noised(self, clean, timestep, noise):
@@ -59,7 +59,7 @@ class Prior:
 
 
 class Decoder(Prior):
-    """The decoder's pipeline, told an image by its embedding."""
+    """The decoder's pipeline, conditioned on an image embedding."""
 
     model, kind, folder = "unet", ppdiffusers.KandinskyV22Pipeline, "decoder"
 
@@ -67,7 +67,7 @@ class Decoder(Prior):
     def embeds(self):
         return Prior(self.folders).embeds
 
-    def draw(self, **options):
+    def generate(self, **options):
         options |= {"output_type": "np", "num_inference_steps": STEPS, "height": SIDE, "width": SIDE}
         return self.pipe(**self.embeds, **options).images
 
@@ -78,10 +78,16 @@ class Decoder(Prior):
 
 
 class SD(Prior):
-    model, kind, folder, told = "unet", ppdiffusers.StableDiffusionPipeline, "sd", {}
+    model, kind, folder, conditioning = "unet", ppdiffusers.StableDiffusionPipeline, "sd", {}
 
-    def draw(self, **options):
-        options |= {"output_type": "np", "num_inference_steps": STEPS, "height": SIDE, "width": SIDE, **self.told}
+    def generate(self, **options):
+        options |= {
+            "output_type": "np",
+            "num_inference_steps": STEPS,
+            "height": SIDE,
+            "width": SIDE,
+            **self.conditioning,
+        }
         return self.pipe(ROW["caption"], **options).images
 
     @cached_property
@@ -92,7 +98,7 @@ class SD(Prior):
 
 class SDXL(SD):
     kind, folder = ppdiffusers.StableDiffusionXLPipeline, "sdxl"
-    told = {"original_size": (SIDE, WIDTH), "crops_coords_top_left": (0, LEFT), "target_size": (SIDE, SIDE)}
+    conditioning = {"original_size": (SIDE, WIDTH), "crops_coords_top_left": (0, LEFT), "target_size": (SIDE, SIDE)}
 
 
 class SDXLWithoutZeros(SDXL):
@@ -117,7 +123,7 @@ class SD3(SD):
         self.pipe.scheduler = Entries.from_config(self.pipe.scheduler.config)
 
     def noised(self, clean, timestep, noise):
-        self.pipe.scheduler.set_timesteps(STEPS)  # or it would go on from the step where it is
+        self.pipe.scheduler.set_timesteps(STEPS)  # or it would continue from its current step
         return self.pipe.scheduler.scale_noise(clean, timestep, noise)
 
 
@@ -266,12 +272,12 @@ def replace(answer, forward, *args, **kwargs):
     return output
 
 
-def drawn(pipeline, samples, **options):
+def generated(pipeline, samples, **options):
     """What a pipeline feeds its model, and what it draws, where it gets `samples` step by step as far as there are."""
     first, *later = [paddle.to_tensor(sample) for sample in samples]
     options["callback_on_step_end"] = lambda pipe, step, *_: {"latents": later[step]} if step < len(later) else {}
     with recorded([getattr(pipeline.pipe, pipeline.model)]) as calls:
-        return calls, np.asarray(pipeline.draw(latents=first, **options))
+        return calls, np.asarray(pipeline.generate(latents=first, **options))
 
 
 def disagreements(name, module, pipelines, directory):
@@ -310,10 +316,10 @@ def disagreements(name, module, pipelines, directory):
         compare("schedule", {"sample": sample}, {"sample": student.noised(clean, timestep, noise).numpy()})
 
     samples.append(clean.numpy())
-    unguided, result = drawn(student, samples, guidance_scale=job.student_scale or 1.0)
+    unguided, result = generated(student, samples, guidance_scale=job.student_scale or 1.0)
     compare("end", {"picture": result}, {"picture": student.expected})
     options = {"timesteps": timesteps} if job.student_scale else {}
-    guided, _ = drawn(pipeline, samples, guidance_scale=SCALE, **options)
+    guided, _ = generated(pipeline, samples, guidance_scale=SCALE, **options)
     for calls, inferred, both in zip(steps, unguided, guided, strict=True):
         nothing, caption = ({n: a[half, None] if len(a) == 2 else a for n, a in both.items()} for half in (0, 1))
         compare("unguided", calls[0], inferred)
@@ -343,7 +349,7 @@ def test_what_training_wants_the_model_to_say_leads_its_pipeline_to_the_image(na
     (gradient,) = paddle.grad(loss, said)
     wanted = said[0] - 2 * loss / (gradient**2).sum() * gradient  # there the mean of squares is zero
     with wrapped([getattr(pipeline.pipe, pipeline.model)], partial(replace, wanted)):
-        _, result = drawn(pipeline, [calls[0]["sample"]] * STEPS, guidance_scale=1.0)
+        _, result = generated(pipeline, [calls[0]["sample"]] * STEPS, guidance_scale=1.0)
     # In float32, UnCLIP's scheduler knows its smallest β to three digits.
     assert np.allclose(result, pipeline.expected, atol=5e-3 if name == "prior" else 1e-5)
 
@@ -359,7 +365,7 @@ def leave_t5_out(embeds):
 
 
 def leave_guidance_out(module):
-    module.predict_with_student = lambda unet, noisy, timesteps, told, _: unet(noisy, timesteps, **told).sample
+    module.predict_with_student = lambda unet, noisy, timesteps, cond, _: unet(noisy, timesteps, **cond).sample
 
 
 @pytest.mark.once

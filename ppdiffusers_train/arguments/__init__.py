@@ -1,7 +1,7 @@
-"""Flags that the training scripts share, in titled groups, and the parser that reads them.
+"""Flags of the training scripts, in titled groups, and the parser that reads them.
 
 A script builds its parser from the groups it needs and adds its own. The parser also takes `--config file.yaml`, whose
-keys are the flags' names (the command line wins), and answers every mistake with one line and status 2.
+keys are the flags' names (the command line wins), and reports every mistake in one line with exit status 2.
 """
 
 from ppdiffusers_train.arguments.jobs import (
@@ -32,7 +32,7 @@ from ppdiffusers_train.arguments.parser import (
     unit_float,
 )
 
-__all__ = [  # for scripts, beside the groups below
+__all__ = [  # for scripts, besides the groups below
     "ArgumentParser", "Flag", "INTERPOLATION_MODES", "add_diffusion_arguments", "add_distillation_arguments",
     "add_flow_matching_arguments", "add_image_arguments", "add_kandinsky_arguments", "add_lora_arguments",
     "add_pipeline_arguments", "add_student_arguments", "add_timestep_arguments", "add_output_arguments",

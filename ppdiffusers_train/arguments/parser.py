@@ -1,4 +1,4 @@
-"""A parser that answers every mistake with one line and status 2, and reads YAML files with the flags' names."""
+"""A parser that reports every mistake in one line with exit status 2, and reads flags from YAML files."""
 
 import argparse
 import difflib
@@ -7,7 +7,7 @@ import os
 import re
 import sys
 
-# Types: what a flag accepts. argparse turns the message into one line that names the flag.
+# Types of flags. argparse puts the message into one line that names the flag.
 
 
 def _number(convert, accepts, expected):
@@ -68,7 +68,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """An argument parser with `--config`, nearest names for typos, and errors of one line.
 
     Args:
-        config: whether it has `--config`. A parser of commands has not: its commands' parsers have.
+        config: whether it has `--config`; of a program with commands, only the commands' parsers have it.
     """
 
     def __init__(self, config=True, **options):
@@ -86,7 +86,7 @@ class ArgumentParser(argparse.ArgumentParser):
         finder.add_argument("--config")
         finder.error = self.error
         config = finder.parse_known_args(args)[0].config
-        # Config values stand before the command line's, as if typed first: the last one wins, and types are checked.
+        # Values of the file are put before the arguments, as if typed first: the last one wins, and types are checked.
         return super().parse_known_args((self._config_arguments(config) if config else []) + args, namespace)
 
     def parse_args(self, args=None, namespace=None):
@@ -128,7 +128,7 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f"--config: {path!r} sets {name!r}, which is not a flag{self._nearest(f'--{name}')}")
             if value is None:
                 continue
-            if str(value).startswith("pipe:"):  # a file that came with some data must not run commands
+            if str(value).startswith("pipe:"):  # a file from elsewhere must not run commands
                 self.error(f"--config: {path!r} sets {name!r} to a command; pipe: is taken from the command line only")
             if isinstance(action, Flag):
                 if not isinstance(value, bool):
@@ -144,7 +144,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class CommandParser(ArgumentParser):
-    """The parser of one of a program's commands: it answers for its own flags, not the program's parser."""
+    """The parser of one command of a program, which reports unknown flags itself."""
 
     def parse_known_args(self, args=None, namespace=None):
         values, unknown = super().parse_known_args(args, namespace)

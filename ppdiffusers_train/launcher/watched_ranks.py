@@ -118,13 +118,13 @@ def last_word(ends: list, message: str, memory_ran_out: bool) -> str:
     if number != signal.SIGKILL:
         return text
     if memory_ran_out:
-        return f"{text}: the machine ran out of memory, and killed it or another process to get some"
+        return f"{text}: the machine ran out of memory, and killed this process or another one"
     if all(was_killed(status) for _, status in ends):
         return (
             f"{text}, as were all on this host, probably by the launcher, which does not wait long for a stop; the run "
-            "then ends by itself, and its log says how"
+            "may still be writing its checkpoint, and its log has its last message"
         )
-    return f"{text}; if nobody did that, the machine did for want of memory, and `dmesg` says so"
+    return f"{text}; if not by a user, the machine was probably out of memory, which `dmesg` shows"
 
 
 def wait_for_last_word(launcher: int) -> tuple:

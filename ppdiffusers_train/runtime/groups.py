@@ -70,14 +70,14 @@ def stores_for_gloo():
 
 def _new_store(shared, name: str, rank: int):
     """A store for the members of a group. The first member serves it, and writes its address to the shared store."""
-    key, nobody_to_wait_for = f"store of {name}", 0
+    key, members_to_wait_for = f"store of {name}", 0
     if rank == 0:
         host = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
-        store = core.TCPStore(host, port, True, nobody_to_wait_for)
+        store = core.TCPStore(host, port, True, members_to_wait_for)
         shared.set(key, f"{host}:{port}")
         return store
     host, _, port = shared.get(key).decode().rpartition(":")
-    return core.TCPStore(host, int(port), False, nobody_to_wait_for)
+    return core.TCPStore(host, int(port), False, members_to_wait_for)

@@ -80,7 +80,7 @@ def launch(words: list) -> int:
             threads.submit(copy_lines, source, screen.buffer)
         text, ends = watching.result()
     if text:
-        print(f"\n{text}", file=sys.stderr)  # a progress line may stand there
+        print(text, file=sys.stderr)
     status = next((status for _, status in ends if status != 0), None)
     code = launcher.wait() if status is None else os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
@@ -168,5 +168,5 @@ def copy_lines(source, screen) -> None:
     for line in source:
         if not NOISE.match(line):
             with contextlib.suppress(BrokenPipeError):  # nobody reads any more, but the launcher must not block
-                screen.write(line)
+                screen.write(line if line.endswith(b"\n") else line + b"\n")  # a progress line has none
                 screen.flush()

@@ -57,7 +57,7 @@ def test_silu_changes_in_nothing_but_the_nan():
 
 
 class Norms(nn.Layer):
-    """Two linear layers that learn, each with a norm behind it."""
+    """Two trainable linear layers, each with a norm behind it."""
 
     def __init__(self, frozen):
         super().__init__()
@@ -94,21 +94,21 @@ CALLS = {"called": lambda model, x: model(x), "recomputed": recomputed, "traced"
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_frozen_norms_pass_the_gradient_that_norms_pass_that_learn(call):
+def test_frozen_norms_pass_the_gradient_that_trainable_norms_pass(call):
     if call == "traced" and not can_compile_models():
         pytest.skip("Paddle 2.6 traces no models")
-    learning = value_and_gradients(Norms(frozen=False), CALLS["called"])
+    trained = value_and_gradients(Norms(frozen=False), CALLS["called"])
     broken = value_and_gradients(Norms(frozen=True), CALLS["called"])
     repair_kernels()
     repaired = value_and_gradients(Norms(frozen=True), CALLS[call])
-    assert np.array_equal(broken[0], learning[0]) and not np.allclose(broken[1], learning[1], rtol=0.1)
-    assert all(map(np.array_equal, repaired, learning))
+    assert np.array_equal(broken[0], trained[0]) and not np.allclose(broken[1], trained[1], rtol=0.1)
+    assert all(map(np.array_equal, repaired, trained))
 
 
-def test_what_is_frozen_gets_no_gradient_and_what_learns_keeps_its_bits():
-    frozen, learning = Norms(frozen=True), Norms(frozen=False)
-    expected = value_and_gradients(learning, CALLS["called"])
-    norm_gradients = [parameter.grad.numpy() for parameter in learning.layers[1].parameters()]
+def test_what_is_frozen_gets_no_gradient_and_what_is_trained_keeps_its_bits():
+    frozen, trained = Norms(frozen=True), Norms(frozen=False)
+    expected = value_and_gradients(trained, CALLS["called"])
+    norm_gradients = [parameter.grad.numpy() for parameter in trained.layers[1].parameters()]
     repair_kernels()
     value_and_gradients(frozen, CALLS["called"])
     assert all(parameter.grad is None for norm in frozen.layers[1::2] for parameter in norm.parameters())

@@ -1,4 +1,4 @@
-"""The levers leave the results as they are, and can be switched off. benchmarks/speed.py measures what they gain."""
+"""The patches leave the results as they are, and can be disabled. benchmarks/speed.py measures their gain."""
 
 import ppdiffusers_train  # noqa: F401
 
@@ -37,8 +37,8 @@ EPSILON = float(np.finfo(np.float32).eps)
 
 
 @pytest.fixture(autouse=True)
-def released(monkeypatch):
-    """No lever before the test and none after it; without more, all are on, whatever the processor."""
+def unpatched(monkeypatch):
+    """No patch before or after the test; all are enabled in it, on every CPU."""
     monkeypatch.setenv(VARIABLE, ",".join(PATCHES))
     remove_patches()
     yield
@@ -46,20 +46,20 @@ def released(monkeypatch):
 
 
 def results(model, x):
-    """The output, and the gradients of its square for the input and for the parameters that learn."""
+    """The output, and the gradients of its square for the input and for the trainable parameters."""
     x = paddle.to_tensor(x)
     x.stop_gradient = False
     y = model(x)
     (y * y).sum().backward()
-    learning = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
-    found = [y.numpy(), x.grad.numpy(), *(parameter.grad.numpy() for parameter in learning)]
+    trained = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
+    found = [y.numpy(), x.grad.numpy(), *(parameter.grad.numpy() for parameter in trained)]
     model.clear_gradients()
     return found
 
 
-def with_and_without(lever, model, x, monkeypatch):
+def with_and_without(patch, model, x, monkeypatch):
     plain = results(model, x)
-    monkeypatch.setenv(VARIABLE, lever)
+    monkeypatch.setenv(VARIABLE, patch)
     apply_patches()
     return plain, results(model, x)
 
@@ -74,9 +74,9 @@ def test_the_bias_of_a_convolution_gives_the_same_bits(options, monkeypatch):
     model = nn.Conv2D(4, 6, 3, **options)
     if model.bias is not None:
         model.bias.set_value(normal(6))
-    plain, levered = with_and_without("conv_bias", model, normal(2, 4, 9, 9), monkeypatch)
+    plain, patched = with_and_without("conv_bias", model, normal(2, 4, 9, 9), monkeypatch)
     assert functional.conv._conv_nd.replaced and len(plain) == (3 if model.bias is None else 4)
-    assert all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(plain, patched, strict=True))
 
 
 @pytest.mark.parametrize("padding", [1, "SAME"])
@@ -88,9 +88,9 @@ def test_so_does_that_of_a_convolution_without_a_layer(padding, monkeypatch):
     paddle.seed(0)
     model = Convolution(4, 6, 3)
     model.bias.set_value(normal(6))
-    plain, levered = with_and_without("conv_bias", model, normal(2, 4, 9, 9), monkeypatch)
+    plain, patched = with_and_without("conv_bias", model, normal(2, 4, 9, 9), monkeypatch)
     assert functional.conv2d.replaced
-    assert all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(plain, patched, strict=True))
 
 
 def operations_of_onednn(program) -> list:
@@ -102,19 +102,19 @@ def operations_of_onednn(program) -> list:
 @pytest.mark.parametrize(
     "options", [{"padding": 1}, {"padding": 1, "stride": 2}, {"padding": 2, "dilation": 2}, {"groups": 2}], ids=str
 )
-@pytest.mark.parametrize("learns", [True, False])
-def test_convolutions_of_onednn_are_the_same_up_to_rounding(options, learns, monkeypatch):
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_convolutions_of_onednn_are_the_same_up_to_rounding(options, is_trained, monkeypatch):
     paddle.seed(0)
     model, x = nn.Conv2D(64, 96, 3, **options), normal(4, 64, 34, 34)
-    model.weight.stop_gradient = not learns
+    model.weight.stop_gradient = not is_trained
     PROGRAMS.clear()
-    plain, levered = with_and_without("onednn_convolutions", model, x, monkeypatch)
+    plain, patched = with_and_without("onednn_convolutions", model, x, monkeypatch)
     assert [operations_of_onednn(program) for program in PROGRAMS.values()] == [["conv2d"], ["conv2d_grad"]]
     with paddle.no_grad():  # the same program
         y = model(paddle.to_tensor(x))
-    assert len(PROGRAMS) == 2 and np.array_equal(y.numpy(), levered[0])
-    assert len(plain) == 3 + learns
-    for one, other in zip(plain, levered, strict=True):
+    assert len(PROGRAMS) == 2 and np.array_equal(y.numpy(), patched[0])
+    assert len(plain) == 3 + is_trained
+    for one, other in zip(plain, patched, strict=True):
         assert np.abs(one - other).max() <= 1e-5 * np.abs(one).max()
 
 
@@ -152,8 +152,8 @@ def test_convolutions_of_one_shape_share_programs_and_follow_their_weights(monke
 
 
 @needs_pir
-@pytest.mark.parametrize("learns", [True, False])
-def test_convolutions_can_be_recomputed(learns, monkeypatch):
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_convolutions_can_be_recomputed(is_trained, monkeypatch):
     class Recomputed(nn.Sequential):
         def forward(self, x):
             return recompute(super().forward, x, use_reentrant=False)  # as ppdiffusers' blocks do
@@ -161,10 +161,10 @@ def test_convolutions_can_be_recomputed(learns, monkeypatch):
     paddle.seed(0)
     model, x = Recomputed(nn.Conv2D(64, 64, 3, padding=1), nn.Silu(), nn.Conv2D(64, 96, 3)), normal(4, 64, 32, 32)
     for parameter in model.parameters():
-        parameter.stop_gradient = not learns
-    plain, levered = with_and_without("onednn_convolutions", model, x, monkeypatch)
-    assert len(plain) == (6 if learns else 2)
-    for one, other in zip(plain, levered, strict=True):
+        parameter.stop_gradient = not is_trained
+    plain, patched = with_and_without("onednn_convolutions", model, x, monkeypatch)
+    assert len(plain) == (6 if is_trained else 2)
+    for one, other in zip(plain, patched, strict=True):
         assert np.abs(one - other).max() <= 1e-5 * np.abs(one).max()
 
 
@@ -177,16 +177,16 @@ def set_values(model, values):
 def test_small_and_single_convolutions_and_views_are_left_to_paddle(monkeypatch):
     PROGRAMS.clear()
     for model, shape in ((nn.Conv2D(32, 48, 3), (2, 32, 8, 8)), (nn.Conv2D(128, 128, 1), (2, 128, 64, 64))):
-        plain, levered = with_and_without("onednn_convolutions", model, normal(*shape), monkeypatch)
-        assert all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
+        plain, patched = with_and_without("onednn_convolutions", model, normal(*shape), monkeypatch)
+        assert all(np.array_equal(one, other) for one, other in zip(plain, patched, strict=True))
     nn.Conv2D(32, 48, 3)(paddle.to_tensor(normal(2, 34, 34, 32)).transpose([0, 3, 1, 2]))
     assert not PROGRAMS
 
 
 def test_convolutions_of_other_layouts_are_left_to_paddle(monkeypatch):
     model = nn.Conv1D(4, 6, 3)
-    plain, levered = with_and_without("conv_bias", model, normal(2, 4, 9), monkeypatch)
-    assert all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
+    plain, patched = with_and_without("conv_bias", model, normal(2, 4, 9), monkeypatch)
+    assert all(np.array_equal(one, other) for one, other in zip(plain, patched, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (2, 1, 3, 8)], ids=str)
@@ -194,19 +194,19 @@ def test_the_bias_of_a_linear_layer_is_the_same_up_to_rounding_of_its_gradient(s
     paddle.seed(0)
     model = nn.Linear(8, 6)
     model.bias.set_value(normal(6))
-    plain, levered = with_and_without("linear_bias", model, normal(*shape), monkeypatch)
+    plain, patched = with_and_without("linear_bias", model, normal(*shape), monkeypatch)
     assert functional.linear.replaced
-    *same, bias = zip(plain, levered, strict=True)
+    *same, bias = zip(plain, patched, strict=True)
     assert all(np.allclose(one, other, rtol=4 * EPSILON, atol=4 * EPSILON) for one, other in same)
     terms = int(np.prod(shape[:-1]))
     assert np.abs(bias[0] - bias[1]).max() <= 2 * terms * EPSILON * np.abs(bias[0]).max()
 
 
-def test_a_linear_layer_whose_bias_does_not_learn_is_left_to_paddle(monkeypatch):
+def test_a_linear_layer_whose_bias_is_frozen_is_left_to_paddle(monkeypatch):
     model = nn.Linear(8, 6)
     model.bias.stop_gradient = True
-    plain, levered = with_and_without("linear_bias", model, normal(5, 8), monkeypatch)
-    assert len(plain) == 3 and all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
+    plain, patched = with_and_without("linear_bias", model, normal(5, 8), monkeypatch)
+    assert len(plain) == 3 and all(np.array_equal(one, other) for one, other in zip(plain, patched, strict=True))
 
 
 @pytest.mark.parametrize("pad", [(0, 1, 0, 1), [1, 2, 3, 4]], ids=str)
@@ -222,9 +222,9 @@ def test_what_is_put_around_images_is_the_same_bits(pad, monkeypatch):
         return kernel(x, pad, *arguments, **options)
 
     monkeypatch.setattr(functional, "pad", pad_and_see)
-    plain, levered = with_and_without("image_padding", Padding(), normal(2, 3, 5, 6), monkeypatch)
+    plain, patched = with_and_without("image_padding", Padding(), normal(2, 3, 5, 6), monkeypatch)
     assert plain[0].shape == (2, 3, 5 + sum(pad[2:]), 6 + sum(pad[:2]))
-    assert all(np.array_equal(one, other) for one, other in zip(plain, levered, strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(plain, patched, strict=True))
     remove_patches()
     assert seen == [4, 8]  # as they are, and for all axes
 
@@ -301,7 +301,7 @@ def test_a_run_computes_its_batches_without_views_and_the_rest_with_them(train, 
 
 
 @pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="it sets a register of x86-64")
-def test_numbers_too_small_for_full_precision_are_zero_while_levers_are_pulled():
+def test_numbers_too_small_for_full_precision_are_zero_while_patches_are_applied():
     tiny = float(np.float32(1e-38))
 
     def products():
@@ -319,13 +319,13 @@ def test_numbers_too_small_for_full_precision_are_zero_while_levers_are_pulled()
     "vendor, usual",
     [("GenuineIntel", PATCHES), ("AuthenticAMD", tuple(n for n in PATCHES if n != "compiled_encoders"))],
 )
-def test_all_levers_are_on_by_themselves_but_what_gains_nothing_on_a_processor(vendor, usual, monkeypatch):
+def test_all_patches_are_enabled_by_default_but_those_without_gain_on_a_cpu(vendor, usual, monkeypatch):
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setattr(patches, "cpu_vendor", lambda: vendor)
     assert enabled_patches() == usual
 
 
-def test_the_environment_names_the_levers_that_are_on(monkeypatch):
+def test_the_environment_names_the_patches_to_apply(monkeypatch):
     monkeypatch.setenv(VARIABLE, "linear_bias, conv_bias")
     assert enabled_patches() == ("conv_bias", "linear_bias")
     monkeypatch.setenv(VARIABLE, "none")
@@ -337,12 +337,12 @@ def test_the_environment_names_the_levers_that_are_on(monkeypatch):
         enabled_patches()
 
 
-def test_levers_are_pulled_once_and_released():
+def test_patches_are_applied_once_and_removed():
     originals = functional.linear, functional.conv._conv_nd
     apply_patches()
-    pulled = functional.linear, functional.conv._conv_nd
+    applied = functional.linear, functional.conv._conv_nd
     apply_patches()
-    assert (functional.linear, functional.conv._conv_nd) == pulled != originals
+    assert (functional.linear, functional.conv._conv_nd) == applied != originals
     remove_patches()
     assert (functional.linear, functional.conv._conv_nd) == originals
 

@@ -14,13 +14,13 @@ RANK = int(os.environ["PADDLE_TRAINER_ID"])
 
 def receive(number, frame):
     print(f"rank {RANK} got {signal.Signals(number).name}", flush=True)
-    if number == signal.SIGTERM:
+    if number != signal.SIGUSR1:
         raise SystemExit(128 + number)
 
 
 @one_line_errors
 def main(argv=None):
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, receive)
     print(f"rank {RANK} has a token of {len(os.environ['SOME_TOKEN'])} characters", flush=True)
     time.sleep(1)

@@ -62,7 +62,7 @@ def test_the_wrapper_passes_on_the_rank_s_own_status_and_nothing_of_the_launcher
     assert_no_token(tmp_path)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_the_wrapper_s_end_is_the_ranks_end(tmp_path, number, status):
     with open(tmp_path / "said", "w") as said:
         command = subprocess.Popen(
@@ -79,7 +79,8 @@ def test_the_wrapper_s_end_is_the_ranks_end(tmp_path, number, status):
         os.kill(command.pid, number)
         assert command.wait(30) == status
         wait_for(lambda: not any(Path(f"/proc/{process}").exists() for process in (launcher, *ranks)))
-        assert all("got SIGTERM" in log.read_text() for log in logs)
+        first = "got SIGINT" if number == signal.SIGINT else "got SIGTERM"
+        assert all(first in log.read_text() for log in logs)
         assert not list(Path(tempfile.gettempdir()).glob(f"ppdiffusers_train-{launcher}-*"))
     finally:
         command.kill()

@@ -26,7 +26,7 @@ def heard_outside():
         signal.signal(number, handler)
 
 
-def tell(*numbers):
+def send(*numbers):
     for number in numbers:
         os.kill(os.getpid(), number)
 
@@ -34,30 +34,30 @@ def tell(*numbers):
 def test_signals_within_two_seconds_are_one_and_a_later_one_is_for_whoever_was_there_before(heard_outside):
     with StopRequest() as stop:
         assert stop.received is None
-        tell(signal.SIGINT, signal.SIGTERM, signal.SIGTERM)
+        send(signal.SIGINT, signal.SIGTERM, signal.SIGTERM)
         time.sleep(REPETITION_SECONDS - 1)
-        tell(signal.SIGTERM)
+        send(signal.SIGTERM)
         assert stop.received == signal.SIGINT and not heard_outside
         time.sleep(1.1)
-        tell(signal.SIGTERM)
+        send(signal.SIGTERM)
         assert heard_outside == [signal.SIGTERM] and stop.received == signal.SIGINT
-    tell(signal.SIGINT)
+    send(signal.SIGINT)
     assert heard_outside == [signal.SIGTERM, signal.SIGINT]
 
 
 def test_a_warning_asks_where_it_is_asked_for_and_what_it_announces_does_not_insist(heard_outside):
     with StopRequest() as stop:
-        tell(signal.SIGUSR1)
+        send(signal.SIGUSR1)
         assert stop.received is None and heard_outside == [signal.SIGUSR1]
     with StopRequest("USR1") as stop:
-        tell(signal.SIGUSR1)
+        send(signal.SIGUSR1)
         assert stop.received == signal.SIGUSR1
         time.sleep(REPETITION_SECONDS + 0.1)
-        tell(signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM)
+        send(signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM)
     assert heard_outside == [signal.SIGUSR1] and stop.received == signal.SIGUSR1
 
 
-def test_a_worker_that_a_run_forks_ends_when_it_is_told_to(heard_outside):
+def test_a_worker_that_a_run_forks_ends_when_it_is_asked_to(heard_outside):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with EndAtOnce(), StopRequest():
         worker = os.fork()
@@ -77,7 +77,7 @@ def test_the_launcher_takes_longer_to_tell_more_ranks(monkeypatch):
     assert 7 * 0.6 + 0.4 < eight < 8 * 0.6 + 3, "its repetitions to the eighth are one; what follows 3 s later is not"
 
 
-# What begins every program below: a run that says where it is, and is told by files what to do.
+# What begins every program below: a run that says where it is, and is controlled by files.
 RUN = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import ppdiffusers_train, os, signal, subprocess, time
@@ -185,7 +185,7 @@ def test_before_the_loop_a_signal_ends_a_program_with_a_line_and_its_status(tmp_
 def test_handlers_that_somebody_has_set_are_left_alone(heard_outside):
     from ppdiffusers_train.errors import one_line_errors
 
-    one_line_errors(lambda argv: tell(signal.SIGTERM, signal.SIGUSR1))()
+    one_line_errors(lambda argv: send(signal.SIGTERM, signal.SIGUSR1))()
     assert heard_outside == [signal.SIGTERM, signal.SIGUSR1]
     assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL, "and others are put back"
 
@@ -203,7 +203,7 @@ def test_a_signal_that_comes_before_anybody_handles_it_is_told_by_the_launchers_
     start = time.monotonic()
     os.kill(rank.number("rank"), signal.SIGTERM)
     assert rank.end() == ["ended by SIGTERM", "status 143"]
-    assert time.monotonic() - start > 0.6, "the launcher has told the third rank, too, by then"
+    assert time.monotonic() - start > 0.6, "the launcher has signalled the third rank, too, by then"
 
 
 def test_a_run_that_hears_nothing_and_has_nothing_to_finish_is_ended(started):
@@ -212,6 +212,14 @@ def test_a_run_that_hears_nothing_and_has_nothing_to_finish_is_ended(started):
     run = rank.number("run")
     os.kill(rank.number("rank"), signal.SIGTERM)
     assert rank.end() == ["ended by SIGTERM", "status 143"] and not is_alive(run)
+
+
+def test_a_run_whose_work_is_done_ends_well_whatever_comes(started):
+    program = "from ppdiffusers_train.launcher.stand_in import ask_for_time, ignore_signals_from_now_on\n"
+    rank = started(f"{program}ask_for_time(); ignore_signals_from_now_on(); ready(); time.sleep(1); sys.exit(0)")
+    rank.number("run")
+    os.kill(rank.number("rank"), signal.SIGTERM)
+    assert rank.end() == ["status 0"]
 
 
 def test_a_run_that_nobody_has_asked_to_stop_ends_with_what_the_launcher_kills(started):

@@ -1,4 +1,4 @@
-"""`--dry_run`: what it says of a run, against the run itself."""
+"""`--dry_run`: what it prints, compared with the run itself."""
 
 import ppdiffusers_train  # noqa: F401
 

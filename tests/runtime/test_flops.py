@@ -62,8 +62,8 @@ def run(unet):
     return unet(noisy, paddle.to_tensor([1, 2]), encoder_hidden_states=text).sample
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "levers"])
-def with_levers(request):
+@pytest.fixture(params=[False, True], ids=["plain", "patched"])
+def with_patches(request):
     """With Paddle's functions and with those of cpu/patches.py: what is computed is the same."""
     remove_patches()
     if request.param:
@@ -72,7 +72,7 @@ def with_levers(request):
     remove_patches()
 
 
-def test_a_small_unet_is_counted_as_by_hand(with_levers):
+def test_a_small_unet_is_counted_as_by_hand(with_patches):
     unet, (forward, without) = small_unet(), by_hand()
     with FlopCounter() as counter:
         run(unet).sum().backward()
@@ -90,16 +90,16 @@ def test_what_is_frozen_costs_no_gradient():
     assert counter.total == 2 * linear(2, 3, 5) + 2 * linear(2, 5, 7)
 
 
-@pytest.mark.parametrize("learns", [False, True])
-def test_attention_is_counted_as_the_products_that_it_is_made_of(learns):
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_attention_is_counted_as_the_products_that_it_is_made_of(is_trained):
     query, key, value = (paddle.randn([2, length, 4, 8]) for length in (6, 5, 5))
-    query.stop_gradient = key.stop_gradient = value.stop_gradient = not learns
+    query.stop_gradient = key.stop_gradient = value.stop_gradient = not is_trained
     with FlopCounter() as fused:
         functional.scaled_dot_product_attention(query, key, value)
     with FlopCounter() as products:
         rows = [tensor.transpose([0, 2, 1, 3]) for tensor in (query, key, value)]
         paddle.matmul(functional.softmax(paddle.matmul(rows[0], rows[1], transpose_y=True)), rows[2])
-    assert fused.total == products.total == (3 if learns else 1) * 2 * 2 * 2 * 4 * 6 * 5 * 8
+    assert fused.total == products.total == (3 if is_trained else 1) * 2 * 2 * 2 * 4 * 6 * 5 * 8
 
 
 def test_functions_are_put_back_and_a_counter_that_is_off_changes_none():

@@ -40,8 +40,8 @@ def another_run(tmp_path):
         run.communicate()
 
 
-def hold(folder, say):
-    with folder_held(folder, say):
+def hold(folder, log):
+    with folder_held(folder, log):
         pass
 
 

@@ -71,11 +71,11 @@ def test_so_they_are_with_what_makes_processors_faster(name, wanted, monkeypatch
 
 
 @pytest.mark.xfail(strict=True, reason="what it does not ask for, its kernels are not asked for either")
-@pytest.mark.parametrize("learns", [True, False])
-def test_paddle_grad_passes_layer_norms_with_weights(learns):
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_paddle_grad_passes_layer_norms_with_weights(is_trained):
     """Nothing here takes gradients by `paddle.grad`."""
     x, weight = paddle.rand([2, 6]), paddle.rand([6])
-    x.stop_gradient, weight.stop_gradient = False, not learns
+    x.stop_gradient, weight.stop_gradient = False, not is_trained
     y = paddle.nn.functional.layer_norm(x, 6, weight).square().sum()
     (gradient,) = paddle.grad(y, [x], retain_graph=True)
     y.backward()

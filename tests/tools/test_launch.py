@@ -58,7 +58,12 @@ def test_secrets_are_known_by_their_names():
         ([(0, 0), (1, 0)], "", False, ""),
         ([(1, FAILED), (0, STOPPED)], "why", False, "why"),
         ([(1, FAILED), (0, KILLED)], "why", False, "why"),
-        ([(1, KILLED), (0, FAILED)], "another rank has ended", False, "rank 1 was killed by SIGKILL (9); if nobody"),
+        (
+            [(1, KILLED), (0, FAILED)],
+            "another rank has ended",
+            False,
+            "rank 1 was killed by SIGKILL (9); if not by a user",
+        ),
         ([(1, KILLED), (0, STOPPED)], "", True, "rank 1 was killed by SIGKILL (9): the machine ran out of memory"),
         ([(1, 11), (0, STOPPED)], "", False, "rank 1 was killed by SIGSEGV (11)"),
         ([(0, KILLED), (1, KILLED)], "", False, "rank 0 was killed by SIGKILL (9), as were all on this host"),
