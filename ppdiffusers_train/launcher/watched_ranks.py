@@ -140,4 +140,4 @@ def wait_for_last_word(launcher: int) -> tuple:
 if __name__ == "__main__":
     text, _ = wait_for_last_word(int(sys.argv[1]))
     if text:
-        print(f"\n{text}", flush=True)  # a progress line may stand there
+        print(text, flush=True)
