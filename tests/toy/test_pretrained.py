@@ -15,21 +15,13 @@ from ppdiffusers.transformers import CLIPTextModel
 from ppdiffusers_train.data.transforms import normalize_pixels
 from ppdiffusers_train.draws import generator
 from ppdiffusers_train.models.text import tokenize
-from ppdiffusers_train.toy import (
-    movq,
-    towers,
-    train_clip,
-    train_movq_shapes,
-    train_pipelines,
-    train_vae,
-    train_vision,
-    vae,
-)
 from ppdiffusers_train.toy.demo.jobs import JOBS
 from ppdiffusers_train.toy.demo.running import generate_images, load_pipeline, write_pretrained
+from ppdiffusers_train.toy.models import movq, towers, vae
 from ppdiffusers_train.toy.models.clip import build_image_processor
 from ppdiffusers_train.toy.models.shipped import FOLDER
 from ppdiffusers_train.toy.models.tokenizer import build_tokenizer
+from ppdiffusers_train.toy.recipes import train_clip, train_movq_shapes, train_pipelines, train_vae, train_vision
 from ppdiffusers_train.toy.world.judge import accuracy, judge
 from ppdiffusers_train.toy.world.shapes import (
     CONTENTS,
