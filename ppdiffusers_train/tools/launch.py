@@ -144,13 +144,13 @@ def new_log_folder(output_dir: Path) -> Path:
 
 
 def pass_signals_on(launcher) -> None:
-    """Pass this process's signals on: SIGINT, SIGTERM and SIGHUP to the launcher, warnings to the ranks."""
+    """Pass this process's signals on: SIGTERM and SIGHUP to the launcher, as SIGTERM; warnings and SIGINT to the ranks."""
 
     def to_launcher(number, frame):
         if launcher.poll() is None:
-            if number == signal.SIGINT:  # the launcher sends SIGTERM, and the ranks' status tells the first that came
+            if number == signal.SIGINT:  # the launcher sends SIGTERM; the first signal gives the ranks' status
                 to_ranks(number, frame)
-            launcher.send_signal(number if number in (signal.SIGINT, signal.SIGTERM) else signal.SIGTERM)
+            launcher.send_signal(signal.SIGTERM)
 
     def to_ranks(number, frame):
         for process in ranks_of(launcher.pid):
