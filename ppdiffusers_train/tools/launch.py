@@ -144,7 +144,7 @@ def new_log_folder(output_dir: Path) -> Path:
 
 
 def pass_signals_on(launcher) -> None:
-    """Pass this process's signals on: SIGTERM and SIGHUP to the launcher, as SIGTERM; warnings and SIGINT to the ranks."""
+    """Pass this process's signals on: to the launcher as SIGTERM, warnings and SIGINT to the ranks."""
 
     def to_launcher(number, frame):
         if launcher.poll() is None:
