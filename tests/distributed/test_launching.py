@@ -66,8 +66,9 @@ def test_the_wrapper_passes_on_the_rank_s_own_status_and_nothing_of_the_launcher
 def test_the_wrapper_s_end_is_the_ranks_end(tmp_path, number, status):
     with open(tmp_path / "said", "w") as said:
         command = subprocess.Popen(
-            wrapper("waits", tmp_path), env=environment(SOME_TOKEN=TOKEN), stdout=said, stderr=said
-        )
+            wrapper("waits", tmp_path), env=environment(SOME_TOKEN=TOKEN), stdout=said, stderr=said,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background shells have it ignored
+        )  # fmt: skip
     try:
         wait_for(lambda: SHOWN in (tmp_path / "said").read_text())
         launcher = int(Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text())
