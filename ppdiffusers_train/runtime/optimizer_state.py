@@ -6,8 +6,8 @@ has made so far: they differ between a script, a resumed script and another rank
 name in every precision. Masters themselves are not part of it: they are the weights that a checkpoint holds.
 """
 
-import numpy as np
 import paddle
+from paddle.base.layer_helper import LayerHelper
 
 SEPARATOR, OF_MASTER = "//", "fp32_master_0_"
 
@@ -31,43 +31,36 @@ def optimizer_tensors(optimizer, parameters: dict) -> dict:
 
 
 def load_optimizer_tensors(optimizer, parameters: dict, tensors: dict) -> None:
-    """Give an optimizer that has not stepped yet the state that `optimizer_tensors` returned.
+    """Give an optimizer that has not stepped yet the state that `optimizer_tensors` returned, a tensor at a time.
 
     Args:
         parameters: `{structured name: parameter}` of those that it updates on this rank; others' state is not loaded.
         tensors: `{name: array}`, of any number of them, or what has a method `numpy` that fetches one.
     """
-    # Paddle 2.6 insists on its learning-rate scheduler's state, which is restored elsewhere: it gets what it has. And
-    # it drops masters that the state does not name.
-    state = {k: v for k, v in optimizer.state_dict().items() if k in ("LR_Scheduler", "master_weights")}
-    for key, value in {**unused_state(optimizer, parameters, tensors), **tensors}.items():
+    arrays = {}  # earlier versions named state after masters, and wrote masters, too
+    for key, value in tensors.items():
         structured, accumulator = key.split(SEPARATOR)
-        if structured in parameters and accumulator != "master_weight":  # earlier versions wrote masters, too
-            automatic = parameters[structured].name
-            of_master = OF_MASTER if automatic in optimizer._master_weights else ""
-            tensor = paddle.to_tensor(value.numpy() if hasattr(value, "numpy") else value)
-            tensor.name = f"{automatic}_{of_master}{accumulator.removeprefix(OF_MASTER)}"
-            state[tensor.name] = tensor
-    optimizer.set_state_dict(state)
+        if structured in parameters and accumulator != "master_weight":
+            arrays[f"{structured}{SEPARATOR}{accumulator.removeprefix(OF_MASTER)}"] = value
+    if is_8bit(arrays):
+        named = ((parameters[key.split(SEPARATOR)[0]].name, key.split(SEPARATOR)[1]) for key in arrays)
+        optimizer.set_state_dict({"_".join(name): as_tensor(value) for name, value in zip(named, arrays.values())})
+        return
+    # Paddle's `set_state_dict` keeps what it gets and copies it in the first step: for a while, moments are there twice.
+    used = {key.split(SEPARATOR)[0] for key in arrays}
+    inner = getattr(optimizer, "_inner_opt", optimizer)  # of a sharded one
+    inner.helper = LayerHelper(type(inner).__name__)  # as the first step begins in Paddle 2.6
+    block = paddle.base.framework.default_main_program().global_block()
+    inner._create_accumulators(block, [parameter for name, parameter in parameters.items() if name in used])
+    for key, tensor in optimizer_tensors(optimizer, parameters).items():
+        tensor.set_value(as_tensor(arrays[key]))
+
+
+def as_tensor(value):
+    """A tensor of an array, or of what has a method `numpy` that fetches one."""
+    return paddle.to_tensor(value.numpy() if hasattr(value, "numpy") else value)
 
 
 def is_8bit(tensors: dict) -> bool:
     """Whether `{name: tensor}` of a checkpoint are those of `AdamW8bit`, which counts each parameter's steps."""
     return any(key.endswith(f"{SEPARATOR}step") for key in tensors)
-
-
-def unused_state(optimizer, parameters: dict, tensors: dict) -> dict:
-    """The first state of Paddle's AdamW for parameters that had no gradient when `tensors` were written: where Paddle
-    is given any state, it fails when it then misses some."""
-    names = {key.split(SEPARATOR)[0] for key in tensors}
-    return {
-        f"{name}{SEPARATOR}{accumulator}": value
-        for name, parameter in parameters.items()
-        if names and name not in names and not is_8bit(tensors)
-        for accumulator, value in {
-            "moment1_0": np.zeros(parameter.shape, "float32"),
-            "moment2_0": np.zeros(parameter.shape, "float32"),
-            "beta1_pow_acc_0": np.float32([optimizer._beta1]),
-            "beta2_pow_acc_0": np.float32([optimizer._beta2]),
-        }.items()
-    }

@@ -65,6 +65,22 @@ def test_the_host_holds_a_tensor_of_the_state_that_it_writes_and_reads(tmp_path)
     assert peak < total / 8
 
 
+def test_the_first_step_after_a_load_copies_no_moment():
+    layer, optimizer, parameters = build()
+    step(layer, optimizer, 1)
+    tensors = optimizer_tensors(optimizer, parameters)
+    other, other_optimizer, other_parameters = build()
+    load_optimizer_tensors(other_optimizer, other_parameters, tensors)
+
+    def places():
+        state = optimizer_tensors(other_optimizer, other_parameters)
+        return {name: tensor.data_ptr() for name, tensor in state.items()}
+
+    before = places()
+    step(other, other_optimizer, 1)
+    assert before == places() and len(before) == 16
+
+
 def test_a_parameter_that_was_not_used_before_begins_its_moments_when_it_is():
     layer, optimizer, parameters = build()
     layer[0](paddle.ones([2, 3])).square().sum().backward()
