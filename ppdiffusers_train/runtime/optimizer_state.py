@@ -46,7 +46,7 @@ def load_optimizer_tensors(optimizer, parameters: dict, tensors: dict) -> None:
         named = ((parameters[key.split(SEPARATOR)[0]].name, key.split(SEPARATOR)[1]) for key in arrays)
         optimizer.set_state_dict({"_".join(name): as_tensor(value) for name, value in zip(named, arrays.values())})
         return
-    # Paddle's `set_state_dict` keeps what it gets and copies it in the first step: for a while, moments are there twice.
+    # `set_state_dict` keeps what it gets, and the first step copies it: for a while, moments would be there twice.
     used = {key.split(SEPARATOR)[0] for key in arrays}
     inner = getattr(optimizer, "_inner_opt", optimizer)  # of a sharded one
     inner.helper = LayerHelper(type(inner).__name__)  # as the first step begins in Paddle 2.6
