@@ -96,10 +96,13 @@ class EndAtOnce(StopRequest):
         self.numbers = [number for number in STOP_SIGNALS + WARNINGS if signal.getsignal(number) in usual]
 
     def restore(self) -> None:
-        if self.received is None:  # else a repetition would kill the process while it ends
+        if self.received is None:  # else what `react` has set stays
             super().restore()
 
     def react(self) -> None:
+        # A repetition would kill the process while it ends: Python takes its own handlers away then.
+        for number in self.numbers:
+            signal.signal(number, signal.SIG_IGN)
         print(f"{os.path.basename(sys.argv[0])}: ended by {self.received.name}", file=sys.stderr, flush=True)
         raise SystemExit(128 + self.received)
 

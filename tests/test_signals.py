@@ -171,10 +171,14 @@ def started(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_before_the_loop_a_signal_ends_a_program_with_a_line_and_its_status(tmp_path, number):
     program = RUN + "\n@one_line_errors\ndef main(argv=None):\n    ready()\n    time.sleep(60)\nmain()"
-    done = subprocess.Popen([sys.executable, "-c", program, tmp_path], stderr=subprocess.PIPE, text=True)
+    done = subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # in the background, shells have SIGINT ignored
+    )  # fmt: skip
     wait_for((tmp_path / "run").exists)
     for _ in range(3):
         done.send_signal(number)
+        time.sleep(0.1)
     assert done.communicate(timeout=20)[1] == f"-c: ended by {number.name}\n" and done.returncode == 128 + number
 
 
