@@ -40,8 +40,16 @@ def store_thread() -> ThreadPoolExecutor:
 
 @functools.cache
 def open_store():
-    """The store that the ranks of a run have met at."""
-    store = core.create_or_get_global_tcp_store()
+    """A connection of our own to the store that the ranks of a run have met at.
+
+    Paddle's own is used by the main thread, where a collective begins for the first time and ranks exchange addresses.
+    Two threads on one connection take each other's answers.
+    """
+    core.create_or_get_global_tcp_store()  # on rank 0, begins to serve
+    endpoint = os.environ.get("PADDLE_MASTER") or os.environ["PADDLE_TRAINER_ENDPOINTS"].partition(",")[0]
+    host, _, port = endpoint.rpartition(":")
+    nobody_to_wait_for = 0
+    store = core.TCPStore(host, int(port), False, nobody_to_wait_for)
     send_at_once()
     return store
 

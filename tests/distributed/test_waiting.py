@@ -57,6 +57,11 @@ def test_a_timeout_above_gloos_own_holds(tmp_path):
     assert status == 0 and seconds > 31, said
 
 
+def test_questions_are_answered_while_paddle_waits_in_the_store(tmp_path):
+    status, seconds, said = run("ask_beside_paddle", tmp_path)
+    assert status == 0 and seconds < 20, said
+
+
 @pytest.mark.parametrize(
     "scenario, survivor, told",
     [

@@ -7,11 +7,13 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import paddle
+from paddle.base import core
 
 from ppdiffusers_train.data.bad_samples import BadSamples
 from ppdiffusers_train.data.encoded_cache import encode_dataset
@@ -19,6 +21,7 @@ from ppdiffusers_train.errors import BadSampleError, one_line_errors
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.runtime.distributed import start_ranks
 from ppdiffusers_train.runtime.precision import Precision
+from ppdiffusers_train.runtime.waiting import add
 
 LONGER = 3  # times the timeout is what a rank works
 SLOWER = 8  # times is how long rank 1 takes to encode a sample
@@ -67,6 +70,20 @@ def sleep_beyond_gloo(ranks, folder):
     if ranks.rank == 1:
         time.sleep(31)
     assert float(ranks.sum(paddle.ones([]))) == 2
+
+
+def ask_beside_paddle(ranks, folder):
+    """Paddle waits in the store for what the other rank writes, as where a collective begins for the first time."""
+    store = core.create_or_get_global_tcp_store()
+    if ranks.is_main:
+        time.sleep(2)
+        store.set("address", "here")
+    else:
+        with ThreadPoolExecutor(1) as paddle_thread:
+            address = paddle_thread.submit(store.get, "address")
+            assert [add("questions", 1) for _ in range(50)] == list(range(1, 51))
+            assert address.result(20) == b"here"
+    ranks.gather(None)
 
 
 def stop_zero(ranks, folder):
