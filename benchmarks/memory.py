@@ -1,4 +1,4 @@
-"""Which job of the published models fits which card: writes docs/memory.md.
+"""Which job of the published models fits which GPU: writes docs/memory.md.
 
     python benchmarks/memory.py
 
@@ -70,7 +70,7 @@ def write_folder(name: str, folder: Path) -> Path:
 
 def main():
     quiet_libraries()
-    rows, cards = [], []
+    rows, gpus = [], []
     with tempfile.TemporaryDirectory() as root:
         for script, models, resolutions in JOBS:
             job = load_script(ROOT / "examples" / f"{script}.py")
@@ -90,9 +90,9 @@ def main():
                 rows.append(
                     [name, f"{sum(inventory.trained) / 1e6:,.1f} M", *(f"{size / 1e9:.1f}" for size in figures)]
                 )
-                cards.append([name, *(flags_for(inventory, options_of(args), card) for card in GPU_SIZES)])
-                print(" | ".join(rows[-1]), " | ".join(cards[-1]), sep="\n", flush=True)
-    (ROOT / "docs" / "memory.md").write_text(page(rows, cards), encoding="utf-8")
+                gpus.append([name, *(flags_for(inventory, options_of(args), size) for size in GPU_SIZES)])
+                print(" | ".join(rows[-1]), " | ".join(gpus[-1]), sep="\n", flush=True)
+    (ROOT / "docs" / "memory.md").write_text(page(rows, gpus), encoding="utf-8")
 
 
 def short_name(script: str) -> str:
@@ -101,20 +101,20 @@ def short_name(script: str) -> str:
     return name.removesuffix("_wds")
 
 
-def flags_for(inventory, options, card: int) -> str:
-    """The first of `STEPS` with which a job fits a card of so many GB."""
+def flags_for(inventory, options, size: int) -> str:
+    """The first of `STEPS` with which a job fits a GPU of so many GB."""
     for name, change in STEPS:
-        if sum(inventory.memory(replace(options, **change)).values()) <= card * 1e9:
+        if sum(inventory.memory(replace(options, **change)).values()) <= size * 1e9:
             return name
     return "–"
 
 
-def page(rows, cards) -> str:
+def page(rows, gpus) -> str:
     head = Path(__file__).with_name("memory_page.md").read_text(encoding="utf-8")
     kinds = ["trainable", "weights, gradients, AdamW", "encoders", "activations", "with checkpointing"]
     first = table(["job, pixels", *kinds], rows)
-    second = table(["job, pixels", *(f"{card} GB" for card in GPU_SIZES)], cards)
-    return head.format(sizes=first, cards=second)
+    second = table(["job, pixels", *(f"{size} GB" for size in GPU_SIZES)], gpus)
+    return head.format(sizes=first, gpus=second)
 
 
 def table(header, rows) -> str:

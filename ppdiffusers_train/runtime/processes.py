@@ -5,6 +5,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from ppdiffusers_train.launcher.watched_ranks import stat
+
 
 @functools.cache
 def this_machine() -> int:
@@ -19,6 +21,6 @@ def this_machine() -> int:
 def is_alive(process: int) -> bool:
     """Whether a process of this machine is running. A zombie, for which its parent has not waited yet, is not."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return stat(process)[0] not in "ZX"
     except OSError:
         return False

@@ -5,11 +5,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from ppdiffusers_train.launcher.signals import REPETITION_SECONDS, EndAtOnce, Patience, StopRequest
+from ppdiffusers_train.runtime.processes import is_alive
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.once  # Paddle has no part in it
@@ -119,13 +119,6 @@ def wait_for(condition, seconds=30):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def is_alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 class Rank:
