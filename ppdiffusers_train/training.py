@@ -20,7 +20,7 @@ from ppdiffusers_train.loop.filling import encode_dataset
 from ppdiffusers_train.loop.identity import job_code, public_arguments, public_command, run_identity, versions
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.reports import open_reports
-from ppdiffusers_train.loop.run import Run, notices, resolve_run, set_arithmetic
+from ppdiffusers_train.loop.run import Run, notices, resolve_run
 from ppdiffusers_train.loop.saving import end_stopped, remove_stale_shards, save_checkpoint, write_result
 from ppdiffusers_train.loop.state import TrainingState, build_training_state, check_schedule
 from ppdiffusers_train.loop.step import add_gradients, seed_layers, set_training_mode
@@ -74,7 +74,6 @@ def train_job(module, dataset, run: Run) -> None:
 def prepare(module, dataset, run: Run) -> Plan:
     """Choose what is trained and the order of samples; check that all ranks and the checkpoint agree on it."""
     args = run.args
-    remarks = set_arithmetic(args)
     if run.ranks.world_size > 1 and not args.dry_run:
         agree(run.ranks, job_code(module))
         agree_on_data(dataset, run.ranks)
@@ -87,7 +86,7 @@ def prepare(module, dataset, run: Run) -> Plan:
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     check_schedule(args, total_steps)
     info = {**identity, "arguments": public_arguments(args), "command": public_command(args), "versions": versions()}
-    return Plan(run, module, dataset, order, total_steps, steps_per_epoch, info, remarks)
+    return Plan(run, module, dataset, order, total_steps, steps_per_epoch, info)
 
 
 def prepare_state(plan: Plan) -> TrainingState:
@@ -101,7 +100,7 @@ def prepare_state(plan: Plan) -> TrainingState:
     if run.checkpoint:
         state.load_record(run.saved)
         run.log(f"resumed from {run.checkpoint} at step {state.step}")
-    for line in [*plan.remarks, *notices(run.args, state.precision, plan.total_steps)]:
+    for line in [*run.remarks, *notices(run.args, state.precision, plan.total_steps)]:
         run.log(line)
     trained = sum(parameter.size for parameter in state.parameters.values())
     run.log(

@@ -17,7 +17,6 @@ class Plan:
         order: which row comes at which position.
         total_steps, steps_per_epoch: numbers of optimizer steps.
         info: identity, flags and versions, which are written into the run's folder and its checkpoints.
-        remarks: lines to log about flags without effect.
     """
 
     run: Run
@@ -27,7 +26,6 @@ class Plan:
     total_steps: int
     steps_per_epoch: int
     info: dict
-    remarks: list
 
     def steps_from(self, state) -> list:
         """[(window, [positions of each of this rank's batches])] of the remaining steps."""

@@ -30,12 +30,14 @@ class Run:
         ranks: the processes of the run.
         checkpoint: the folder to resume from, or None.
         saved: the contents of that folder's `state.json`, or {}.
+        remarks: lines about flags without effect.
     """
 
     args: argparse.Namespace
     ranks: Ranks
     checkpoint: object
     saved: dict
+    remarks: list
 
     @property
     def output_dir(self) -> Path:
@@ -68,6 +70,7 @@ def resolve_run(args) -> Run:
     ranks = start_ranks(timeout=args.collective_timeout)
     if ranks.world_size > 1:
         agree(ranks, {**compared_flags(args), **compared_code()})
+    remarks = set_arithmetic(args)  # models compute while they are loaded, too
     check_flags(args, ranks)
     if not args.dry_run:
         wait_for_folder(Path(args.output_dir))
@@ -76,7 +79,7 @@ def resolve_run(args) -> Run:
     if not args.dry_run:
         check_shared_folders(args, ranks, is_resumed=checkpoint is not None)
     ranks.share_optimizer_state(args.sharding_degree)
-    return Run(args, ranks, checkpoint, saved)
+    return Run(args, ranks, checkpoint, saved, remarks)
 
 
 def resolve_flags(args, saved: dict, ranks: Ranks) -> argparse.Namespace:
