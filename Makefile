@@ -119,7 +119,7 @@ test: .venv/ready
 	$(call PYTEST,.venv)
 
 test-engine: .venv/ready
-	$(call PYTEST,.venv,tests/runtime -m engine -n 0)
+	$(call PYTEST,.venv,tests/cpu -m engine -n 0)
 
 # The device in software needs g++ on Linux x86-64; elsewhere these tests are skipped.
 precision: .venv/ready
