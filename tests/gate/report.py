@@ -1,4 +1,4 @@
-"""Writes docs/results.md and its pictures from what `make gate` measured.
+"""Writes docs/results.md and its pictures, and the README's wall of them, from what `make gate` measured.
 
 python -m tests.gate.report outputs/gate docs
 
@@ -23,6 +23,7 @@ from tests.gate.experiments import (
     THIRD,
     job_of,
 )
+from tests.gate.wall import wall
 
 INTRODUCTION = f"""# Measured results of each job
 
@@ -157,6 +158,7 @@ def main(source, docs):
     for picture in source.glob("*.png"):
         shutil.copy(picture, docs / "results")
     (docs / "results.md").write_text(report(measured), encoding="utf-8")
+    wall(docs / "results").save(docs / "wall.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,15 @@
 import ppdiffusers_train  # noqa: F401
 
 import json
+import shutil
 
+import numpy as np
+from PIL import Image
+
+from ppdiffusers_train.toy.demo.demo import PROMPTS, plot_figure
 from tests.conftest import ROOT
 from tests.gate.report import main, verdict
+from tests.gate.wall import before_and_after, places
 
 
 def test_two_runs_differ_where_chance_does_not_explain_it():
@@ -14,7 +20,8 @@ def test_two_runs_differ_where_chance_does_not_explain_it():
 
 def test_the_page_is_what_its_figures_say_and_what_is_not_measured_again_stays(tmp_path):
     docs, source = tmp_path / "docs", tmp_path / "gate"
-    docs.mkdir(), source.mkdir()
+    source.mkdir()
+    shutil.copytree(ROOT / "docs/results", docs / "results")
     figures = (ROOT / "docs/results.json").read_text(encoding="utf-8")
     (docs / "results.json").write_text(figures, encoding="utf-8")
     main(source, docs)
@@ -29,3 +36,12 @@ def test_the_page_is_what_its_figures_say_and_what_is_not_measured_again_stays(t
     (line,) = (line for line in changed.splitlines() if line not in page.splitlines())
     assert line.startswith("| decoder, after |") and line.endswith("| 12.5 % |")
     assert json.loads((docs / "results.json").read_text(encoding="utf-8"))["prior"] == json.loads(figures)["prior"]
+    with Image.open(docs / "wall.png") as new, Image.open(ROOT / "docs/wall.png") as kept:
+        assert np.array_equal(new, kept), "docs/wall.png shows the images of docs/results"
+
+
+def test_the_wall_shows_the_images_of_a_figure_and_nothing_around_them(tmp_path):
+    before, after = ([np.full((32, 32, 3), shade + 9 * i, np.uint8) for i in range(len(PROMPTS))] for shade in (9, 130))
+    plot_figure(before, {"before": before, "after": after}, [500.0, 0.1, 3.0]).savefig(tmp_path / "job.png", dpi=100)
+    wall = np.asarray(before_and_after(tmp_path / "job.png", places()))
+    assert set(np.unique(wall)) == {*(9 + 18 * i for i in range(5)), *(130 + 18 * i for i in range(5)), 255}
