@@ -43,9 +43,9 @@ MIXED = "mixed"  # all looks in turn
 
 def check_data(args) -> int:
     """Report the problems of a data set. The status is 1 where training would stop or lose samples."""
+    from ppdiffusers_train.data.inspection import processors
     from ppdiffusers_train.models.text import count_tokens, load_tokenizer
     from ppdiffusers_train.tools.check import Tokens, check, describe_shards
-    from ppdiffusers_train.tools.inspection import processors
     from ppdiffusers_train.tools.sources import LIST
 
     with stdout_for_result(args.json):
@@ -70,7 +70,7 @@ def pack_data(args) -> int:
     """Write a data set into tar shards. The status is 1 where samples had to be left out."""
     from tqdm import tqdm
 
-    from ppdiffusers_train.tools.inspection import processors
+    from ppdiffusers_train.data.inspection import processors
     from ppdiffusers_train.tools.pack import PLAN_FILE, pack, summary
 
     started, read, written = time.monotonic(), Path(args.source).resolve(), Path(args.output_dir).resolve()
@@ -141,7 +141,7 @@ def toy_data(args) -> None:
             from ppdiffusers_train.tools.sources import open_source
 
             pack(
-                open_source(str(folder), "image", "text"),
+                open_source(str(folder)),
                 args.output,
                 args.shard_size,
                 "shapes",
@@ -175,7 +175,8 @@ def open_named(args):
     """The `Source` that the flags of `add_source_arguments` name."""
     from ppdiffusers_train.tools.sources import open_source
 
-    return open_source(args.source, args.image_column, args.caption_column, args.dataset_config_name, args.cache_dir)
+    places = {name: getattr(args, name) for name in ("dataset_config_name", "cache_dir", "index_dir")}
+    return open_source(args.source, args.image_column, args.caption_column, **places)
 
 
 def add_source_arguments(command, what: str) -> None:
@@ -184,7 +185,8 @@ def add_source_arguments(command, what: str) -> None:
     add("--dataset_config_name", help="Configuration of the dataset, if it has several.")
     add("--image_column", default="image", help="Column of the images.")
     add("--caption_column", default="text", help="Column, or field of .json files, of the captions.")
-    add("--cache_dir", metavar="DIR", help="Folder for downloads and indices; by default that of Hugging Face.")
+    add("--cache_dir", metavar="DIR", help="Folder for downloads; by default that of Hugging Face.")
+    add("--index_dir", metavar="DIR", help="Folder for indices of data sets; by default, it is in --cache_dir.")
     add(
         "--processes",
         type=positive_int,

@@ -10,7 +10,7 @@ from ppdiffusers_train.loop.run import resolve_run
 from ppdiffusers_train.models.lora import add_lora, load_lora_weights, save_lora, save_lora_weights
 from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule
-from ppdiffusers_train.training import train_job
+from ppdiffusers_train.training import index_dataset, train_job
 
 
 def run_job(parser, module_class, argv=None, build_dataset=build_dataset) -> None:
@@ -28,6 +28,7 @@ def run_job(parser, module_class, argv=None, build_dataset=build_dataset) -> Non
         args = parser.parse_args(argv)
         run = resolve_run(args)
         dataset = build_dataset(run.args)
+        index_dataset(dataset, run)
         module = module_class(run.args)
         module.inspect_dataset(dataset)
         train_job(module, dataset, run)

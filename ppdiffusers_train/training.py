@@ -9,9 +9,12 @@ import paddle
 
 from ppdiffusers_train.cpu.kernel_repairs import repair_kernels
 from ppdiffusers_train.cpu.patches import COMPILE_FROM_ROWS, CompiledEncode, can_compile, patched_paddle
+from ppdiffusers_train.data.dataset import index_folder
 from ppdiffusers_train.data.identity import agree_on_data
+from ppdiffusers_train.data.image_index import index_images
 from ppdiffusers_train.data.loader import OnlineSamples, iterate_batches, to_device
 from ppdiffusers_train.data.order import order_samples
+from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.draws import iterate_draws
 from ppdiffusers_train.launcher.signals import StopRequest
 from ppdiffusers_train.launcher.stand_in import ask_for_time, ignore_signals_from_now_on
@@ -59,6 +62,7 @@ def launch_training_task(module, dataset, args) -> None:
 def train_job(module, dataset, run: Run) -> None:
     """`launch_training_task` with resolved flags."""
     repair_kernels()
+    index_dataset(dataset, run)
     holds_folder = run.ranks.is_main and not run.args.dry_run
     with folder_held(run.output_dir) if holds_folder else contextlib.nullcontext():
         plan = prepare(module, dataset, run)
@@ -69,6 +73,12 @@ def train_job(module, dataset, run: Run) -> None:
         state = prepare_state(plan)
         samples = prepare_samples(plan, state)
         train(plan, state, samples)
+
+
+def index_dataset(dataset, run: Run) -> None:
+    """Look at the images of which the index knows nothing yet; a dry run, and a stream, do without."""
+    if isinstance(dataset, Rows) and not dataset.facts and not run.args.dry_run:
+        index_images(dataset, run.ranks, index_folder(run.args), run.log)
 
 
 def prepare(module, dataset, run: Run) -> Plan:

@@ -59,6 +59,11 @@ def add_data_arguments(parser):
     add("--max_train_samples", type=positive_int, help="Train on this many samples, chosen at random by --seed.")
     add("--cache_dir", metavar="DIR", help="Folder for downloaded models and datasets.")
     add(
+        "--index_dir", metavar="DIR",
+        help="Folder for what is known of the images (sizes, content hashes), so that each is looked at once. By "
+        "default, it is in --cache_dir or the user's cache.",
+    )  # fmt: skip
+    add(
         "--encoded_cache", action=Flag, default=None,
         help="Run the frozen encoders once per sample, store the results in output_dir/encoded, and train from them.",
     )  # fmt: skip

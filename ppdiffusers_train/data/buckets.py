@@ -4,11 +4,8 @@
 """
 
 import math
-from collections import Counter
 
-from tqdm import tqdm
-
-from ppdiffusers_train.errors import BadSampleError
+import numpy as np
 
 STEP, LARGEST_RATIO = 64, 4
 
@@ -36,19 +33,15 @@ def size_for(width: int, height: int, resolution: int, buckets: list) -> tuple:
     return sizes[nearest_bucket(sizes, width, height)]
 
 
-def assign_buckets(sizes: list, dataset) -> list:
-    """The index of each row's bucket; 0 for a row that cannot be read."""
-    buckets = []
-    for row in tqdm(range(len(dataset)), desc="reading sizes", unit="image", delay=5):
-        try:
-            buckets.append(nearest_bucket(sizes, *dataset.image_size(row)))
-        except BadSampleError:  # training reports it when it reads the row
-            buckets.append(0)
-    return buckets
+def assign_buckets(sizes: list, dataset) -> np.ndarray:
+    """The index of each row's bucket, int16 [n]; 0 for a row that cannot be read."""
+    found, places = np.unique(dataset.image_sizes(), axis=0, return_inverse=True)
+    nearest = [nearest_bucket(sizes, width, height) if width else 0 for width, height in found.tolist()]
+    return np.array(nearest, np.int16)[places.reshape(-1)]
 
 
-def describe_buckets(sizes: list, buckets: list) -> str:
+def describe_buckets(sizes: list, buckets: np.ndarray) -> str:
     """A line with the number of images of each size."""
-    counts = Counter(buckets)
-    found = ", ".join(f"{sizes[index][0]} x {sizes[index][1]}: {counts[index]}" for index in sorted(counts))
-    return f"{len(counts)} of {len(sizes)} sizes are used (height x width: images): {found}"
+    used, counts = np.unique(buckets, return_counts=True)
+    found = ", ".join(f"{sizes[index][0]} x {sizes[index][1]}: {count}" for index, count in zip(used, counts))
+    return f"{len(used)} of {len(sizes)} sizes are used (height x width: images): {found}"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
 
+from ppdiffusers_train.data.image_folder import build_folder, list_files
 from ppdiffusers_train.data.order import permutation
 from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.errors import UserError
@@ -21,9 +22,7 @@ def build_dataset(args):
     if args.train_shards_path_or_url:
         dataset = build_shards(args)
     elif args.train_data_dir or args.dataset_name:
-        from ppdiffusers_train.data.image_folder import build_table  # only here: `datasets` takes a while to import
-
-        dataset = build_table(args)
+        dataset = build_images(args)
     else:
         raise UserError(
             "no data: expected --train_data_dir DIR, --dataset_name NAME or --train_shards_path_or_url SHARDS"
@@ -31,6 +30,23 @@ def build_dataset(args):
     if isinstance(dataset, Rows) and args.max_train_samples is not None and args.max_train_samples < len(dataset):
         dataset = dataset.select(permutation(args.seed or 0, 0, len(dataset))[: args.max_train_samples])
     return dataset
+
+
+def build_images(args) -> Rows:
+    """The samples of `--train_data_dir` or `--dataset_name`."""
+    folder = args.train_data_dir
+    if folder and not os.path.isdir(folder):
+        raise UserError(f"--train_data_dir: {folder!r} is not a folder; expected images with a metadata.jsonl")
+    if not args.dataset_name and not (listing := list_files(folder)).has_archives:
+        return build_folder(args, listing, index_folder(args))
+    from ppdiffusers_train.data.tables import build_table  # only here: `datasets` takes a while to import
+
+    return build_table(args)
+
+
+def index_folder(args) -> Path:
+    """Where indices of data sets are kept: never beside the data."""
+    return Path(args.index_dir or Path(args.cache_dir or HF_HOME) / "ppdiffusers_train")
 
 
 def build_shards(args):
@@ -43,7 +59,7 @@ def build_shards(args):
     flag, source = "--train_shards_path_or_url", args.train_shards_path_or_url
     if args.train_data_dir or args.dataset_name:
         raise UserError(f"{flag}: there is --train_data_dir or --dataset_name as well; expected one of them")
-    cache_folder = Path(args.cache_dir or HF_HOME) / "ppdiffusers_train"
+    cache_folder = index_folder(args)
     addresses = expand_urls(source)
     streamed = [address for address in addresses if address.startswith(STREAMED)]
     if not streamed:

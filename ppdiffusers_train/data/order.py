@@ -14,19 +14,23 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return generator(seed, epoch, "order").permutation(size)
 
 
-def grouped(rows, buckets: list, block: int) -> np.ndarray:
+def grouped(rows: np.ndarray, buckets: np.ndarray, block: int) -> np.ndarray:
     """The same rows in blocks of `block` rows of one bucket, each at the place of its last row; incomplete blocks last.
 
     Args:
         buckets: the bucket of every row of the dataset.
     """
-    order, pending = [], {}
-    for row in rows:
-        block_of_row = pending.setdefault(buckets[row], [])
-        block_of_row.append(row)
-        if len(block_of_row) == block:
-            order += pending.pop(buckets[row])
-    return np.array(order + [row for bucket in sorted(pending) for row in pending[bucket]], dtype=np.int64)
+    bucket = buckets[rows]
+    by_bucket = np.argsort(bucket, kind="stable")  # places in `rows`, bucket by bucket
+    sizes = np.bincount(bucket)
+    starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    number = np.arange(len(rows)) - starts  # of a row within its bucket
+    first = starts + number // block * block  # of its block, among `by_bucket`
+    last = first + block - 1
+    is_complete = last < starts + np.repeat(sizes, sizes)
+    # Complete blocks in the order of their last rows, then incomplete ones in the order of buckets.
+    keys = np.where(is_complete, by_bucket[np.minimum(last, len(rows) - 1)], len(rows) + bucket[by_bucket])
+    return rows[by_bucket[np.argsort(keys, kind="stable")]]
 
 
 class SampleOrder:
@@ -53,14 +57,14 @@ class SampleOrder:
         known_epoch, rows = self._permutation
         if known_epoch != epoch:
             rows = permutation(self.seed, epoch, self.size)
-            if self.buckets:
+            if self.buckets is not None:
                 rows = grouped(rows, self.buckets, self.samples_per_step)
             self._permutation = (epoch, rows)  # in one assignment, because several loader threads call this
         return int(rows[offset])
 
     def bucket(self, position: int) -> int:
         """The bucket of the sample at `position`."""
-        return self.buckets[self.row(position)] if self.buckets else 0
+        return 0 if self.buckets is None else int(self.buckets[self.row(position)])
 
     def steps_per_epoch(self, samples_per_step: int) -> int:
         """Optimizer steps of one epoch; the last one may have fewer samples."""

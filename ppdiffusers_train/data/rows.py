@@ -7,13 +7,14 @@ import hashlib
 import io
 import json
 import os
-from pathlib import Path
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ppdiffusers_train.errors import BadSampleError
 
+ROWS_AT_ONCE = 1000
 ORIENTATION_TAG = 0x0112  # of EXIF
 # How an image with an EXIF orientation is turned upright; from 5 on, height and width are swapped.
 TURNS = {
@@ -28,33 +29,26 @@ TURNS = {
 
 
 class Rows:
-    """Rows `{"image": RGB PIL image, "caption": a text, or a list of several, "name": str}` of a table.
+    """Rows `{"image": RGB PIL image, "caption": a text, or a list of several, "name": str}`, in any order.
 
-    A subclass gives a row's name and where its image is stored.
+    A subclass says where names, images and captions are stored.
 
     Args:
-        table: a `datasets.Dataset`.
-        caption_column: name of the column with the captions.
+        caption_column: name of the column with the captions, for messages.
     """
 
-    def __init__(self, table, caption_column: str):
-        self.caption_column = caption_column
-        self._use(table)
+    facts = None
+    """What is known of the images, an `image_index.Facts`; None before `image_index.index_images`."""
 
-    def _use(self, table):
-        self.table = table
-        self.texts = table.select_columns([self.caption_column])  # so that reading a caption reads no image
-        # A sample reads its row several times. Rows are kept for as many loading threads as there may be.
-        self.row = functools.lru_cache(maxsize=32)(table.__getitem__)
+    def __init__(self, caption_column: str):
+        self.caption_column = caption_column
 
     def __len__(self):
-        return len(self.table)
+        raise NotImplementedError
 
     def select(self, indices):
         """The same rows, only those at `indices`."""
-        chosen = copy.copy(self)
-        chosen._use(self.table.select(indices))
-        return chosen
+        raise NotImplementedError
 
     def name(self, index: int) -> str:
         """The name of row `index` in messages: the file's name where there is one."""
@@ -68,6 +62,10 @@ class Rows:
         """
         raise NotImplementedError
 
+    def stored_captions(self, start: int, stop: int) -> list:
+        """The captions of rows `start` to `stop` as they are stored. No image is read for it."""
+        raise NotImplementedError
+
     def stored_names(self, start: int, stop: int) -> list:
         """Names of the images of rows `start` to `stop`, the same in any copy of the data."""
         raise NotImplementedError
@@ -76,15 +74,30 @@ class Rows:
         """Sizes of these images as stored, in bytes; None for an image that does not exist."""
         raise NotImplementedError
 
-    def stored_image(self, index: int):
-        """The image of row `index` as it is stored: its bytes, or a path.
+    def source_digest(self) -> str:
+        """A name for the data set: its place in the cache of indices."""
+        raise NotImplementedError
+
+    def stamps(self) -> np.ndarray:
+        """16 bytes for each row that are others once its image has changed on disk: "S16" [n]."""
+        raise NotImplementedError
+
+    def all_stamps(self) -> np.ndarray:
+        """The stamps also of those rows that `select` has left out."""
+        return self.stamps()
+
+    def stored_image(self, index: int) -> bytes:
+        """The bytes of the image of row `index`.
 
         Raises:
-            BadSampleError: there is none.
+            BadSampleError: there is none, or it is not what it was when the run began.
             OSError: it cannot be read.
         """
         location = self.location(index)
-        return read_stored(location) if isinstance(location, tuple) else location
+        content, stamp, _ = read_stamped(location)
+        if self.facts and stamp and self.facts.has_changed(index, stamp, content):
+            raise BadSampleError(f"{self.name(index)}: the image has changed since the run began")
+        return content
 
     def captions(self, index: int) -> list:
         """The captions of row `index`. Training takes one of them at random.
@@ -92,18 +105,23 @@ class Rows:
         Raises:
             BadSampleError: there is none, or it is no text.
         """
-        return as_captions(self.texts[index][self.caption_column], self.name(index), self.caption_column)
+        return as_captions(self.stored_captions(index, index + 1)[0], self.name(index), self.caption_column)
+
+    def blocks(self):
+        """Yield (start, stop) of consecutive blocks of rows."""
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            yield start, min(start + ROWS_AT_ONCE, len(self))
 
     def count_captions(self) -> int:
         """Number of captions of all rows."""
-        columns = (batch[self.caption_column] for batch in self.texts.iter(1000))
-        return sum(len(caption) if isinstance(caption, list) else 1 for column in columns for caption in column)
+        captions = (caption for block in self.blocks() for caption in self.stored_captions(*block))
+        return sum(len(caption) if isinstance(caption, list) else 1 for caption in captions)
 
     def digest(self) -> str:
         """A hash of all captions in their order, which identifies the data."""
         digest = hashlib.blake2b(digest_size=8)
-        for batch in self.texts.iter(1000):
-            digest.update(json.dumps(batch[self.caption_column]).encode())
+        for block in self.blocks():
+            digest.update(json.dumps(self.stored_captions(*block)).encode())
         return digest.hexdigest()
 
     def image_digest(self, index: int) -> bytes:
@@ -112,8 +130,10 @@ class Rows:
         Raises:
             BadSampleError: the file cannot be read.
         """
+        if self.facts:
+            return self.facts.digest(index, self.name)
         with reading(self.name(index)):
-            return content_digest(read_stored(self.location(index)))
+            return content_digest(self.stored_image(index))
 
     def image_size(self, index: int) -> tuple:
         """Width and height of row `index` as training sees it, from the file's header.
@@ -121,8 +141,26 @@ class Rows:
         Raises:
             BadSampleError: the image cannot be read.
         """
-        with reading(self.name(index)), open_image(self.stored_image(index)) as file:
-            return upright_size(file)
+        if self.facts:
+            return self.facts.size(index, self.name)
+        with reading(self.name(index)):
+            location = self.location(index)
+            with open_image(location if isinstance(location, str) else read_stored(location)) as file:
+                return upright_size(file)
+
+    def image_sizes(self) -> np.ndarray:
+        """`image_size` of all rows, int [n, 2]; zeros for an image that cannot be read."""
+        if self.facts:
+            return self.facts.sizes
+        sizes = np.zeros((len(self), 2), np.int32)
+        for row in tqdm(range(len(self)), desc="reading sizes", unit="image", delay=5):
+            with contextlib.suppress(BadSampleError):  # training reports it when it reads the row
+                sizes[row] = self.image_size(row)
+        return sizes
+
+    def images_digest(self) -> str:
+        """A hash of the contents of all images in their order, once they have been looked at."""
+        return hashlib.blake2b(self.facts.digests, digest_size=8).hexdigest()
 
     def __getitem__(self, index: int) -> dict:
         """Row `index`, decoded.
@@ -133,6 +171,31 @@ class Rows:
         captions, name = self.captions(index), self.name(index)
         with reading(name):
             return decode_row(self.stored_image(index), captions, name)
+
+
+class TableRows(Rows):
+    """Rows of a `datasets.Dataset`."""
+
+    def __init__(self, table, caption_column: str):
+        super().__init__(caption_column)
+        self._use(table)
+
+    def _use(self, table):
+        self.table = table
+        self.texts = table.select_columns([self.caption_column])  # so that reading a caption reads no image
+        # A sample reads its row several times. Rows are kept for as many loading threads as there may be.
+        self.row = functools.lru_cache(maxsize=32)(table.__getitem__)
+
+    def __len__(self):
+        return len(self.table)
+
+    def select(self, indices):
+        chosen = copy.copy(self)
+        chosen._use(self.table.select(indices))
+        return chosen
+
+    def stored_captions(self, start: int, stop: int) -> list:
+        return self.texts[start:stop][self.caption_column]
 
 
 def as_captions(caption, name: str, column: str) -> list:
@@ -149,13 +212,33 @@ def as_captions(caption, name: str, column: str) -> list:
 
 def read_stored(location) -> bytes:
     """The bytes of an image at a `Rows.location`."""
+    return read_stamped(location)[0]
+
+
+def read_stamped(location) -> tuple:
+    """Read the image at a `Rows.location`.
+
+    Returns:
+        (its bytes, the `stamp_of` its file, the time of the file's last change in s); stamp and time are empty for an
+        image in memory.
+    """
     if isinstance(location, bytes):
-        return location
-    if not isinstance(location, tuple):
-        return Path(location).read_bytes()
-    path, offset, size = location
+        return location, b"", 0.0
+    path, *part = location if isinstance(location, tuple) else (location,)
     with open(path, "rb", buffering=0) as file:
-        return os.pread(file.fileno(), size, offset)
+        stat = os.fstat(file.fileno())
+        content = os.pread(file.fileno(), *reversed(part)) if part else file.read()
+    return content, stamp_of(stat, *part), stat.st_ctime
+
+
+def stamp_of(stat: os.stat_result, *part) -> bytes:
+    """16 bytes that are others once a file has changed: a hash of its inode, size, and times.
+
+    Args:
+        part: offset and size of the image, if it is only a part of the file.
+    """
+    words = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, *part)
+    return hashlib.blake2b(repr(words).encode(), digest_size=16).digest()
 
 
 def content_digest(content: bytes) -> bytes:
@@ -221,13 +304,10 @@ def warn_of_small_images(dataset, size: int) -> None:
     """Print how many images have a side shorter than `size` pixels, and name one: enlarging does not sharpen them."""
     if not isinstance(dataset, Rows):  # a stream, which cannot be read beforehand
         return
-    small = []
-    for row in tqdm(range(len(dataset)), desc="reading sizes", unit="image", delay=5):
-        with contextlib.suppress(BadSampleError):  # training reports it when it reads the row
-            if min(dataset.image_size(row)) < size:
-                small.append(row)
-    if small:
+    shorter = dataset.image_sizes().min(axis=1)
+    small = np.flatnonzero((shorter > 0) & (shorter < size))
+    if len(small):
         print(
             f"{len(small)} of {len(dataset)} images are smaller than {size} pixels and are enlarged, for example "
-            f"{dataset.name(small[0])}"
+            f"{dataset.name(int(small[0]))}"
         )

@@ -1,12 +1,11 @@
 """Local tar shards. They are indexed once, and can then be read in any order, like a folder of images.
 
-The index of `photos-000.tar` is `photos-000.tar.index`, an Arrow table with a row for each sample: where its image's
-bytes are, its captions, its problem. It is stored beside the shard, or in a cache folder if that is not writable, and
-is written anew when the shard has changed.
+The index of a shard is an Arrow table with a row for each sample: where its image's bytes are, its captions, its
+problem. It is stored in a cache folder, never beside the data, and is written anew when the shard has changed.
 """
 
 import glob
-import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import pyarrow
 from datasets.table import InMemoryTable
 from tqdm import tqdm
 
-from ppdiffusers_train.data.rows import Rows
+from ppdiffusers_train.data.arrow_files import IDENTITY, atomic_table, is_written, read_table
+from ppdiffusers_train.data.rows import TableRows, content_digest, stamp_of
 from ppdiffusers_train.data.tar_samples import read_samples
 from ppdiffusers_train.errors import BadSampleError, UserError
 
@@ -32,7 +32,7 @@ SCHEMA = pyarrow.schema(
 ROWS_AT_ONCE = 1000
 
 
-class ShardRows(Rows):
+class ShardRows(TableRows):
     """The samples of local tar shards. Each problem of an archive is an unusable row.
 
     Args:
@@ -61,6 +61,17 @@ class ShardRows(Rows):
 
     def captions(self, index: int) -> list:
         return self._usable(index)["captions"]
+
+    def source_digest(self) -> str:
+        return content_digest("\n".join(map(os.path.realpath, self.shards)).encode()).hex()
+
+    def stamps(self) -> np.ndarray:
+        stats, stamps = [shard.stat() for shard in self.shards], bytearray()
+        for start, stop in self.blocks():
+            rows = self.table[start:stop]
+            for shard, *part in zip(rows["shard"], rows["offset"], rows["size"]):
+                stamps += stamp_of(stats[shard], *part)
+        return np.frombuffer(stamps, "S16")
 
     def _usable(self, index: int) -> dict:
         row = self.row(index)
@@ -94,12 +105,11 @@ def open_shards(shards: list, caption_field: str, cache_folder: Path) -> ShardRo
 
     Args:
         caption_field: see `read_samples`.
-        cache_folder: folder for indices that cannot be written beside their shards.
+        cache_folder: folder for the indices.
     """
     tables = []
     for number, shard in enumerate(tqdm(shards, desc="indexing shards", unit="shard", delay=5)):
-        with pyarrow.memory_map(str(index_of(shard, caption_field, cache_folder))) as file:
-            table = pyarrow.ipc.open_stream(file).read_all()  # stays mapped after the file is closed
+        table = read_table(index_of(shard, caption_field, cache_folder))
         tables.append(table.append_column("shard", pyarrow.array(np.full(len(table), number, np.int32))))
     table = InMemoryTable(pyarrow.concat_tables(tables))
     return ShardRows(
@@ -111,44 +121,22 @@ def index_of(shard: Path, caption_field: str, cache_folder: Path) -> Path:
     """The index of a shard, written if it does not exist or is outdated.
 
     Raises:
-        UserError: the shard cannot be read.
+        UserError: the shard cannot be read, or the index cannot be written.
     """
-    hidden = cache_folder / hashlib.blake2b(str(shard.absolute()).encode(), digest_size=16).hexdigest()
-    files = [shard.with_name(f"{shard.name}.index"), hidden]
+    file = cache_folder / "shards" / f"{content_digest(os.path.realpath(shard).encode()).hex()}.arrow"
     try:
-        stat = shard.stat()
-        schema = SCHEMA.with_metadata(
-            {"size": str(stat.st_size), "time": str(stat.st_mtime_ns), "caption_field": caption_field}
-        )
-        current = next((file for file in files if is_current(file, schema)), None)
-        current = current or next((file for file in files if write_index(shard, file, schema, caption_field)), None)
+        identity = {"stamp": stamp_of(shard.stat()).hex(), "caption_field": caption_field}
+        if not is_written(file, identity):
+            write_index(shard, file, SCHEMA.with_metadata({IDENTITY: json.dumps(identity)}), caption_field)
     except OSError as error:
-        raise UserError(f"--train_shards_path_or_url: {str(shard)!r} cannot be read: {error}") from error
-    if current is None:
-        raise UserError(
-            f"--cache_dir: {str(hidden)!r} cannot be written, nor can {str(files[0])!r}; expected one that can"
-        )
-    return current
+        place = "--train_shards_path_or_url" if error.filename == str(shard) else "--index_dir"
+        raise UserError(f"{place}: {error.filename or str(file)!r}: {error.strerror or error}") from error
+    return file
 
 
-def is_current(file: Path, schema) -> bool:
-    """Whether an index exists and belongs to the current state of the shard."""
-    try:
-        with pyarrow.OSFile(str(file)) as source, pyarrow.ipc.open_stream(source) as reader:
-            return reader.schema.equals(schema, check_metadata=True)
-    except (OSError, pyarrow.ArrowInvalid):
-        return False
-
-
-def write_index(shard: Path, file: Path, schema, caption_field: str) -> bool:
-    """Write the index of a shard atomically. Returns False where nothing can be written."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        target = pyarrow.OSFile(str(temporary), "wb")
-    except OSError:
-        return False
-    with target, pyarrow.ipc.new_stream(target, schema) as writer, open(shard, "rb") as archive:
+def write_index(shard: Path, file: Path, schema, caption_field: str) -> None:
+    """Write the index of a shard atomically."""
+    with open(shard, "rb") as archive, atomic_table(file, schema) as writer:
         rows = []
         for sample in read_samples(archive, caption_field, sequential=False):
             rows.append(vars(sample))
@@ -156,5 +144,3 @@ def write_index(shard: Path, file: Path, schema, caption_field: str) -> bool:
                 writer.write(pyarrow.RecordBatch.from_pylist(rows, schema))
                 rows = []
         writer.write(pyarrow.RecordBatch.from_pylist(rows, schema))
-    os.replace(temporary, file)
-    return True

@@ -32,7 +32,7 @@ OWN_PLACES = {
 # is read by rank 0 alone.
 OWN_FLAGS = {
     *("config", "output_dir", "local_rank", "cache_dir", "dataloader_num_workers"),
-    *("hub_token", "report_to", "logging_dir", "peak_tflops"),
+    *("hub_token", "report_to", "logging_dir", "peak_tflops", "index_dir"),
 }
 
 
@@ -78,16 +78,19 @@ def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
     identity = {"job": type(module).__name__, "seed": args.seed, "rows": len(dataset)}
     if hasattr(dataset, "digest"):
         identity["data"] = dataset.digest()
+    if getattr(dataset, "facts", None):
+        identity["images"] = dataset.images_digest()
     if module.buckets:  # then the order of samples depends on it
         identity["samples_per_step"] = samples_per_step
     words = {
         "seed": "--seed",
         "rows": "number of samples",
         "data": "data (a hash of all captions, or of a stream's addresses)",
+        "images": "images (a hash of the contents of all)",
         "samples_per_step": "number of samples per step",
     }
     for name, value in identity.items():
-        if saved and saved.get(name) != value:
+        if saved and saved.get(name) != value and not (name == "images" and name not in saved):  # of an older version
             raise UserError(
                 f"--resume_from_checkpoint: {args.resume_from_checkpoint!r} is of another run: its "
                 f"{words.get(name, name)} is {saved.get(name)}, here it is {value}"

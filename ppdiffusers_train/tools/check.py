@@ -9,10 +9,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ppdiffusers_train.data.inspection import Inspected
 from ppdiffusers_train.data.streams import LANES
 from ppdiffusers_train.errors import BadSampleError
 from ppdiffusers_train.tools.caption_length import LONGEST, fewest_tokens
-from ppdiffusers_train.tools.inspection import Inspected, inspect_all
+from ppdiffusers_train.tools.inspection import inspect_all
 from ppdiffusers_train.tools.sources import SHARDS, Source
 
 SHOWN = 3  # texts of each kind of finding in the printed report
@@ -29,19 +30,19 @@ class Kind:
 
 SKIPPED = "stops at the first; --max_bad_samples N skips up to N"
 REFUSED = "does not start, whatever --max_bad_samples"
-LEFT_OUT = "leaves them out silently"
+LEFT_OUT = "leaves them out, and prints how many"
 KINDS = {
     "refused": Kind("the data cannot be loaded", REFUSED),
     "no_samples": Kind("there are no samples", REFUSED),
+    "no_metadata": Kind("there is no metadata with captions", REFUSED),
     "bad_metadata": Kind("rows of metadata that cannot be read", REFUSED),
     "unmentioned": Kind("images without a row of metadata", REFUSED),
     "lost_row": Kind("rows of metadata without an image", LEFT_OUT),
-    "no_split": Kind("images of no split", LEFT_OUT),
     "bad_sample": Kind("samples in shards that cannot be used", SKIPPED),
     "bad_caption": Kind("captions that are missing or no text", SKIPPED),
     "unreadable": Kind("images that cannot be read", SKIPPED),
     "bomb": Kind("images too large to be opened", SKIPPED),
-    "other_split": Kind("images of other splits", "does not use them", error=False),
+    "other_split": Kind("images in other folders than train/", "does not use them", error=False),
     "empty_caption": Kind("empty captions", "uses them as they are", error=False),
     "long_caption": Kind("captions of more than {longest} tokens", "truncates them after {longest}", error=False),
     "small": Kind("images with a side below {resolution} pixels", "enlarges them", error=False),

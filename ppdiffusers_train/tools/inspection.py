@@ -1,56 +1,18 @@
-"""Images decoded in full by several processes: whether training can use them, their sizes and formats.
-
-The processes import this file and no library beside Pillow, so that they start fast and are small.
-"""
+"""Images decoded in full by several processes. These import little beside Pillow: they start fast and are small."""
 
 import itertools
 import multiprocessing
-import os
 import signal
 import warnings
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 
-from PIL import Image
-
-from ppdiffusers_train.data.rows import content_digest, open_image, read_stored, upright_size
+from ppdiffusers_train.data.inspection import inspect
 from ppdiffusers_train.errors import RunError
 
 CHUNK = 16  # images per task of a process
 CHUNKS_AHEAD = 4  # tasks per process in advance
-
-
-@dataclass
-class Inspected:
-    """An image's properties, or why it cannot be used."""
-
-    problem: str = ""
-    is_bomb: bool = False  # whether it has so many pixels that Pillow refuses it as a decompression bomb
-    width: int = 0  # upright, as training sees it
-    height: int = 0
-    format: str = ""  # Pillow's name of it, such as JPEG
-    digest: bytes = b""  # of its bytes
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def inspect(location) -> Inspected:
-    """Decode the image at a `Rows.location` as training does."""
-    try:
-        content = read_stored(location)
-        with open_image(content) as file:
-            size = upright_size(file)
-            file.load()
-            if file.mode != "RGB":
-                file.convert("RGB")  # fails for some modes
-            return Inspected("", False, *size, file.format, content_digest(content))
-    except Exception as error:  # as in `rows.reading`
-        return Inspected(str(error) or type(error).__name__, isinstance(error, Image.DecompressionBombError))
 
 
 def inspect_all(items, processes: int):

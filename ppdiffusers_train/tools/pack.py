@@ -16,11 +16,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ppdiffusers_train.data.inspection import Inspected
 from ppdiffusers_train.data.rows import content_digest, decode, read_stored, reading
 from ppdiffusers_train.data.tar_samples import LARGEST_TEXT
 from ppdiffusers_train.errors import BadSampleError, RunError, UserError
 from ppdiffusers_train.runtime.checkpoint import require_writable, sync
-from ppdiffusers_train.tools.inspection import Inspected, inspect_all
+from ppdiffusers_train.tools.inspection import inspect_all
 from ppdiffusers_train.tools.sources import Source
 
 PLAN_FILE, FORMAT = "pack.json", 1

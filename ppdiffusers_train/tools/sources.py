@@ -8,14 +8,14 @@ import argparse
 import glob
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from huggingface_hub.constants import HF_HOME
-
-from ppdiffusers_train.data.image_folder import METADATA_FILES, build_table
+from ppdiffusers_train.data.dataset import index_folder
+from ppdiffusers_train.data.image_folder import Problems, is_image, list_files, open_folder, refuse, walk
+from ppdiffusers_train.data.metadata import METADATA_FILES, read_rows
+from ppdiffusers_train.data.rows import as_captions
 from ppdiffusers_train.data.shards import local_shards, open_shards
+from ppdiffusers_train.data.tables import build_table
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.tools.folder_listing import ListedRows, is_image, list_folder, read_rows, walk
 
 FOLDER, SHARDS, LIST, DATASET = "image folder", "tar shards", "list of files", "dataset"
 TABLES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".zip", ".py")
@@ -35,34 +35,38 @@ class Source:
     shards: list = field(default_factory=list)
 
 
-def open_source(source: str, image_column: str, caption_column: str, config_name=None, cache_dir=None) -> Source:
+def open_source(source: str, image_column="image", caption_column="text", **places) -> Source:
     """Open what `source` names.
 
     Args:
         image_column, caption_column: of a table; `caption_column` is also the field of .json files in shards.
-        config_name: the configuration, where a dataset has several.
-        cache_dir: see `arguments.add_data_arguments`.
+        places: `dataset_config_name`, `cache_dir` and `index_dir`, as of `arguments.add_data_arguments`.
     Raises:
         UserError: it does not exist, or cannot be used.
     """
+    places = {"dataset_config_name": None, "cache_dir": None, "index_dir": None, **places}
+    args = argparse.Namespace(image_column=image_column, caption_column=caption_column, **places)
     kind = kind_of(source)
     if kind == SHARDS:
         shards = local_shards(expand(source))
-        rows = open_shards(shards, caption_column, Path(cache_dir or HF_HOME) / "ppdiffusers_train")
-        return Source(kind, rows, shards=shards)
+        return Source(kind, open_shards(shards, caption_column, index_folder(args)), shards=shards)
     if kind == LIST:
         return Source(kind, *list_file(source, caption_column))
-    args = argparse.Namespace(
-        dataset_name=None if kind == FOLDER else source, train_data_dir=source if kind == FOLDER else None,
-        dataset_config_name=config_name, image_column=image_column, caption_column=caption_column, cache_dir=cache_dir,
-    )  # fmt: skip
-    if kind == DATASET:
-        return Source(kind, build_table(args))
-    listed, problems = list_folder(source, caption_column)
+    args.dataset_name, args.train_data_dir = (None, source) if kind == FOLDER else (source, None)
+    if kind == FOLDER and not (listing := list_files(source)).has_archives:
+        return open_image_folder(args, listing)
+    return Source(kind, build_table(args))
+
+
+def open_image_folder(args, listing) -> Source:
+    """The samples of a folder, also of one that training refuses, and all that is wrong with it."""
+    rows, problems = open_folder(args.train_data_dir, args.caption_column, Problems(kept=None), listing)
+    found = [(kind, text) for kind, (_, texts) in problems.found.items() for text in texts]
     try:
-        return Source(kind, build_table(args), problems)
+        refuse(args.train_data_dir, args.image_column, rows, problems)
     except UserError as error:
-        return Source(kind, listed, [("refused", str(error)), *problems])
+        found.insert(0, ("refused", str(error)))
+    return Source(FOLDER, rows, found)
 
 
 def kind_of(source: str) -> str:
@@ -90,8 +94,8 @@ def kind_of(source: str) -> str:
 def kind_of_folder(folder: str) -> str:
     """What a folder contains, judged by its file names."""
     has_shards = has_tables = has_images = False
-    for file in walk(folder):
-        if os.path.basename(file) in METADATA_FILES:
+    for file, entry in walk(folder, "", ()):
+        if entry.name in METADATA_FILES:
             return FOLDER
         has_shards |= file.endswith(".tar")
         has_tables |= file.endswith(TABLES)
@@ -119,3 +123,35 @@ def list_file(file: str, caption_column: str) -> tuple:
             name = row["file_name"]
             entries.append((f"{name} ({place})", os.path.join(os.path.dirname(file), name), row.get(caption_column)))
     return ListedRows(entries, caption_column), problems
+
+
+class ListedRows:
+    """Rows that were found one by one, with the methods of `Rows` that checking needs.
+
+    Args:
+        entries: a list of (name, path of the image, caption as stored).
+        caption_column: name of the captions' column, for messages.
+    """
+
+    def __init__(self, entries: list, caption_column: str):
+        self.entries, self.caption_column = entries, caption_column
+
+    def __len__(self):
+        return len(self.entries)
+
+    def name(self, index: int) -> str:
+        """The name of row `index` in messages."""
+        return self.entries[index][0]
+
+    def location(self, index: int) -> str:
+        """The path of the image of row `index`."""
+        return self.entries[index][1]
+
+    def captions(self, index: int) -> list:
+        """The captions of row `index`.
+
+        Raises:
+            BadSampleError: there is none, or it is no text.
+        """
+        name, _, caption = self.entries[index]
+        return as_captions(caption, name, self.caption_column)

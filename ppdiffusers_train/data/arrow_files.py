@@ -1,0 +1,72 @@
+"""Arrow tables in files: written atomically, with the identity of what they were made from, and read by mapping."""
+
+import contextlib
+import json
+import os
+import secrets
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+
+IDENTITY = b"made from"
+
+
+def write_table(file: Path, table, identity: dict):
+    """Write a table, and return it as it is mapped from the file. Where nothing can be written, return it as it is.
+
+    Args:
+        identity: what it was made from, for `is_written`.
+    """
+    table = table.combine_chunks()  # one batch: reading a row does not search for it
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), IDENTITY: json.dumps(identity)})
+    try:
+        with atomic_table(file, table.schema) as writer:
+            writer.write_table(table)
+    except OSError:
+        return table
+    return read_table(file)
+
+
+@contextlib.contextmanager
+def atomic_table(file: Path, schema):
+    """A context that gives a writer of batches. The file appears when all are written.
+
+    Its temporary name is random: processes of two containers may have the same number.
+    """
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with pyarrow.OSFile(str(temporary), "wb") as target, pyarrow.ipc.new_file(target, schema) as writer:
+            yield writer
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_table(file: Path):
+    """The table of a file, mapped: its pages are shared by all processes.
+
+    Raises:
+        OSError, pyarrow.ArrowInvalid: there is none, or it is damaged.
+    """
+    with pyarrow.memory_map(str(file)) as source:
+        return pyarrow.ipc.open_file(source).read_all()
+
+
+def is_written(file: Path, identity: dict) -> bool:
+    """Whether a file holds a table that was made from `identity`."""
+    try:
+        with pyarrow.OSFile(str(file)) as source:
+            metadata = pyarrow.ipc.open_file(source).schema.metadata or {}
+    except (OSError, pyarrow.ArrowInvalid):
+        return False
+    return metadata.get(IDENTITY) == json.dumps(identity).encode()
+
+
+def as_stamps(column) -> np.ndarray:
+    """An Arrow column of 16 bytes each as an array "S16" [n], without copying it."""
+    whole = column.combine_chunks() if isinstance(column, pyarrow.ChunkedArray) else column
+    if isinstance(whole, pyarrow.ChunkedArray):  # an empty one, in older versions
+        return np.empty(0, "S16")
+    return np.frombuffer(whole.buffers()[1] or b"", "S16")[whole.offset : whole.offset + len(whole)]

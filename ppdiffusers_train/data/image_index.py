@@ -1,0 +1,207 @@
+"""What is known of a data set's images: content hash, size, and whether they can be read. Each is looked at once.
+
+A table in a cache folder maps an image's stamp (`rows.stamp_of`) to these facts. A start looks for the stamps of its
+rows there, and opens only the images that it does not find: new ones, and those that have changed. All ranks that see
+the same files divide the work. What a rank has found is written every half a minute, so that a start that is
+interrupted continues where it was.
+"""
+
+import contextlib
+import itertools
+import secrets
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+from tqdm import tqdm
+
+from ppdiffusers_train.data.arrow_files import as_stamps, read_table, write_table
+from ppdiffusers_train.data.inspection import Inspected, inspect
+from ppdiffusers_train.data.rows import Rows, content_digest
+from ppdiffusers_train.errors import BadSampleError
+from ppdiffusers_train.runtime.processes import this_machine
+
+FILE, PARTS = "images.arrow", "part-*.arrow"
+PART_SECONDS = 30  # between two parts that a rank writes
+AT_ONCE = 64  # images that a rank takes at a time
+THREADS = 4  # a network disk answers several requests as fast as one
+TYPES = {str: pyarrow.string(), bool: pyarrow.bool_(), int: pyarrow.int32(), bytes: pyarrow.binary(16)}
+SCHEMA = pyarrow.schema([(part.name, TYPES[part.type]) for part in fields(Inspected)])
+FOUND = pyarrow.schema([("row", pyarrow.int64()), *SCHEMA])
+VERSION = 1  # of what is found out
+
+
+@dataclass
+class Facts:
+    """What is known of the images of some rows.
+
+    Args:
+        stamps, digests: "S16" [n], of their files and of their contents.
+        sizes: int32 [n, 2], width and height as training sees them; 0 for an image that cannot be read.
+        problems: {row: why it cannot be read}.
+    """
+
+    stamps: np.ndarray
+    digests: np.ndarray
+    sizes: np.ndarray
+    problems: dict
+
+    def has_changed(self, row: int, stamp: bytes, content: bytes) -> bool:
+        """Whether a row's image, which has now this stamp and content, is another than when it was looked at."""
+        return bytes(self.stamps[row]) != stamp.rstrip(b"\0") and self._digest(row) != content_digest(content)
+
+    def digest(self, row: int, name) -> bytes:
+        """The hash of a row's image. `name(row)` names it if it cannot be read: then a `BadSampleError` is raised."""
+        self._check(row, name)
+        return self._digest(row)
+
+    def size(self, row: int, name) -> tuple:
+        """Width and height of a row's image; raises a `BadSampleError` if it cannot be read."""
+        self._check(row, name)
+        return tuple(self.sizes[row].tolist())
+
+    def _digest(self, row: int) -> bytes:
+        return bytes(self.digests[row]).ljust(16, b"\0")  # NumPy has cut off zeros
+
+    def _check(self, row: int, name) -> None:
+        if row in self.problems:
+            raise BadSampleError(f"{name(row)}: the image cannot be read: {self.problems[row]}")
+
+
+class Index:
+    """The facts that a folder holds, and `more` of them.
+
+    Args:
+        folder: of the index; it need not exist.
+        more: a table.
+    """
+
+    def __init__(self, folder: Path, *more):
+        self.folder, self.parts = folder, sorted(folder.glob(PARTS))
+        tables = [SCHEMA.empty_table()]
+        for file in (folder / FILE, *self.parts):
+            with contextlib.suppress(OSError, pyarrow.ArrowInvalid, KeyError):  # missing, damaged, or an older one
+                tables.append(read_table(file).select(SCHEMA.names).cast(SCHEMA))
+        self.table = pyarrow.concat_tables([*tables, *(table.select(SCHEMA.names) for table in more)]).combine_chunks()
+        stamps = as_stamps(self.table["stamp"])
+        self.order = np.argsort(stamps, kind="stable")
+        self.sorted = stamps[self.order]
+
+    def find(self, stamps: np.ndarray) -> np.ndarray:
+        """The place in the table of each stamp, the newest one, or -1: int64 [n]."""
+        if not len(self.sorted):
+            return np.full(len(stamps), -1)
+        places = np.searchsorted(self.sorted, stamps, "right") - 1
+        return np.where((self.sorted[places] == stamps) & (stamps != b""), self.order[places], -1)
+
+    def write(self, stamps: np.ndarray) -> bool:
+        """Write the facts about these stamps into one file, remove the parts; returns whether that was possible."""
+        places = np.unique(self.find(np.unique(stamps)))
+        write_table(self.folder / FILE, self.table.take(pyarrow.array(places[places >= 0])), {"version": VERSION})
+        for part in self.parts:
+            part.unlink(missing_ok=True)
+        return (self.folder / FILE).exists()
+
+
+def index_images(rows: Rows, ranks, index_dir: Path, log=print) -> None:
+    """Look at those images of `rows` that the index does not know yet, and set `rows.facts`.
+
+    Args:
+        index_dir: the folder of all indices.
+        log: called with a line if nothing can be written there.
+    """
+    folder, stamps = index_dir / rows.source_digest(), rows.stamps()
+    index = Index(folder)
+    places = index.find(stamps)
+    known, missing = np.flatnonzero(places >= 0), np.flatnonzero(places < 0)
+    # Ranks with the same files in the same state divide the work. Each node may have its own copy of the data.
+    state = content_digest(missing.tobytes() + stamps.tobytes())
+    states = ranks.gather_objects((state, this_machine() or ranks.rank), "the others to list their images")
+    counters = {other: ranks.counter() for other in sorted({other for other, _ in states})}  # the same on all ranks
+    search = Search(rows, missing, stamps, folder)
+    search.run(counters[state], ranks.is_main)
+    parts = ranks.gather_objects(search.found_as_bytes(), "the others to read their images")
+    found = [pyarrow.ipc.open_stream(part).read_all() for part, (other, _) in zip(parts, states) if other == state]
+    found = pyarrow.concat_tables(found)
+    rows.facts = collect(stamps, [(known, index.table.take(pyarrow.array(places[known]))), (found["row"], found)])
+    if states.index(states[ranks.rank]) == ranks.rank and (len(missing) or index.parts):  # the first of its machine
+        if not Index(folder, found).write(rows.all_stamps()):
+            log(f"--index_dir: {str(folder)!r} cannot be written, so the next start will read all images again")
+    ranks.wait_for_all("the index of the images to be written")
+
+
+class Search:
+    """A rank's share of the images that the index does not know.
+
+    Args:
+        missing: numbers of these rows.
+        stamps: of all rows.
+        folder: of the index, for parts.
+    """
+
+    def __init__(self, rows: Rows, missing: np.ndarray, stamps: np.ndarray, folder: Path):
+        self.rows, self.missing, self.stamps, self.folder = rows, missing, stamps, folder
+        self.found, self.written, self.last_written = [], 0, time.monotonic()
+
+    def run(self, taken, is_main: bool) -> None:
+        """Look at images until none is left.
+
+        Args:
+            taken: adds to a counter that the ranks of the group share, and returns its new value.
+        """
+        starts = iter(lambda: (taken(1) - 1) * AT_ONCE, None)
+        with (
+            ThreadPoolExecutor(THREADS, thread_name_prefix="index") as pool,
+            tqdm(total=len(self.missing), desc="reading images", unit="image", delay=5, disable=not is_main) as bar,
+        ):
+            for start in itertools.takewhile(lambda start: start < len(self.missing), starts):
+                rows = self.missing[start : start + AT_ONCE]
+                self.found += pool.map(self._look_at, np.array_split(rows, THREADS))
+                bar.update(min(start + AT_ONCE, len(self.missing)) - bar.n)  # by all ranks
+                if time.monotonic() - self.last_written > PART_SECONDS:
+                    self._write_part()
+
+    def found_as_bytes(self) -> bytes:
+        """What was found: a table with the columns of `SCHEMA` and "row"."""
+        target = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(target, FOUND) as writer:
+            for batch in self.found:
+                writer.write(batch)
+        return target.getvalue().to_pybytes()
+
+    def _look_at(self, rows: np.ndarray):
+        seen = [self._look_at_one(row) for row in rows.tolist()]
+        columns = {part.name: [getattr(image, part.name) for image in seen] for part in fields(Inspected)}
+        return pyarrow.RecordBatch.from_pydict({"row": rows, **columns}, FOUND)
+
+    def _look_at_one(self, row: int) -> Inspected:
+        try:
+            location = self.rows.location(row)
+        except BadSampleError as error:
+            return Inspected(problem=str(error))
+        seen = inspect(location, decode=False)
+        return replace(seen, stamp=self.stamps[row]) if isinstance(location, bytes) else seen
+
+    def _write_part(self) -> None:
+        """Write what was found since the last part. Nothing is lost if that fails: it is written at the end."""
+        table = pyarrow.Table.from_batches(self.found[self.written :], FOUND).select(SCHEMA.names)
+        write_table(self.folder / PARTS.replace("*", secrets.token_hex(8)), table, {"version": VERSION})
+        self.written, self.last_written = len(self.found), time.monotonic()
+
+
+def collect(stamps: np.ndarray, parts: list) -> Facts:
+    """The facts of all rows, from [(numbers of rows, table of their images)]."""
+    stamps, digests, sizes, problems = stamps.copy(), np.zeros(len(stamps), "S16"), np.zeros((len(stamps), 2), int), {}
+    for rows, table in parts:
+        rows = np.asarray(rows)
+        seen = as_stamps(table["stamp"])
+        stamps[rows] = np.where(seen == b"", stamps[rows], seen)
+        digests[rows] = as_stamps(table["digest"])
+        sizes[rows] = np.stack([table["width"], table["height"]], axis=1)
+        texts = table["problem"].to_numpy()
+        unusable = np.flatnonzero(texts != "")
+        problems.update(zip(rows[unusable].tolist(), texts[unusable].tolist()))
+    return Facts(stamps, digests, sizes.astype(np.int32), problems)

@@ -1,0 +1,55 @@
+"""Looks at a stored image: whether it can be read, its size, format, content hash. Imports little beside Pillow."""
+
+import os
+import time
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ppdiffusers_train.data.rows import content_digest, open_image, read_stamped, upright_size
+
+NOTHING = bytes(16)
+TICK_SECONDS = 0.1  # two changes of a file within this time may leave it with the same times
+
+
+@dataclass
+class Inspected:
+    """An image's properties, or why it cannot be used."""
+
+    stamp: bytes = NOTHING  # of its file (`rows.stamp_of`) when it was read; zeros if that cannot be relied on
+    problem: str = ""
+    is_bomb: bool = False  # whether it has so many pixels that Pillow refuses it as a decompression bomb
+    is_decoded: bool = False  # whether all of it was decoded, not only the header
+    width: int = 0  # upright, as training sees it
+    height: int = 0
+    format: str = ""  # Pillow's name of it, such as JPEG
+    digest: bytes = NOTHING  # of its bytes
+
+
+def inspect(location, decode: bool = True) -> Inspected:
+    """Look at the image at a `Rows.location`.
+
+    Args:
+        decode: whether to decode all of it, as training does, or only the header.
+    """
+    stamp, digest = NOTHING, NOTHING
+    try:
+        content, stamp, changed = read_stamped(location)
+        if not stamp or time.time() - changed < TICK_SECONDS:
+            stamp = NOTHING
+        digest = content_digest(content)
+        with open_image(content) as file:
+            size = upright_size(file)
+            if decode:
+                file.load()
+                if file.mode != "RGB":
+                    file.convert("RGB")  # fails for some modes
+            return Inspected(stamp, "", False, decode, *size, file.format, digest)
+    except Exception as error:  # as in `rows.reading`
+        is_bomb = isinstance(error, Image.DecompressionBombError)
+        return Inspected(stamp, str(error) or type(error).__name__, is_bomb, decode, digest=digest)
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
