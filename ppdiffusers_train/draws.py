@@ -7,7 +7,7 @@ workers or accumulation steps, nor on where a run was stopped; and NumPy draws t
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -117,9 +117,11 @@ class Draws:
         return (self.to_tensor or paddle.to_tensor)(np.stack(list(values)))
 
 
-def iterate_draws(seed: int, batches: list, to_tensor=None):
-    """Yield the `Draws` of each of `batches` (lists of positions). While one is used, a thread draws the normal values
-    of the next: those that batches have used so far."""
+def iterate_draws(seed: int, batches, to_tensor=None):
+    """Yield the `Draws` of each of `batches`, an iterable of lists of positions.
+
+    While one is used, a thread draws the normal values of the next: those that batches have used so far.
+    """
     normals, ahead = set(), None
 
     def prepared(positions, normals):
@@ -129,7 +131,7 @@ def iterate_draws(seed: int, batches: list, to_tensor=None):
         return draws
 
     with ThreadPoolExecutor(1, "draws") as pool:
-        for positions, following in zip_longest(batches, batches[1:]):
+        for positions, following in pairwise(chain(batches, [None])):
             draws = ahead.result() if ahead else Draws(seed, positions, to_tensor)
             ahead = pool.submit(prepared, following, frozenset(normals)) if following is not None else None
             yield draws

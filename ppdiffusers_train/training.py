@@ -3,6 +3,7 @@
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
 import contextlib
+import itertools
 import json
 
 import paddle
@@ -148,10 +149,10 @@ def prepare_samples(plan: Plan, state: TrainingState):
 def train(plan: Plan, state: TrainingState, samples) -> None:
     """Take every step from the state's to the last, with checkpoints, validation images and the result."""
     ranks, args = plan.run.ranks, plan.run.args
-    steps = plan.steps_from(state)
-    positions = [positions for _, share in steps for positions in share]
-    batches = iterate_batches(samples, positions, args.dataloader_num_workers)
-    draws = iterate_draws(plan.order.seed, positions, to_device)
+    steps, *ahead = itertools.tee(plan.steps_from(state), 3)  # loader and random numbers are ahead by some batches
+    to_load, to_draw = ((positions for _, share in steps for positions in share) for steps in ahead)
+    batches = iterate_batches(samples, to_load, args.dataloader_num_workers)
+    draws = iterate_draws(plan.order.seed, to_draw, to_device)
     with open_reports(plan, state) as reports, StopRequest(args.stop_signal) as stop:
         ask_for_time()
         ranks.wait_for_all("the others to begin")  # rank 0 opens trackers, and some disks are slow

@@ -54,6 +54,11 @@ def add_data_arguments(parser):
         help="Tar shards in the WebDataset format: a folder, a file, a pattern such as photos-{000..031}.tar, an "
         "http(s) address, or pipe:COMMAND, which is run in a shell.",
     )  # fmt: skip
+    add(
+        "--stream_lanes", type=positive_int, default=8,
+        help="Number of streamed shards that all GPUs together read at a time. If it is a multiple of the number of "
+        "GPUs, each shard is downloaded by one GPU.",
+    )  # fmt: skip
     add("--image_column", default="image", help="Column that holds the images.")
     add("--caption_column", default="text", help="Column, or field of a shard's .json files, that holds the captions.")
     add("--max_train_samples", type=positive_int, help="Train on this many samples, chosen at random by --seed.")

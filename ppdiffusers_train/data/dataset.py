@@ -5,7 +5,8 @@ from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
 
-from ppdiffusers_train.data.image_folder import build_folder, list_files
+from ppdiffusers_train.data.folder_files import list_files
+from ppdiffusers_train.data.image_folder import build_folder
 from ppdiffusers_train.data.order import permutation
 from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.errors import UserError
@@ -73,4 +74,6 @@ def build_shards(args):
         raise UserError("--max_train_samples: missing; expected how many samples of the stream make an epoch")
     if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
         print_commands(streamed)
-    return Stream(streamed, args.max_train_samples, args.seed or 0, args.caption_column, cache_folder)
+    return Stream(
+        streamed, args.max_train_samples, args.seed or 0, args.caption_column, cache_folder, args.stream_lanes
+    )

@@ -4,27 +4,24 @@ What a start finds out is kept in a cache folder, and the next start reads it fr
 shows that no file has changed since. The images themselves are not opened here.
 """
 
-import functools
-import hashlib
 import os
 import posixpath
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow
-from PIL import Image
 from pyarrow import compute
 
 from ppdiffusers_train.data.arrow_files import as_stamps, is_written, read_table, write_table
-from ppdiffusers_train.data.metadata import METADATA_FILES, read_rows
-from ppdiffusers_train.data.rows import Rows, as_captions, content_digest, stamp_of
+from ppdiffusers_train.data.folder_files import Listing, is_image, list_files
+from ppdiffusers_train.data.metadata import Problems, read_rows
+from ppdiffusers_train.data.rows import Rows, as_captions, content_digest
 from ppdiffusers_train.errors import BadSampleError, UserError
 
 SPLITS = ("train", "validation", "test")  # folders at the top that stand for splits; the first one is trained
 SCHEMA = pyarrow.schema(
     {
-        "name": pyarrow.large_string(),  # relative to the folder, with "/"
+        "name": pyarrow.large_binary(),  # relative to the folder, with "/"; a name may be no valid text
         "size": pyarrow.int64(),
         "stamp": pyarrow.binary(16),
         "captions": pyarrow.large_list(pyarrow.large_string()),
@@ -67,7 +64,7 @@ class FolderRows(Rows):
         return f"{self.location(index)} (row {index})"
 
     def location(self, index: int) -> str:
-        return os.path.join(self.folder, self._value("name", index))
+        return os.path.join(self.folder, os.fsdecode(self._value("name", index)))
 
     def captions(self, index: int) -> list:
         problem = self._value("problem", index)
@@ -80,7 +77,7 @@ class FolderRows(Rows):
         return [texts[0] if texts and len(texts) == 1 else texts for texts in lists]
 
     def stored_names(self, start: int, stop: int) -> list:
-        return self._values("name", start, stop).to_pylist()
+        return list(map(os.fsdecode, self._values("name", start, stop).to_pylist()))
 
     def stored_sizes(self, start: int, stop: int) -> list:
         return self._values("size", start, stop).to_pylist()
@@ -98,104 +95,6 @@ class FolderRows(Rows):
 def source_digest(folder: str) -> str:
     """The name of a folder's place in the cache of indices."""
     return content_digest(os.path.realpath(folder).encode()).hex()
-
-
-@functools.cache
-def extensions() -> frozenset:
-    """The extensions of files that are images: all that Pillow can read."""
-    Image.init()
-    return frozenset(extension for extension, form in Image.EXTENSION.items() if form in Image.OPEN)
-
-
-def is_image(name: str) -> bool:
-    """Whether a file is taken for an image, by its extension."""
-    return posixpath.splitext(name)[1].lower() in extensions()
-
-
-@dataclass
-class Listing:
-    """The files of a folder, in the order of their paths, which are relative to it.
-
-    `names`, `sizes` and `stamps` are of the images; `metadata` has the paths of metadata files, `has_archives` is whether
-    there are zip files. `digest` changes when any of these files does.
-    """
-
-    names: list = field(default_factory=list)
-    sizes: list = field(default_factory=list)
-    stamps: bytearray = field(default_factory=bytearray)
-    metadata: list = field(default_factory=list)
-    has_archives: bool = False
-    digest: str = ""
-
-
-def list_files(folder: str) -> Listing:
-    """Walk through a folder: links are followed, hidden files and folders left out. Files are not opened."""
-    listing, digest = Listing(), hashlib.blake2b(digest_size=16)
-    known = extensions()
-    for name, entry in walk(folder, "", ()):
-        ending = posixpath.splitext(name)[1].lower()
-        if ending in known:
-            stat = entry.stat()
-            stamp = stamp_of(stat)
-            listing.names.append(name)
-            listing.sizes.append(stat.st_size)
-            listing.stamps += stamp
-        elif entry.name in METADATA_FILES:
-            listing.metadata.append(name)
-            stamp = stamp_of(entry.stat())
-        else:
-            listing.has_archives |= ending == ".zip"
-            continue
-        digest.update(name.encode(errors="surrogateescape") + stamp)
-    listing.digest = digest.hexdigest()
-    return listing
-
-
-def walk(folder: str, prefix: str, above: tuple):
-    """Yield (relative path, `os.DirEntry`) of the files in a folder and below, sorted by path.
-
-    Args:
-        prefix: relative path of this folder, ending in "/" unless it is empty.
-        above: (device, inode) of the folders around it: a link to one of them is not followed.
-    """
-    stat = os.stat(folder)
-    above = (*above, (stat.st_dev, stat.st_ino))
-    with os.scandir(folder) as entries:
-        found = [(entry.name + "/" if entry.is_dir() else entry.name, entry) for entry in entries]
-    for name, entry in sorted(found, key=lambda pair: pair[0]):
-        if name.startswith("."):
-            continue
-        if not name.endswith("/"):
-            if entry.is_file():  # false for a link that leads nowhere
-                yield prefix + name, entry
-        elif not name.startswith("__"):
-            target = entry.stat()
-            if (target.st_dev, target.st_ino) not in above:
-                yield from walk(entry.path, prefix + name, above)
-
-
-@dataclass
-class Problems:
-    """What is wrong with the files of a folder: {kind: [number, first texts]}, with kinds of `tools.check.KINDS`."""
-
-    kept: object = 3  # texts of each kind; None keeps all
-    found: dict = field(default_factory=dict)
-    columns: dict = field(default_factory=dict)  # of the metadata, as keys
-
-    def add(self, kind: str, text: str) -> None:
-        """Add a problem with its text."""
-        count = self.found.setdefault(kind, [0, []])
-        count[0] += 1
-        if self.kept is None or len(count[1]) < self.kept:
-            count[1].append(text)
-
-    def __contains__(self, kind: str) -> bool:
-        return kind in self.found
-
-    def describe(self, kind: str) -> str:
-        """The first problem of a kind, and how many others there are."""
-        count, texts = self.found[kind]
-        return texts[0] + (f" (and {count - 1} more)" if count > 1 else "")
 
 
 def build_folder(args, listing: Listing, index_dir: Path) -> FolderRows:
@@ -252,18 +151,23 @@ def open_folder(folder: str, caption_column: str, problems: Problems, listing=No
     listing = listing or list_files(folder)
     if not listing.metadata:
         problems.add("no_metadata", folder)
-    names = pyarrow.array(listing.names, pyarrow.large_string())
-    tops = compute.list_element(compute.split_pattern(names, "/", max_splits=1), 0) if len(names) else names
-    splits = compute.and_(compute.is_in(tops, pyarrow.array(SPLITS, tops.type)), compute.match_substring(names, "/"))
-    trained = compute.invert(splits)
-    if compute.any(compute.and_(splits, compute.equal(tops, SPLITS[0]))).as_py():
-        trained = compute.equal(tops, SPLITS[0])
-    for name in names.filter(compute.invert(trained)).to_pylist():
-        problems.add("other_split", f"{os.path.join(folder, name)}: it is not in {SPLITS[0]}/, but in another folder")
+    trained = trained_images(folder, listing.names, problems)
     metadata = read_metadata(folder, listing, caption_column, problems)
-    nearest = nearest_folders(listing.names, {posixpath.dirname(file) for file in listing.metadata})
-    table = find_rows(folder, listing, names, trained, nearest, metadata, problems)
-    return FolderRows(folder, table, caption_column), problems
+    return FolderRows(folder, find_rows(folder, listing, trained, metadata, problems), caption_column), problems
+
+
+def trained_images(folder: str, names, problems: Problems) -> np.ndarray:
+    """Whether each image is trained, by the folder at the top that it is in: bool [n]."""
+
+    def within(split):
+        return np.asarray(compute.starts_with(names, f"{split}/"), bool)
+
+    train, *others = map(within, SPLITS)
+    trained = train if train.any() else ~np.any(others, axis=0)
+    for name in names.filter(pyarrow.array(~trained)).to_pylist():
+        where = f"it is not in {SPLITS[0]}/, but in another folder" if train.any() else "it is in a folder of that name"
+        problems.add("other_split", f"{os.path.join(folder, os.fsdecode(name))}: {where}")
+    return trained
 
 
 def read_metadata(folder: str, listing: Listing, caption_column: str, problems: Problems) -> dict:
@@ -278,7 +182,8 @@ def read_metadata(folder: str, listing: Listing, caption_column: str, problems: 
                 continue
             problems.columns.update(dict.fromkeys(row))
             captions, problem = usable_captions(row.get(caption_column), caption_column)
-            for values, value in zip(rows.values(), (relative_path(here, row["file_name"]), captions, problem)):
+            path = relative_path(here, row["file_name"]).encode(errors="surrogateescape")
+            for values, value in zip(rows.values(), (path, captions, problem)):
                 values.append(value)
             if len(rows["name"]) == ROWS_AT_ONCE:
                 batches.append(pyarrow.RecordBatch.from_pydict(rows, METADATA_SCHEMA))
@@ -290,9 +195,13 @@ def read_metadata(folder: str, listing: Listing, caption_column: str, problems: 
 def usable_captions(value, column: str) -> tuple:
     """(list of captions, None), or (None, why the value is no caption)."""
     try:
-        return as_captions(value, "", column), None
+        captions = as_captions(value, "", column)
+        "".join(captions).encode()
     except BadSampleError as error:
         return None, str(error).removeprefix(": ")
+    except UnicodeEncodeError:
+        return None, f"column {column!r} holds half of a surrogate pair; expected valid Unicode"
+    return captions, None
 
 
 def relative_path(here: str, name: str) -> str:
@@ -314,51 +223,55 @@ def joined(table):
     return pyarrow.Table.from_pylist(list(rows.values()), METADATA_SCHEMA)
 
 
-def nearest_folders(names: list, folders: set) -> list:
-    """For each image the nearest of `folders` at or above it, or None."""
-
-    @functools.cache
-    def nearest(folder: str):
-        if folder in folders or not folder:
-            return folder if folder in folders else None
-        return nearest(posixpath.dirname(folder))
-
-    return [nearest(posixpath.dirname(name)) for name in names]
+def nearest_folders(names, folders: list) -> np.ndarray:
+    """For each image the number of the nearest of `folders` at or above it, or -1: int64 [n]."""
+    nearest = np.full(len(names), -1)
+    for number in sorted(range(len(folders)), key=lambda number: len(folders[number])):  # the deepest one comes last
+        prefix = folders[number] and folders[number] + "/"
+        nearest[np.asarray(compute.starts_with(names, os.fsencode(prefix)), bool)] = number
+    return nearest
 
 
-def find_rows(folder: str, listing: Listing, names, trained, nearest: list, metadata: dict, problems: Problems):
+def find_rows(folder: str, listing: Listing, trained: np.ndarray, metadata: dict, problems: Problems):
     """The table of the trained images that have a row; the other images and rows are added to `problems`."""
-    known = np.full(len(names), -1, np.int64)  # place in the concatenated metadata tables
-    start, nearest, trained = 0, np.array(nearest, dtype=object), np.asarray(trained, dtype=bool)
-    for here, table in metadata.items():
-        images = np.flatnonzero(nearest == here)
+    names, known, start = listing.names, np.full(len(listing.names), -1), 0  # known: place in all metadata tables
+    nearest, lost = nearest_folders(names, list(metadata)), {}
+    for number, (here, table) in enumerate(metadata.items()):
+        images = np.flatnonzero(nearest == number)
         places = compute.index_in(names.take(pyarrow.array(images)), table["name"].combine_chunks())
         known[images] = np.where(places.is_null(), -1, places.fill_null(0).to_numpy(zero_copy_only=False) + start)
-        lost = np.ones(len(table), bool)
-        lost[known[images][known[images] >= 0] - start] = False
-        for name in table["name"].filter(pyarrow.array(lost)).to_pylist():
-            problems.add("lost_row", lost_row(folder, here, name))
+        is_lost = np.ones(len(table), bool)
+        is_lost[known[images][known[images] >= 0] - start] = False
+        lost[here] = set(table["name"].filter(pyarrow.array(is_lost)).to_pylist())
         start += len(table)
     for i in np.flatnonzero(trained & (known < 0)).tolist():
-        where = os.path.join(folder, nearest[i] or "")
-        path = os.path.join(folder, listing.names[i])
+        where = os.path.normpath(os.path.join(folder, list(metadata)[nearest[i]] if nearest[i] >= 0 else ""))
+        path = os.path.join(folder, os.fsdecode(names[i].as_py()))
         problems.add("unmentioned", f"{path}: no row of the metadata in {where} is about it")
+    add_lost_rows(folder, listing, lost, problems)
     used = np.flatnonzero(trained & (known >= 0))
     captions = pyarrow.concat_tables(metadata.values()) if metadata else METADATA_SCHEMA.empty_table()
     captions = captions.take(pyarrow.array(known[used]))
-    stamps = pyarrow.FixedSizeBinaryArray.from_buffers(
-        pyarrow.binary(16), len(names), [None, pyarrow.py_buffer(bytes(listing.stamps))]
-    )
+    stamps = pyarrow.py_buffer(bytes(listing.stamps))
+    stamps = pyarrow.FixedSizeBinaryArray.from_buffers(pyarrow.binary(16), len(names), [None, stamps])
     columns = {"name": names, "size": pyarrow.array(listing.sizes, pyarrow.int64()), "stamp": stamps}
     columns = {name: column.take(pyarrow.array(used)) for name, column in columns.items()}
     columns |= {name: captions[name].combine_chunks() for name in ("captions", "problem")}
     return pyarrow.Table.from_pydict(columns, SCHEMA)
 
 
-def lost_row(folder: str, here: str, name: str) -> str:
-    """Why a row of the metadata in the folder `here` belongs to no image."""
-    path = os.path.join(folder, name)
-    row = f"{os.path.join(folder, here)}: the row of {path}"
-    if not os.path.exists(path):
-        return f"{row}: there is no such file"
-    return f"{row}: it is no image by its extension, or has metadata that is nearer"
+def add_lost_rows(folder: str, listing: Listing, lost: dict, problems: Problems) -> None:
+    """Add the rows of metadata that belong to no image to `problems`. `lost` is {folder: their names}."""
+    for file in listing.metadata:
+        here = posixpath.dirname(file)
+        for place, row, problem in read_rows(os.path.join(folder, file)) if lost[here] else ():
+            name = "" if problem else relative_path(here, row["file_name"])
+            path = os.path.join(folder, name)
+            if problem or os.fsencode(name) not in lost[here]:
+                continue
+            if not os.path.exists(path):
+                problems.add("lost_row", f"{place}: there is no file {path}")
+            elif is_image(name):
+                problems.add("lost_row", f"{place}: {path} has metadata that is nearer")
+            else:
+                problems.add("lost_row", f"{place}: {path} is no image to the loader, by its extension")

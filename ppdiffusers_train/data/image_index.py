@@ -27,6 +27,7 @@ from ppdiffusers_train.runtime.processes import this_machine
 FILE, PARTS = "images.arrow", "part-*.arrow"
 PART_SECONDS = 30  # between two parts that a rank writes
 AT_ONCE = 64  # images that a rank takes at a time
+MANY = 1000  # small tables that are put into one
 THREADS = 4  # a network disk answers several requests as fast as one
 TYPES = {str: pyarrow.string(), bool: pyarrow.bool_(), int: pyarrow.int32(), bytes: pyarrow.binary(16)}
 SCHEMA = pyarrow.schema([(part.name, TYPES[part.type]) for part in fields(Inspected)])
@@ -144,7 +145,8 @@ class Search:
 
     def __init__(self, rows: Rows, missing: np.ndarray, stamps: np.ndarray, folder: Path):
         self.rows, self.missing, self.stamps, self.folder = rows, missing, stamps, folder
-        self.found, self.written, self.last_written = [], 0, time.monotonic()
+        self.recent, self.found = [], []  # batches; tables of many of them
+        self.written, self.last_written = 0, time.monotonic()  # how many of the tables are in parts
 
     def run(self, taken, is_main: bool) -> None:
         """Look at images until none is left.
@@ -159,17 +161,21 @@ class Search:
         ):
             for start in itertools.takewhile(lambda start: start < len(self.missing), starts):
                 rows = self.missing[start : start + AT_ONCE]
-                self.found += pool.map(self._look_at, np.array_split(rows, THREADS))
+                self.recent += pool.map(self._look_at, np.array_split(rows, THREADS))
                 bar.update(min(start + AT_ONCE, len(self.missing)) - bar.n)  # by all ranks
-                if time.monotonic() - self.last_written > PART_SECONDS:
+                is_due = time.monotonic() - self.last_written > PART_SECONDS
+                if is_due or len(self.recent) > MANY:
+                    self._compact()
+                if is_due:
                     self._write_part()
+        self._compact()
 
     def found_as_bytes(self) -> bytes:
         """What was found: a table with the columns of `SCHEMA` and "row"."""
         target = pyarrow.BufferOutputStream()
         with pyarrow.ipc.new_stream(target, FOUND) as writer:
-            for batch in self.found:
-                writer.write(batch)
+            for table in self.found:
+                writer.write_table(table)
         return target.getvalue().to_pybytes()
 
     def _look_at(self, rows: np.ndarray):
@@ -185,9 +191,14 @@ class Search:
         seen = inspect(location, decode=False)
         return replace(seen, stamp=self.stamps[row]) if isinstance(location, bytes) else seen
 
+    def _compact(self) -> None:
+        """Put the recent batches into one table, which takes less memory."""
+        self.found.append(pyarrow.Table.from_batches(self.recent, FOUND).combine_chunks())
+        self.recent = []
+
     def _write_part(self) -> None:
         """Write what was found since the last part. Nothing is lost if that fails: it is written at the end."""
-        table = pyarrow.Table.from_batches(self.found[self.written :], FOUND).select(SCHEMA.names)
+        table = pyarrow.concat_tables(self.found[self.written :]).select(SCHEMA.names)
         write_table(self.folder / PARTS.replace("*", secrets.token_hex(8)), table, {"version": VERSION})
         self.written, self.last_written = len(self.found), time.monotonic()
 

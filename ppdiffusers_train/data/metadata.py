@@ -2,8 +2,33 @@
 
 import csv
 import json
+from dataclasses import dataclass, field
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+
+
+@dataclass
+class Problems:
+    """What is wrong with the files of a folder: {kind: [number, first texts]}, with kinds of `tools.check.KINDS`."""
+
+    kept: object = 3  # texts of each kind; None keeps all
+    found: dict = field(default_factory=dict)
+    columns: dict = field(default_factory=dict)  # of the metadata, as keys
+
+    def add(self, kind: str, text: str) -> None:
+        """Add a problem with its text."""
+        count = self.found.setdefault(kind, [0, []])
+        count[0] += 1
+        if self.kept is None or len(count[1]) < self.kept:
+            count[1].append(text)
+
+    def __contains__(self, kind: str) -> bool:
+        return kind in self.found
+
+    def describe(self, kind: str) -> str:
+        """The first problem of a kind, and how many others there are."""
+        count, texts = self.found[kind]
+        return texts[0] + (f" (and {count - 1} more)" if count > 1 else "")
 
 
 def read_rows(file: str):

@@ -20,6 +20,7 @@ def grouped(rows: np.ndarray, buckets: np.ndarray, block: int) -> np.ndarray:
     Args:
         buckets: the bucket of every row of the dataset.
     """
+    rows, buckets = np.asarray(rows), np.asarray(buckets)
     bucket = buckets[rows]
     by_bucket = np.argsort(bucket, kind="stable")  # places in `rows`, bucket by bucket
     sizes = np.bincount(bucket)
@@ -45,7 +46,8 @@ class SampleOrder:
     """
 
     def __init__(self, seed: int, size: int, buckets=None, samples_per_step: int = 1, sequential: bool = False):
-        self.seed, self.size, self.buckets, self.samples_per_step = seed, size, buckets, samples_per_step
+        self.seed, self.size, self.samples_per_step = seed, size, samples_per_step
+        self.buckets = None if buckets is None else np.asarray(buckets)
         self.sequential = sequential
         self._permutation = (None, None)  # (epoch, rows) of the last call
 

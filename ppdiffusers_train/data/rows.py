@@ -1,8 +1,6 @@
 """Images with captions as rows of one form, wherever they are stored."""
 
 import contextlib
-import copy
-import functools
 import hashlib
 import io
 import json
@@ -171,31 +169,6 @@ class Rows:
         captions, name = self.captions(index), self.name(index)
         with reading(name):
             return decode_row(self.stored_image(index), captions, name)
-
-
-class TableRows(Rows):
-    """Rows of a `datasets.Dataset`."""
-
-    def __init__(self, table, caption_column: str):
-        super().__init__(caption_column)
-        self._use(table)
-
-    def _use(self, table):
-        self.table = table
-        self.texts = table.select_columns([self.caption_column])  # so that reading a caption reads no image
-        # A sample reads its row several times. Rows are kept for as many loading threads as there may be.
-        self.row = functools.lru_cache(maxsize=32)(table.__getitem__)
-
-    def __len__(self):
-        return len(self.table)
-
-    def select(self, indices):
-        chosen = copy.copy(self)
-        chosen._use(self.table.select(indices))
-        return chosen
-
-    def stored_captions(self, start: int, stop: int) -> list:
-        return self.texts[start:stop][self.caption_column]
 
 
 def as_captions(caption, name: str, column: str) -> list:

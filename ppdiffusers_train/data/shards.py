@@ -16,7 +16,8 @@ from datasets.table import InMemoryTable
 from tqdm import tqdm
 
 from ppdiffusers_train.data.arrow_files import IDENTITY, atomic_table, is_written, read_table
-from ppdiffusers_train.data.rows import TableRows, content_digest, stamp_of
+from ppdiffusers_train.data.rows import content_digest, stamp_of
+from ppdiffusers_train.data.tables import TableRows
 from ppdiffusers_train.data.tar_samples import read_samples
 from ppdiffusers_train.errors import BadSampleError, UserError
 

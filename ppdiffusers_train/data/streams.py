@@ -1,9 +1,9 @@
 """Tar shards that are streamed from addresses or commands, in an order that is a function of the seed.
 
-A stream is cut into *lanes*, which take turns: the sample at position p of an epoch comes from lane p mod 8. It
-reads every eighth shard of an endless list, which repeats all shards, each time in another order, and it shuffles its
-samples in blocks. None of this depends on the number of GPUs; with 1, 2, 4 or 8 of them, each opens only the shards of
-its own lanes.
+A stream is cut into *lanes*, 8 by default, which take turns: the sample at position p of an epoch comes from lane
+p mod 8. It reads every eighth shard of an endless list, which repeats all shards, each time in another order, and it
+shuffles its samples in blocks. None of this depends on the number of GPUs; with 1, 2, 4 or 8 of them, each opens only
+the shards of its own lanes.
 
 To find a lane's n-th sample again, the number of samples in the shards before it must be known. It is stored in a cache
 folder when a shard has been read. So a resumed run opens one shard per lane, and reads it from its beginning up to the
@@ -42,14 +42,16 @@ class Stream:
         seed: seed of the order.
         caption_field: see `tar_samples.read_samples`.
         cache_folder: folder for the number of samples of each shard.
+        lanes: number of lanes, if there are as many shards.
     """
 
     sequential = True
 
-    def __init__(self, shards: list, size: int, seed: int, caption_field: str, cache_folder: Path):
+    def __init__(self, shards: list, size: int, seed: int, caption_field: str, cache_folder: Path, lanes: int = LANES):
         self.shards, self.size, self.seed, self.caption_field = shards, size, seed, caption_field
         self.counts = Counts(cache_folder / f"stream-{self.digest()}.txt")
-        self.lanes = [Lane(self, lane, min(LANES, len(shards)), seed) for lane in range(min(LANES, len(shards)))]
+        lanes = min(lanes, len(shards))
+        self.lanes = [Lane(self, lane, lanes, seed) for lane in range(lanes)]
 
     def __len__(self):
         return self.size

@@ -1,5 +1,6 @@
 """Images with captions from the hub or from files of tables, through `datasets`, whatever their columns are."""
 
+import copy
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +9,35 @@ import datasets
 import numpy as np
 from pyarrow import compute
 
-from ppdiffusers_train.data.rows import TableRows, content_digest, stamp_of
+from ppdiffusers_train.data.rows import Rows, content_digest, stamp_of
 from ppdiffusers_train.errors import BadSampleError, UserError
 
 STAT_THREADS = 8
+
+
+class TableRows(Rows):
+    """Rows of a `datasets.Dataset`."""
+
+    def __init__(self, table, caption_column: str):
+        super().__init__(caption_column)
+        self._use(table)
+
+    def _use(self, table):
+        self.table = table
+        self.texts = table.select_columns([self.caption_column])  # so that reading a caption reads no image
+        # A sample reads its row several times. Rows are kept for as many loading threads as there may be.
+        self.row = functools.lru_cache(maxsize=32)(table.__getitem__)
+
+    def __len__(self):
+        return len(self.table)
+
+    def select(self, indices):
+        chosen = copy.copy(self)
+        chosen._use(self.table.select(indices))
+        return chosen
+
+    def stored_captions(self, start: int, stop: int) -> list:
+        return self.texts[start:stop][self.caption_column]
 
 
 class ImageCaptionDataset(TableRows):

@@ -78,6 +78,8 @@ def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
     identity = {"job": type(module).__name__, "seed": args.seed, "rows": len(dataset)}
     if hasattr(dataset, "digest"):
         identity["data"] = dataset.digest()
+    if hasattr(dataset, "lanes"):
+        identity["lanes"] = len(dataset.lanes)
     if getattr(dataset, "facts", None):
         identity["images"] = dataset.images_digest()
     if module.buckets:  # then the order of samples depends on it
@@ -86,11 +88,13 @@ def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
         "seed": "--seed",
         "rows": "number of samples",
         "data": "data (a hash of all captions, or of a stream's addresses)",
+        "lanes": "--stream_lanes",
         "images": "images (a hash of the contents of all)",
         "samples_per_step": "number of samples per step",
     }
     for name, value in identity.items():
-        if saved and saved.get(name) != value and not (name == "images" and name not in saved):  # of an older version
+        is_of_older_version = name in ("images", "lanes") and name not in saved  # then it was not known
+        if saved and saved.get(name) != value and not is_of_older_version:
             raise UserError(
                 f"--resume_from_checkpoint: {args.resume_from_checkpoint!r} is of another run: its "
                 f"{words.get(name, name)} is {saved.get(name)}, here it is {value}"

@@ -27,14 +27,12 @@ class Plan:
     steps_per_epoch: int
     info: dict
 
-    def steps_from(self, state) -> list:
-        """[(window, [positions of each of this rank's batches])] of the remaining steps."""
+    def steps_from(self, state):
+        """Yield (window, [positions of each of this rank's batches]) of the remaining steps."""
         ranks, batch_size = self.run.ranks, self.run.args.train_batch_size
         windows = self.order.windows(state.position, self.run.samples_per_step)
-        return [
-            (window, micro_batches(window, ranks.rank, ranks.world_size, batch_size, self.order.bucket))
-            for _, window in zip(range(state.step, self.total_steps), windows)
-        ]
+        for _, window in zip(range(state.step, self.total_steps), windows):
+            yield window, micro_batches(window, ranks.rank, ranks.world_size, batch_size, self.order.bucket)
 
     def checkpoint_is_due(self, state) -> bool:
         """Whether a checkpoint is to be written after the last step."""

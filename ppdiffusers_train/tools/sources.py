@@ -10,8 +10,9 @@ import os
 from dataclasses import dataclass, field
 
 from ppdiffusers_train.data.dataset import index_folder
-from ppdiffusers_train.data.image_folder import Problems, is_image, list_files, open_folder, refuse, walk
-from ppdiffusers_train.data.metadata import METADATA_FILES, read_rows
+from ppdiffusers_train.data.folder_files import is_image, list_files, walk
+from ppdiffusers_train.data.image_folder import open_folder, refuse
+from ppdiffusers_train.data.metadata import METADATA_FILES, Problems, read_rows
 from ppdiffusers_train.data.rows import as_captions
 from ppdiffusers_train.data.shards import local_shards, open_shards
 from ppdiffusers_train.data.tables import build_table

@@ -7,9 +7,11 @@ import shutil
 import datasets
 import pytest
 
-from ppdiffusers_train.data.identity import content, described
-from ppdiffusers_train.data.image_folder import ImageCaptionDataset
+from ppdiffusers_train.data.identity import described
+from ppdiffusers_train.data.image_index import index_images
 from ppdiffusers_train.data.shards import open_shards
+from ppdiffusers_train.data.tables import ImageCaptionDataset
+from ppdiffusers_train.runtime.distributed import Ranks
 from tests.conftest import photo_shards
 
 pytestmark = pytest.mark.once  # no Paddle in it
@@ -41,11 +43,12 @@ def test_copies_are_alike_and_a_longer_picture_is_named(rows_of, photos, tmp_pat
     coffee = copies[2] / "coffee.jpg"
     coffee.write_bytes(coffee.read_bytes() + b" ")
     one, same, longer = map(rows_of, copies)
-    first = described(one, 0)
-    assert first == described(same, 0) and len(first) == 3 * len(one) == 21
-    assert [content(one, row) for row in range(7)] == [content(same, row) for row in range(7)]
-    ((name, size),) = [(name, value) for name, value in described(longer, 0).items() if value != first[name]]
-    assert "coffee" in name and size == first[name] + 1
+    for rows in (one, same, longer):
+        index_images(rows, Ranks(0, 1), tmp_path / "index")
+    first = described(one, 0, 7)
+    assert first == described(same, 0, 7) and len(first) == 4 * len(one) == 28
+    (name, size), (hashed, _) = [(key, value) for key, value in described(longer, 0, 7).items() if value != first[key]]
+    assert "coffee" in name and size == first[name] + 1 and hashed == name.replace("size", "content")
     chosen = one.select([3, 1])
     assert [chosen.stored_names(0, 2)[i] for i in (0, 1)] == [one.stored_names(r, r + 1)[0] for r in (3, 1)]
 
@@ -54,5 +57,6 @@ def test_a_picture_that_is_not_there_has_no_size(photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
     rows = as_files(folder)
     (folder / "coffee.jpg").unlink()
-    sizes = dict(zip(rows.stored_names(0, 7), rows.stored_sizes(0, 7)))
-    assert sizes["coffee.jpg"] is None and content(rows, list(sizes).index("coffee.jpg")) == "cannot be read"
+    index_images(rows, Ranks(0, 1), tmp_path / "index")
+    found = {key.partition(" (")[0]: value for key, value in described(rows, 0, 7).items()}
+    assert found["size of coffee.jpg"] is None and "No such file" in found["content of coffee.jpg"]
