@@ -43,6 +43,7 @@ MIXED = "mixed"  # all looks in turn
 
 def check_data(args) -> int:
     """Report the problems of a data set. The status is 1 where training would stop or lose samples."""
+    from ppdiffusers_train.data.dataset import index_folder
     from ppdiffusers_train.data.inspection import processors
     from ppdiffusers_train.models.text import count_tokens, load_tokenizer
     from ppdiffusers_train.tools.check import Tokens, check, describe_shards
@@ -59,7 +60,8 @@ def check_data(args) -> int:
                 f"{args.source!r} is a list of files, which training cannot read; `pack` makes shards of it"
             )
         options = {"kept": None} if args.json else {}
-        report = check(source, args.source, args.resolution, tokens, args.processes or processors(), **options)
+        processes = args.processes or processors()
+        report = check(source, args.source, args.resolution, tokens, processes, index_folder(args), **options)
         if source.shards:
             report.notes.append(describe_shards(len(source.shards), args.ranks, args.workers))
     print(printable(json.dumps(report.as_json(), ensure_ascii=False) if args.json else report.as_text()))

@@ -19,7 +19,7 @@ import pyarrow
 from tqdm import tqdm
 
 from ppdiffusers_train.data.arrow_files import as_stamps, read_table, write_table
-from ppdiffusers_train.data.inspection import Inspected, inspect
+from ppdiffusers_train.data.inspection import NOTHING, Inspected, inspect
 from ppdiffusers_train.data.rows import Rows, content_digest
 from ppdiffusers_train.errors import BadSampleError
 from ppdiffusers_train.runtime.processes import this_machine
@@ -134,6 +134,44 @@ def index_images(rows: Rows, ranks, index_dir: Path, log=print) -> None:
     ranks.wait_for_all("the index of the images to be written")
 
 
+class Decoded:
+    """What a check has decoded: images that were decoded at an earlier one, and have not changed, are known.
+
+    Args:
+        rows: the rows that are checked.
+        index_dir: the folder of all indices.
+    """
+
+    def __init__(self, rows: Rows, index_dir: Path):
+        self.rows, self.folder, self.stamps = rows, index_dir / rows.source_digest(), rows.stamps()
+        self.index, self.new, self.tables = Index(self.folder), [], []
+        self.places = self.index.find(self.stamps)
+
+    def known(self, row: int):
+        """The `Inspected` of a row's image, or None if it is to be decoded."""
+        if self.places[row] < 0:
+            return None
+        seen = Inspected(**self.index.table.slice(self.places[row], 1).to_pylist()[0])
+        return seen if seen.is_decoded else None
+
+    def add(self, row: int, seen: Inspected) -> None:
+        """Remember an image that has been decoded now."""
+        if seen.stamp == NOTHING and isinstance(self.rows.location(row), bytes):
+            seen = replace(seen, stamp=bytes(self.stamps[row]).ljust(16, b"\0"))
+        self.new.append(vars(seen))
+        if len(self.new) == MANY:
+            self._compact()
+
+    def write(self) -> None:
+        """Write what was decoded into the index."""
+        self._compact()
+        Index(self.folder, *self.tables).write(self.rows.all_stamps())
+
+    def _compact(self) -> None:
+        self.tables.append(pyarrow.Table.from_pylist(self.new, SCHEMA))
+        self.new = []
+
+
 class Search:
     """A rank's share of the images that the index does not know.
 
@@ -189,7 +227,7 @@ class Search:
         except BadSampleError as error:
             return Inspected(problem=str(error))
         seen = inspect(location, decode=False)
-        return replace(seen, stamp=self.stamps[row]) if isinstance(location, bytes) else seen
+        return replace(seen, stamp=bytes(self.stamps[row]).ljust(16, b"\0")) if isinstance(location, bytes) else seen
 
     def _compact(self) -> None:
         """Put the recent batches into one table, which takes less memory."""

@@ -4,12 +4,15 @@ import math
 import time
 from array import array
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ppdiffusers_train.data.image_index import Decoded
 from ppdiffusers_train.data.inspection import Inspected
+from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.data.streams import LANES
 from ppdiffusers_train.errors import BadSampleError
 from ppdiffusers_train.tools.caption_length import LONGEST, fewest_tokens
@@ -153,13 +156,16 @@ class Report:
         )
 
 
-def check(source: Source, name: str, resolution: int, tokens: Tokens, processes: int, kept=SHOWN) -> Report:
-    """Check all samples of a source. Every image is decoded in full.
+def check(
+    source: Source, name: str, resolution: int, tokens: Tokens, processes: int, index_dir: Path, kept=SHOWN
+) -> Report:
+    """Check all samples of a source. Every image is decoded in full, once: what is found goes into the index.
 
     Args:
         name: the source's name in the report.
         resolution: of training, in pixels; images with a shorter side are reported as remarks.
         processes: number of processes that decode images.
+        index_dir: see `image_index.index_images`.
         kept: how many texts of each kind of finding to keep; None for all.
     Raises:
         RunError: a process was killed.
@@ -171,9 +177,12 @@ def check(source: Source, name: str, resolution: int, tokens: Tokens, processes:
     if not len(rows):
         findings.add("no_samples", name)
     captions = CaptionCheck(source, tokens, findings)
+    decoded = Decoded(rows, index_dir) if isinstance(rows, Rows) else None
     with tqdm(total=len(rows), desc="checking", unit="image") as progress:
-        for index, image in inspect_all(captions.locations(), processes):
+        for index, image in inspect_all(known_or_located(captions.locations(), decoded), processes):
             progress.update(index + 1 - progress.n)
+            if decoded and not decoded.known(index):
+                decoded.add(index, image)
             if image.problem:
                 findings.add_row("bomb" if image.is_bomb else "unreadable", index, image.problem)
                 continue
@@ -183,12 +192,20 @@ def check(source: Source, name: str, resolution: int, tokens: Tokens, processes:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 findings.add_row("large", index, f"{image.width} x {image.height}")
         progress.update(len(rows) - progress.n)
+    if decoded:
+        decoded.write()
     for index, first in images.repeated():
         findings.add_row("duplicate", index, f"the same file as {rows.name(first)}")
     found = findings.listed(longest=tokens.longest, resolution=resolution, pixels=Image.MAX_IMAGE_PIXELS)
     notes = [tokens.note] if tokens.note else []
     seconds = round(time.monotonic() - started, 3)
     return Report(name, source.kind, len(rows), captions.count, images.sizes(), found, notes, seconds)
+
+
+def known_or_located(items, decoded):
+    """Each (row, location), with what is known of the image in place of its location if it was decoded earlier."""
+    for row, location in items:
+        yield row, (decoded and decoded.known(row)) or location
 
 
 class CaptionCheck:

@@ -8,7 +8,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from ppdiffusers_train.data.inspection import inspect
+from ppdiffusers_train.data.inspection import Inspected, inspect
 from ppdiffusers_train.errors import RunError
 
 CHUNK = 16  # images per task of a process
@@ -19,7 +19,8 @@ def inspect_all(items, processes: int):
     """Yield `(key, Inspected)` of each `(key, location)`, in order.
 
     Args:
-        items: an iterable; it is consumed only as fast as the processes work.
+        items: an iterable; it is consumed only as fast as the processes work. An image that is known already has its
+            `Inspected` in place of the location.
         processes: number of processes; with 1, this process does the work.
     Raises:
         RunError: a process was killed.
@@ -28,14 +29,14 @@ def inspect_all(items, processes: int):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for key, location in items:
-                yield key, inspect(location)
+                yield key, location if isinstance(location, Inspected) else inspect(location)
         return
     pending = deque()
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process)
     try:
         for chunk in _chunks(items):
-            keys, locations = zip(*chunk)
-            pending.append((keys, pool.submit(_inspect_chunk, locations)))
+            unknown = [location for _, location in chunk if not isinstance(location, Inspected)]
+            pending.append((chunk, pool.submit(_inspect_chunk, unknown) if unknown else None))
             if len(pending) >= processes * CHUNKS_AHEAD:
                 yield from _finished(*pending.popleft())
         while pending:
@@ -55,8 +56,9 @@ def _chunks(items):
         yield chunk
 
 
-def _finished(keys, future):
-    return zip(keys, future.result())
+def _finished(chunk, future):
+    seen = iter(future.result() if future else ())
+    return ((key, location if isinstance(location, Inspected) else next(seen)) for key, location in chunk)
 
 
 def _inspect_chunk(locations) -> list:

@@ -1,9 +1,11 @@
 import ppdiffusers_train  # noqa: F401
+from ppdiffusers_train import cli
 
 import csv
 import json
 import os
 import sys
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -195,8 +197,6 @@ def test_a_part_of_the_samples_is_looked_at_alone_and_the_others_are_kept(tmp_pa
 
 
 def test_shards_and_tables_are_looked_at_once_too(tmp_path):
-    from ppdiffusers_train import cli
-
     folder = make_folder(tmp_path / "data")
     cli.main(["pack", str(folder), str(tmp_path / "shards")])
     rows, opened = opened_by(lambda: start(tmp_path / "shards", tmp_path / "index"))
@@ -205,6 +205,39 @@ def test_shards_and_tables_are_looked_at_once_too(tmp_path):
     again, opened = opened_by(lambda: start(tmp_path / "shards", tmp_path / "index"))
     assert opened == [] and again.images_digest() == plain.images_digest()
     assert {file.suffix for file in (tmp_path / "shards").iterdir()} == {".tar", ".json"}
+
+
+@pytest.mark.parametrize("layout", ["folder", "shards"])
+def test_a_check_decodes_an_image_once_and_training_knows_what_it_found(tmp_path, monkeypatch, capsys, layout):
+    folder, index = make_folder(tmp_path / "data", 4), tmp_path / "index"
+    noise = np.random.default_rng(0).integers(0, 255, [64, 64, 3], dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "2.png")
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:6000])  # its header is whole
+    if layout == "shards":
+        names = [f"{i}.{end}" for i in range(4) for end in ("png", "txt")]
+        for i in range(4):
+            (folder / f"{i}.txt").write_text(f"caption {i}")
+        with tarfile.open(tmp_path / "000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            [tar.add(folder / name, name) for name in names]
+        folder = tmp_path / "shards"
+        folder.mkdir()
+        (tmp_path / "000.tar").rename(folder / "000.tar")
+
+    def check():
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["check", str(folder), "--json", "--processes=1", f"--index_dir={index}"])
+        document = json.loads(capsys.readouterr().out)
+        return stopped.value.code, {**document, "seconds": 0}
+
+    first, opened = opened_by(check)
+    assert first[0] == 1 and len(opened) >= 4
+    assert [finding["kind"] for finding in first[1]["findings"] if finding["error"]] == ["unreadable"]
+    second, opened = opened_by(check)
+    assert second == first and opened == []
+    rows, opened = opened_by(lambda: start(folder, index))
+    assert opened == [] and rows.image_size(1) == (7, 4)
+    with pytest.raises(BadSampleError, match="the image cannot be read"):
+        rows.image_size(2)
 
 
 NAMES = st.text("ab-_ .ü", min_size=1, max_size=4).filter(lambda name: name.strip(". ") and not name.startswith("."))
