@@ -26,7 +26,7 @@ from ppdiffusers_train.runtime.processes import this_machine
 
 FILE, PARTS = "images.arrow", "part-*.arrow"
 PART_SECONDS = 30  # between two parts that a rank writes
-AT_ONCE = 64  # images that a rank takes at a time
+AT_ONCE = 64  # images that a rank takes at a time, or an eighth of its share if that is less
 MANY = 1000  # small tables that are put into one
 THREADS = 4  # a network disk answers several requests as fast as one
 TYPES = {str: pyarrow.string(), bool: pyarrow.bool_(), int: pyarrow.int32(), bytes: pyarrow.binary(16)}
@@ -123,7 +123,8 @@ def index_images(rows: Rows, ranks, index_dir: Path, log=print) -> None:
     states = ranks.gather_objects((state, this_machine() or ranks.rank), "the others to list their images")
     counters = {other: ranks.counter() for other in sorted({other for other, _ in states})}  # the same on all ranks
     search = Search(rows, missing, stamps, folder)
-    search.run(counters[state], ranks.is_main)
+    at_once = max(1, min(AT_ONCE, len(missing) // (8 * ranks.world_size)))
+    search.run(counters[state], at_once, ranks.is_main)
     parts = ranks.gather_objects(search.found_as_bytes(), "the others to read their images")
     found = [pyarrow.ipc.open_stream(part).read_all() for part, (other, _) in zip(parts, states) if other == state]
     found = pyarrow.concat_tables(found)
@@ -186,21 +187,22 @@ class Search:
         self.recent, self.found = [], []  # batches; tables of many of them
         self.written, self.last_written = 0, time.monotonic()  # how many of the tables are in parts
 
-    def run(self, taken, is_main: bool) -> None:
+    def run(self, taken, at_once: int, is_main: bool) -> None:
         """Look at images until none is left.
 
         Args:
             taken: adds to a counter that the ranks of the group share, and returns its new value.
+            at_once: number of images that a rank takes at a time.
         """
-        starts = iter(lambda: (taken(1) - 1) * AT_ONCE, None)
+        starts = iter(lambda: (taken(1) - 1) * at_once, None)
         with (
             ThreadPoolExecutor(THREADS, thread_name_prefix="index") as pool,
             tqdm(total=len(self.missing), desc="reading images", unit="image", delay=5, disable=not is_main) as bar,
         ):
             for start in itertools.takewhile(lambda start: start < len(self.missing), starts):
-                rows = self.missing[start : start + AT_ONCE]
+                rows = self.missing[start : start + at_once]
                 self.recent += pool.map(self._look_at, np.array_split(rows, THREADS))
-                bar.update(min(start + AT_ONCE, len(self.missing)) - bar.n)  # by all ranks
+                bar.update(min(start + at_once, len(self.missing)) - bar.n)  # by all ranks
                 is_due = time.monotonic() - self.last_written > PART_SECONDS
                 if is_due or len(self.recent) > MANY:
                     self._compact()
