@@ -28,4 +28,4 @@ def main(argv):
     index_images(rows, ranks, index_folder(args))
     found = {"opened": len(opened), "digest": rows.images_digest(), "sizes": rows.image_sizes().tolist()}
     (Path(results) / f"{ranks.rank}.json").write_text(json.dumps(found))
-    ranks.wait_for_all("the others to write their results")
+    ranks.gather_objects(None)  # the store is in rank 0's process, which must not end before the others are done
