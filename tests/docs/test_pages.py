@@ -3,10 +3,11 @@
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
 import functools
+import inspect
 import re
 
 import pytest
-from paddle.distributed.launch.context.args_envs import parse_args as parse_launch
+from paddle.distributed.launch.context import args_envs as paddle_launcher
 
 from tests.conftest import ROOT
 from tests.docs.pages import (
@@ -71,12 +72,16 @@ def exists(path):
 
 @functools.cache
 def our_flags():
-    """Option strings of all scripts, tools, and of Paddle's launcher."""
-    launcher = {f"--{name}" for name in vars(parse_launch()[0])}
+    """Option strings of all scripts, tools, programs of the project, and of Paddle's launcher."""
     parsers = [*script_parsers().values(), *command_parsers().values()]
-    actions = [action for parser in parsers for action in parser._actions]
-    preview = set(re.findall(r'"(--\w+)"', (ROOT / "ppdiffusers_train/tools/preview.py").read_text(encoding="utf-8")))
-    return launcher | preview | {option for action in actions for option in action.option_strings}
+    others = [
+        *(ROOT / "benchmarks").glob("*.py"),
+        *(ROOT / "ppdiffusers_train" / "toy" / "recipes").glob("*.py"),
+        ROOT / "ppdiffusers_train" / "tools" / "preview.py",
+    ]
+    sources = [inspect.getsource(paddle_launcher), *(path.read_text(encoding="utf-8") for path in others)]
+    declared = {flag for source in sources for flag in re.findall(r'"(--\w+)"', source)}
+    return declared | {option for parser in parsers for action in parser._actions for option in action.option_strings}
 
 
 def test_every_page_that_is_promised_is_there():
