@@ -27,8 +27,8 @@ JOBS = (
     "sd3", "sd3-lora", "lcm-sd", "lcm-sd-lora", "lcm-sdxl", "lcm-sdxl-lora", "your-own-job",
 )  # fmt: skip
 GUIDES = (
-    "your-data", "large-data", "lora-files", "several-gpus", "resume", "memory", "hardware", "from-other-trainers",
-    "faq",
+    "your-data", "large-data", "training", "lora-files", "several-gpus", "resume", "memory", "hardware",
+    "from-other-trainers", "faq",
 )  # fmt: skip
 REFERENCE = (
     "flags", "examples/index", "examples/kandinsky2_2", "examples/sdxl", "examples/sd3", "examples/lcm", "architecture",
