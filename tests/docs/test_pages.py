@@ -3,10 +3,11 @@
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
 import functools
+import inspect
 import re
 
 import pytest
-from paddle.distributed.launch.context.args_envs import parse_args as parse_launch
+from paddle.distributed.launch.context import args_envs as paddle_launcher
 
 from tests.conftest import ROOT
 from tests.docs.pages import (
@@ -39,8 +40,8 @@ SECTIONS = {
     ],
 }  # fmt: skip
 TOPICS = (
-    "your-data", "large-data", "lora-files", "several-gpus", "resume", "memory", "hardware", "from-other-trainers",
-    "faq", "flags",
+    "your-data", "large-data", "lora-files", "training", "several-gpus", "resume", "memory", "hardware",
+    "from-other-trainers", "faq", "flags",
 )  # fmt: skip
 
 # Flags of other programs that pages name by themselves, and programs whose command lines are not looked at.
@@ -71,12 +72,16 @@ def exists(path):
 
 @functools.cache
 def our_flags():
-    """Option strings of all scripts, tools, and of Paddle's launcher."""
-    launcher = {f"--{name}" for name in vars(parse_launch()[0])}
+    """Option strings of all scripts, tools, programs of the project, and of Paddle's launcher."""
     parsers = [*script_parsers().values(), *command_parsers().values()]
-    actions = [action for parser in parsers for action in parser._actions]
-    preview = set(re.findall(r'"(--\w+)"', (ROOT / "ppdiffusers_train/tools/preview.py").read_text(encoding="utf-8")))
-    return launcher | preview | {option for action in actions for option in action.option_strings}
+    others = [
+        *(ROOT / "benchmarks").glob("*.py"),
+        *(ROOT / "ppdiffusers_train" / "toy" / "recipes").glob("*.py"),
+        ROOT / "ppdiffusers_train" / "tools" / "preview.py",
+    ]
+    sources = [inspect.getsource(paddle_launcher), *(path.read_text(encoding="utf-8") for path in others)]
+    declared = {flag for source in sources for flag in re.findall(r'"(--\w+)"', source)}
+    return declared | {option for parser in parsers for action in parser._actions for option in action.option_strings}
 
 
 def test_every_page_that_is_promised_is_there():
@@ -138,6 +143,20 @@ def test_flags_that_are_named_exist(name):
         if code.split()[:1] and code.split()[0] not in OTHER_PROGRAMS:
             flags.update(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", code))
     assert flags - our_flags() - OTHER_FLAGS == set()
+
+
+@pytest.mark.parametrize("name", all_pages())
+def test_markup_means_the_same_on_github_and_on_the_site(name):
+    """The site begins lists and tables after an empty line only, and takes a list's inner lines by four spaces."""
+    text = re.sub(r"^```.*?^```$", "```", read(name), flags=re.M | re.S)
+    kinds = {"list": r"([*+-]|\d+\.) |  ", "table": r"\|"}
+    for kind, pattern in kinds.items():
+        for before, line in zip(text.split("\n"), text.split("\n")[1:]):
+            begins = re.match(pattern, line) and not re.match(pattern, before)
+            assert not begins or not before or line.startswith("  "), (
+                f"a {kind} without an empty line before it: {line}"
+            )
+    assert not re.search(r"^ {1,3}(```|[*+-] )", text, re.M)
 
 
 @pytest.mark.parametrize("name", [*english_pages(), *map(in_chinese, english_pages())])
