@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import ppdiffusers
+import yaml
 
 from tests.conftest import PHOTOS, ROOT, copy_photos, load_script
 from tests.distributed.launching import environment
@@ -228,6 +229,8 @@ class Reader:
         """A training command's flags for two small steps, with the base models that the script would download."""
         flags = [self.localize(flag) for flag in flags]
         named = {flag.split("=")[0] for flag in flags}
+        if "--config" in flags:
+            named |= {f"--{key}" for key in yaml.safe_load(Path(value_of(flags, "--config")).read_text("utf-8"))}
         flags += ["--resolution=64", "--checkpointing_steps=2", "--sharding_degree=1", "--sharding_stage=1"]
         flags.append(f"--max_train_steps={4 if '--resume_from_checkpoint' in named else 2}")
         if value_of(flags, "--report_to") != "tensorboard":
