@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 
 import ppdiffusers
-import yaml
 
 from tests.conftest import PHOTOS, ROOT, copy_photos, load_script
 from tests.distributed.launching import environment
@@ -227,25 +226,24 @@ class Reader:
 
     def short(self, script, flags):
         """A training command's flags for two small steps, with the base models that the script would download."""
-        flags = [self.localize(flag) for flag in flags]
-        named = {flag.split("=")[0] for flag in flags}
-        if "--config" in flags:
-            named |= {f"--{key}" for key in yaml.safe_load(Path(value_of(flags, "--config")).read_text("utf-8"))}
+        flags, parser = [self.localize(flag) for flag in flags], job(Path(script).name).build_parser()
+        args, _ = parser.parse_known_args(flags)  # also what a file of `--config` says; `preview` has flags of its own
         flags += ["--resolution=64", "--checkpointing_steps=2", "--sharding_degree=1", "--sharding_stage=1"]
-        flags.append(f"--max_train_steps={4 if '--resume_from_checkpoint' in named else 2}")
-        if value_of(flags, "--report_to") != "tensorboard":
+        flags.append(f"--max_train_steps={4 if args.resume_from_checkpoint else 2}")
+        if args.report_to != "tensorboard":
             flags.append("--report_to=none")
-        if named & {"--validation_prompt", "--validation_prompts"}:
+        if args.validation_prompts:
             flags += ["--num_validation_images=1", "--validation_inference_steps=2", "--validation_steps=2"]
-        for action in job(script).build_parser()._actions:
-            if action.default in self.models and not named & set(action.option_strings):
-                flags.append(f"{action.option_strings[0]}={self.models[action.default]}")
+        for action in parser._actions:
+            default = action.default if action.option_strings else None
+            if default in self.models and getattr(args, action.dest) == default:
+                flags.append(f"{action.option_strings[0]}={self.models[default]}")
         return flags
 
     def train(self, script, flags):
         """Run the `main` of a training script in this process."""
         assert Path(script).is_file(), f"{self.page}: no {script} in {Path.cwd().relative_to(self.root)}"
-        module, flags, said = job(Path(script).name), self.short(Path(script).name, flags), io.StringIO()
+        module, flags, said = job(Path(script).name), self.short(script, flags), io.StringIO()
         args = module.build_parser().parse_args(flags)
         with contextlib.redirect_stdout(said):
             module.main(flags)
@@ -283,7 +281,7 @@ class Reader:
             text=True,
             timeout=300,
         )
-        output_dir = job(script).build_parser().parse_args(short).output_dir
+        output_dir = job(Path(script).name).build_parser().parse_args(short).output_dir
         said = done.stdout + done.stderr
         assert done.returncode == 0 and f"wrote the result to {output_dir}" in said, said[-3000:]
         self.promise(output_dir)
