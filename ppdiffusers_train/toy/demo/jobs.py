@@ -9,6 +9,7 @@ Nothing heavy is imported here, because the command line reads the jobs' names.
 """
 
 from dataclasses import dataclass
+
 RESOLUTION = 32
 
 KANDINSKY_SAMPLING = {

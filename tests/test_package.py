@@ -1,0 +1,177 @@
+"""The archive of the sources and the wheel: what they hold, and that the wheel works in a folder of its own."""
+
+import ppdiffusers_train
+from ppdiffusers_train import cli
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.once  # setuptools, and scripts that have tests of their own
+
+NOT_OURS = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "outputs", "*.so")
+NOT_PACKED = {".ci/run", ".gitignore"}
+# What work in a checkout leaves in it, and no archive may hold.
+LEFT_BEHIND = (
+    "examples/.ipynb_checkpoints/README-checkpoint.md",
+    "examples/.ipynb_checkpoints/quickstart-checkpoint.ipynb",
+    "examples/sdxl/__pycache__/train_text_to_image_sdxl.cpython-311.pyc",
+    "examples/sdxl/my-lora/README.md",
+    "examples/sdxl/my-lora/paddle_lora_weights.safetensors",
+    "ppdiffusers_train/data/__pycache__/order.cpython-311.pyc",
+    "tests/device/build/libdevice.so",
+)
+LARGEST = 16e6  # bytes of the wheel; the toys' weights are 13 MB of it
+BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+
+
+def run(command, folder, **more):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        list(map(str, command)), cwd=folder, env={**environment, **more}, capture_output=True, text=True, timeout=300
+    )
+
+
+def succeed(command, folder, **more):
+    done = run(command, folder, **more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def build(hook, source, output):
+    """Build an archive as `pip` and `build` do. Returns its file."""
+    output.mkdir()
+    succeed([sys.executable, "-c", BUILD, hook, output], source)
+    return next(output.iterdir())
+
+
+def pip(*words):
+    return [sys.executable, "-m", "pip", *words, "--no-index", "--no-deps", "-q", "--disable-pip-version-check"]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the project, with what work leaves behind."""
+    folder = tmp_path_factory.mktemp("checkout") / "project"
+    shutil.copytree(ROOT, folder, ignore=NOT_OURS)
+    for name in LEFT_BEHIND:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("left behind")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout, tmp_path_factory):
+    return build("build_sdist", checkout, tmp_path_factory.mktemp("archives") / "sdist")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("archives")
+    succeed([*pip("wheel", "--no-build-isolation"), "-w", folder, sdist], folder)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The folder that the wheel is installed into."""
+    folder = tmp_path_factory.mktemp("installed") / "packages"
+    succeed([*pip("install"), "--target", folder, wheel], folder.parent)
+    return folder
+
+
+@pytest.fixture
+def elsewhere(installed, tmp_path):
+    """`elsewhere(*command)` runs a command in a folder that is not the project's, with the installed package first."""
+    path = os.pathsep.join([str(installed / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+
+    def in_folder(*command, folder=tmp_path, **more):
+        return succeed(command, folder, PYTHONPATH=str(installed), PATH=path, HF_HUB_OFFLINE="1", **more)
+
+    return in_folder
+
+
+def example_names():
+    """The files of examples/ that a user gets, as the project has them under version control."""
+    tracked = [*ROOT.glob("examples/*.*"), *ROOT.glob("examples/[!._d]*/*.*"), *ROOT.glob("examples/data/photos/*.*")]
+    return {str(file.relative_to(ROOT / "examples")) for file in tracked if file.is_file()}
+
+
+def test_the_sources_hold_the_whole_project_and_nothing_that_was_left_behind(checkout, sdist):
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames() if archive.getmember(name).isfile()}
+    packed = {name for name in packed if ".egg-info/" not in name} - {"PKG-INFO", "setup.cfg"}
+    files = {str(file.relative_to(checkout)) for file in checkout.rglob("*") if file.is_file()}
+    files = {name for name in files if ".egg-info/" not in name}
+    assert packed == files - set(LEFT_BEHIND) - NOT_PACKED
+
+
+def test_the_wheel_holds_package_toys_and_examples_alone(checkout, wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    modules = {str(file.relative_to(checkout)) for file in (checkout / "ppdiffusers_train").rglob("*.py")}
+    weights = {str(file.relative_to(checkout)) for file in checkout.glob("ppdiffusers_train/toy/weights/*.safetensors")}
+    examples = {f"ppdiffusers_train/examples/{name}" for name in example_names()}
+    assert len(weights) == 9 and packed == modules | weights | examples
+    assert wheel.stat().st_size < LARGEST
+
+
+def test_the_version_stands_in_one_place_and_leads_the_changelog(wheel):
+    version = ppdiffusers_train.__version__
+    assert wheel.name == f"ppdiffusers_train-{version}-py3-none-any.whl"
+    entries = re.findall(r"^## \[(.+)\] - (\d{4}-\d{2}-\d{2})$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert entries[0][0] == version and entries == sorted(entries, reverse=True)
+
+
+def test_an_editable_installation_reads_the_examples_where_they_are(checkout, tmp_path):
+    with zipfile.ZipFile(build("build_editable", checkout, tmp_path / "editable")) as archive:
+        paths = [archive.read(name).decode().strip() for name in archive.namelist() if name.endswith(".pth")]
+        assert paths == [str(checkout)] and not any("examples" in name for name in archive.namelist())
+
+
+def test_the_installed_package_trains_with_its_own_scripts_and_with_copies(installed, elsewhere, tmp_path):
+    where = elsewhere(sys.executable, "-c", "import ppdiffusers_train; print(ppdiffusers_train.__file__)")
+    assert Path(where.strip()).is_relative_to(installed)
+    assert "examples" in elsewhere("ppdiffusers-train", "--help")
+    said = elsewhere("ppdiffusers-train", "--version")
+    assert said == f"ppdiffusers-train {ppdiffusers_train.__version__}\n"
+
+    demo = ("--job=decoder-lora", "--max_train_steps=2", "--pictures=30", "--output_dir=demo")
+    assert "ppdiffusers-train examples examples\n" in elsewhere("ppdiffusers-train", "demo", *demo)
+    assert (tmp_path / "demo" / "decoder-lora.png").is_file()
+
+    assert "13 training scripts" in elsewhere("ppdiffusers-train", "examples", "mine")
+    family, models = tmp_path / "mine" / "kandinsky2_2", tmp_path / "demo" / "pretrained" / "kandinsky"
+    assert "--lora_rank" in elsewhere("python", "train_text_to_image_decoder_lora.py", "--help", folder=family)
+    variables = {"MODEL_NAME": models / "decoder", "PRIOR_NAME": models / "prior", "OUTPUT_DIR": "my-lora"}
+    small = ("--max_train_steps=2", "--resolution=32", "--num_validation_images=1", "--validation_inference_steps=2")
+    said = elsewhere("bash", "run.sh", *small, folder=family, **{name: str(value) for name, value in variables.items()})
+    assert "wrote the result to my-lora" in said
+    assert (family / "my-lora" / "paddle_lora_weights.safetensors").is_file()
+
+
+def test_a_checkout_copies_the_same_files(tmp_path, capsys):
+    cli.main(["examples", str(tmp_path / "mine" / "scripts")])
+    folder = tmp_path / "mine" / "scripts"
+    copied = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert copied == {name: (ROOT / "examples" / name).read_bytes() for name in example_names()}
+    assert capsys.readouterr().out.startswith(f"{folder}: 13 training scripts")
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    for target, reason in ((tmp_path, "is not empty"), (tmp_path / "notes.txt", "cannot be written")):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["examples", str(target)])
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and said.count("\n") == 1 and f"DIR: {str(target)!r} {reason}" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
