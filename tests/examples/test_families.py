@@ -1,8 +1,7 @@
-"""run.sh and the README of each family of scripts. `python` is replaced, so that the script runs in this process."""
+"""run.sh and the README of each family of scripts."""
 
 import ppdiffusers_train  # noqa: F401
 
-import json
 import os
 import re
 import shutil
@@ -13,65 +12,45 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, load_script
+from tests.shell_scripts import python_command
 
 pytestmark = pytest.mark.once  # the scripts have tests of their own
 
 FAMILIES = sorted(file.parent for file in (ROOT / "examples").glob("*/run.sh"))
-SHOW = f"""#!{sys.executable}
-import json, os, sys
-names = ("MODEL_NAME", "DATASET_NAME", "OUTPUT_DIR")
-print(json.dumps([sys.argv[1:], [os.environ[name] for name in names]]))
-"""
 SMALL = ["--resolution=64", "--max_train_steps=2", "--train_batch_size=2", "--report_to=none", "--seed=0"]
 SMALL += ["--num_validation_images=1", "--validation_inference_steps=2", "--validation_steps=2"]
+
+
+def command(family, *flags, **variables):
+    """The beginning of the command that run.sh ends with, as far as the script, the script's flags, and variables."""
+    words, exported = python_command(family, *flags, **variables)
+    return words[:3], words[3:], exported
+
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch):
-    """`command(family, *flags, MODEL_NAME=…)` is what run.sh runs: the words after `python`, and its variables."""
-    shown = tmp_path / "bin" / "python"
-    shown.parent.mkdir()
-    shown.write_text(SHOW)
-    shown.chmod(0o755)
-
-    def show(family, *flags, **variables):
-        names = ("MODEL_NAME", "PRIOR_NAME", "DATASET_NAME", "OUTPUT_DIR")
-        environment = {name: value for name, value in os.environ.items() if name not in names}
-        environment["PATH"] = os.pathsep.join([str(shown.parent), environment["PATH"]])
-        environment |= {name: str(value) for name, value in variables.items()}
-        done = subprocess.run(
-            ["bash", "run.sh", *flags], cwd=family, env=environment, capture_output=True, text=True, check=True
-        )
-        return json.loads(done.stdout)
-
-    return show
-
-
 @every_family
-def test_run_sh_trains_with_the_variables_that_are_set(
-    family, command, kandinsky, sdxl, sd3, sd, photos, tmp_path, capsys
-):
+def test_run_sh_trains_with_the_variables_that_are_set(family, kandinsky, sdxl, sd3, sd, photos, tmp_path, capsys):
     model = {"kandinsky2_2": kandinsky[1], "sdxl": sdxl, "sd3": sd3}.get(family.name, sd)
     output = tmp_path / "my result"
     variables = {"MODEL_NAME": model, "PRIOR_NAME": kandinsky[0], "DATASET_NAME": photos, "OUTPUT_DIR": output}
-    (dash_u, script, *flags), exported = command(family, *SMALL, **variables)
-    assert dash_u == "-u" and exported == [str(model), str(photos), str(output)]
+    (*python, script), flags, exported = command(family, *SMALL, **variables)
+    assert python == ["python", "-u"] and exported == {name: str(value) for name, value in variables.items()}
     load_script(family / script).main(flags)
     assert f"wrote the result to {output}" in capsys.readouterr().out
     assert any(output.glob("**/*.safetensors")) or any(output.glob("**/*.pdparams"))
 
 
 @every_family
-def test_run_sh_has_defaults_and_takes_a_dataset_of_the_hub(family, command):
-    words, (model, data, output) = command(family)
-    args = load_script(family / words[1]).build_parser().parse_args(words[2:])
-    assert re.fullmatch(r"[\w-]+/[\w.-]+", model) and model in words and args.output_dir == output
+def test_run_sh_has_defaults_and_takes_a_dataset_of_the_hub(family):
+    (*_, script), flags, exported = command(family)
+    parser = load_script(family / script).build_parser()
+    args, model, data = parser.parse_args(flags), exported["MODEL_NAME"], exported["DATASET_NAME"]
+    assert re.fullmatch(r"[\w-]+/[\w.-]+", model) and model in flags and args.output_dir == exported["OUTPUT_DIR"]
     assert args.train_data_dir == data and args.dataset_name is None
     assert (family / data).resolve() == ROOT / "examples" / "data" / "photos"
-    words, _ = command(family, DATASET_NAME="owner/pictures")
-    args = load_script(family / words[1]).build_parser().parse_args(words[2:])
+    args = parser.parse_args(command(family, DATASET_NAME="owner/pictures")[1])
     assert args.dataset_name == "owner/pictures" and args.train_data_dir is None
 
 
