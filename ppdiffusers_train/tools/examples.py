@@ -10,7 +10,7 @@ from ppdiffusers_train.tools.example_files import EXAMPLES, example_files
 def add_examples_command(commands) -> None:
     """Add the command `examples` to `ppdiffusers-train`."""
     command = commands.add_parser(
-        "examples", help="copy the training scripts, with photographs and notebooks",
+        "examples", config=False, help="copy the training scripts, with photographs and notebooks",
         description="Copy the training scripts of all families, their run.sh and guides, the photographs and the "
         "notebooks into a folder, to run and edit them there.",
     )  # fmt: skip
@@ -35,4 +35,7 @@ def copy_examples(output_dir: str) -> None:
     except OSError as error:
         raise UserError(f"DIR: {output_dir!r} cannot be written ({error.strerror}); expected a folder") from error
     scripts = sum(file.suffix == ".py" for file in files)
-    print(f"{output_dir}: {scripts} training scripts, photographs and notebooks; start with README.md in it")
+    print(
+        f"{output_dir}: {scripts} training scripts, photographs and notebooks. Begin with README.md; the pages that it"
+    )
+    print("links to are in the folder docs of the project, and not copied.")
