@@ -36,6 +36,6 @@ def copy_examples(output_dir: str) -> None:
         raise UserError(f"DIR: {output_dir!r} cannot be written ({error.strerror}); expected a folder") from error
     scripts = sum(file.suffix == ".py" for file in files)
     print(
-        f"{output_dir}: {scripts} training scripts, photographs and notebooks. Begin with README.md; the pages that it"
+        f"{output_dir}: {scripts} training scripts, photographs and notebooks. Begin with README.md; "
+        "the pages that it links to are in the project's docs/, which is not copied."
     )
-    print("links to are in the folder docs of the project, and not copied.")
