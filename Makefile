@@ -25,7 +25,7 @@ $(if $(3),@echo "$(call packages_of,$(3))" > "$(call packages_of,$(1))/base.pth"
 endef
 
 .PHONY: help demo toys gate test test-engine precision lint test-paddle26 parity bench truesize torture \
-	flags docs venvs lock clean
+	flags docs dist venvs lock clean
 
 help:
 	@echo "make demo           fine-tune a tiny Kandinsky 2.2 to a new look on the CPU and generate images (JOB=lcm-lora: another job)"
@@ -42,6 +42,7 @@ help:
 	@echo "make torture        kill runs 240 times and resume them, resume every job on other numbers of ranks, stop on a slow disk"
 	@echo "make flags          write the reference of flags, docs/en/flags.md and docs/zh/flags.md"
 	@echo "make docs           build the site of the docs, in both languages, into outputs/website/html"
+	@echo "make dist           build the archive of the sources and the wheel in dist/"
 	@echo "make venvs          create the three environments, without running anything"
 	@echo "make lock           write the requirements*.txt again from the .in files"
 	@echo "make clean          remove the environments and caches"
@@ -156,6 +157,11 @@ flags: .venv/ready
 
 docs: .venv-docs/ready
 	.venv-docs/bin/python -m website.build
+# The wheel is built from the archive, so nothing that lies about in a checkout is in it.
+dist: .venv/ready
+	rm -rf dist
+	.venv/bin/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
+	.venv/bin/python -m pip wheel -q --no-build-isolation --no-deps -w dist dist/*.tar.gz
 
 venvs: .venv/ready .venv-paddle26/ready .venv-parity/ready
 
@@ -188,3 +194,4 @@ lock:
 
 clean:
 	rm -rf .venv .venv-paddle26 .venv-parity .venv-docs .venv-lock build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-paddle26 .venv-parity .venv-lock build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -24,6 +24,7 @@ import ppdiffusers
 from tests.conftest import PHOTOS, ROOT, copy_photos, load_script
 from tests.distributed.launching import environment
 from tests.docs.pages import code_blocks, commands, inline_code, is_for_torch, read, words_of
+from tests.shell_scripts import python_command
 
 # How runs on several GPUs are started. Pages in LAUNCHED start two ranks on this CPU; elsewhere the words before the
 # script are compared with these, and the script's `main` runs in this process.
@@ -187,12 +188,10 @@ class Reader:
                 assert word == "--no-deps", words
 
     def run_shell_script(self, words):
-        """Type the lines of a script of the repository."""
-        here = Path.cwd()
-        for command in commands(Path(words[1]).read_text(encoding="utf-8")):
-            if not command.startswith("set -"):
-                self.type(command)
-        os.chdir(here)
+        """Train as a `run.sh` says, with the variables that the page has exported."""
+        assert words[1] == "run.sh", words
+        command, _ = python_command(Path.cwd(), *words[2:], **self.variables)
+        self.run_python(command)
 
     def run_python(self, words):
         if "paddle.distributed.launch" in words:
