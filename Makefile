@@ -157,6 +157,7 @@ flags: .venv/ready
 
 docs: .venv-docs/ready
 	.venv-docs/bin/python -m website.build
+
 # The wheel is built from the archive, so nothing that lies about in a checkout is in it.
 dist: .venv/ready
 	rm -rf dist

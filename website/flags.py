@@ -9,6 +9,7 @@ from ppdiffusers_train import cli
 
 import argparse
 import re
+import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -143,7 +144,7 @@ NAMES = re.compile(
     r"(?<![\w-])("
     r"--\w+"
     r"|[\w./-]*[_*<{][^\s;:]*"  # with a character that Markdown would read as markup
-    r"|[\w-]*\.(?:jsonl|json|png|safetensors)\b"
+    r"|[\w-]*\.(?:jsonl|json|png|safetensors|sh)\b"
     r"|paddle\.[\w.]+\w"
     r"|pipe:COMMAND"
     r")"
@@ -170,7 +171,11 @@ class Writer:
         self.chinese = yaml.safe_load(CHINESE.read_text(encoding="utf-8")) if language == "zh" else {}
 
     def say(self, text):
-        return self.chinese[text] if self.language == "zh" else as_markdown(text)
+        if self.language == "en":
+            return as_markdown(text)
+        if text not in self.chinese:
+            sys.exit(f"{CHINESE.name} has no Chinese for: {text}")
+        return self.chinese[text]
 
     def page(self):
         parts = [self.texts["page"]]
