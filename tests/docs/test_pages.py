@@ -1,6 +1,7 @@
 """The form of the pages: both languages alike, links and names that lead somewhere, lengths, titles."""
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
+from ppdiffusers_train import cli
 
 import functools
 import inspect
@@ -74,7 +75,7 @@ def exists(path):
 @functools.cache
 def our_flags():
     """Option strings of all scripts, tools, programs of the project, and of Paddle's launcher."""
-    parsers = [*script_parsers().values(), *command_parsers().values()]
+    parsers = [*script_parsers().values(), *command_parsers().values(), cli.build_parser()]
     others = [
         *(ROOT / "benchmarks").glob("*.py"),
         *(ROOT / "ppdiffusers_train" / "toy" / "recipes").glob("*.py"),
