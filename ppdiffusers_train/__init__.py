@@ -17,4 +17,4 @@ leave_stand_in()
 prepare_cpu()
 import_paddlenlp_lightly()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
