@@ -9,6 +9,7 @@ from ppdiffusers_train import cli
 
 import argparse
 import re
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -45,20 +46,21 @@ SETS = {
 }
 # Order of the groups on the page; a group that is not named here comes last.
 GROUPS = (
-    "data", "models", "images", "training", "optimizer", "LoRA", "multiple GPUs", "output and checkpoints",
-    "validation", "logging", "diffusion", "flow matching", "timesteps", "distillation", "student and target", "options",
+    "positional arguments", "data", "models", "images", "training", "optimizer", "LoRA", "multiple GPUs",
+    "output and checkpoints", "validation", "logging", "diffusion", "flow matching", "timesteps", "distillation",
+    "student and target", "options",
 )  # fmt: skip
 
 TEXTS = {
     "en": {
         "page": "# Flags\n\n[中文](../zh/flags.md)\n\n"
-        "All flags of the training scripts, then those of the command `ppdiffusers-train`. `--help` prints the same for\n"
-        "one script. A switch such as `--use_ema` is turned off by `--no_use_ema`, for example if a file of `--config`\n"
-        "turns it on. `make flags` writes this page.\n",
+        "All flags of the training scripts, then those of the command `ppdiffusers-train`. `--help` prints the same\n"
+        "for one script. A switch such as `--use_ema` is turned off by `--no_use_ema`, for example if a file of\n"
+        "`--config` turns it on. `make flags` writes this page.\n",
         "columns": ("Flag", "Scripts", "Default", "Meaning"),
-        "all": "In all scripts.", "only": "Only in: {}.", "everywhere": "all", "required": "required",
-        "switch": ("off", "on"), "choices": "One of {}.", "or": ", ", "stop": ".", "join": ", ", "between": "; ",
-        "for": "{}: {}",
+        "all": "In all scripts.", "only": "Only in: {}.", "everywhere": "all",
+        "required": "required", "various": "its own in each script", "switch": ("off", "on"), "choices": "One of {}.",
+        "join": ", ", "between": "; ", "for": "{}: {}",
     },
     "zh": {
         "page": "# 命令行参数\n\n[English](../en/flags.md)\n\n"
@@ -67,9 +69,9 @@ TEXTS = {
         "像 `--use_ema` 这样的开关可以用 `--no_use_ema` 关闭，例如 `--config` 文件中已经打开它的时候。\n"
         "本页由 `make flags` 生成。\n",
         "columns": ("参数", "脚本", "默认值", "说明"),
-        "all": "所有脚本都有。", "only": "仅限：{}。", "everywhere": "全部", "required": "必填",
-        "switch": ("关闭", "开启"), "choices": "可选值：{}。", "or": "、", "stop": "。", "join": "、", "between": "；",
-        "for": "{}：{}",
+        "all": "所有脚本都有。", "only": "仅限：{}。", "everywhere": "全部",
+        "required": "必填", "various": "各脚本不同", "switch": ("关闭", "开启"), "choices": "可选值：{}。",
+        "join": "、", "between": "；", "for": "{}：{}",
     },
 }  # fmt: skip
 
@@ -137,17 +139,27 @@ def summary_of(command):
     return text[0].upper() + text[1:] + "."
 
 
+NAMES = re.compile(
+    r"(?<![\w-])("
+    r"--\w+"
+    r"|[\w./-]*[_*<{][^\s;:]*"  # with a character that Markdown would read as markup
+    r"|[\w-]*\.(?:jsonl|json|png|safetensors)\b"
+    r"|paddle\.[\w.]+\w"
+    r"|pipe:COMMAND"
+    r")"
+)
+
+
 def as_markdown(text):
-    """A sentence of `--help` with names and patterns as code, which Markdown would read as markup."""
-    code = r"(?<![`\w])(--\w+|[\w./-]*[_*<{][^\s,;:]*|pipe:COMMAND|[\w-]+\.(?:jsonl|png|safetensors|json)\b|-\w+)"
+    """A sentence of `--help` with names and patterns as code."""
+
+    def as_code(match):
+        name = match[0].rstrip(".,)")
+        return f"`{name}`{match[0][len(name) :]}"
+
     parts = re.split(r"(`[^`]*`)", text)
-    parts[::2] = [re.sub(code, lambda m: _code(m[0]), part) for part in parts[::2]]
+    parts[::2] = [NAMES.sub(as_code, part) for part in parts[::2]]
     return "".join(parts)
-
-
-def _code(word):
-    name = word.rstrip(".)")
-    return f"`{name}`{word[len(name) :]}"
 
 
 class Writer:
@@ -181,6 +193,8 @@ class Writer:
     def tool(self, name, parser):
         rows = [row for rows in rows_of({name: parser}).values() for row in rows]
         about = self.say(parser.description or summary_of(name))
+        if self.language == "en":
+            about = textwrap.fill(about, 110, break_long_words=False, break_on_hyphens=False)
         return "\n".join([f"## `ppdiffusers-train {name}`", "", about, "", *self.table(rows, with_scripts=False), ""])
 
     def table(self, rows, with_scripts):
@@ -189,7 +203,7 @@ class Writer:
         for row in rows:
             meaning = self.say(row.sentence)
             if row.choices:
-                listed = self.texts["or"].join(f"`{choice}`" for choice in row.choices)
+                listed = self.texts["join"].join(f"`{choice}`" for choice in row.choices)
                 meaning += (" " if self.language == "en" else "") + self.texts["choices"].format(listed)
             cells = [", ".join(f"`{name}`" for name in row.names), self.default(row.defaults), meaning]
             if with_scripts:
@@ -200,6 +214,8 @@ class Writer:
     def default(self, defaults):
         """A default; those of fewer scripts name them."""
         counted = Counter(defaults.values()).most_common()
+        if len(counted) > 4:
+            return self.texts["various"]
         cells = [self.value(counted[0][0])]
         for value, _ in counted[1:]:
             pages = [page for page in defaults if defaults[page] == value]
@@ -214,7 +230,7 @@ class Writer:
         return self.texts["switch"][value] if isinstance(value, bool) else f"`{value}`"
 
     def scripts(self, pages):
-        """The shortest list of names for some scripts, which lead to their pages."""
+        """A short list of names for some scripts, which lead to their pages."""
         left, names = list(pages), []
         if len(left) == len(PAGES):
             return self.texts["everywhere"]

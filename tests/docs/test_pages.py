@@ -3,13 +3,15 @@
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
 import functools
+import inspect
 import re
 
 import pytest
-from paddle.distributed.launch.context.args_envs import parse_args as parse_launch
+from paddle.distributed.launch.context import args_envs as paddle_launcher
 
 from tests.conftest import ROOT
 from tests.docs.pages import (
+    FENCED,
     all_pages,
     anchors,
     code_blocks,
@@ -39,8 +41,8 @@ SECTIONS = {
     ],
 }  # fmt: skip
 TOPICS = (
-    "your-data", "large-data", "lora-files", "several-gpus", "resume", "memory", "hardware", "from-other-trainers",
-    "faq", "flags",
+    "your-data", "large-data", "lora-files", "training", "several-gpus", "resume", "memory", "hardware",
+    "from-other-trainers", "faq", "flags",
 )  # fmt: skip
 
 # Flags of other programs that pages name by themselves, and programs whose command lines are not looked at.
@@ -71,12 +73,16 @@ def exists(path):
 
 @functools.cache
 def our_flags():
-    """Option strings of all scripts, tools, and of Paddle's launcher."""
-    launcher = {f"--{name}" for name in vars(parse_launch()[0])}
+    """Option strings of all scripts, tools, programs of the project, and of Paddle's launcher."""
     parsers = [*script_parsers().values(), *command_parsers().values()]
-    actions = [action for parser in parsers for action in parser._actions]
-    preview = set(re.findall(r'"(--\w+)"', (ROOT / "ppdiffusers_train/tools/preview.py").read_text(encoding="utf-8")))
-    return launcher | preview | {option for action in actions for option in action.option_strings}
+    others = [
+        *(ROOT / "benchmarks").glob("*.py"),
+        *(ROOT / "ppdiffusers_train" / "toy" / "recipes").glob("*.py"),
+        ROOT / "ppdiffusers_train" / "tools" / "preview.py",
+    ]
+    sources = [inspect.getsource(paddle_launcher), *(path.read_text(encoding="utf-8") for path in others)]
+    declared = {flag for source in sources for flag in re.findall(r'"(--\w+)"', source)}
+    return declared | {option for parser in parsers for action in parser._actions for option in action.option_strings}
 
 
 def test_every_page_that_is_promised_is_there():
@@ -127,12 +133,11 @@ def test_links_anchors_and_named_files_lead_somewhere(name):
 
 @pytest.mark.parametrize("name", all_pages())
 def test_flags_that_are_named_exist(name):
-    """But in the column of another trainer's flags, which is the first of a table."""
-    text = prose(name)
+    """But in a table from another trainer's flags (first column) to ours (second), where only ours are looked at."""
+    text = re.sub(r"^\|.*\n", "", prose(name), flags=re.M)
     for table in tables(name):
-        if OTHER_TRAINERS.search(table[0][0]):
-            for theirs, *_ in table:
-                text = text.replace(f"| {theirs} |", "| |", 1)
+        theirs = OTHER_TRAINERS.search(table[0][0])
+        text += "\n".join(row[1] if theirs else " ".join(row) for row in table)
     flags = set()
     for code in inline_code(text):
         if code.split()[:1] and code.split()[0] not in OTHER_PROGRAMS:
@@ -140,15 +145,25 @@ def test_flags_that_are_named_exist(name):
     assert flags - our_flags() - OTHER_FLAGS == set()
 
 
+@pytest.mark.parametrize("name", all_pages())
+def test_markup_means_the_same_on_github_and_on_the_site(name):
+    """The site begins lists and tables after an empty line only, and takes a list's inner lines by four spaces."""
+    lines = FENCED.sub("```", read(name)).split("\n")
+    for pattern in (r"([*+-]|1\.) ", r"\|"):
+        first = [line for before, line in zip(lines, lines[1:]) if before and not re.match(rf"{pattern}|  ", before)]
+        assert not [line for line in first if re.match(pattern, line)], "an empty line must stand before it"
+    assert not re.search(r"^ {1,3}(```|[*+-] )", "\n".join(lines), re.M)
+
+
 @pytest.mark.parametrize("name", [*english_pages(), *map(in_chinese, english_pages())])
 def test_no_page_is_longer_than_a_reader_likes(name):
-    lines = read(name).splitlines()
+    lines, shown = read(name).splitlines(), prose(name).splitlines()
     if name in ("README.md", "README_zh.md"):
         assert len(lines) <= 200
     if name in JOB_PAGES:
         assert 80 <= len(lines) <= 150
     if not name.endswith("_zh.md") and "/zh/" not in name:
-        assert not [line for line in lines if len(line) > 120 and not line.startswith(("|", "!["))]
+        assert not [line for line in shown if len(line) > 120 and not line.startswith(("|", "!["))]
 
 
 @pytest.mark.parametrize("name", [name for name in JOB_PAGES if (ROOT / name).is_file()])
