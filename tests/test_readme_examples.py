@@ -2,8 +2,10 @@
 
 import ppdiffusers_train  # noqa: F401
 
+import json
 import os
 import re
+import sys
 
 import pytest
 
@@ -31,8 +33,8 @@ def test_both_languages_show_the_same_code_and_tables_of_the_same_size():
 
 @pytest.mark.parametrize("name", READMES)
 def test_every_script_has_a_row_with_its_smallest_card(name):
-    """That of docs/memory.md, at each size that stands there."""
-    sizes, *jobs = tables("docs/memory.md")[1]
+    """That of docs/en/memory.md, at each size that stands there."""
+    sizes, *jobs = tables("docs/en/memory.md")[-1]
     smallest = {}  # {job: [(pixels, GB)]}
     for job, *cells in jobs[1:]:
         cards = [int(card.removesuffix(" GB")) for card, cell in zip(sizes[1:], cells) if cell != "–"]
@@ -85,3 +87,12 @@ def test_a_reader_can_type_all_of_it_in_this_order(sd, tmp_path, monkeypatch):
             exec(compile(code, "examples/README.md", "exec"), {})
     written = {path.name for path in (tmp_path / FOLDER.relative_to(ROOT)).iterdir()}
     assert written == {"sd-model", "sd.png"}
+
+
+@pytest.mark.parametrize("language", ("en", "zh"))
+def test_the_pages_of_memory_are_those_of_the_figures(language):
+    sys.path.append(str(ROOT / "benchmarks"))
+    import memory_page
+
+    figures = json.loads(memory_page.FIGURES.read_text(encoding="utf-8"))
+    assert read(f"docs/{language}/memory.md") == memory_page.page(figures, language)
