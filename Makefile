@@ -24,7 +24,8 @@ $(if $(3),@echo "$(call packages_of,$(3))" > "$(call packages_of,$(1))/base.pth"
 @touch $@
 endef
 
-.PHONY: help demo toys gate test test-engine precision lint test-paddle26 parity bench truesize torture venvs lock clean
+.PHONY: help demo toys gate test test-engine precision lint test-paddle26 parity bench truesize torture \
+	flags venvs lock clean
 
 help:
 	@echo "make demo           fine-tune a tiny Kandinsky 2.2 to a new look on the CPU and generate images (JOB=lcm-lora: another job)"
@@ -39,6 +40,7 @@ help:
 	@echo "make bench          compare speed with PyTorch and write docs/performance.md (hours; BENCH_FLAGS='--jobs prior': one job)"
 	@echo "make truesize       run jobs at the published models' size and write docs/true_size.md (hours, 24 GB of memory)"
 	@echo "make torture        kill runs 240 times and resume them, resume every job on other numbers of ranks, stop on a slow disk"
+	@echo "make flags          write the reference of flags, docs/en/flags.md and docs/zh/flags.md"
 	@echo "make venvs          create the three environments, without running anything"
 	@echo "make lock           write the requirements*.txt again from the .in files"
 	@echo "make clean          remove the environments and caches"
@@ -147,6 +149,9 @@ torture: .venv/ready
 	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lora_sdxl
 	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lora_sd3
 	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lcm_sd
+
+flags: .venv/ready
+	.venv/bin/python -m website.flags
 
 venvs: .venv/ready .venv-paddle26/ready .venv-parity/ready
 
