@@ -41,7 +41,7 @@ SECTIONS = {
 }  # fmt: skip
 TOPICS = (
     "your-data", "large-data", "lora-files", "several-gpus", "resume", "memory", "hardware", "from-other-trainers",
-    "faq", "flags",
+    "faq", "training", "flags",
 )  # fmt: skip
 
 # Flags of other programs that pages name by themselves, and programs whose command lines are not looked at.
