@@ -25,7 +25,7 @@ $(if $(3),@echo "$(call packages_of,$(3))" > "$(call packages_of,$(1))/base.pth"
 endef
 
 .PHONY: help demo toys gate test test-engine precision lint test-paddle26 parity bench truesize torture \
-	flags venvs lock clean
+	flags docs venvs lock clean
 
 help:
 	@echo "make demo           fine-tune a tiny Kandinsky 2.2 to a new look on the CPU and generate images (JOB=lcm-lora: another job)"
@@ -41,6 +41,7 @@ help:
 	@echo "make truesize       run jobs at the published models' size and write docs/true_size.md (hours, 24 GB of memory)"
 	@echo "make torture        kill runs 240 times and resume them, resume every job on other numbers of ranks, stop on a slow disk"
 	@echo "make flags          write the reference of flags, docs/en/flags.md and docs/zh/flags.md"
+	@echo "make docs           build the site of the docs, in both languages, into outputs/website/html"
 	@echo "make venvs          create the three environments, without running anything"
 	@echo "make lock           write the requirements*.txt again from the .in files"
 	@echo "make clean          remove the environments and caches"
@@ -153,6 +154,9 @@ torture: .venv/ready
 flags: .venv/ready
 	.venv/bin/python -m website.flags
 
+docs: .venv-docs/ready
+	.venv-docs/bin/python -m website.build
+
 venvs: .venv/ready .venv-paddle26/ready .venv-parity/ready
 
 .venv/ready: requirements/dev.txt setup.py
@@ -164,6 +168,12 @@ venvs: .venv/ready .venv-paddle26/ready .venv-parity/ready
 .venv-parity/ready: requirements/parity.txt setup.py .venv/ready
 	$(call make_venv,.venv-parity,requirements/parity.txt,.venv)
 
+# Needs nothing of the package.
+.venv-docs/ready: requirements/docs.txt
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install -q --no-deps -r requirements/docs.txt
+	@touch $@
+
 # Keeps the versions that are already locked where the .in files allow it.
 lock:
 	$(PYTHON) -m venv .venv-lock
@@ -171,9 +181,10 @@ lock:
 	cd requirements && $(UV_COMPILE) ../requirements.in -o ../requirements.txt
 	cd requirements && $(UV_COMPILE) dev.in -o dev.txt
 	cd requirements && $(UV_COMPILE) paddle26.in -o paddle26.txt
+	cd requirements && $(UV_COMPILE) docs.in -o docs.txt
 	cd requirements && $(UV_COMPILE) parity.in -o parity.full
 	grep -Ev '^(nvidia|cuda|triton)' requirements/parity.full > requirements/parity.txt
 	rm requirements/parity.full
 
 clean:
-	rm -rf .venv .venv-paddle26 .venv-parity .venv-lock build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-paddle26 .venv-parity .venv-docs .venv-lock build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -40,8 +40,8 @@ SECTIONS = {
     ],
 }  # fmt: skip
 TOPICS = (
-    "your-data", "large-data", "lora-files", "several-gpus", "resume", "memory", "hardware", "from-other-trainers",
-    "faq", "training", "flags",
+    "your-data", "large-data", "lora-files", "training", "several-gpus", "resume", "memory", "hardware",
+    "from-other-trainers", "faq", "flags",
 )  # fmt: skip
 
 # Flags of other programs that pages name by themselves, and programs whose command lines are not looked at.
@@ -143,6 +143,20 @@ def test_flags_that_are_named_exist(name):
         if code.split()[:1] and code.split()[0] not in OTHER_PROGRAMS:
             flags.update(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", code))
     assert flags - our_flags() - OTHER_FLAGS == set()
+
+
+@pytest.mark.parametrize("name", all_pages())
+def test_markup_means_the_same_on_github_and_on_the_site(name):
+    """The site begins lists and tables after an empty line only, and takes a list's inner lines by four spaces."""
+    text = re.sub(r"^```.*?^```$", "```", read(name), flags=re.M | re.S)
+    kinds = {"list": r"([*+-]|\d+\.) |  ", "table": r"\|"}
+    for kind, pattern in kinds.items():
+        for before, line in zip(text.split("\n"), text.split("\n")[1:]):
+            begins = re.match(pattern, line) and not re.match(pattern, before)
+            assert not begins or not before or line.startswith("  "), (
+                f"a {kind} without an empty line before it: {line}"
+            )
+    assert not re.search(r"^ {1,3}(```|[*+-] )", text, re.M)
 
 
 @pytest.mark.parametrize("name", [*english_pages(), *map(in_chinese, english_pages())])
