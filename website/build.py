@@ -38,9 +38,17 @@ SECTIONS = {
     "en": {"Training jobs": JOBS, "Guides": GUIDES, "Reference": REFERENCE},
     "zh": {"训练任务": JOBS, "指南": GUIDES, "参考": REFERENCE},
 }
+ENGLISH_ONLY = {  # titles in the Chinese navigation of pages that are in English
+    "architecture": "架构（英文）",
+    "results": "实测效果（英文）",
+    "performance": "速度（英文）",
+    "true_size": "真实尺寸（英文）",
+    "toys": "微型模型（英文）",
+    "changelog": "更新日志（英文）",
+}
 PALETTES = {"en": ("As the system", "Light", "Dark"), "zh": ("跟随系统", "浅色", "深色")}
 HOME = {"en": "Home", "zh": "首页"}
-NO_MATCH = """<!doctype html>
+CHOICE_OF_LANGUAGE = """<!doctype html>
 <meta charset="utf-8">
 <title>ppdiffusers_train</title>
 <script>location.replace((navigator.language || "").startsWith("zh") ? "zh/index.html" : "en/index.html")</script>
@@ -49,8 +57,15 @@ NO_MATCH = """<!doctype html>
 
 
 def navigation(language):
+    """Home, then the sections, without pages that do not exist."""
+    pages = SITE / "pages" / language
+
+    def entry(name):
+        titled = language == "zh" and name in ENGLISH_ONLY
+        return {ENGLISH_ONLY[name]: f"{name}.md"} if titled else f"{name}.md"
+
     sections = [
-        {title: [f"{name}.md" for name in names if (SITE / "pages" / language / f"{name}.md").is_file()]}
+        {title: [entry(name) for name in names if (pages / f"{name}.md").is_file()]}
         for title, names in SECTIONS[language].items()
     ]
     return [{HOME[language]: "index.md"}, *sections]
@@ -83,7 +98,7 @@ def main():
             build_language(language)
         except Abort as error:
             sys.exit(f"{language}: {error}")
-    (SITE / "html" / "index.html").write_text(NO_MATCH, encoding="utf-8")
+    (SITE / "html" / "index.html").write_text(CHOICE_OF_LANGUAGE, encoding="utf-8")
     shutil.rmtree(SITE / "pages")
     folder = (SITE / "html").relative_to(ROOT)
     print(f"wrote {folder}; `python -m http.server -d {folder}` shows it on port 8000")
