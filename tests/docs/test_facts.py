@@ -2,7 +2,9 @@
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
+import json
 import re
+import sys
 
 import pytest
 
@@ -58,3 +60,12 @@ def test_methods_of_a_job_that_are_named_exist(name):
     (table,) = [table for table in tables(name) if any("`preprocess(" in row[0] for row in table)]
     methods = [re.match(r"`(\w+)", row[0])[1] for row in table[2:]]
     assert len(methods) == 13 and all(hasattr(job.SDTrainingModule, method) for method in methods)
+
+
+@pytest.mark.parametrize("language", ("en", "zh"))
+def test_the_pages_of_memory_are_those_of_the_figures(language):
+    sys.path.append(str(ROOT / "benchmarks"))
+    import memory_page
+
+    figures = json.loads(memory_page.FIGURES.read_text(encoding="utf-8"))
+    assert read(f"docs/{language}/memory.md") == memory_page.page(figures, language)
