@@ -207,3 +207,9 @@ def add_lora_arguments(parser, targets, rank=4, **defaults):
         help="Layers that get LoRA: ends of their names, separated by commas.",
     )  # fmt: skip
     return group
+
+
+def add_kandinsky_lora_arguments(parser, targets):
+    """The same for the jobs of Kandinsky 2.2, with their defaults of other flags."""
+    defaults = {"output_dir": "kandi_2_2-model-finetuned-lora", "num_validation_images": 4, "validation_epochs": 1}
+    return add_lora_arguments(parser, targets, **defaults)

@@ -26,9 +26,7 @@ OWN_LINES = [
     r"wrote the result to .*/out",
 ]
 LOG_LINES = [rf"encoding: \d/7 samples, {LEFT}", rf"training: \d/4 steps, {LEFT}, {FIGURES}"]
-if (
-    paddle.framework.use_pir_api()
-):  # written in C++ while a model is traced; only hiding all of Paddle's warnings hides it
+if paddle.framework.use_pir_api():  # written in C++ while a model is traced; no Python filter sees it
     LOG_LINES.append(r"W.* Paddle static graph\(PIR\) not support input out tensor for now!!!!!")
 STATUS_LINES = [
     r"(Resolving data files|Generating train split): .*",  # of `datasets`, which reads the folder
