@@ -23,13 +23,15 @@ def add_kandinsky_arguments(parser):
     return group
 
 
-def add_pipeline_arguments(parser, vae_help="Folder or hub name of a VAE to use instead of the pipeline's."):
+def add_pipeline_arguments(parser):
     """The pipeline that a job starts from, read by the jobs of Stable Diffusion XL and 3."""
     group = parser.add_argument_group("models")
     group.add_argument(
         "--pretrained_model_name_or_path", required=True, help="Folder or hub name of the pipeline to fine-tune."
     )
-    group.add_argument("--pretrained_vae_model_name_or_path", help=vae_help)
+    group.add_argument(
+        "--pretrained_vae_model_name_or_path", help="Folder or hub name of a VAE to use instead of the pipeline's."
+    )
     group.add_argument("--revision", help="Revision of the pipeline on the hub.")
     group.add_argument("--variant", help="Variant of the weight files, such as fp16.")
     return group
