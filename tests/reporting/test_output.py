@@ -28,6 +28,8 @@ OWN_LINES = [
 LOG_LINES = [rf"encoding: \d/7 samples, {LEFT}", rf"training: \d/4 steps, {LEFT}, {FIGURES}"]
 if paddle.framework.use_pir_api():  # written in C++ while a model is traced; no Python filter sees it
     LOG_LINES.append(r"W.* Paddle static graph\(PIR\) not support input out tensor for now!!!!!")
+else:
+    LOG_LINES.append("--to_static: no effect, it needs Paddle 3")
 STATUS_LINES = [
     r"(Resolving data files|Generating train split): .*",  # of `datasets`, which reads the folder
     r"encoding: +\d+%\|.*\| \d/7 samples \[\d\d:\d\d, [\d:?]+ left\]",
