@@ -26,6 +26,7 @@ from ppdiffusers_train.loop.state import TrainingState, build_training_state, ch
 from ppdiffusers_train.loop.step import add_gradients, seed_layers, set_training_mode
 from ppdiffusers_train.loop.validation import save_validation_images
 from ppdiffusers_train.module import choose_trainable
+from ppdiffusers_train.reporting.status_line import print_line
 from ppdiffusers_train.runtime.agreement import agree, model_digests
 from ppdiffusers_train.runtime.flops import FlopCounter
 from ppdiffusers_train.runtime.folder_lock import folder_held
@@ -197,5 +198,5 @@ def finish(plan: Plan, state: TrainingState, stop: StopRequest) -> None:
         if is_turn:
             write_result(plan)
     if stop.received:
-        print(f"{stop.received.name}: received after the last step; the run has ended and its result is written")
+        print_line(f"{stop.received.name}: received after the last step; the run has ended and its result is written")
     ranks.gather_objects(None)  # the store is in rank 0's process, which must not end before the others are done
