@@ -118,9 +118,9 @@ def short_name(script: str) -> str:
 
 
 def flags_for(inventory, options, size: int) -> str:
-    """The first of `STEPS` with which a job fits a GPU of so many GB."""
+    """The first of `STEPS` with which a job fits a GPU of so many GB, in each phase of the run."""
     for name, change in STEPS:
-        if sum(inventory.memory(replace(options, **change)).values()) <= size * 1e9:
+        if inventory.peak(replace(options, **change)) <= size * 1e9:
             return name
     return FITS_NOT
 

@@ -1,4 +1,4 @@
-"""The wall of pictures of the README: for each job, images before training above images of the same captions after it."""
+"""The README's wall of pictures: for each job, images before training above those of the same captions after it."""
 
 import numpy as np
 from PIL import Image
