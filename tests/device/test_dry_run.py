@@ -35,7 +35,9 @@ def dry_run(decoder_flags):
     return {"script": str(script("decoder")), "flags": [*map(str, decoder_flags), "--dry_run"]}
 
 
-def test_a_dry_run_and_a_preview_leave_the_device_alone(on_device, train_decoder, dry_run, capsys, tmp_path, monkeypatch):
+def test_a_dry_run_and_a_preview_leave_the_device_alone(
+    on_device, train_decoder, dry_run, capsys, tmp_path, monkeypatch
+):
     words = [dry_run["script"], *dry_run["flags"][:-1], f"--preview_output={tmp_path / 'preview.png'}"]
     preview = {"call": "ppdiffusers_train.tools.preview:preview", "arguments": {"words": words}}
     counted, _, drawn = on_device([dry_run, USE_DEVICE, preview])

@@ -221,7 +221,10 @@ class Reader:
         if "--output" in rest:
             self.promise(value_of(rest, "--output"))
         with contextlib.redirect_stdout(io.StringIO()):
-            cli.main([command, *rest])
+            try:
+                cli.main([command, *rest])
+            except SystemExit as ended:  # `--help`
+                assert not ended.code, words
 
     def short(self, script, flags):
         """A training command's flags for two small steps, with the base models that the script would download."""
