@@ -55,8 +55,8 @@ def one_line_errors(main):
                 return main(argv)
         except (UserError, RunError) as error:
             message = hide_tokens(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}")
-            print(message, file=sys.stderr)
             print_after_launcher(message)
+            print(message, file=sys.stderr)
             raise SystemExit(error.exit_status) from error
         except Exception as error:
             # The traceback goes to a log file.

@@ -10,7 +10,10 @@ import signal
 import sys
 import time
 
+from ppdiffusers_train.launcher.last_word import print_after_launcher
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LAUNCHER_ENDED = signal.SIGHUP  # what the end of the launcher is to its ranks (stand_in.py)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # of which --stop_signal chooses one
 
 # One stop may arrive as several signals: a terminal signals all of its processes, SLURM all of a job's, and Paddle's
@@ -27,7 +30,7 @@ class Patience:
     """Distinguishes a repeated signal of one stop from a second stop.
 
     A scheduler's warning is followed by other signals anyway. So a warning never insists, and the first stop signal
-    after a warning does not insist either.
+    after a warning does not insist either. A launcher that ends does not insist, because it has signalled before.
     """
 
     def __init__(self):
@@ -37,11 +40,11 @@ class Patience:
 
     def hear(self, number: int) -> str:
         """`ASKS` for the first signal of a kind, then `REPEATS`, and `INSISTS` after some seconds."""
-        kind, now = "stop" if number in STOP_SIGNALS else number, time.monotonic()
+        kind, now = number if number in WARNINGS else "stop", time.monotonic()
         if kind not in self._first:
             self._first[kind] = now
             return ASKS
-        return INSISTS if kind == "stop" and now - self._first[kind] > self.seconds else REPEATS
+        return INSISTS if number in STOP_SIGNALS and now - self._first[kind] > self.seconds else REPEATS
 
 
 class StopRequest:
@@ -53,7 +56,9 @@ class StopRequest:
     """
 
     def __init__(self, also=None):
-        self.numbers = STOP_SIGNALS + ((signal.Signals[f"SIG{also}"],) if also else ())
+        has_launcher = signal.getsignal(LAUNCHER_ENDED) is end_with_launcher
+        self.numbers = STOP_SIGNALS + ((LAUNCHER_ENDED,) if has_launcher else ())
+        self.numbers += (signal.Signals[f"SIG{also}"],) if also else ()
         self.received = None
         self._patience, self._previous = Patience(), {}
 
@@ -103,8 +108,25 @@ class EndAtOnce(StopRequest):
         # Python removes its handlers while it exits, so a repeated signal would kill the process then.
         for number in self.numbers:
             signal.signal(number, signal.SIG_IGN)
-        print(f"{os.path.basename(sys.argv[0])}: ended by {self.received.name}", file=sys.stderr, flush=True)
-        raise SystemExit(128 + self.received)
+        end_at_once(self.received)
+
+
+def end_at_once(number: int) -> None:
+    """End this process with one line and the exit status 128 + the number of a signal."""
+    message = f"{os.path.basename(sys.argv[0])}: ended by {name_of(number)}"
+    print_after_launcher(message)
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)
+
+
+def end_with_launcher(number, frame) -> None:
+    """The handler of `LAUNCHER_ENDED` in a rank that has nothing to finish."""
+    end_at_once(number)
+
+
+def name_of(number: int) -> str:
+    """The name of a signal in messages."""
+    return "the end of the launcher" if number == LAUNCHER_ENDED else signal.Signals(number).name
 
 
 def leave_to_parent() -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -82,7 +81,6 @@ def test_the_wrapper_s_end_is_the_ranks_end(tmp_path, number, status):
         wait_for(lambda: not any(Path(f"/proc/{process}").exists() for process in (launcher, *ranks)))
         first = "got SIGINT" if number == signal.SIGINT else "got SIGTERM"
         assert all(first in log.read_text() for log in logs)
-        assert not list(Path(tempfile.gettempdir()).glob(f"ppdiffusers_train-{launcher}-*"))
     finally:
         command.kill()
     assert "LAUNCH" not in (tmp_path / "said").read_text()

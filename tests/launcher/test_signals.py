@@ -255,7 +255,7 @@ def test_a_run_stops_when_its_launcher_is_killed(started, tmp_path):
     run, child = rank.number("run"), rank.number("rank")
     rank.launcher.kill()
     wait_for((tmp_path / "asked").exists)
-    assert (tmp_path / "asked").read_text() == "SIGTERM"
+    assert (tmp_path / "asked").read_text() == "SIGHUP"
     (tmp_path / "may_end").touch()
     wait_for(lambda: not is_alive(run) and not is_alive(child))
     assert (tmp_path / "saved").exists()
