@@ -1,8 +1,8 @@
 """One run at a time in a folder.
 
 A run that is stopped may still be writing its checkpoint when its launcher has already ended. A run that
-resumes waits for it: otherwise it would resume from an older checkpoint, and delete the unfinished one as stale. A fresh
-run is refused: it would replace the other one's result.
+resumes waits for it: otherwise it would resume from an older checkpoint, and delete the unfinished one as stale. A
+fresh run is refused: it would replace the other one's result.
 """
 
 import contextlib
@@ -54,8 +54,8 @@ def lock(path: Path, kind: int, resumes: bool, log, mode: str = "a+"):
                 told = f"{str(path.parent)!r}: another run still writes there"
                 if not resumes:
                     raise UserError(
-                        f"--output_dir: {told}; expected another folder, or --resume_from_checkpoint latest, which waits "
-                        "for its end"
+                        f"--output_dir: {told}; expected another folder, or --resume_from_checkpoint latest, which "
+                        "waits for its end"
                     ) from None
                 is_logged = True
                 log(f"{told}; waiting for its end")
