@@ -43,6 +43,7 @@ SLOW_MACHINE = Path(__file__).with_name("slow_machine.py")
 STEPS = 12
 SECONDS_PER_BATCH = 0.1  # two batches a step: a run lasts long enough to be met in its loop, and needs no processor
 START_SECONDS = 15.0  # of which a signal meets a run that is not in its loop yet
+BEGIN_SECONDS = 300.0  # in which a run has begun, so long as the machine has time for it
 END_SECONDS = 90.0  # in which everything has ended after what was done to it, on a machine with other work to do
 BOTH = "; expected the same on all ranks"
 STOP_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
@@ -180,7 +181,7 @@ def started(case: Case, form: str):
             place = words.index("paddle.distributed.launch")
             words[place - 1 : place + 1] = ["-m", "ppdiffusers_train.cli", "launch"]
         user = enter(words, "0")
-        wait_for(lambda: form == PLAIN or children_of(user.pid) or user.poll() is not None)
+        wait_for(lambda: form == PLAIN or children_of(user.pid) or user.poll() is not None, BEGIN_SECONDS)
         launchers = [user.pid] if form == PLAIN else children_of(user.pid)
         try:
             yield launchers, [user]
@@ -203,14 +204,13 @@ def screens_of(case: Case) -> list:
 def wait_for_moment(case: Case, launchers: list, phases: list) -> str:
     """Wait for a random moment of a run."""
     phase, share = case.chance.choice(phases), case.chance.random()
-    wait_for(lambda: sum(len(ranks_of(launcher)) for launcher in launchers) == case.ranks)
+    wait_for(lambda: sum(len(ranks_of(launcher)) for launcher in launchers) == case.ranks, BEGIN_SECONDS)
     if phase == "start":
         time.sleep(share * START_SECONDS)
         return f"{share * START_SECONDS:.1f} s after the start"
     step = STEPS if phase == "end" else case.chance.randrange(1, STEPS - 1)
-    wait_for(
-        lambda: any(re.search(rf"\b{step}/{STEPS}\b", log) for log in logs_of(case)) or (case.out / "prior").exists()
-    )
+    reached = re.compile(rf"\b{step}/{STEPS}\b")
+    wait_for(lambda: any(map(reached.search, logs_of(case))) or (case.out / "prior").exists(), BEGIN_SECONDS)
     time.sleep(share * SECONDS_PER_BATCH * 4)
     return f"at step {step}"
 
