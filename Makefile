@@ -38,7 +38,7 @@ help:
 	@echo "make parity         compare with the PyTorch reference"
 	@echo "make bench          compare speed with PyTorch and write docs/performance.md (hours; BENCH_FLAGS='--jobs prior': one job)"
 	@echo "make truesize       run jobs at the published models' size and write docs/true_size.md (hours, 24 GB of memory)"
-	@echo "make torture        kill runs 240 times and resume them, resume every job on other numbers of ranks, stop on a slow disk"
+	@echo "make torture        kill runs 240 times and resume them, disturb 2 to 4 ranks, resume every job on other numbers of ranks"
 	@echo "make venvs          create the three environments, without running anything"
 	@echo "make lock           write the requirements*.txt again from the .in files"
 	@echo "make clean          remove the environments and caches"
@@ -143,6 +143,7 @@ truesize: .venv-parity/ready
 
 torture: .venv/ready
 	.venv/bin/python -m pytest tests/distributed -m slow -n 0
+	MKL_NUM_THREADS=1 .venv/bin/python -m tests.distributed.torture --cases signal=60 kill=40 flag=100 copy=30 slow=20
 	.venv/bin/python -m tests.distributed.kill_harness --kills 120 --double_kills 30
 	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lora_sdxl
 	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lora_sd3

@@ -1,6 +1,6 @@
 """A rank of two that needs no Paddle, and says whether it has its token.
 
-    launched_rank.py fails|killed|waits|leaves
+launched_rank.py fails|killed|waits|leaves
 """
 
 import ppdiffusers_train  # noqa: F401

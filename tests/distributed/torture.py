@@ -161,7 +161,7 @@ def started(case: Case, form: str):
     """A run that has just been started: (its launchers, what the user has started)."""
     variables = {
         "SECONDS_PER_BATCH": str(SECONDS_PER_BATCH), "HF_TOKEN": case.token, "TMPDIR": str(case.folder / "tmp"),
-        "MKL_NUM_THREADS": os.environ["MKL_NUM_THREADS"],
+        "MKL_NUM_THREADS": os.environ["MKL_NUM_THREADS"],  # as in forked ranks: other threads, other bits
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
 
