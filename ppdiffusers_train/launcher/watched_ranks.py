@@ -189,4 +189,4 @@ if __name__ == "__main__":
         signal.signal(number, signal.SIG_IGN)
     text, _ = wait_for_last_word(int(sys.argv[1]), Received(socket.socket(fileno=int(sys.argv[2]))))
     if text:
-        print(text, flush=True)
+        print(f"\n{text}", flush=True)  # the line before may have no end, if the launcher was killed

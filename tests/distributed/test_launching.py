@@ -38,7 +38,7 @@ def test_a_killed_rank_has_the_last_line_and_the_launchers_files_no_token(tmp_pa
         env=environment(SOME_TOKEN=TOKEN), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=100,
     )  # fmt: skip
     lines = done.stdout.splitlines()
-    assert "Exit code" in lines[-2] and lines[-1].startswith("rank 1 was killed by SIGKILL (9)"), done.stdout
+    assert "Exit code" in lines[-3] and lines[-1].startswith("rank 1 was killed by SIGKILL (9)"), done.stdout
     assert f"rank 0 {SHOWN}" in lines
     assert_no_token(tmp_path)
     kept = json.loads((tmp_path / "log" / "backup_env.1.json").read_text())
