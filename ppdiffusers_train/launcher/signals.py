@@ -73,9 +73,10 @@ class StopRequest:
         self.restore()
 
     def restore(self) -> None:
-        """Restore the previous handlers."""
+        """Restore the previous handlers, except of signals that are ignored by now, as in a process that is ending."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handler)
 
     def _receive(self, number, frame):
         heard = self._patience.hear(number)
@@ -99,10 +100,6 @@ class EndAtOnce(StopRequest):
         super().__init__()
         usual = (signal.SIG_DFL, signal.default_int_handler)
         self.numbers = [number for number in STOP_SIGNALS + WARNINGS if signal.getsignal(number) in usual]
-
-    def restore(self) -> None:
-        if self.received is None:  # else the handlers that `react` has set stay
-            super().restore()
 
     def react(self) -> None:
         # Python removes its handlers while it exits, so a repeated signal would kill the process then.

@@ -71,9 +71,9 @@ def ask_for_time() -> None:
 
 
 def ignore_signals_from_now_on() -> None:
-    """In a process that has a stand-in, once its work is done: it ends by itself, and well."""
+    """In a process that has a stand-in, once its work is done or has failed: it ends by itself, with its own status."""
     if _to_stand_in is not None:
-        for number in (*STOP_SIGNALS, LAUNCHER_ENDED):
+        for number in (*STOP_SIGNALS, *WARNINGS, LAUNCHER_ENDED):
             signal.signal(number, signal.SIG_IGN)
 
 

@@ -207,12 +207,24 @@ def test_a_run_that_hears_nothing_and_has_nothing_to_finish_is_ended(started):
     assert rank.end() == ["ended by SIGTERM", "status 143"] and not is_alive(run)
 
 
-def test_a_run_whose_work_is_done_ends_well_whatever_comes(started):
-    program = "from ppdiffusers_train.launcher.stand_in import ask_for_time, ignore_signals_from_now_on\n"
-    rank = started(f"{program}ask_for_time(); ignore_signals_from_now_on(); ready(); time.sleep(1); sys.exit(0)")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "ending, said",
+    [
+        ("return", ["status 0"]),
+        ("raise SystemExit(128 + signal.SIGTERM)", ["status 143"]),
+        ("raise UserError('why')", ["program.py: error: why", "status 2", "", "program.py: error: why"]),
+    ],
+)
+def test_a_run_that_is_ending_keeps_its_status_and_its_last_word_whatever_comes(started, number, ending, said):
+    """As a rank that is signalled when another one was before."""
+    program = "import atexit\nfrom ppdiffusers_train.errors import UserError\n"
+    program += "from ppdiffusers_train.launcher.stand_in import ask_for_time\n"
+    program += "atexit.register(lambda: (ready(), time.sleep(1)))\n@one_line_errors\ndef main(argv=None):\n"
+    rank = started(f"{program}    ask_for_time()\n    with StopRequest('USR1'): {ending}\nmain()")
     rank.number("run")
-    os.kill(rank.number("rank"), signal.SIGTERM)
-    assert rank.end() == ["status 0"]
+    os.kill(rank.number("rank"), number)
+    assert rank.end() == said
 
 
 def test_a_run_that_nobody_has_asked_to_stop_ends_with_what_the_launcher_kills(started):
