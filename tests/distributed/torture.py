@@ -90,15 +90,20 @@ class Case:
     def flags(self) -> list:
         return [*self.ground.flags, f"--output_dir={self.out}"]
 
-    def fork(self, own, flags=()) -> tuple:
-        """Run on forked ranks, with (flags, variables) of their own; returns (statuses, logs) of all."""
-        log, statuses = self.folder / "rank-{rank}.log", {}
+    def fork(self, own=lambda rank: ([], {}), flags=(), name="rank", meanwhile=lambda: None) -> tuple:
+        """Run on forked ranks, with (flags, variables) of their own; returns (statuses, logs) of all.
+
+        Args:
+            meanwhile: called once they have started.
+        """
+        log, statuses = self.folder / f"{name}-{{rank}}.log", {}
         variables = {"HF_TOKEN": self.token, "TMPDIR": str(self.folder / "tmp")}
         processes = start(
             self.ground.job, [*self.flags, *flags], self.ranks, log, lambda r: (own(r)[0], {**variables, **own(r)[1]})
         )
         try:
-            wait_for(lambda: ended(processes, statuses), END_SECONDS)
+            meanwhile()
+            wait_for(lambda: ended(processes, statuses), BEGIN_SECONDS + END_SECONDS)
         finally:
             for process in {*processes} - {*statuses}:
                 os.kill(process, signal.SIGKILL)
@@ -396,7 +401,27 @@ def slow_case(case: Case) -> str:
     return "waited for: same bits"
 
 
+def twice_case(case: Case) -> str:
+    """A second run in the folder of one that is at work."""
+    resumes, second = case.chance.random() < 0.5, []
+    case.what = f"a second run in its folder, which {'resumes' if resumes else 'begins anew'}"
+
+    def start_second():
+        wait_for((case.out / "training_args.json").exists, BEGIN_SECONDS)
+        second.extend(case.fork(flags=["--resume_from_checkpoint=latest"] if resumes else [], name="second"))
+
+    # The first one sleeps while the second one starts.
+    statuses, _ = case.fork(lambda rank: ([], {"SECONDS_PER_BATCH": "0.4"}), meanwhile=start_second)
+    case.assert_nothing_is_left()
+    case.assert_same_bits()
+    assert statuses == [0] * case.ranks and second[0] == [0 if resumes else 2] * case.ranks, (statuses, second[0])
+    told = "still writes there; " + ("waiting for its end" if resumes else "expected another folder, or --resume_from_")
+    assert all(log.count(told) == 1 for log in second[1]), second[1]
+    return "waited for: same bits" if resumes else "refused, the first one undisturbed: same bits"
+
+
 KINDS = {"signal": signal_case, "kill": kill_case, "flag": flag_case, "copy": copy_case, "slow": slow_case}
+KINDS["twice"] = twice_case
 
 
 def run(kind: str, number: int, seed: int, ranks: list, ground: Ground) -> bool:
