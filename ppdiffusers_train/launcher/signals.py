@@ -24,6 +24,15 @@ LAUNCHER_SECONDS = 0.6
 ASKS, REPEATS, INSISTS = "asks", "repeats", "insists"
 
 _entered = []  # active contexts of this process
+_launchers_signals = []  # of the stand-in, if this process has one
+
+
+def end_with_launcher() -> None:
+    """From now on, `LAUNCHER_ENDED` stops this process, too. Until `EndAtOnce` listens, signals end it without an
+    exception, which would become a traceback, of an import for example; the stand-in has the line."""
+    _launchers_signals[:] = [LAUNCHER_ENDED]
+    for number in (signal.SIGINT, LAUNCHER_ENDED):  # the latter is ignored after `nohup`
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Patience:
@@ -56,9 +65,7 @@ class StopRequest:
     """
 
     def __init__(self, also=None):
-        has_launcher = signal.getsignal(LAUNCHER_ENDED) is end_with_launcher
-        self.numbers = STOP_SIGNALS + ((LAUNCHER_ENDED,) if has_launcher else ())
-        self.numbers += (signal.Signals[f"SIG{also}"],) if also else ()
+        self.numbers = [*STOP_SIGNALS, *_launchers_signals, *([signal.Signals[f"SIG{also}"]] if also else [])]
         self.received = None
         self._patience, self._previous = Patience(), {}
 
@@ -99,26 +106,16 @@ class EndAtOnce(StopRequest):
     def __init__(self):
         super().__init__()
         usual = (signal.SIG_DFL, signal.default_int_handler)
-        self.numbers = [number for number in STOP_SIGNALS + WARNINGS if signal.getsignal(number) in usual]
+        self.numbers = [number for number in (*self.numbers, *WARNINGS) if signal.getsignal(number) in usual]
 
     def react(self) -> None:
         # Python removes its handlers while it exits, so a repeated signal would kill the process then.
         for number in self.numbers:
             signal.signal(number, signal.SIG_IGN)
-        end_at_once(self.received)
-
-
-def end_at_once(number: int) -> None:
-    """End this process with one line and the exit status 128 + the number of a signal."""
-    message = f"{os.path.basename(sys.argv[0])}: ended by {name_of(number)}"
-    print_after_launcher(message)
-    print(message, file=sys.stderr, flush=True)
-    raise SystemExit(128 + number)
-
-
-def end_with_launcher(number, frame) -> None:
-    """The handler of `LAUNCHER_ENDED` in a rank that has nothing to finish."""
-    end_at_once(number)
+        message = f"{os.path.basename(sys.argv[0])}: ended by {name_of(self.received)}"
+        print_after_launcher(message)
+        print(message, file=sys.stderr, flush=True)
+        raise SystemExit(128 + self.received)
 
 
 def name_of(number: int) -> str:

@@ -55,7 +55,7 @@ def leave_stand_in() -> None:
     signal_at_parents_end(signal.SIGKILL)
     if is_left_alone():
         os._exit(1)
-    signal.signal(LAUNCHER_ENDED, end_with_launcher)  # of which the stand-in tells; `nohup` has it ignored
+    end_with_launcher()
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
@@ -83,7 +83,7 @@ def stand_in_for(run: int, from_run: int) -> int:
     Args:
         from_run: a pipe that is readable once the run has called `ask_for_time`.
     """
-    patience, passed_on = Patience(), set()
+    patience = Patience()
     while True:
         number, seconds, message = signal.sigwait(HEARD), 0.0, None  # seconds until the run is killed, with a message
         heard = patience.hear(number) if number != signal.SIGCHLD else None
@@ -94,7 +94,6 @@ def stand_in_for(run: int, from_run: int) -> int:
                 time.sleep(until_last_is_signalled())
                 # A run that waits for others inside Paddle does not handle the signal.
                 seconds, message = END_SECONDS, "ended by {}"
-            passed_on.add(number)
             os.kill(run, number)
         elif heard == INSISTS:
             # The launcher's last SIGTERM, after 30 s, comes a moment before SIGKILL, which only this process receives.
@@ -105,7 +104,7 @@ def stand_in_for(run: int, from_run: int) -> int:
             os.waitpid(run, 0)
             return ended_by(number, message)
         if status is not None:
-            by_signal = os.WIFSIGNALED(status) and os.WTERMSIG(status) in passed_on  # before it had a handler
+            by_signal = os.WIFSIGNALED(status) and os.WTERMSIG(status) in HEARD  # before it had a handler
             return ended_by(os.WTERMSIG(status), "ended by {}") if by_signal else status
 
 

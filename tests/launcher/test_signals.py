@@ -190,6 +190,14 @@ def test_the_launcher_sees_the_status_of_the_run(started, ending, status):
     assert rank.number("rank") != rank.number("run")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_a_run_that_does_not_handle_it_yet_leaves_no_traceback(started, number):
+    """As while it imports Paddle, of which an exception makes an error of its own."""
+    rank = started("ready(); time.sleep(60)")
+    os.kill(rank.number("run"), number)
+    assert rank.end() == [f"ended by {number.name}", f"status {128 + number}"]
+
+
 def test_a_signal_that_comes_before_anybody_handles_it_is_told_by_the_launchers_child(started):
     rank = started("ready(); time.sleep(60)")
     rank.number("run")
