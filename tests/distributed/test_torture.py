@@ -8,8 +8,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-# A scheduler's warning to one rank of two nodes, Ctrl-C at the wrapper, the end of the launcher, and what is cheap.
-CASES = ["signal=11:12", "signal=2:3", "kill=6:7", "flag=3", "copy=2", "slow=1"]
+# A scheduler's warning to one rank of two nodes, SIGINT to one of the wrapper's, the launcher's end, and what is cheap.
+CASES = ["signal=11:12", "signal=6:7", "kill=6:7", "flag=3", "copy=2", "slow=1"]
 
 
 @pytest.mark.torture
