@@ -343,7 +343,9 @@ def another_value(parser, flags: list, action, now, case: Case):
     name = action.option_strings[0]
     if isinstance(action, Flag):
         return [name.replace("--", "--no_", 1) if now else name]
-    values = [*action.choices] if action.choices else ["2", "3", "0.25", "64", "other", str(case.folder / "other")]
+    values = [*action.choices] if action.choices else ["2", "3", "0.25", "64", "other"]
+    if action.dest.endswith("_dir"):
+        values = [case.folder / "other"]
     for value in case.chance.sample(values, len(values)):
         more = [name, *[str(value)] * action.nargs] if isinstance(action.nargs, int) else [f"{name}={value}"]
         with contextlib.suppress(SystemExit, UserError), contextlib.redirect_stderr(io.StringIO()):
