@@ -39,7 +39,7 @@ help:
 	@echo "make parity         compare with the PyTorch reference"
 	@echo "make bench          compare speed with PyTorch and write docs/performance.md (hours; BENCH_FLAGS='--jobs prior': one job)"
 	@echo "make truesize       run jobs at the published models' size and write docs/true_size.md (hours, 24 GB of memory)"
-	@echo "make torture        kill runs 240 times and resume them, resume every job on other numbers of ranks, stop on a slow disk"
+	@echo "make torture        kill runs 240 times and resume them, disturb 2 to 4 ranks, resume every job on other numbers of ranks"
 	@echo "make flags          write the reference of flags, docs/en/flags.md and docs/zh/flags.md"
 	@echo "make docs           build the site of the docs, in both languages, into outputs/website/html"
 	@echo "make dist           build the archive of the sources and the wheel in dist/"
@@ -147,6 +147,7 @@ truesize: .venv-parity/ready
 
 torture: .venv/ready
 	.venv/bin/python -m pytest tests/distributed -m slow -n 0
+	MKL_NUM_THREADS=1 .venv/bin/python -m tests.distributed.torture --cases signal=60 kill=40 flag=100 copy=30 slow=20 twice=10
 	.venv/bin/python -m tests.distributed.kill_harness --kills 120 --double_kills 30
 	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lora_sdxl
 	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lora_sd3

@@ -13,7 +13,7 @@ from ppdiffusers_train.data.identity import agree_on_data
 from ppdiffusers_train.data.loader import OnlineSamples, iterate_batches, to_device
 from ppdiffusers_train.data.order import order_samples
 from ppdiffusers_train.draws import iterate_draws
-from ppdiffusers_train.launcher.signals import StopRequest
+from ppdiffusers_train.launcher.signals import StopRequest, name_of
 from ppdiffusers_train.launcher.stand_in import ask_for_time, ignore_signals_from_now_on
 from ppdiffusers_train.loop.dry_run import describe_run
 from ppdiffusers_train.loop.filling import encode_dataset
@@ -61,7 +61,8 @@ def train_job(module, dataset, run: Run) -> None:
     """`launch_training_task` with resolved flags."""
     repair_kernels()
     holds_folder = run.ranks.is_main and not run.args.dry_run
-    with folder_held(run.output_dir) if holds_folder else contextlib.nullcontext():
+    resumes = bool(run.args.resume_from_checkpoint)
+    with folder_held(run.output_dir, resumes) if holds_folder else contextlib.nullcontext():
         plan = prepare(module, dataset, run)
         if run.args.dry_run:
             if run.ranks.is_main:
@@ -198,5 +199,6 @@ def finish(plan: Plan, state: TrainingState, stop: StopRequest) -> None:
         if is_turn:
             write_result(plan)
     if stop.received:
-        print_line(f"{stop.received.name}: received after the last step; the run has ended and its result is written")
+        name = name_of(stop.received)
+        print_line(f"{name}: received after the last step; the run has ended and its result is written")
     ranks.gather_objects(None)  # the store is in rank 0's process, which must not end before the others are done

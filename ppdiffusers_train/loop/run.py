@@ -74,7 +74,7 @@ def resolve_run(args) -> Run:
     remarks = set_arithmetic(args)  # models compute while they are loaded, too
     check_flags(args, ranks)
     if not args.dry_run:
-        wait_for_folder(Path(args.output_dir))
+        wait_for_folder(Path(args.output_dir), resumes=bool(args.resume_from_checkpoint))
     checkpoint, saved = choose_checkpoint(args, ranks)
     args = resolve_flags(args, saved, ranks)
     if not args.dry_run:
