@@ -24,7 +24,8 @@ $(if $(3),@echo "$(call packages_of,$(3))" > "$(call packages_of,$(1))/base.pth"
 @touch $@
 endef
 
-.PHONY: help demo toys gate test test-engine precision lint test-paddle26 parity bench truesize torture venvs lock clean
+.PHONY: help demo toys gate test test-engine precision lint test-paddle26 parity bench truesize torture \
+	flags docs dist venvs lock clean
 
 help:
 	@echo "make demo           fine-tune a tiny Kandinsky 2.2 to a new look on the CPU and generate images (JOB=lcm-lora: another job)"
@@ -38,7 +39,10 @@ help:
 	@echo "make parity         compare with the PyTorch reference"
 	@echo "make bench          compare speed with PyTorch and write docs/performance.md (hours; BENCH_FLAGS='--jobs prior': one job)"
 	@echo "make truesize       run jobs at the published models' size and write docs/true_size.md (hours, 24 GB of memory)"
-	@echo "make torture        kill runs 240 times and resume them, resume every job on other numbers of ranks, stop on a slow disk"
+	@echo "make torture        kill runs 240 times and resume them, disturb 2 to 4 ranks, resume every job on other numbers of ranks"
+	@echo "make flags          write the reference of flags, docs/en/flags.md and docs/zh/flags.md"
+	@echo "make docs           build the site of the docs, in both languages, into outputs/website/html"
+	@echo "make dist           build the archive of the sources and the wheel in dist/"
 	@echo "make venvs          create the three environments, without running anything"
 	@echo "make lock           write the requirements*.txt again from the .in files"
 	@echo "make clean          remove the environments and caches"
@@ -143,10 +147,23 @@ truesize: .venv-parity/ready
 
 torture: .venv/ready
 	.venv/bin/python -m pytest tests/distributed -m slow -n 0
+	MKL_NUM_THREADS=1 .venv/bin/python -m tests.distributed.torture --cases signal=60 kill=40 flag=100 copy=30 slow=20 twice=10
 	.venv/bin/python -m tests.distributed.kill_harness --kills 120 --double_kills 30
 	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lora_sdxl
 	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lora_sd3
 	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lcm_sd
+
+flags: .venv/ready
+	.venv/bin/python -m website.flags
+
+docs: .venv-docs/ready
+	.venv-docs/bin/python -m website.build
+
+# The wheel is built from the archive, so nothing that lies about in a checkout is in it.
+dist: .venv/ready
+	rm -rf dist
+	.venv/bin/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
+	.venv/bin/python -m pip wheel -q --no-build-isolation --no-deps -w dist dist/*.tar.gz
 
 venvs: .venv/ready .venv-paddle26/ready .venv-parity/ready
 
@@ -159,6 +176,12 @@ venvs: .venv/ready .venv-paddle26/ready .venv-parity/ready
 .venv-parity/ready: requirements/parity.txt setup.py .venv/ready
 	$(call make_venv,.venv-parity,requirements/parity.txt,.venv)
 
+# Needs nothing of the package.
+.venv-docs/ready: requirements/docs.txt
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install -q --no-deps -r requirements/docs.txt
+	@touch $@
+
 # Keeps the versions that are already locked where the .in files allow it.
 lock:
 	$(PYTHON) -m venv .venv-lock
@@ -166,9 +189,11 @@ lock:
 	cd requirements && $(UV_COMPILE) ../requirements.in -o ../requirements.txt
 	cd requirements && $(UV_COMPILE) dev.in -o dev.txt
 	cd requirements && $(UV_COMPILE) paddle26.in -o paddle26.txt
+	cd requirements && $(UV_COMPILE) docs.in -o docs.txt
 	cd requirements && $(UV_COMPILE) parity.in -o parity.full
 	grep -Ev '^(nvidia|cuda|triton)' requirements/parity.full > requirements/parity.txt
 	rm requirements/parity.full
 
 clean:
-	rm -rf .venv .venv-paddle26 .venv-parity .venv-lock build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-paddle26 .venv-parity .venv-docs .venv-lock build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-paddle26 .venv-parity .venv-lock build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
-"""Which job of the published models fits which GPU: writes docs/memory.md.
+"""Which job of the published models fits which GPU: writes docs/memory.json and the pages docs/*/memory.md.
 
     python benchmarks/memory.py
+    python benchmarks/memory.py "lcm sd" "lcm lora_sd"    only these jobs; the figures of others stay
 
 Models are built from the configurations beside this file: their size, without their weights. Takes some minutes.
 """
@@ -12,6 +13,8 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+
+from memory_page import FIGURES, FITS_NOT, write_pages
 
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.loop.dry_run import GPU_SIZES, first_row, inventory_of, options_of
@@ -70,9 +73,11 @@ def write_folder(name: str, folder: Path) -> Path:
 
 def main():
     quiet_libraries()
-    rows, gpus = [], []
+    figures = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
     with tempfile.TemporaryDirectory() as root:
         for script, models, resolutions in JOBS:
+            if sys.argv[1:] and short_name(script) not in sys.argv[1:]:
+                continue
             job = load_script(ROOT / "examples" / f"{script}.py")
             flags = [f"--{flag}={write_folder(name, Path(root) / name)}" for flag, name in models.items()]
             for resolution in resolutions:
@@ -80,19 +85,30 @@ def main():
                     [*flags, "--dry_run", "--train_batch_size=1", f"--resolution={resolution}", "--encoded_cache_dir=x",
                      f"--train_data_dir={ROOT / 'examples' / 'data' / 'photos'}"]
                 )  # fmt: skip
-                module = module_class(job)(args)
-                inventory = inventory_of(module, first_row(build_dataset(args)), args)
                 name = f"{short_name(script)} {resolution}"
-                plain = inventory.memory(options_of(args))
-                fixed = sum(size for kind, size in plain.items() if kind != "activations")
-                encoders = inventory.memory(replace(options_of(args), cached=False))["encoders"]
-                figures = [fixed, encoders, *inventory.activations.values()]
-                rows.append(
-                    [name, f"{sum(inventory.trained) / 1e6:,.1f} M", *(f"{size / 1e9:.1f}" for size in figures)]
-                )
-                gpus.append([name, *(flags_for(inventory, options_of(args), size) for size in GPU_SIZES)])
-                print(" | ".join(rows[-1]), " | ".join(gpus[-1]), sep="\n", flush=True)
-    (ROOT / "docs" / "memory.md").write_text(page(rows, gpus), encoding="utf-8")
+                figures[name] = figures_of(module_class(job)(args), args)
+                print(name, figures[name], flush=True)
+                keep(figures)
+
+
+def keep(figures: dict) -> None:
+    """Write the figures, in the order of `JOBS`, and the pages."""
+    order = [f"{short_name(script)} {size}" for script, _, sizes in JOBS for size in sizes]
+    figures = {name: figures[name] for name in order if name in figures}
+    FIGURES.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_pages(figures)
+
+
+def figures_of(module, args) -> dict:
+    """The figures of a job, as `write_pages` takes them."""
+    inventory, options = inventory_of(module, first_row(build_dataset(args)), args), options_of(args)
+    fixed = sum(size for kind, size in inventory.memory(options).items() if kind != "activations")
+    encoders = inventory.memory(replace(options, cached=False))["encoders"]
+    sizes = (f"{size / 1e9:.1f}" for size in (fixed, encoders, *inventory.activations.values()))
+    return {
+        "sizes": [f"{sum(inventory.trained) / 1e6:,.1f} M", *sizes],
+        "fits": {str(size): flags_for(inventory, options, size) for size in GPU_SIZES},
+    }
 
 
 def short_name(script: str) -> str:
@@ -102,24 +118,11 @@ def short_name(script: str) -> str:
 
 
 def flags_for(inventory, options, size: int) -> str:
-    """The first of `STEPS` with which a job fits a GPU of so many GB."""
+    """The first of `STEPS` with which a job fits a GPU of so many GB, in each phase of the run."""
     for name, change in STEPS:
-        if sum(inventory.memory(replace(options, **change)).values()) <= size * 1e9:
+        if inventory.peak(replace(options, **change)) <= size * 1e9:
             return name
-    return "–"
-
-
-def page(rows, gpus) -> str:
-    head = Path(__file__).with_name("memory_page.md").read_text(encoding="utf-8")
-    kinds = ["trainable", "weights, gradients, AdamW", "encoders", "activations", "with checkpointing"]
-    first = table(["job, pixels", *kinds], rows)
-    second = table(["job, pixels", *(f"{size} GB" for size in GPU_SIZES)], gpus)
-    return head.format(sizes=first, gpus=second)
-
-
-def table(header, rows) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return FITS_NOT
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How the sides of `speed.py` take turns: each is a process that trains as many steps as it is told to, then waits.
+"""How the sides of `speed.py` take turns: each is a process that trains as many steps as asked for, then waits.
 
-What is asked comes by the standard input, a number of steps a line; what is answered goes to the standard output, in
-lines of JSON behind a mark, because libraries print, too.
+Requests come on standard input, one number of steps per line; answers go to standard output, in
+lines of JSON that begin with a mark, because libraries print, too.
 """
 
 import json
@@ -15,7 +15,7 @@ MARK = "@@ "
 
 
 def answer(**values) -> None:
-    """Say something to the process that asked."""
+    """Send values to the process that asked."""
     print(MARK + json.dumps(values), flush=True)
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/speed_paddle.py loop|cache|plain|profile --script SCRIPT [--compile] [--samples FILE] -- FLAGS
 
-loop: the script's own run. cache: fills its cache and says what that took; with `--samples`, it also writes what
+loop: the script's own run. cache: fills its cache and prints how long that took; with `--samples`, it also writes what
 `preprocess` makes of each. plain: a bare loop over the same module, online, encoding the batch together: on Paddle as
 it comes and without levers a model of PaddleMIX's script as a user runs it. profile: the loop's step, by kernel.
 """

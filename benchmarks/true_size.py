@@ -209,7 +209,7 @@ class Run:
         return "train"
 
     def figures(self) -> dict:
-        """What there is to say of it."""
+        """A description of it."""
         return {
             "seconds": self.seconds,
             "peak": self.peak,
@@ -257,7 +257,7 @@ class Chain:
         return run
 
     def estimate(self) -> None:
-        """What the run will take, as a dry run says it."""
+        """The memory of the run, as a dry run estimates it."""
         self.step("nothing", self.without_models, expected=2)
         self.figures["estimate"] = read_estimate(self.step("dry run", [*self.train, "--dry_run"]).lines)
 
@@ -310,7 +310,7 @@ for name, parameter in model.named_parameters():
 
 
 def provide(folder: Path, name: str, dtype: str, torch_python: str, is_tiny: bool) -> dict:
-    """Write a pipeline where there is none yet, and return what there is to say of it."""
+    """Write a pipeline where there is none yet, and return a description of it."""
     about = folder / "about.json"
     if not about.exists():
         flags = ["--dtype", dtype, *(["--tiny"] if is_tiny else [])]

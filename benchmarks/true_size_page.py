@@ -23,7 +23,7 @@ TRAINING = ("train", "resume", "export")  # steps that are runs of the script
 
 
 def page(figures: dict) -> str:
-    """The page from {case: figures}; what is missing it says."""
+    """The page from {case: figures}; it lists what is missing."""
     text = HEAD.read_text(encoding="utf-8")
     measured = {name: figures[name] for name in TITLES if {"estimate", "train"} <= figures.get(name, {}).keys()}
     for mark, rows in (

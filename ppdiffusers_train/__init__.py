@@ -1,20 +1,18 @@
 """Fine-tuning and distillation of text-to-image diffusion models on PaddlePaddle, on top of ppdiffusers.
 
 Import this package before `paddle`: it sets the CPU's threads and libraries, which Paddle reads only once, when it is
-imported, and makes PaddleNLP import its parts on demand. It changes no environment variable that is already set, and
-prints nothing. In a process that Paddle's launcher has started, it first masks secrets in the launcher's log files, and
-then continues in a child process (`launcher/stand_in.py`).
+imported. It changes no environment variable that is already set, and prints nothing. In a process that Paddle's
+launcher has started, it first masks secrets in the launcher's log files, and then continues in a child process
+(`launcher/stand_in.py`).
 """
 
 from ppdiffusers_train.cpu.environment import prepare_cpu
 from ppdiffusers_train.launcher.stand_in import leave_stand_in
 from ppdiffusers_train.launcher.tokens import scrub_launcher_logs, take_over
-from ppdiffusers_train.runtime.light_paddlenlp import import_paddlenlp_lightly
 
 scrub_launcher_logs()
 take_over()
 leave_stand_in()
 prepare_cpu()
-import_paddlenlp_lightly()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

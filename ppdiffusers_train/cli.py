@@ -1,5 +1,6 @@
 """ppdiffusers-train: commands around training: check, pack and preview data, launch runs, convert LoRAs, try a demo.
 
+ppdiffusers-train examples my-training
 ppdiffusers-train check my-photos
 ppdiffusers-train preview train_text_to_image_sdxl.py --pretrained_model_name_or_path sdxl --train_data_dir my-photos
 ppdiffusers-train pack my-photos shards --shard_size 500MB
@@ -9,7 +10,7 @@ ppdiffusers-train toy-data shapes --count 1000 --size 32
 ppdiffusers-train demo --job lcm-lora
 """
 
-import ppdiffusers_train  # noqa: F401  (before paddle)
+import ppdiffusers_train  # (before paddle)
 
 import argparse
 import contextlib
@@ -31,6 +32,7 @@ from ppdiffusers_train.arguments.parser import (
 )
 from ppdiffusers_train.errors import UserError, one_line_errors
 from ppdiffusers_train.models.lora_libraries import FILES
+from ppdiffusers_train.tools.examples import add_examples_command
 from ppdiffusers_train.tools.launch import add_launch_command
 from ppdiffusers_train.toy.demo.jobs import JOBS
 from ppdiffusers_train.toy.world.looks import LOOKS, SIZES
@@ -199,7 +201,10 @@ def add_source_arguments(command, what: str) -> None:
 
 def build_parser():
     parser = ArgumentParser(config=False, prog="ppdiffusers-train", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"%(prog)s {ppdiffusers_train.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
+
+    add_examples_command(commands)
 
     command = commands.add_parser(
         "check", help="report the problems of a data set, and what training would do about them",

@@ -7,6 +7,7 @@ import sys
 
 from ppdiffusers_train.launcher.last_word import print_after_launcher, watch_launcher
 from ppdiffusers_train.launcher.signals import EndAtOnce
+from ppdiffusers_train.launcher.stand_in import ignore_signals_from_now_on
 from ppdiffusers_train.launcher.tokens import secrets_in
 
 
@@ -52,11 +53,14 @@ def one_line_errors(main):
         watch_launcher()
         try:
             with EndAtOnce():
-                return main(argv)
+                try:
+                    return main(argv)
+                finally:
+                    ignore_signals_from_now_on()
         except (UserError, RunError) as error:
             message = hide_tokens(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}")
-            print(message, file=sys.stderr)
             print_after_launcher(message)
+            print(message, file=sys.stderr)
             raise SystemExit(error.exit_status) from error
         except Exception as error:
             # The traceback goes to a log file.

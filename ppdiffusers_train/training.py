@@ -17,7 +17,7 @@ from ppdiffusers_train.data.loader import OnlineSamples, iterate_batches, to_dev
 from ppdiffusers_train.data.order import order_samples
 from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.draws import iterate_draws
-from ppdiffusers_train.launcher.signals import StopRequest
+from ppdiffusers_train.launcher.signals import StopRequest, name_of
 from ppdiffusers_train.launcher.stand_in import ask_for_time, ignore_signals_from_now_on
 from ppdiffusers_train.loop.dry_run import describe_run
 from ppdiffusers_train.loop.filling import encode_dataset
@@ -30,6 +30,7 @@ from ppdiffusers_train.loop.state import TrainingState, build_training_state, ch
 from ppdiffusers_train.loop.step import add_gradients, seed_layers, set_training_mode
 from ppdiffusers_train.loop.validation import save_validation_images
 from ppdiffusers_train.module import choose_trainable
+from ppdiffusers_train.reporting.status_line import print_line
 from ppdiffusers_train.runtime.agreement import agree, model_digests
 from ppdiffusers_train.runtime.flops import FlopCounter
 from ppdiffusers_train.runtime.folder_lock import folder_held
@@ -65,7 +66,8 @@ def train_job(module, dataset, run: Run) -> None:
     repair_kernels()
     index_dataset(dataset, run)
     holds_folder = run.ranks.is_main and not run.args.dry_run
-    with folder_held(run.output_dir) if holds_folder else contextlib.nullcontext():
+    resumes = bool(run.args.resume_from_checkpoint)
+    with folder_held(run.output_dir, resumes) if holds_folder else contextlib.nullcontext():
         plan = prepare(module, dataset, run)
         if run.args.dry_run:
             if run.ranks.is_main:
@@ -208,5 +210,6 @@ def finish(plan: Plan, state: TrainingState, stop: StopRequest) -> None:
         if is_turn:
             write_result(plan)
     if stop.received:
-        print(f"{stop.received.name}: received after the last step; the run has ended and its result is written")
+        name = name_of(stop.received)
+        print_line(f"{name}: received after the last step; the run has ended and its result is written")
     ranks.gather_objects(None)  # the store is in rank 0's process, which must not end before the others are done

@@ -246,6 +246,20 @@ def decoder_flags(kandinsky, photos, tmp_path):
     ]
 
 
+def guide_on_toys(job, words, *more):
+    """A guide's flags for a run of one step on tiny models, offline; all of them are read first.
+
+    Args:
+        job: the script.
+        words: the flags of the guide.
+        more: flags that the script needs beside them.
+    """
+    job.build_parser().parse_args(words)
+    elsewhere = ("--dataset_name", "--pretrained", "--report_to", "--push_to_hub", "--output_dir", "--resume")
+    kept = [word for word in words if not word.startswith(elsewhere)]
+    return [*kept, *more, "--resolution=64", "--max_train_steps=1", "--validation_inference_steps=2"]
+
+
 def short_run(photos):
     """Flags of two small steps."""
     return [

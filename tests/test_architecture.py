@@ -1,11 +1,14 @@
 """The rules of docs/architecture.md that a machine can check."""
 
 import ast
+import inspect
 import re
+import textwrap
 
 import pytest
 
-from tests.conftest import ROOT, load_script
+from ppdiffusers_train.arguments import ArgumentParser, add_run_arguments
+from tests.conftest import ROOT, load_script, module_class
 
 pytestmark = pytest.mark.once  # no Paddle in it
 
@@ -105,17 +108,38 @@ def test_flags_are_read_only_in_scripts_dataset_and_loop():
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_every_declared_flag_is_read(script):
-    declared = {action.dest for action in load_script(script).build_parser()._actions} - {"help", "config"}
-    read = set()
-    # What tools and toys read, or another job's script, does not help this one.
-    library = [path for path in LIBRARY if part_of(path) not in ("tools", "cli", "toy")]
-    for path in [*with_extended(script), *library]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                owner = ast.unparse(node.value)
-                if owner.split(".")[-1] == "args":
-                    read.add(node.attr)
-    assert declared <= read, f"read nowhere: {sorted(declared - read)}"
+    """A job's own flags by methods that its module runs, those of every run by these or by the loop."""
+    job, run = load_script(script), ArgumentParser()
+    add_run_arguments(run, "out")
+    declared, of_every_run = ({action.dest for action in parser._actions} for parser in (job.build_parser(), run))
+    by_job = set().union(*map(flags_read_in, running_methods(module_class(job))))
+    library = [path for path in LIBRARY if part_of(path) in ("training", "loop", "data")]
+    by_loop = set().union(*(flags_read_in(path.read_text(encoding="utf-8")) for path in library)) & of_every_run
+    unread = declared - by_job - by_loop - {"help", "config"}
+    assert not unread, f"read nowhere: {sorted(unread)}"
+
+
+def flags_read_in(source):
+    """The names x for which source code reads `args.x`."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+        if ast.unparse(node.value).split(".")[-1] == "args"
+    }
+
+
+def running_methods(cls):
+    """The source of a class's methods, without those that are overridden and not called by `super()`."""
+    for name in {name for base in cls.__mro__ for name in vars(base)}:
+        for base in cls.__mro__:
+            method = vars(base).get(name)
+            method = getattr(method, "fget", method)
+            if not inspect.isfunction(method) or not method.__module__.startswith(("train_", "ppdiffusers_train")):
+                continue
+            yield (source := textwrap.dedent(inspect.getsource(method)))
+            if f"super().{name}(" not in source:
+                break
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

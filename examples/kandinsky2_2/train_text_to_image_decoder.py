@@ -25,19 +25,14 @@ from ppdiffusers_train.objectives.noise_schedule import add_noise
 def build_parser(doc=__doc__):
     parser = arguments.ArgumentParser(description=doc.splitlines()[0])
     arguments.add_kandinsky_arguments(parser)
-    arguments.add_data_arguments(parser)
-    arguments.add_training_arguments(parser, weight_decay=0.0, train_batch_size=1)
     arguments.add_diffusion_arguments(parser, noise_offset=True)
-    arguments.add_output_arguments(parser, output_dir="kandi_2_2-model-finetuned")
-    arguments.add_validation_arguments(parser)
-    arguments.add_reporting_arguments(parser)
+    arguments.add_run_arguments(parser, "kandi_2_2-model-finetuned", train_batch_size=1, adam_weight_decay=0.0)
     return parser
 
 
 class KandinskyDecoderTrainingModule(FullTraining):
     """Trains the UNet to denoise MoVQ latents, conditioned on the CLIP embedding of the same image."""
 
-    trained = "unet"
     encoders = ("movq", "image_encoder")
     can_compile_encode = True
 

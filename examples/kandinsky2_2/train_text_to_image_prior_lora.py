@@ -17,8 +17,7 @@ from ppdiffusers_train.models.lora import ATTENTION_TARGETS
 
 def build_parser():
     parser = build_full_parser(__doc__)
-    defaults = {"output_dir": "kandi_2_2-model-finetuned-lora", "num_validation_images": 4, "validation_epochs": 1}
-    arguments.add_lora_arguments(parser, ATTENTION_TARGETS, **defaults)
+    arguments.add_kandinsky_lora_arguments(parser, ATTENTION_TARGETS)
     return parser
 
 

@@ -33,6 +33,8 @@ class LCMLoRATrainingModule(LoRATraining, LCMTrainingModule):
             raise UserError(
                 "--trainable_modules: without LoRA, the model is the teacher; only LoRA layers can be trained"
             )
+        if self.args.cast_teacher_unet:
+            print("--cast_teacher_unet: no effect, the teacher has the weights of the student's base")
         self.unet = self.folder.load("unet")
 
     @property
@@ -43,8 +45,7 @@ class LCMLoRATrainingModule(LoRATraining, LCMTrainingModule):
         return lora_switched_off(self.unet)
 
     def predict_with_student(self, unet, noisy, timesteps, condition, guidance):
-        """Guidance is distilled into the student, so it has no input for it."""
-        return unet(noisy, timesteps, **condition).sample
+        return unet(noisy, timesteps, **condition).sample  # guidance is distilled into it, and is no input
 
     def after_step(self):
         """The target is the student itself."""

@@ -29,14 +29,9 @@ def build_parser(doc=__doc__, has_student=True):
     """The flags. The LoRA script, which has no separate student, shares those without `has_student`."""
     parser = arguments.ArgumentParser(description=doc.splitlines()[0])
     arguments.add_distillation_arguments(parser)
-    arguments.add_data_arguments(parser)
-    arguments.add_training_arguments(parser)
-    arguments.add_output_arguments(parser, output_dir="lcm-xl-distilled")
-    arguments.add_validation_arguments(parser)
-    arguments.add_reporting_arguments(parser)
     if has_student:
         arguments.add_student_arguments(parser)
-    parser.set_defaults(validation_steps=200, validation_inference_steps=50)
+    arguments.add_run_arguments(parser, "lcm-xl-distilled", validation_steps=200, validation_inference_steps=50)
     return parser
 
 

@@ -34,12 +34,8 @@ def build_parser(doc=__doc__):
         help="Use the third text encoder; --no_t5 trains for inference without it.",
     )
     arguments.add_image_arguments(parser)
-    arguments.add_data_arguments(parser)
-    arguments.add_training_arguments(parser)
     arguments.add_flow_matching_arguments(parser)
-    arguments.add_output_arguments(parser, output_dir="sd3-model-finetuned")
-    arguments.add_validation_arguments(parser, num_validation_images=4, validation_epochs=1)
-    arguments.add_reporting_arguments(parser)
+    arguments.add_run_arguments(parser, "sd3-model-finetuned", num_validation_images=4, validation_epochs=1)
     parser.set_defaults(resolution=1024, encoded_cache=True)
     return parser
 

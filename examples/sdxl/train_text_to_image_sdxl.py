@@ -35,13 +35,9 @@ def build_parser(doc=__doc__):
     add("--enable_npu_flash_attention", action=arguments.Flag, help=no_kernel)
     add("--prediction_type", choices=PREDICTION_TYPES, help="What the UNet predicts; by default as its scheduler says.")
     arguments.add_image_arguments(parser)
-    arguments.add_data_arguments(parser)
-    arguments.add_training_arguments(parser)
     arguments.add_diffusion_arguments(parser, noise_offset=True)
     arguments.add_timestep_arguments(parser)
-    arguments.add_output_arguments(parser, output_dir="sdxl-model-finetuned")
-    arguments.add_validation_arguments(parser, num_validation_images=4, validation_epochs=1)
-    arguments.add_reporting_arguments(parser)
+    arguments.add_run_arguments(parser, "sdxl-model-finetuned", num_validation_images=4, validation_epochs=1)
     parser.set_defaults(resolution=1024, encoded_cache=True)
     return parser
 
@@ -49,7 +45,6 @@ def build_parser(doc=__doc__):
 class SDXLTrainingModule(FullTraining):
     """Trains the UNet to denoise VAE latents, conditioned on the caption, the image's size and the crop."""
 
-    trained = "unet"
     encoders = ("vae", "text_encoder", "text_encoder_2")
     can_compile_encode = True
 

@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion 1.5: train its UNet on your images and captions. ../README.md explains it part by part.
+"""Fine-tune Stable Diffusion 1.5: train its UNet on your images and captions. docs/en/your-own-job.md explains it.
 
     python -u train_text_to_image_sd.py --pretrained_model_name_or_path sd --train_data_dir photos --output_dir mine
 

@@ -11,6 +11,7 @@ from ppdiffusers_train.arguments.jobs import (
     add_flow_matching_arguments,
     add_image_arguments,
     add_kandinsky_arguments,
+    add_kandinsky_lora_arguments,
     add_lora_arguments,
     add_pipeline_arguments,
     add_student_arguments,
@@ -34,12 +35,22 @@ from ppdiffusers_train.arguments.parser import (
 
 __all__ = [  # for scripts, besides the groups below
     "ArgumentParser", "Flag", "INTERPOLATION_MODES", "add_diffusion_arguments", "add_distillation_arguments",
-    "add_flow_matching_arguments", "add_image_arguments", "add_kandinsky_arguments", "add_lora_arguments",
-    "add_pipeline_arguments", "add_student_arguments", "add_timestep_arguments", "add_output_arguments",
-    "add_reporting_arguments", "add_validation_arguments",
+    "add_flow_matching_arguments", "add_image_arguments", "add_kandinsky_arguments", "add_kandinsky_lora_arguments",
+    "add_lora_arguments", "add_pipeline_arguments", "add_student_arguments", "add_timestep_arguments",
+    "add_output_arguments", "add_reporting_arguments", "add_validation_arguments",
 ]  # fmt: skip
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+
+def add_run_arguments(parser, output_dir, **defaults):
+    """What every job has: data, training, output, validation and logging; `defaults` are other defaults of theirs."""
+    add_data_arguments(parser)
+    add_training_arguments(parser)
+    add_output_arguments(parser, output_dir)
+    add_validation_arguments(parser)
+    add_reporting_arguments(parser)
+    parser.set_defaults(**defaults)
 
 
 def add_data_arguments(parser):

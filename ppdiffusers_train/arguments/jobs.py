@@ -23,13 +23,15 @@ def add_kandinsky_arguments(parser):
     return group
 
 
-def add_pipeline_arguments(parser, vae_help="Folder or hub name of a VAE to use instead of the pipeline's."):
+def add_pipeline_arguments(parser):
     """The pipeline that a job starts from, read by the jobs of Stable Diffusion XL and 3."""
     group = parser.add_argument_group("models")
     group.add_argument(
         "--pretrained_model_name_or_path", required=True, help="Folder or hub name of the pipeline to fine-tune."
     )
-    group.add_argument("--pretrained_vae_model_name_or_path", help=vae_help)
+    group.add_argument(
+        "--pretrained_vae_model_name_or_path", help="Folder or hub name of a VAE to use instead of the pipeline's."
+    )
     group.add_argument("--revision", help="Revision of the pipeline on the hub.")
     group.add_argument("--variant", help="Variant of the weight files, such as fp16.")
     return group
@@ -207,3 +209,9 @@ def add_lora_arguments(parser, targets, rank=4, **defaults):
         help="Layers that get LoRA: ends of their names, separated by commas.",
     )  # fmt: skip
     return group
+
+
+def add_kandinsky_lora_arguments(parser, targets):
+    """The same for the jobs of Kandinsky 2.2, with their defaults of other flags."""
+    defaults = {"output_dir": "kandi_2_2-model-finetuned-lora", "num_validation_images": 4, "validation_epochs": 1}
+    return add_lora_arguments(parser, targets, **defaults)

@@ -6,61 +6,18 @@ the launcher prints it again at the end. With `ppdiffusers-train launch`, that c
 """
 
 import contextlib
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from ppdiffusers_train.launcher.watched_ranks import message_file, status_file
+from ppdiffusers_train.launcher.watched_ranks import MESSAGE_BYTES, address_of, open_mailbox
 
 PARENT = os.getppid()  # also the parent of this process's stand-in (stand_in.py)
-WATCHED = "PPDIFFUSERS_TRAIN_WATCHED"  # id of the process that started the launcher and watches it, if there is one
 PROGRAM = Path(__file__).with_name("watched_ranks.py")
-
-
-def watch_launcher() -> None:
-    """Start a process, on one of the ranks, that prints the run's last message after the launcher's last line."""
-    with contextlib.suppress(OSError):  # another rank was faster
-        if is_launcher(PARENT) and WATCHED not in os.environ:
-            _marker().touch(0o600, exist_ok=False)
-            with open(f"/proc/{PARENT}/fd/2", "a") as screen:
-                subprocess.Popen(
-                    [sys.executable, "-I", "-S", PROGRAM, str(PARENT)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=screen,
-                    stderr=screen,
-                    start_new_session=True,
-                )
-
-
-def print_after_launcher(message: str) -> None:
-    """Make `message` the run's last message, unless another rank has failed or was killed before."""
-    with contextlib.suppress(OSError):  # another rank was faster
-        if is_launcher(PARENT) and _is_watched():
-            file = message_file(PARENT)
-            temporary = file.with_suffix(f".{os.getpid()}")  # linked when complete, so the file appears atomically
-            temporary.touch(0o600, exist_ok=False)
-            try:
-                temporary.write_text(message)
-                os.link(temporary, file)
-            finally:
-                temporary.unlink()
-
-
-def note_status(status: int) -> None:
-    """Write the run's wait status for the process that watches the launcher, if there is one."""
-    with contextlib.suppress(OSError):  # the launcher has ended
-        if _is_watched():
-            status_file(PARENT, os.getpid()).write_text(str(status))
-
-
-def _is_watched() -> bool:
-    return Path("/proc", os.environ[WATCHED]).exists() if WATCHED in os.environ else _marker().exists()
-
-
-def _marker() -> Path:
-    """A file that exists while a process of `watch_launcher` watches."""
-    return message_file(PARENT).with_suffix(".watched")
+SEND_SECONDS = 5.0  # a process that watches reads at once, unless it was stopped
 
 
 def is_launcher(process: int) -> bool:
@@ -69,3 +26,46 @@ def is_launcher(process: int) -> bool:
         return b"paddle.distributed.launch" in Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:
         return False
+
+
+ADDRESS = address_of(PARENT) if is_launcher(PARENT) else None  # of what watches the launcher; cannot be known later
+
+
+def watch_launcher() -> None:
+    """Start a process, on one of the ranks, that prints the run's last message after the launcher's last line."""
+    if ADDRESS is None:
+        return
+    with contextlib.suppress(OSError), open_mailbox(ADDRESS) as mailbox:  # or another process watches already
+        # Without waiting for a reader, if the screen is a pipe.
+        screen = os.open(f"/proc/{PARENT}/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            subprocess.Popen(
+                [sys.executable, "-I", "-S", PROGRAM, str(PARENT), str(mailbox.fileno())],
+                pass_fds=[mailbox.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=screen,
+                stderr=screen,
+                start_new_session=True,
+            )
+        finally:
+            os.close(screen)
+
+
+def print_after_launcher(message: str) -> None:
+    """Make `message` the run's last message, unless another rank has failed or was killed before.
+
+    To be called before the rank prints it: `ppdiffusers-train launch` does not show twice what it knows.
+    """
+    _send(message=message[: MESSAGE_BYTES // 8])  # characters, of up to six bytes in JSON
+
+
+def note_status(status: int) -> None:
+    """Send the run's wait status to the process that watches the launcher, if there is one."""
+    _send(status=status)
+
+
+def _send(**what) -> None:
+    if ADDRESS is not None:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:  # nobody watches
+            sender.settimeout(SEND_SECONDS)
+            sender.sendto(json.dumps(what).encode(), ADDRESS)

@@ -10,7 +10,10 @@ import signal
 import sys
 import time
 
+from ppdiffusers_train.launcher.last_word import print_after_launcher
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LAUNCHER_ENDED = signal.SIGHUP  # what the end of the launcher is to its ranks (stand_in.py)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # of which --stop_signal chooses one
 
 # One stop may arrive as several signals: a terminal signals all of its processes, SLURM all of a job's, and Paddle's
@@ -21,13 +24,22 @@ LAUNCHER_SECONDS = 0.6
 ASKS, REPEATS, INSISTS = "asks", "repeats", "insists"
 
 _entered = []  # active contexts of this process
+_launchers_signals = []  # of the stand-in, if this process has one
+
+
+def end_with_launcher() -> None:
+    """From now on, `LAUNCHER_ENDED` stops this process, too. Until `EndAtOnce` listens, signals end it without an
+    exception, which would become a traceback, of an import for example; the stand-in has the line."""
+    _launchers_signals[:] = [LAUNCHER_ENDED]
+    for number in (signal.SIGINT, LAUNCHER_ENDED):  # the latter is ignored after `nohup`
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Patience:
     """Distinguishes a repeated signal of one stop from a second stop.
 
     A scheduler's warning is followed by other signals anyway. So a warning never insists, and the first stop signal
-    after a warning does not insist either.
+    after a warning does not insist either. A launcher that ends does not insist, because it has signalled before.
     """
 
     def __init__(self):
@@ -37,11 +49,11 @@ class Patience:
 
     def hear(self, number: int) -> str:
         """`ASKS` for the first signal of a kind, then `REPEATS`, and `INSISTS` after some seconds."""
-        kind, now = "stop" if number in STOP_SIGNALS else number, time.monotonic()
+        kind, now = number if number in WARNINGS else "stop", time.monotonic()
         if kind not in self._first:
             self._first[kind] = now
             return ASKS
-        return INSISTS if kind == "stop" and now - self._first[kind] > self.seconds else REPEATS
+        return INSISTS if number in STOP_SIGNALS and now - self._first[kind] > self.seconds else REPEATS
 
 
 class StopRequest:
@@ -53,7 +65,7 @@ class StopRequest:
     """
 
     def __init__(self, also=None):
-        self.numbers = STOP_SIGNALS + ((signal.Signals[f"SIG{also}"],) if also else ())
+        self.numbers = [*STOP_SIGNALS, *_launchers_signals, *([signal.Signals[f"SIG{also}"]] if also else [])]
         self.received = None
         self._patience, self._previous = Patience(), {}
 
@@ -68,9 +80,10 @@ class StopRequest:
         self.restore()
 
     def restore(self) -> None:
-        """Restore the previous handlers."""
+        """Restore the previous handlers, except of signals that are ignored by now, as in a process that is ending."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handler)
 
     def _receive(self, number, frame):
         heard = self._patience.hear(number)
@@ -93,18 +106,21 @@ class EndAtOnce(StopRequest):
     def __init__(self):
         super().__init__()
         usual = (signal.SIG_DFL, signal.default_int_handler)
-        self.numbers = [number for number in STOP_SIGNALS + WARNINGS if signal.getsignal(number) in usual]
-
-    def restore(self) -> None:
-        if self.received is None:  # else the handlers that `react` has set stay
-            super().restore()
+        self.numbers = [number for number in (*self.numbers, *WARNINGS) if signal.getsignal(number) in usual]
 
     def react(self) -> None:
         # Python removes its handlers while it exits, so a repeated signal would kill the process then.
         for number in self.numbers:
             signal.signal(number, signal.SIG_IGN)
-        print(f"{os.path.basename(sys.argv[0])}: ended by {self.received.name}", file=sys.stderr, flush=True)
+        message = f"{os.path.basename(sys.argv[0])}: ended by {name_of(self.received)}"
+        print_after_launcher(message)
+        print(message, file=sys.stderr, flush=True)
         raise SystemExit(128 + self.received)
+
+
+def name_of(number: int) -> str:
+    """The name of a signal in messages."""
+    return "the end of the launcher" if number == LAUNCHER_ENDED else signal.Signals(number).name
 
 
 def leave_to_parent() -> None:

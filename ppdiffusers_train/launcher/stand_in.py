@@ -15,19 +15,21 @@ import signal
 import sys
 import time
 
-from ppdiffusers_train.launcher.last_word import PARENT, is_launcher, note_status
+from ppdiffusers_train.launcher.last_word import ADDRESS, note_status, print_after_launcher
 from ppdiffusers_train.launcher.signals import (
     ASKS,
     INSISTS,
+    LAUNCHER_ENDED,
     LAUNCHER_SECONDS,
     REPETITION_SECONDS,
     STOP_SIGNALS,
     WARNINGS,
     Patience,
+    end_with_launcher,
+    name_of,
     signal_at_parents_end,
 )
 
-LAUNCHER_ENDED = signal.SIGHUP
 END_SECONDS = 10.0  # after which a run that has nothing to finish is killed
 HEARD = {*STOP_SIGNALS, *WARNINGS, LAUNCHER_ENDED, signal.SIGCHLD}
 
@@ -38,7 +40,7 @@ _to_stand_in = None  # a pipe
 def leave_stand_in() -> None:
     """If Paddle's launcher has started this process, continue in a child, whose stand-in this process becomes."""
     global _stand_in, _to_stand_in
-    if sys.platform != "linux" or "paddle" in sys.modules or not is_launcher(PARENT):
+    if sys.platform != "linux" or "paddle" in sys.modules or ADDRESS is None:
         return
     _stand_in = os.getpid()
     from_run, _to_stand_in = os.pipe()
@@ -53,6 +55,7 @@ def leave_stand_in() -> None:
     signal_at_parents_end(signal.SIGKILL)
     if is_left_alone():
         os._exit(1)
+    end_with_launcher()
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
@@ -68,9 +71,9 @@ def ask_for_time() -> None:
 
 
 def ignore_signals_from_now_on() -> None:
-    """In a process that has a stand-in, once its work is done: it ends by itself, and well."""
+    """In a process that has a stand-in, once its work is done or has failed: it ends by itself, with its own status."""
     if _to_stand_in is not None:
-        for number in STOP_SIGNALS:
+        for number in (*STOP_SIGNALS, *WARNINGS, LAUNCHER_ENDED):
             signal.signal(number, signal.SIG_IGN)
 
 
@@ -80,23 +83,19 @@ def stand_in_for(run: int, from_run: int) -> int:
     Args:
         from_run: a pipe that is readable once the run has called `ask_for_time`.
     """
-    patience, passed_on = Patience(), set()
+    patience = Patience()
     while True:
         number, seconds, message = signal.sigwait(HEARD), 0.0, None  # seconds until the run is killed, with a message
-        may_insist = number != LAUNCHER_ENDED
-        if number == LAUNCHER_ENDED:  # a launcher that was killed sent no signal
-            number = signal.SIGTERM
         heard = patience.hear(number) if number != signal.SIGCHLD else None
         if heard == ASKS:
-            has_time = number not in STOP_SIGNALS or select.select([from_run], [], [], 0)[0]
+            has_time = number in WARNINGS or select.select([from_run], [], [], 0)[0]
             if not has_time:
                 # Or a rank that gets the signal later would fail, because others have ended.
                 time.sleep(until_last_is_signalled())
                 # A run that waits for others inside Paddle does not handle the signal.
                 seconds, message = END_SECONDS, "ended by {}"
-            passed_on.add(number)
             os.kill(run, number)
-        elif heard == INSISTS and may_insist:
+        elif heard == INSISTS:
             # The launcher's last SIGTERM, after 30 s, comes a moment before SIGKILL, which only this process receives.
             seconds, message = REPETITION_SECONDS, "{} again: ended at once"
         status = wait_for_end(run, seconds)
@@ -105,7 +104,7 @@ def stand_in_for(run: int, from_run: int) -> int:
             os.waitpid(run, 0)
             return ended_by(number, message)
         if status is not None:
-            by_signal = os.WIFSIGNALED(status) and os.WTERMSIG(status) in passed_on  # before it had a handler
+            by_signal = os.WIFSIGNALED(status) and os.WTERMSIG(status) in HEARD  # before it had a handler
             return ended_by(os.WTERMSIG(status), "ended by {}") if by_signal else status
 
 
@@ -124,7 +123,9 @@ def wait_for_end(run: int, seconds: float):
 
 def ended_by(number: int, message: str) -> int:
     """Print which signal ended a run; returns its status in the format of `os.waitpid`."""
-    print(message.format(signal.Signals(number).name), flush=True)
+    message = message.format(name_of(number))
+    print_after_launcher(message)
+    print(message, flush=True)
     return (128 + number) << 8
 
 

@@ -1,15 +1,21 @@
 """Watches the ranks of Paddle's launcher on this host, to report how they ended. Also a program that outlives launcher
-and ranks, and imports nothing of this package: `watched_ranks.py LAUNCHER`, with the launcher's process id."""
+and ranks, and imports nothing of this package: `watched_ranks.py LAUNCHER MAILBOX`, with the launcher's process id and
+the number of an open socket."""
 
+import contextlib
+import json
 import os
 import select
 import signal
+import socket
+import struct
 import sys
-import tempfile
+import threading
 from pathlib import Path
 
 ASK_SECONDS = 0.02  # between two checks whether all ranks have been started
 LOOK_SECONDS = 2  # between two checks whether the launcher has restarted them
+MESSAGE_BYTES = 1 << 16  # at most, of what a rank sends
 ASKED_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -18,15 +24,47 @@ def stat(process) -> list:
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
 
 
-def message_file(launcher: int) -> Path:
-    """The file for the error message of the first rank that fails; its name is the prefix of other files. It has the
-    launcher's start time, because process ids are reused."""
-    return Path(tempfile.gettempdir(), f"ppdiffusers_train-{launcher}-{stat(launcher)[19]}")
+def address_of(launcher: int) -> str:
+    """The address at which the process that watches a launcher receives what its ranks send. It has the launcher's
+    start time, because process ids are reused. An address in Linux's abstract namespace leaves no file, however its
+    owner ends, and has one owner at a time."""
+    return f"\0ppdiffusers_train-{launcher}-{stat(launcher)[19]}"
 
 
-def status_file(launcher: int, process: int) -> Path:
-    """The file for the wait status of a run, written by its stand-in (stand_in.py)."""
-    return message_file(launcher).with_suffix(f".{process}.status")
+def open_mailbox(address: str) -> socket.socket:
+    """A socket that receives what ranks send; raises an `OSError` if another process has the address."""
+    mailbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        mailbox.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        mailbox.bind(address)
+    except OSError:
+        mailbox.close()
+        raise
+    return mailbox
+
+
+class Received:
+    """What ranks have sent to a mailbox.
+
+    `message` is the error message of the first rank that failed, or empty; `statuses` are the wait statuses of runs,
+    {process id of the stand-in (stand_in.py): status}.
+    """
+
+    def __init__(self, mailbox: socket.socket):
+        self.mailbox, self.message, self.statuses = mailbox, "", {}
+        self._one_at_a_time = threading.Lock()
+
+    def read(self) -> None:
+        """Read what has arrived. What other users send is ignored."""
+        with self._one_at_a_time, contextlib.suppress(BlockingIOError):
+            while True:
+                content, details, *_ = self.mailbox.recvmsg(MESSAGE_BYTES, 256, socket.MSG_DONTWAIT)
+                process, user, _ = struct.unpack("3i", details[0][2])
+                if user == os.getuid():
+                    sent = json.loads(content)
+                    self.message = self.message or sent.get("message", "")
+                    if "status" in sent:
+                        self.statuses[process] = sent["status"]
 
 
 def ranks_of(launcher: int) -> dict:
@@ -43,24 +81,38 @@ def ranks_of(launcher: int) -> dict:
     return found
 
 
-def watch(launcher: int) -> list:
-    """Wait until the launcher has ended; returns [(rank, `exit_status`)] in the order in which its ranks ended."""
-    poll, ends, watched = select.poll(), [], {}  # {pidfd: (process id, rank)}
+def ended_ranks(launcher: int) -> list:
+    """The launcher's ranks that have ended, by a look from one that is alive and had time to load this program: the
+    launcher starts all of a machine within milliseconds."""
+    alive = {int(variables["PADDLE_TRAINER_ID"]): variables for variables in ranks_of(launcher).values()}
+    for rank, variables in alive.items():
+        first = rank - int(variables.get("PADDLE_LOCAL_RANK", 0))
+        return sorted({*range(first, first + int(variables.get("PADDLE_LOCAL_SIZE", 1)))} - {*alive})
+    return []
+
+
+def watch(launcher: int, received: Received) -> list:
+    """Wait until the launcher and its ranks have ended; returns [(rank, `exit_status`)] in the order in which the ranks
+    ended. Those of a launcher that was killed end after it."""
+    poll, ends, watched, is_over = select.poll(), [], {}, False  # {pidfd: (process id, rank)}
     end = os.pidfd_open(launcher)
     poll.register(end, select.POLLIN)
-    while True:
-        are_all_there = _watch_new(launcher, watched, poll) or ends
+    poll.register(received.mailbox, select.POLLIN)
+    while watched or not is_over:
+        are_all_there = is_over or _watch_new(launcher, watched, poll) or ends
         ready = {fd for fd, _ in poll.poll(1000 * (LOOK_SECONDS if are_all_there else ASK_SECONDS))}
+        received.read()
         gone = []
-        for fd in ready - {end}:
-            process, rank = watched.pop(fd)
-            gone.append((rank, exit_status(launcher, process)))
+        for fd in ready & {end, *watched}:
             poll.unregister(fd)
             os.close(fd)
+            if fd == end:
+                is_over = True
+            else:
+                process, rank = watched.pop(fd)
+                gone.append((rank, exit_status(process, received)))
         ends += sorted(gone, key=lambda it: not was_killed(it[1]))  # a rank that was killed makes the others fail
-        if end in ready:
-            os.close(end)
-            return ends
+    return ends
 
 
 def _watch_new(launcher: int, watched: dict, poll) -> bool:
@@ -78,13 +130,11 @@ def _watch_new(launcher: int, watched: dict, poll) -> bool:
     return len(watched) >= expected
 
 
-def exit_status(launcher: int, process: int):
-    """The wait status of a rank that has ended; None if it is unknown: no file was written, and the launcher has
-    already reaped the process."""
-    try:
-        return int(status_file(launcher, process).read_text())
-    except FileNotFoundError:
-        pass
+def exit_status(process: int, received: Received):
+    """The wait status of a rank that has ended; None if it is unknown: nothing was sent, and the launcher has already
+    reaped the process."""
+    if process in received.statuses:
+        return received.statuses[process]
     try:
         return int(stat(process)[49])
     except (FileNotFoundError, ProcessLookupError):
@@ -127,17 +177,16 @@ def last_word(ends: list, message: str, memory_ran_out: bool) -> str:
     return f"{text}; if not by a user, the machine was probably out of memory, which `dmesg` shows"
 
 
-def wait_for_last_word(launcher: int) -> tuple:
-    """Wait for the end of a launcher; returns (the run's last message, what `watch` returned)."""
-    file, kills = message_file(launcher), memory_kills()
-    ends = watch(launcher)
-    message = file.read_text() if file.exists() else ""
-    for left in file.parent.glob(f"{file.name}*"):
-        left.unlink(missing_ok=True)
-    return last_word(ends, message, memory_kills() > kills), ends
+def wait_for_last_word(launcher: int, received: Received) -> tuple:
+    """Wait for the end of a launcher and its ranks; returns (the run's last message, what `watch` returned)."""
+    kills = memory_kills()
+    ends = watch(launcher, received)
+    return last_word(ends, received.message, memory_kills() > kills), ends
 
 
 if __name__ == "__main__":
-    text, _ = wait_for_last_word(int(sys.argv[1]))
+    for number in ASKED_TO_END:  # which may reach all processes of a job; this one ends with the launcher
+        signal.signal(number, signal.SIG_IGN)
+    text, _ = wait_for_last_word(int(sys.argv[1]), Received(socket.socket(fileno=int(sys.argv[2]))))
     if text:
-        print(text, flush=True)
+        print(f"\n{text}", flush=True)  # the line before may have no end, if the launcher was killed

@@ -4,8 +4,6 @@ import secrets
 from collections import deque
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ppdiffusers_train.cpu.free_memory import return_free_memory
 from ppdiffusers_train.cpu.patches import CompiledEncode
 from ppdiffusers_train.data.encoded_cache import (
@@ -19,6 +17,7 @@ from ppdiffusers_train.data.loader import iterate_batches
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import TrainingState
 from ppdiffusers_train.module import encode_batch
+from ppdiffusers_train.reporting.status_line import StatusLine
 from ppdiffusers_train.runtime.checkpoint import require_writable
 
 
@@ -85,7 +84,7 @@ def fill(samples: EncodedSamples, missing: dict, plan: Plan, state: TrainingStat
     entries = Entries(samples.dataset, module.preprocess)
     batches = iterate_batches(entries, take(), plan.run.args.dataloader_num_workers)
     total = sum(map(len, missing.values()))
-    with tqdm(total=total, desc="encoding", unit="sample", disable=not ranks.is_main) as bar:
+    with StatusLine("encoding", "samples", total, visible=ranks.is_main) as status:
         for batch, errors in batches:
             entry = taken.popleft()
             if errors:
@@ -94,7 +93,7 @@ def fill(samples: EncodedSamples, missing: dict, plan: Plan, state: TrainingStat
                 with state.precision.autocast():
                     encoded = encode_batch(module, batch)
                 entry.write({name: tensor[0].numpy() for name, tensor in encoded.items()})
-            bar.update(done(1) - bar.n)  # by all ranks
+            status.advance(done(1) - status.done)  # by all ranks
         parts = ranks.gather_objects(found, "the others to encode their last samples")
-        bar.update(total - bar.n)
+        status.advance(total - status.done)
     return {row: message for part in parts for row, message in part.items()}

@@ -7,6 +7,7 @@ import numpy as np
 import paddle
 from paddle.base import core
 
+from ppdiffusers_train.cpu import patches
 from ppdiffusers_train.runtime.adamw_8bit import AdamW8bit
 from ppdiffusers_train.runtime.gradient_sums import BUCKET_BYTES, BUCKETS_IN_FLIGHT
 from ppdiffusers_train.runtime.precision import DTYPES, is_trained_without_lora, keeps_float32
@@ -112,8 +113,11 @@ def in_bytes(parts: dict, mixed_precision: str) -> int:
 def compute_on_cpu() -> None:
     """Compute on the CPU even if there are GPUs, because `Peaks` measures the host's memory alone.
 
-    Call it before models are built and ranks are started.
+    If there are, Paddle's own functions are measured, as they run on GPUs: patches for CPUs need less memory. Call it
+    before models are built and ranks are started.
     """
+    if not paddle.get_device().startswith("cpu"):
+        os.environ.setdefault(patches.VARIABLE, "none")
     paddle.set_device("cpu")
     os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"  # also for ranks that were launched on GPUs
 

@@ -56,7 +56,7 @@ class StepReports:
 
     def _show(self, figures: StepFigures) -> None:
         loss, skipped = figures.factor * figures.loss, self.state.skipped_steps
-        rate = self.progress.advance(loss, figures.learning_rate, len(figures.window), skipped)
+        rate = self.progress.add_step(loss, figures.learning_rate, len(figures.window), skipped)
         scalars = {
             "loss": loss,
             "learning_rate": figures.learning_rate,

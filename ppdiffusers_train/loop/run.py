@@ -11,6 +11,7 @@ from ppdiffusers_train.loop.memory_estimate import compute_on_cpu
 from ppdiffusers_train.loop.state import check_optimizer
 from ppdiffusers_train.reporting.hub import check_hub_login
 from ppdiffusers_train.reporting.quiet import quiet_libraries
+from ppdiffusers_train.reporting.status_line import print_line
 from ppdiffusers_train.reporting.trackers import tracker_names
 from ppdiffusers_train.runtime.agreement import agree, digest, ranks_elsewhere
 from ppdiffusers_train.runtime.checkpoint import STATE_FILE, find_checkpoint, read_state, require_writable
@@ -52,7 +53,7 @@ class Run:
     def log(self, line: str) -> None:
         """Print a line on rank 0 alone."""
         if self.ranks.is_main:
-            print(line)
+            print_line(line)
 
 
 def resolve_run(args) -> Run:
@@ -73,7 +74,7 @@ def resolve_run(args) -> Run:
     remarks = set_arithmetic(args)  # models compute while they are loaded, too
     check_flags(args, ranks)
     if not args.dry_run:
-        wait_for_folder(Path(args.output_dir))
+        wait_for_folder(Path(args.output_dir), resumes=bool(args.resume_from_checkpoint))
     checkpoint, saved = choose_checkpoint(args, ranks)
     args = resolve_flags(args, saved, ranks)
     if not args.dry_run:

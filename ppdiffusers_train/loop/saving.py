@@ -5,10 +5,11 @@ from pathlib import Path
 
 from ppdiffusers_train.errors import RunError
 from ppdiffusers_train.launcher.last_word import print_after_launcher
-from ppdiffusers_train.launcher.signals import StopRequest
+from ppdiffusers_train.launcher.signals import StopRequest, name_of
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import OPTIMIZER, TrainingState
 from ppdiffusers_train.reporting.hub import push_to_hub
+from ppdiffusers_train.reporting.status_line import print_line
 from ppdiffusers_train.runtime.checkpoint import replace_children, write_checkpoint
 from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.tensor_files import cast_files
@@ -109,7 +110,7 @@ def end_stopped(stop: StopRequest, plan: Plan, state: TrainingState, is_written:
     found = plan.run.ranks.gather_objects((stop.received, is_written))
     received = next(number for number, _ in found if number)
     written = f"wrote {checkpoint} {where}; resume with --resume_from_checkpoint latest"
-    message = f"{received.name}: {written if found[0][1] else f'ended {where}, without a checkpoint'}"
-    print(message, flush=True)
+    message = f"{name_of(received)}: {written if found[0][1] else f'ended {where}, without a checkpoint'}"
     print_after_launcher(message)
+    print_line(message)
     raise SystemExit(128 + received)

@@ -22,11 +22,12 @@ def enable_memory_efficient_attention(model) -> None:
         announce_plain_attention(str(error).splitlines()[0][:80])
 
 
-def announce_joint_attention(flag: str = "--enable_xformers_memory_efficient_attention") -> None:
-    """Print that a flag has no effect: joint attention uses Paddle's memory-efficient kernel wherever there is one.
+def announce_joint_attention() -> None:
+    """Print that the flag has no effect: joint attention uses Paddle's memory-efficient kernel wherever there is one.
 
     ppdiffusers 0.29.0 would replace it by attention of one stream, and the forward pass would fail.
     """
+    flag = "--enable_xformers_memory_efficient_attention"
     print(f"{flag}: no effect, joint attention is memory-efficient wherever Paddle has a kernel for it")
 
 

@@ -46,7 +46,7 @@ def training_target(prediction_type, alphas_cumprod, sample, noise, timesteps):
 
 
 def offset_noise(noise, offset_per_channel, strength: float):
-    """ε + strength · o: noise whose mean varies by sample and channel, so that the model learns brightness.
+    """ε + strength · o: noise whose mean varies by sample and channel, as overall brightness does in images.
 
     `noise` [B, C, H, W], `offset_per_channel` [B, C, 1, 1] standard normal (Guttenberg 2023, "Diffusion with offset
     noise", www.crosslabs.org/blog/diffusion-with-offset-noise).

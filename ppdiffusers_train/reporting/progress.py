@@ -1,12 +1,11 @@
-"""The progress line of a run."""
+"""The progress of a run on the screen."""
 
-import contextlib
 import resource
 import sys
-import time
 
 import paddle
-from tqdm import tqdm
+
+from ppdiffusers_train.reporting.status_line import StatusLine
 
 
 def memory_gb() -> float:
@@ -17,8 +16,8 @@ def memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-class Progress:
-    """The run's progress line: steps, time left, loss, learning rate, samples per second, memory, utilisation.
+class Progress(StatusLine):
+    """The run's status line: steps, time left, loss, learning rate, samples per second, memory, utilisation.
 
     Args:
         step, total_steps: the current and the last step of the run.
@@ -27,17 +26,9 @@ class Progress:
     """
 
     def __init__(self, step: int, total_steps: int, visible: bool, peak_tflops=None):
-        self.bar = tqdm(
-            total=total_steps, initial=step, desc="training", unit="step", disable=not visible, dynamic_ncols=True
-        )
-        self.samples, self.started = 0, time.monotonic()
+        super().__init__("training", "steps", total_steps, step, visible)
+        self.samples = 0
         self.peak_tflops, self.flops_per_sample = peak_tflops, None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
 
     @property
     def counts_next(self) -> bool:
@@ -55,30 +46,14 @@ class Progress:
             return ""
         return f" {rate * self.flops_per_sample / 1e12 / self.peak_tflops:.0%} of peak"
 
-    def advance(self, loss: float, learning_rate: float, samples: int, skipped: int = 0) -> float:
-        """Advance by one step of `samples` samples. Returns the samples per second so far.
+    def add_step(self, loss: float, learning_rate: float, samples: int, skipped: int = 0) -> float:
+        """Advance by one step of `samples` samples. Returns the samples per second so far, of training alone.
 
         Args:
             skipped: steps of the run so far that were skipped because of NaN or inf, overflow in float16 included.
         """
         self.samples += samples
-        rate = self.samples / max(time.monotonic() - self.started, 1e-9)
-        self.bar.set_postfix_str(
-            f"loss={loss:.4f} lr={learning_rate:.2e} {rate:.1f} samples/s {memory_gb():.1f} GB{self.utilisation(rate)}"
-            + (f" skipped={skipped}" if skipped else ""),
-            refresh=False,
-        )
-        self.bar.update()
+        rate = self.samples / self.seconds
+        figures = f"loss={loss:.4f} lr={learning_rate:.2e} {rate:.1f} samples/s {memory_gb():.1f} GB"
+        self.advance(1, figures + self.utilisation(rate) + (f" skipped={skipped}" if skipped else ""))
         return rate
-
-    @contextlib.contextmanager
-    def paused(self):
-        """A context whose time does not count towards samples per second, which are those of training."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.started += time.monotonic() - began
-
-    def close(self):
-        self.bar.close()

@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 import time
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def settings_of(part):
 def ranks_elsewhere(folder: Path, ranks: Ranks) -> list:
     """The ranks for which `folder` is another folder than for rank 0, even if it has the same name: they do not see a
     temporary file that rank 0 creates in it."""
-    with tempfile.TemporaryDirectory(prefix=".same-for-all-", dir=folder if ranks.is_main else None) as made:
+    with tempfile.TemporaryDirectory(prefix=".same-for-all-", dir=folder) if ranks.is_main else nullcontext("") as made:
         name = ranks.broadcast_object(os.path.basename(made))
         deadline = time.monotonic() + FILE_SECONDS
         while not (sees := (folder / name).exists()) and time.monotonic() < deadline:

@@ -18,6 +18,7 @@ from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer import DygraphSh
 from ppdiffusers_train.errors import RunError, UserError
 from ppdiffusers_train.launcher.stand_in import is_left_alone
 from ppdiffusers_train.runtime.groups import check_sharding_degree, connect_ranks, make_sharding_groups
+from ppdiffusers_train.runtime.start import all_ranks_needed
 from ppdiffusers_train.runtime.waiting import Absent, Failure, Meetings, add, start_signs_of_life
 
 LEFT_ALONE_SECONDS = 60.0  # of waiting, once the launcher has given up this rank, and so probably others
@@ -289,10 +290,11 @@ def start_ranks(sharding_degree: int = 1, timeout: float = 1800) -> Ranks:
             f"{world_size} processes were started for GPUs, and there is none (or this Paddle was built without "
             "CUDA); on CPUs, start with --nproc_per_node instead of --gpus, and unset CUDA_VISIBLE_DEVICES"
         )
-    if world_size > 1:
-        connect_ranks()
-        start_signs_of_life(dist.get_rank())
-    ranks = Ranks(dist.get_rank(), world_size, timeout=timeout)
-    ranks.name = ranks.broadcast_object(secrets.token_hex(8))
+    with all_ranks_needed() if world_size > 1 else contextlib.nullcontext():
+        if world_size > 1:
+            connect_ranks()
+            start_signs_of_life(dist.get_rank())
+        ranks = Ranks(dist.get_rank(), world_size, timeout=timeout)
+        ranks.name = ranks.broadcast_object(secrets.token_hex(8))
     ranks.share_optimizer_state(sharding_degree)
     return ranks

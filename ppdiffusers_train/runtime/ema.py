@@ -32,11 +32,10 @@ class EMA:
 
     Args:
         parameters: `{structured name: parameter}` to average.
-        max_decay: upper bound of d.
     """
 
-    def __init__(self, parameters: dict, max_decay: float = 0.9999):
-        self.parameters, self.max_decay, self.updates = parameters, max_decay, 0
+    def __init__(self, parameters: dict):
+        self.parameters, self.updates = parameters, 0
         self.averages = {name: parameter.detach().clone().astype("float32") for name, parameter in parameters.items()}
 
     @paddle.no_grad()
@@ -48,7 +47,7 @@ class EMA:
         """
         values = self.parameters.items() if values is None else values
         self.updates += 1
-        decay = ema_decay(self.updates, self.max_decay)
+        decay = ema_decay(self.updates)
         for name, value in values:
             replace(self.averages[name], decay * self.averages[name] + (1 - decay) * value)
 

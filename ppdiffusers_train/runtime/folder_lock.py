@@ -1,7 +1,8 @@
 """One run at a time in a folder.
 
-A run that is stopped may still be writing its checkpoint when its launcher has already ended. The next run in the
-folder waits for it: otherwise it would resume from an older checkpoint, and delete the unfinished one as stale.
+A run that is stopped may still be writing its checkpoint when its launcher has already ended. A run that
+resumes waits for it: otherwise it would resume from an older checkpoint, and delete the unfinished one as stale. A
+fresh run is refused: it would replace the other one's result.
 """
 
 import contextlib
@@ -10,29 +11,35 @@ import os
 import time
 from pathlib import Path
 
+from ppdiffusers_train.errors import UserError
+
 NAME = ".lock"
 POLL_SECONDS = 0.2
 QUIET_SECONDS = 1.0  # a lock that another rank holds while it looks at the folder is shorter
 
 
 @contextlib.contextmanager
-def folder_held(folder: Path, log=print):
-    """Lock a folder until the end of the context or of the process; waits for a run that has locked it."""
+def folder_held(folder: Path, resumes: bool, log=print):
+    """Lock a folder until the end of the context or of the process, after waiting for a run that has locked it.
+
+    Raises:
+        UserError: a run has locked it, and this one does not resume.
+    """
     path = folder / NAME
-    with lock(path, fcntl.LOCK_EX, log):
+    with lock(path, fcntl.LOCK_EX, resumes, log):
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
 
 
-def wait_for_folder(folder: Path, log=print) -> None:
-    """Wait until no run has locked a folder."""
-    with contextlib.suppress(FileNotFoundError), lock(folder / NAME, fcntl.LOCK_SH, log, mode="r"):
+def wait_for_folder(folder: Path, resumes: bool, log=print) -> None:
+    """Wait until no run has locked a folder. Raises a `UserError` as `folder_held` does."""
+    with contextlib.suppress(FileNotFoundError), lock(folder / NAME, fcntl.LOCK_SH, resumes, log, mode="r"):
         pass
 
 
-def lock(path: Path, kind: int, log, mode: str = "a+"):
+def lock(path: Path, kind: int, resumes: bool, log, mode: str = "a+"):
     """Open and lock a file, after waiting for its lock; on a file system without locks, only open it."""
     start, is_logged = time.monotonic(), False
     while True:
@@ -44,8 +51,14 @@ def lock(path: Path, kind: int, log, mode: str = "a+"):
                 return file
         except BlockingIOError:
             if not is_logged and time.monotonic() - start > QUIET_SECONDS:
+                told = f"{str(path.parent)!r}: another run still writes there"
+                if not resumes:
+                    raise UserError(
+                        f"--output_dir: {told}; expected another folder, or --resume_from_checkpoint latest, which "
+                        "waits for its end"
+                    ) from None
                 is_logged = True
-                log(f"{str(path.parent)!r}: another run still writes there; waiting for its end")
+                log(f"{told}; waiting for its end")
             time.sleep(POLL_SECONDS)
         except OSError:
             return file

@@ -17,10 +17,9 @@ from functools import partial
 from pathlib import Path
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.launcher.last_word import WATCHED
 from ppdiffusers_train.launcher.signals import WARNINGS, signal_at_parents_end
 from ppdiffusers_train.launcher.tokens import hand_over
-from ppdiffusers_train.launcher.watched_ranks import ranks_of, wait_for_last_word
+from ppdiffusers_train.launcher.watched_ranks import Received, address_of, open_mailbox, ranks_of, wait_for_last_word
 
 # Lines that the launcher and Paddle print about themselves, or about a failure, with the whole environment.
 NOISE = re.compile(
@@ -67,17 +66,18 @@ def launch(words: list) -> int:
     hand_over(environment)
     launcher = subprocess.Popen(
         [sys.executable, "-u", "-m", "paddle.distributed.launch", *flags, *script],
-        env={**environment, WATCHED: str(os.getpid())},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,  # or Ctrl-C would reach it twice
         preexec_fn=partial(signal_at_parents_end, signal.SIGTERM),
     )
+    received = Received(open_mailbox(address_of(launcher.pid)))
     pass_signals_on(launcher)
     with ThreadPoolExecutor(3) as threads:
-        watching = threads.submit(wait_for_last_word, launcher.pid)
+        watching = threads.submit(wait_for_last_word, launcher.pid, received)
         for source, screen in ((launcher.stdout, sys.stdout), (launcher.stderr, sys.stderr)):
-            threads.submit(copy_lines, source, screen.buffer)
+            threads.submit(copy_lines, source, screen.buffer, received)
         text, ends = watching.result()
     if text:
         print(text, file=sys.stderr)
@@ -163,10 +163,13 @@ def pass_signals_on(launcher) -> None:
         signal.signal(number, to_ranks)
 
 
-def copy_lines(source, screen) -> None:
-    """Copy a stream line by line, without the launcher's own lines."""
+def copy_lines(source, screen, received: Received) -> None:
+    """Copy a stream line by line, without the launcher's own lines, and without the run's last message, which the
+    launcher reads in the ranks' logs: it is printed at the end."""
     for line in source:
-        if not NOISE.match(line):
+        received.read()
+        is_last = received.message and line.strip() == received.message.strip().encode()
+        if not NOISE.match(line) and not is_last:
             with contextlib.suppress(BrokenPipeError):  # nobody reads any more, but the launcher must not block
                 screen.write(line if line.endswith(b"\n") else line + b"\n")  # a progress line has none
                 screen.flush()

@@ -226,10 +226,34 @@ def test_variants_differ_and_belong_to_the_content(tmp_path):
     assert draws[2] != Entry(tmp_path, b"another", 0, "caption", 2).draws().uniform("crop_left")
 
 
-def test_the_digest_of_the_encoders_follows_their_code_and_weights():
-    class Edited(Cropping):
-        def encode(self, batch):
-            return {"crop": self.encoder(batch["crop"]) * 2}
+def edited_preprocess(self, row, draws):
+    return {"crop": np.float32([draws.uniform("crop_left")]), "length": np.int64(len(row["caption"].strip()))}
 
-    digests = [encoders_digest(module, Precision("no")) for module in (Cropping(), Cropping(3.0), Edited())]
-    assert len(set(digests)) == 3 and digests[0] == encoders_digest(Cropping(), Precision("no"))
+
+def edited_encode(self, batch):
+    return {"crop": self.encoder(batch["crop"]) * 2, "length": batch["length"]}
+
+
+def with_method(name, method):
+    return lambda: type("Edited", (Cropping,), {name: method})()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        with_method("preprocess", edited_preprocess),
+        with_method("encode", edited_encode),
+        with_method("encoding_settings", lambda self: {"resolution": 64}),
+        lambda: Cropping(3.0),
+    ],
+    ids=["preprocess", "encode", "settings", "weights"],
+)
+def test_the_digest_of_the_encoders_follows(changed):
+    digest = encoders_digest(changed(), Precision("no"))
+    assert digest != encoders_digest(Cropping(), Precision("no"))
+    assert digest == encoders_digest(changed(), Precision("no"))
+
+
+def test_the_digest_does_not_follow_what_encodes_nothing():
+    edited = with_method("forward", lambda self, encoded, draws: encoded["crop"].sum())()
+    assert encoders_digest(edited, Precision("no")) == encoders_digest(Cropping(), Precision("no"))

@@ -35,8 +35,13 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(job, flags: list, ranks: int, log: Path) -> list:
-    """Fork `ranks` processes that run a job together; returns their numbers."""
+def start(job, flags: list, ranks: int, log: Path, own=lambda rank: ((), {})) -> list:
+    """Fork `ranks` processes that run a job together; returns their numbers.
+
+    Args:
+        log: a file, or one for each rank: `{rank}` in it is the rank's number.
+        own: (more flags, environment variables) of a rank.
+    """
     endpoints = [f"127.0.0.1:{free_port()}" for _ in range(ranks)]
     master = f"127.0.0.1:{free_port()}"
     processes = []
@@ -45,7 +50,9 @@ def start(job, flags: list, ranks: int, log: Path) -> list:
         if process:
             processes.append(process)
             continue
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        more, variables = own(rank)
+        os.environ.update(variables)
+        output = os.open(str(log).format(rank=rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
         if ranks > 1:
@@ -60,7 +67,7 @@ def start(job, flags: list, ranks: int, log: Path) -> list:
             parallel._global_parallel_env = None  # an import has read the variables of a process alone
         status = 1
         try:
-            job.main(flags)
+            job.main([*flags, *more])
             status = 0
         except SystemExit as stopped:
             status = stopped.code

@@ -1,4 +1,7 @@
-"""A rank of two that needs no Paddle, and says whether it has its token: `launched_rank.py fails|killed|waits`."""
+"""A rank of two that needs no Paddle, and says whether it has its token.
+
+launched_rank.py fails|killed|waits|leaves
+"""
 
 import ppdiffusers_train  # noqa: F401
 
@@ -8,6 +11,7 @@ import sys
 import time
 
 from ppdiffusers_train.errors import RunError, UserError, one_line_errors
+from ppdiffusers_train.runtime.start import all_ranks_needed
 
 RANK = int(os.environ["PADDLE_TRAINER_ID"])
 
@@ -27,6 +31,10 @@ def main(argv=None):
     if sys.argv[1] == "waits":
         while True:
             time.sleep(1)
+    if sys.argv[1] == "leaves":
+        with all_ranks_needed():  # as around Paddle's own waiting, which nothing interrupts
+            time.sleep(1000 * (1 - RANK))
+        return
     if RANK == 1:
         if sys.argv[1] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ppdiffusers_train.launcher import watched_ranks
 from tests.conftest import KANDINSKY, LCM, ROOT, tensors, weights
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -80,13 +81,10 @@ def children_of(process):
 
 def ranks_of(launcher):
     """Process numbers of a launcher's ranks, in order."""
-    ranks = {}
-    for child in children_of(launcher):
-        variables = Path(f"/proc/{child}/environ").read_bytes().decode(errors="replace").split("\0")
-        rank = next((v.split("=")[1] for v in variables if v.startswith("PADDLE_TRAINER_ID=")), None)
-        if rank is not None:
-            ranks[int(rank)] = child
-    return [ranks[rank] for rank in sorted(ranks)]
+    with contextlib.suppress(FileNotFoundError):
+        ranks = {int(its["PADDLE_TRAINER_ID"]): process for process, its in watched_ranks.ranks_of(launcher).items()}
+        return [ranks[rank] for rank in sorted(ranks)]
+    return []
 
 
 def runs_of(launcher):

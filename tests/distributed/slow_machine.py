@@ -23,9 +23,14 @@ def slowly(function, variable):
     return slow
 
 
-if __name__ == "__main__":
+def slow_job():
+    """The prior's script as a module, on a slow machine."""
     job = load_script(KANDINSKY / "train_text_to_image_prior.py")
     trains = job.KandinskyPriorTrainingModule
     trains.forward = slowly(trains.forward, "SECONDS_PER_BATCH")
     os.fsync = slowly(os.fsync, "SECONDS_PER_FILE")
-    job.main()
+    return job
+
+
+if __name__ == "__main__":
+    slow_job().main()

@@ -2,7 +2,6 @@
 
 import ppdiffusers_train  # noqa: F401
 
-import json
 import os
 import shutil
 import signal
@@ -50,25 +49,6 @@ def test_the_guides_form_of_the_command_and_a_bad_sample_and_the_cache(base_flag
     assert_close(learned("prior", tmp_path / "one"), learned("prior", tmp_path / "two"))
     assert same(learned("prior", tmp_path / "two"), learned("prior", tmp_path / "cached"))
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 6
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("name, to_all, status", [("SIGUSR1", False, 128 + signal.SIGUSR1), ("SIGINT", True, 2)])
-def test_signals_stop_all_ranks_after_the_same_step_with_a_checkpoint(base_flags, tmp_path, name, to_all, status):
-    """A scheduler's warning that reaches one rank; Ctrl-C, which a terminal sends to all and the launcher repeats."""
-    with endless_run(base_flags, tmp_path, "--stop_signal=USR1") as (launcher, ranks):
-        for process in [*runs_of(launcher.pid), *ranks, launcher.pid] if to_all else ranks[1:]:
-            os.kill(process, signal.Signals[name])
-        assert launcher.wait(60) == status
-    newest = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    step = int(newest.name.split("-")[1])
-    assert json.loads((newest / "state.json").read_text())["step"] == step
-    told = f"{name}: wrote {newest} after step {step} of 100000; resume with --resume_from_checkpoint latest"
-    for rank in (0, 1):
-        said = (tmp_path / "log" / f"workerlog.{rank}").read_text().splitlines()
-        assert [line for line in said if "SIG" in line or "rror" in line] == [told], said
-    # Once more, by a process that outlives the launcher.
-    wait_for(lambda: (tmp_path / "said").read_text().splitlines()[-1] == told, 20)
 
 
 @pytest.mark.slow
@@ -155,7 +135,7 @@ def test_a_mistake_is_said_once_and_last(base_flags, tmp_path):
     )  # fmt: skip
     lines = done.stdout.splitlines()
     assert lines[-1].startswith("train_text_to_image_prior.py: error: --train_data_dir: ") and "nowhere" in lines[-1]
-    assert "Exit code" in lines[-2] and done.returncode != 0
+    assert "Exit code" in lines[-3] and done.returncode != 0
 
 
 @pytest.mark.once

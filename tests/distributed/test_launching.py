@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -39,11 +38,21 @@ def test_a_killed_rank_has_the_last_line_and_the_launchers_files_no_token(tmp_pa
         env=environment(SOME_TOKEN=TOKEN), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=100,
     )  # fmt: skip
     lines = done.stdout.splitlines()
-    assert "Exit code" in lines[-2] and lines[-1].startswith("rank 1 was killed by SIGKILL (9)"), done.stdout
+    assert "Exit code" in lines[-3] and lines[-1].startswith("rank 1 was killed by SIGKILL (9)"), done.stdout
     assert f"rank 0 {SHOWN}" in lines
     assert_no_token(tmp_path)
     kept = json.loads((tmp_path / "log" / "backup_env.1.json").read_text())
     assert kept["SOME_TOKEN"] == "***" and kept["PADDLE_TRAINER_ID"] == "1"
+
+
+def test_a_rank_that_ends_before_all_have_met_ends_the_others_though_its_status_is_good(tmp_path):
+    done = subprocess.run(
+        launch_command(RANK, "leaves", log_dir=tmp_path / "log"),
+        env=environment(SOME_TOKEN=TOKEN), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60,
+    )  # fmt: skip
+    told = "rank 0: rank 1 has ended before all ranks had met"
+    assert done.returncode and done.stdout.splitlines()[-1] == told, done.stdout
+    assert (tmp_path / "log" / "workerlog.0").read_text().splitlines()[-1] == told
 
 
 def test_the_wrapper_passes_on_the_rank_s_own_status_and_nothing_of_the_launcher(tmp_path):
@@ -64,9 +73,12 @@ def test_the_wrapper_passes_on_the_rank_s_own_status_and_nothing_of_the_launcher
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_the_wrapper_s_end_is_the_ranks_end(tmp_path, number, status):
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
     with open(tmp_path / "said", "w") as said:
         command = subprocess.Popen(
-            wrapper("waits", tmp_path), env=environment(SOME_TOKEN=TOKEN), stdout=said, stderr=said,
+            wrapper("waits", tmp_path), env=environment(SOME_TOKEN=TOKEN, TMPDIR=str(temporary)),
+            stdout=said, stderr=said,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background shells have it ignored
         )  # fmt: skip
     try:
@@ -81,8 +93,7 @@ def test_the_wrapper_s_end_is_the_ranks_end(tmp_path, number, status):
         assert command.wait(30) == status
         wait_for(lambda: not any(Path(f"/proc/{process}").exists() for process in (launcher, *ranks)))
         first = "got SIGINT" if number == signal.SIGINT else "got SIGTERM"
-        assert all(first in log.read_text() for log in logs)
-        assert not list(Path(tempfile.gettempdir()).glob(f"ppdiffusers_train-{launcher}-*"))
+        assert all(first in log.read_text() for log in logs) and not list(temporary.iterdir())
     finally:
         command.kill()
     assert "LAUNCH" not in (tmp_path / "said").read_text()

@@ -87,7 +87,7 @@ def test_a_fill_is_shared_out_by_speed_to_the_same_bits(tmp_path):
         status, _, said = run("fill", folder, ranks)
         assert status == 0 and "40 of 40 samples are still to be encoded" in said, said
         assert said.count("skipped, 1 of at most 1 bad samples: row 3 is spoiled") == 1
-        assert "encoding: 100%" in said and "40/40" in said
+        assert "encoding: 40/40 samples" in said
     parts = [json.loads((together / f"rank {rank} of 2").read_text()) for rank in (0, 1)]
     assert [part["bad"] for part in parts] == [[3], [3]]
     fast, slow = (part["encoded"] for part in parts)

@@ -12,7 +12,7 @@ from ppdiffusers import KandinskyV22PriorPipeline
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.models.text import tokenize
-from tests.conftest import encode, kept_for_backward, optimizer_state, same, scalars, tensors, weights
+from tests.conftest import encode, guide_on_toys, kept_for_backward, optimizer_state, same, scalars, tensors, weights
 
 JOBS = ["prior", "decoder_lora", "prior_lora"]  # the decoder has tests of its own
 LORA_FILE = "paddle_lora_weights.safetensors"
@@ -115,8 +115,7 @@ def test_gradient_checkpointing_keeps_less_from_the_forward_for_the_backward(bui
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", ["prior", "prior_lora", "decoder_lora"])
-def test_the_guides_command_runs(kandinsky_jobs, name):
-    """Every flag of the guide is one of ours."""
+def test_the_guides_command_runs(kandinsky_jobs, train, name):
     words = """--dataset_name=lambdalabs/pokemon-blip-captions --resolution=768 --train_batch_size=1
         --gradient_accumulation_steps=4 --max_train_steps=15000 --learning_rate=1e-05 --max_grad_norm=1
         --checkpoints_total_limit=3 --lr_scheduler=constant --lr_warmup_steps=0 --seed=42 --output_dir=x
@@ -124,6 +123,7 @@ def test_the_guides_command_runs(kandinsky_jobs, name):
     words += ["--lora_rank=4", "--validation_prompt=cute dragon creature"] if name.endswith("lora") else []
     args = kandinsky_jobs[name].build_parser().parse_args(words)
     assert (args.max_train_steps, args.adam_weight_decay, args.train_batch_size) == (15000, 0.0, 1)
+    assert len(scalars(train(name, *guide_on_toys(kandinsky_jobs[name], words)))) == 1
 
 
 @pytest.mark.once

@@ -18,6 +18,7 @@ from ppdiffusers_train.toy.models.sd import build_sd
 from tests.conftest import (
     builder,
     encode,
+    guide_on_toys,
     optimizer_state,
     photo_shards,
     runner,
@@ -67,7 +68,7 @@ def trained_weights(name, folder):
 
 
 @pytest.mark.once
-def test_the_guides_command_runs(lcm_jobs):
+def test_the_guides_command_runs(lcm_jobs, train):
     words = """--pretrained_teacher_model=runwayml/stable-diffusion-v1-5 --output_dir=x --mixed_precision=fp16
         --resolution=512 --learning_rate=1e-6 --loss_type=huber --ema_decay=0.95 --adam_weight_decay=0.0
         --max_train_steps=1000 --max_train_samples=4000000 --dataloader_num_workers=8 --validation_steps=200
@@ -77,6 +78,7 @@ def test_the_guides_command_runs(lcm_jobs):
     for name in FULL:
         args = lcm_jobs[name].build_parser().parse_args(words)
         assert (args.w_min, args.w_max, args.num_ddim_timesteps) == ({"sd": 5.0, "sdxl": 3.0}[name], 15.0, 50)
+        assert len(scalars(train(name, *guide_on_toys(lcm_jobs[name], words), out=name))) == 1
 
 
 @pytest.mark.parametrize("name", FULL)

@@ -22,6 +22,7 @@ from tests.conftest import (
     copy_photos,
     distance,
     encode,
+    guide_on_toys,
     kept_for_backward,
     optimizer_state,
     same,
@@ -74,8 +75,7 @@ def test_a_new_prediction_type_is_trained_and_written_for_inference(train_sdxl):
 
 
 @pytest.mark.once
-def test_the_guides_command_runs(sdxl_jobs):
-    """Every flag of the guide is one of ours."""
+def test_the_guides_command_runs(sdxl_jobs, train_sdxl):
     words = """--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0
         --pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix --dataset_name=lambdalabs/naruto-blip-captions
         --enable_xformers_memory_efficient_attention --resolution=512 --center_crop --random_flip
@@ -84,8 +84,10 @@ def test_the_guides_command_runs(sdxl_jobs):
         --mixed_precision=fp16 --report_to=wandb --validation_epochs 5 --checkpointing_steps=5000 --push_to_hub
         --output_dir=sdxl-naruto-model""".split()
     for name in JOBS:
-        args = sdxl_jobs[name].build_parser().parse_args([*words, "--validation_prompt=a cute Sundar Pichai creature"])
+        words = [*words, "--validation_prompt=a cute Sundar Pichai creature"]
+        args = sdxl_jobs[name].build_parser().parse_args(words)
         assert (args.proportion_empty_prompts, args.num_validation_images, args.resolution) == (0.2, 4, 512)
+        assert len(scalars(train_sdxl(name, *guide_on_toys(sdxl_jobs[name], words), out=name))) == 1
     defaults = sdxl_jobs["sdxl"].build_parser().parse_args(["--pretrained_model_name_or_path=x"])
     assert (defaults.resolution, defaults.train_batch_size, defaults.output_dir) == (1024, 16, "sdxl-model-finetuned")
 

@@ -190,6 +190,14 @@ def test_the_launcher_sees_the_status_of_the_run(started, ending, status):
     assert rank.number("rank") != rank.number("run")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_a_run_that_does_not_handle_it_yet_leaves_no_traceback(started, number):
+    """As while it imports Paddle, of which an exception makes an error of its own."""
+    rank = started("ready(); time.sleep(60)")
+    os.kill(rank.number("run"), number)
+    assert rank.end() == [f"ended by {number.name}", f"status {128 + number}"]
+
+
 def test_a_signal_that_comes_before_anybody_handles_it_is_told_by_the_launchers_child(started):
     rank = started("ready(); time.sleep(60)")
     rank.number("run")
@@ -207,12 +215,24 @@ def test_a_run_that_hears_nothing_and_has_nothing_to_finish_is_ended(started):
     assert rank.end() == ["ended by SIGTERM", "status 143"] and not is_alive(run)
 
 
-def test_a_run_whose_work_is_done_ends_well_whatever_comes(started):
-    program = "from ppdiffusers_train.launcher.stand_in import ask_for_time, ignore_signals_from_now_on\n"
-    rank = started(f"{program}ask_for_time(); ignore_signals_from_now_on(); ready(); time.sleep(1); sys.exit(0)")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "ending, said",
+    [
+        ("return", ["status 0"]),
+        ("raise SystemExit(128 + signal.SIGTERM)", ["status 143"]),
+        ("raise UserError('why')", ["program.py: error: why", "status 2", "", "program.py: error: why"]),
+    ],
+)
+def test_a_run_that_is_ending_keeps_its_status_and_its_last_word_whatever_comes(started, number, ending, said):
+    """As a rank that is signalled when another one was before."""
+    program = "import atexit\nfrom ppdiffusers_train.errors import UserError\n"
+    program += "from ppdiffusers_train.launcher.stand_in import ask_for_time\n"
+    program += "atexit.register(lambda: (ready(), time.sleep(1)))\n@one_line_errors\ndef main(argv=None):\n"
+    rank = started(f"{program}    ask_for_time()\n    with StopRequest('USR1'): {ending}\nmain()")
     rank.number("run")
-    os.kill(rank.number("rank"), signal.SIGTERM)
-    assert rank.end() == ["status 0"]
+    os.kill(rank.number("rank"), number)
+    assert rank.end() == said
 
 
 def test_a_run_that_nobody_has_asked_to_stop_ends_with_what_the_launcher_kills(started):
@@ -255,7 +275,7 @@ def test_a_run_stops_when_its_launcher_is_killed(started, tmp_path):
     run, child = rank.number("run"), rank.number("rank")
     rank.launcher.kill()
     wait_for((tmp_path / "asked").exists)
-    assert (tmp_path / "asked").read_text() == "SIGTERM"
+    assert (tmp_path / "asked").read_text() == "SIGHUP"
     (tmp_path / "may_end").touch()
     wait_for(lambda: not is_alive(run) and not is_alive(child))
     assert (tmp_path / "saved").exists()

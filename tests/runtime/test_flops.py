@@ -117,7 +117,7 @@ def test_the_progress_line_shows_utilisation_where_all_is_known(capsys):
         assert progress.counts_next and progress.utilisation(10) == ""
         progress.counted(4 * 10**11, samples=2)
         assert not progress.counts_next and progress.utilisation(5) == " 50% of peak"
-        progress.advance(0.5, 1e-4, 2)
+        progress.add_step(0.5, 1e-4, 2)
     assert "% of peak" in capsys.readouterr().err
     assert not Progress(0, 2, visible=False).counts_next
 

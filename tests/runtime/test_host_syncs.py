@@ -1,4 +1,8 @@
-"""The loop waits for the device once per step, for the numbers of the step before."""
+"""The loop waits for the device once per step, for the figures of the step before.
+
+What is counted are calls of tensors' methods that return values, in the process of one rank: by our code, by models and
+by optimizers. A copy that Paddle makes within one of its own kernels is not seen.
+"""
 
 import ppdiffusers_train  # noqa: F401
 

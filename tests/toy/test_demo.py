@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ppdiffusers_train.tools.example_files import EXAMPLES
 from ppdiffusers_train.toy.demo import jobs
 from ppdiffusers_train.toy.demo.demo import PROMPTS
 from ppdiffusers_train.toy.world.judge import parse_caption
@@ -37,7 +38,7 @@ def test_the_demo_draws_one_picture_and_says_what_comes_next(name, tmp_path, cap
 @pytest.mark.parametrize("name", jobs.JOBS)
 def test_every_jobs_flags_are_those_of_its_script(name):
     job = jobs.JOBS[name]
-    parser = load_script(jobs.EXAMPLES / job.script).build_parser()
+    parser = load_script(EXAMPLES / job.script).build_parser()
     base = dict.fromkeys(job.model_flags, "models")
     args = parser.parse_args(job.command(base, "data", "result", "--max_train_steps=3"))
     assert [getattr(args, flag) for flag in job.model_flags] == ["models"] * len(base)

@@ -8,7 +8,8 @@ from PIL import Image
 
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.trackers import read_scalars
-from ppdiffusers_train.toy.demo.jobs import EXAMPLES, JOBS
+from ppdiffusers_train.tools.example_files import EXAMPLES, PACKED
+from ppdiffusers_train.toy.demo.jobs import JOBS
 from ppdiffusers_train.toy.demo.running import generate_images, load_pipeline, train, write_pretrained
 from ppdiffusers_train.toy.world.judge import accuracy, look_shares
 from ppdiffusers_train.toy.world.shapes import HELD_OUT, caption
@@ -91,6 +92,8 @@ def what_next() -> str:
     lines = ["Next, try the other jobs:"]
     lines += [f"  ppdiffusers-train demo --job {name}" for name in JOBS]
     lines += ["and your own images, a folder with a metadata.jsonl:", "  ppdiffusers-train check YOUR_FOLDER"]
+    if EXAMPLES == PACKED:
+        lines.append(f"  ppdiffusers-train examples {EXAMPLES.name}")
     for job in JOBS.values():
         # Kandinsky's scripts default to the published models.
         models = "" if job.family == "kandinsky" else "".join(f" --{flag} YOUR_MODEL" for flag in job.model_flags)

@@ -9,9 +9,7 @@ Nothing heavy is imported here, because the command line reads the jobs' names.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
-EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 RESOLUTION = 32
 
 KANDINSKY_SAMPLING = {

@@ -35,6 +35,6 @@ def load_vision_tower(file=WEIGHTS) -> CLIPVisionModelWithProjection:
     return load_weights(build_vision_tower(), file, VISION)
 
 
-def load_embedding_statistics(file=WEIGHTS) -> tuple:
+def load_embedding_statistics() -> tuple:
     """Mean and deviation of the world's image embeddings, [1, EMBEDDING] each: a prior's clip_mean and clip_std."""
-    return load_array(file, MEAN), load_array(file, STD)
+    return load_array(WEIGHTS, MEAN), load_array(WEIGHTS, STD)

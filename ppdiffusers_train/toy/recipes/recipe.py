@@ -30,7 +30,7 @@ def build_parser(description: str, output_dir: str, train_batch_size: int, **def
     return parser
 
 
-def build_shapes(args, looks=LOOKS) -> ShapesDataset:
+def build_shapes(args) -> ShapesDataset:
     """As many pictures as the run needs, so that none is repeated."""
     count = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps
-    return ShapesDataset(args.seed, count, looks=looks)
+    return ShapesDataset(args.seed, count, looks=LOOKS)

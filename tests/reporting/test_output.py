@@ -1,0 +1,134 @@
+"""What a run shows on the screen: its own lines, and nothing of the libraries'."""
+
+import ppdiffusers_train  # noqa: F401
+
+import fcntl
+import json
+import pty
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+
+import paddle
+import pytest
+
+from ppdiffusers_train.reporting.status_line import StatusLine, print_line
+from tests.conftest import KANDINSKY, short_run
+
+FIGURES = r"loss=\d+\.\d{4} lr=1\.00e-03 \d+\.\d samples/s \d+\.\d GB"
+LEFT = r"(\d+:)?\d\d:\d\d left"
+OWN_LINES = [
+    r"KandinskyPriorTrainingModule: [\d,]+ trainable parameters, 7 samples; 4 steps of 2 samples, 4 per epoch; seed 0",
+    r".*/encoded/\w+: 7 of 7 samples are still to be encoded",
+    r"wrote the result to .*/out",
+]
+LOG_LINES = [rf"encoding: \d/7 samples, {LEFT}", rf"training: \d/4 steps, {LEFT}, {FIGURES}"]
+if paddle.framework.use_pir_api():  # written in C++ while a model is traced; no Python filter sees it
+    LOG_LINES.append(r"W.* Paddle static graph\(PIR\) not support input out tensor for now!!!!!")
+else:
+    LOG_LINES.append("--to_static: no effect, it needs Paddle 3")
+STATUS_LINES = [
+    r"(Resolving data files|Generating train split): .*",  # of `datasets`, which reads the folder
+    r"encoding: +\d+%\|.*\| \d/7 samples \[\d\d:\d\d, [\d:?]+ left\]",
+    rf"training: +\d+%\|.*\| \d/4 steps \[\d\d:\d\d, [\d:?]+ left(, {FIGURES})?\]",
+]
+
+
+@pytest.fixture
+def base(kandinsky, tmp_path):
+    """The folders of the tiny Kandinsky, with settings that a newer library has written, as in published models."""
+    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in kandinsky]
+    for file in ("movq/config.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        path = folders[1] / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), "of_a_newer_library": True}))
+    return folders
+
+
+@pytest.fixture
+def command(base, photos, tmp_path):
+    """A run that encodes samples, traces a model, writes a checkpoint and generates images."""
+    flags = [f"--pretrained_{name}_model_name_or_path={folder}" for name, folder in zip(("prior", "decoder"), base)]
+    flags += [*short_run(photos), "--max_train_steps=4", "--encoded_cache", "--checkpointing_steps=2"]
+    flags += ["--validation_prompts=a cat", "--validation_steps=2", "--validation_inference_steps=2", "--to_static"]
+    script = KANDINSKY / "train_text_to_image_prior.py"
+    return [sys.executable, "-u", str(script), *flags, f"--output_dir={tmp_path / 'out'}"]
+
+
+def not_ours(lines, patterns):
+    return [line for line in lines if line and not any(re.fullmatch(pattern, line) for pattern in patterns)]
+
+
+def terminal_output(run):
+    """All that `run(file)` writes to a file that is a terminal of 160 columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))
+    written = b""
+    with open(ours, "rb", buffering=0) as reader:
+        with open(theirs, "w") as file:
+            done = run(file)
+        try:
+            while chunk := reader.read(2**16):
+                written += chunk
+        except OSError:  # its last writer has closed it
+            pass
+    return done, written.decode()
+
+
+def test_a_log_file_has_the_run_s_own_lines_and_one_per_step(command):
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    assert not_ours(done.stdout.splitlines(), OWN_LINES + LOG_LINES) == []
+    steps = re.findall(r"^training: (\d)/4", done.stdout, re.MULTILINE)
+    assert steps == ["1", "2", "3", "4"] and "\r" not in done.stdout
+
+
+@pytest.mark.once
+def test_a_terminal_has_them_above_one_line_that_is_updated(command):
+    command = [word for word in command if word != "--to_static"]
+    process, shown = terminal_output(lambda file: subprocess.Popen(command, stdout=file, stderr=file))
+    assert process.wait() == 0, shown
+    lines = shown.replace("\r\n", "\n").split("\n")
+    assert not_ours([line.rstrip() for text in lines for line in text.split("\r")], OWN_LINES + STATUS_LINES) == []
+    ends = [text.split("\r")[-1] for text in lines]
+    assert len([text for text in ends if text.startswith("training: 100%")]) == 1
+    assert len([text for text in ends if text.startswith("training:")]) == 1, "one line, written again and again"
+
+
+def test_long_work_has_a_hundred_lines_and_its_end(capsys):
+    with StatusLine("training", "steps", total=1234, done=500) as status:
+        for _ in range(734):
+            status.advance(figures="loss=1")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("training: 501/1234 steps, ") and lines[-1].startswith(
+        "training: 1234/1234 steps, 00:00"
+    )
+    assert 55 <= len(lines) <= 65 and all(line.endswith(" left, loss=1") for line in lines)
+
+
+def test_other_ranks_show_nothing(capsys):
+    with StatusLine("training", "steps", total=2, visible=False) as status:
+        status.advance()
+    assert capsys.readouterr().err == ""
+
+
+def test_time_that_is_no_work_does_not_count(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    status = StatusLine("training", "steps", total=4)
+    now[0] = 10.0
+    with status.paused():
+        now[0] = 1000.0
+    now[0] = 1010.0
+    assert status.seconds == 20.0
+    status.advance()
+    assert capsys.readouterr().err == "training: 1/4 steps, 01:00 left\n"
+
+
+def test_a_message_stands_above_the_status_line(capsys):
+    with StatusLine("training", "steps", total=2) as status:
+        status.advance()
+        print_line("skipped step 1")
+    assert capsys.readouterr().out == "skipped step 1\n"
