@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "reporting": {"errors"},
     "runtime": {"cpu", "errors", "launcher", "module"},
     "models": {"cpu", "draws", "errors", "module", "objectives", "tensor_files"},
-    "data": {"cpu", "draws", "errors", "module", "runtime", "tensor_files"},
+    "data": {"cpu", "draws", "errors", "module", "reporting", "runtime", "tensor_files"},
     "loop": {"data", "draws", "errors", "launcher", "module", "reporting", "runtime", "tensor_files", "cpu"},
     "training": {"cpu", "data", "draws", "errors", "launcher", "loop", "module", "reporting", "runtime"},
     "job": {"data", "errors", "loop", "models", "module", "training"},

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
-from tqdm import tqdm
 
 from ppdiffusers_train.data.arrow_files import as_stamps, read_table, write_table
 from ppdiffusers_train.data.inspection import NOTHING, Inspected, inspect
 from ppdiffusers_train.data.rows import Rows, content_digest
 from ppdiffusers_train.errors import BadSampleError
+from ppdiffusers_train.reporting.status_line import StatusLine
 from ppdiffusers_train.runtime.processes import this_machine
 
 FILE, PARTS = "images.arrow", "part-*.arrow"
@@ -197,12 +197,14 @@ class Search:
         starts = iter(lambda: (taken(1) - 1) * at_once, None)
         with (
             ThreadPoolExecutor(THREADS, thread_name_prefix="index") as pool,
-            tqdm(total=len(self.missing), desc="reading images", unit="image", delay=5, disable=not is_main) as bar,
+            StatusLine(
+                "reading images", "images", len(self.missing), visible=is_main and len(self.missing) >= MANY
+            ) as line,
         ):
             for start in itertools.takewhile(lambda start: start < len(self.missing), starts):
                 rows = self.missing[start : start + at_once]
                 self.recent += pool.map(self._look_at, np.array_split(rows, THREADS))
-                bar.update(min(start + at_once, len(self.missing)) - bar.n)  # by all ranks
+                line.advance(min(start + at_once, len(self.missing)) - line.done)  # by all ranks
                 is_due = time.monotonic() - self.last_written > PART_SECONDS
                 if is_due or len(self.recent) > MANY:
                     self._compact()
