@@ -81,6 +81,25 @@ def job(script):
     return load_script(path)
 
 
+@contextlib.contextmanager
+def scripts_of_its_own():
+    """A context in which scripts and those they extend are loaded anew, as in a process of its own."""
+
+    def scripts():
+        return {name: module for name, module in sys.modules.items() if name.startswith("train_")}
+
+    path, before = list(sys.path), scripts()
+    for name in before:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        for name in scripts():
+            del sys.modules[name]
+        sys.modules.update(before)
+        sys.path[:] = path
+
+
 def value_of(words, flag):
     """The value of a flag in a command, or None."""
     return words[words.index(flag) + 1] if flag in words else None
@@ -220,7 +239,7 @@ class Reader:
             self.promise(rest[1])
         if "--output" in rest:
             self.promise(value_of(rest, "--output"))
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), scripts_of_its_own():
             cli.main([command, *rest])
 
     def short(self, script, flags):
