@@ -199,8 +199,8 @@ class Reader:
                 extra = re.fullmatch(r"\.(?:\[(\w+)\])?", next(arguments) if word == "-e" else word)[1]
                 assert Path.cwd() == self.root and (extra is None or f'"{extra}": ' in setup), words
             elif "==" in word:
-                version = word.split("==")[1]
-                assert re.search(rf'"{word.split("==")[0].removesuffix("-gpu")}(-gpu)?=={re.escape(version)}"', setup)
+                name, version = word.split("==")
+                assert re.search(rf'"{name.removesuffix("-gpu")}(-gpu)?=={re.escape(version)}"', setup), word
             elif not word.startswith("-"):
                 assert re.fullmatch(r"ppdiffusers_train(\[\w+\])?|tensorboardX|wandb|modelscope|jupyter", word), words
             else:
