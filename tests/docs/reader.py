@@ -239,8 +239,11 @@ class Reader:
             self.promise(rest[1])
         if "--output" in rest:
             self.promise(value_of(rest, "--output"))
-        with contextlib.redirect_stdout(io.StringIO()), scripts_of_its_own():
-            cli.main([command, *rest])
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), scripts_of_its_own():
+                cli.main([command, *rest])
+        except SystemExit as end:
+            assert end.code == 0, f"{self.page}: {words} ends with status {end.code}"
 
     def short(self, script, flags):
         """A training command's flags for two small steps, with the base models that the script would download."""
