@@ -329,7 +329,7 @@ def flag_case(case: Case) -> str:
     statuses, logs = case.fork(lambda r: (found if r == rank else [], {}))
     case.assert_nothing_is_left()
     if action.dest in OWN_FLAGS and statuses[rank] == 2:
-        assert f"error: {flag}: " in logs[rank], "its own mistake, not told"
+        assert f"error: {flag}" in logs[rank], "its own mistake, not told"
         assert 0 not in statuses and all(" has ended" in log or log == logs[rank] for log in logs), "others do not tell"
         return "a mistake of that rank, told; the others ended"
     if action.dest in OWN_FLAGS and (action.dest != "output_dir" or rank):
