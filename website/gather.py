@@ -103,7 +103,8 @@ class Gatherer:
     def on_site(self, path):
         """Where a file of the repository is on the site, or None for a folder."""
         other = path.replace("/en/", f"/{self.language}/").replace("/zh/", f"/{self.language}/")
-        for name in (path, other, path.replace("README_zh.md", "README.md")):
+        readmes = [path.replace("README_zh.md", "README.md"), path.replace("README.md", "README_zh.md")]
+        for name in (path, other, *readmes):
             if name in self.pages:
                 return self.pages[name]
         if (ROOT / path).is_dir():

@@ -206,6 +206,11 @@ def screens_of(case: Case) -> list:
     return [(case.folder / node / "said").read_text(errors="replace") for node in "01" if (case.folder / node).exists()]
 
 
+def step_shown(case: Case) -> int:
+    """The last step on the progress lines, which do not show each."""
+    return max((int(step) for log in logs_of(case) for step in re.findall(rf"(\d+)/{STEPS}\b", log)), default=0)
+
+
 def wait_for_moment(case: Case, launchers: list, phases: list) -> str:
     """Wait for a random moment of a run."""
     phase, share = case.chance.choice(phases), case.chance.random()
@@ -214,8 +219,7 @@ def wait_for_moment(case: Case, launchers: list, phases: list) -> str:
         time.sleep(share * START_SECONDS)
         return f"{share * START_SECONDS:.1f} s after the start"
     step = STEPS if phase == "end" else case.chance.randrange(1, STEPS - 1)
-    reached = re.compile(rf"\b{step}/{STEPS}\b")
-    wait_for(lambda: any(map(reached.search, logs_of(case))) or (case.out / "prior").exists(), BEGIN_SECONDS)
+    wait_for(lambda: step_shown(case) >= step or (case.out / "prior").exists(), BEGIN_SECONDS)
     time.sleep(share * SECONDS_PER_BATCH * 4)
     return f"at step {step}"
 
@@ -324,6 +328,10 @@ def flag_case(case: Case) -> str:
     case.what = f"rank {rank} has {' '.join(found)}"
     statuses, logs = case.fork(lambda r: (found if r == rank else [], {}))
     case.assert_nothing_is_left()
+    if action.dest in OWN_FLAGS and statuses[rank] == 2:
+        assert f"error: {flag}" in logs[rank], "its own mistake, not told"
+        assert 0 not in statuses and all(" has ended" in log or log == logs[rank] for log in logs), "others do not tell"
+        return "a mistake of that rank, told; the others ended"
     if action.dest in OWN_FLAGS and (action.dest != "output_dir" or rank):
         assert statuses == [0] * case.ranks, f"statuses {statuses}"
         case.assert_same_bits()

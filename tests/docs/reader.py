@@ -81,6 +81,25 @@ def job(script):
     return load_script(path)
 
 
+@contextlib.contextmanager
+def scripts_of_its_own():
+    """A context in which scripts and those they extend are loaded anew, as in a process of its own."""
+
+    def scripts():
+        return {name: module for name, module in sys.modules.items() if name.startswith("train_")}
+
+    path, before = list(sys.path), scripts()
+    for name in before:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        for name in scripts():
+            del sys.modules[name]
+        sys.modules.update(before)
+        sys.path[:] = path
+
+
 def value_of(words, flag):
     """The value of a flag in a command, or None."""
     return words[words.index(flag) + 1] if flag in words else None
@@ -180,8 +199,8 @@ class Reader:
                 extra = re.fullmatch(r"\.(?:\[(\w+)\])?", next(arguments) if word == "-e" else word)[1]
                 assert Path.cwd() == self.root and (extra is None or f'"{extra}": ' in setup), words
             elif "==" in word:
-                version = word.split("==")[1]
-                assert re.search(rf'"{word.split("==")[0].removesuffix("-gpu")}(-gpu)?=={re.escape(version)}"', setup)
+                name, version = word.split("==")
+                assert re.search(rf'"{name.removesuffix("-gpu")}(-gpu)?=={re.escape(version)}"', setup), word
             elif not word.startswith("-"):
                 assert re.fullmatch(r"ppdiffusers_train(\[\w+\])?|tensorboardX|wandb|modelscope|jupyter", word), words
             else:
@@ -220,11 +239,11 @@ class Reader:
             self.promise(rest[1])
         if "--output" in rest:
             self.promise(value_of(rest, "--output"))
-        with contextlib.redirect_stdout(io.StringIO()):
-            try:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), scripts_of_its_own():
                 cli.main([command, *rest])
-            except SystemExit as ended:  # `--help`
-                assert not ended.code, words
+        except SystemExit as end:
+            assert end.code == 0, f"{self.page}: {words} ends with status {end.code}"
 
     def short(self, script, flags):
         """A training command's flags for two small steps, with the base models that the script would download."""
