@@ -210,7 +210,7 @@ def build_parser():
         "check", help="report the problems of a data set, and what training would do about them",
         description="Decode every image, check every caption, and report the problems and what training would do about "
         "them. Exit status 0: training would use every sample; there may be remarks (small images, long or empty "
-        "captions, copies). Status 1: training would stop, skip samples, or lose them silently. Status 2: the command "
+        "captions, copies). Status 1: training would stop, skip samples, or leave some out. Status 2: the command "
         "is wrong.",
     )  # fmt: skip
     add_source_arguments(

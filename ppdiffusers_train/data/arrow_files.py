@@ -70,3 +70,9 @@ def as_stamps(column) -> np.ndarray:
     if isinstance(whole, pyarrow.ChunkedArray):  # an empty one, in older versions
         return np.empty(0, "S16")
     return np.frombuffer(whole.buffers()[1] or b"", "S16")[whole.offset : whole.offset + len(whole)]
+
+
+def taken(table, places: np.ndarray):
+    """The rows of a table at these places; the table itself, uncopied, if these are all."""
+    whole = len(places) == len(table) and np.array_equal(places, np.arange(len(places)))
+    return table if whole else table.take(pyarrow.array(places))

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 from pyarrow import compute
 
-from ppdiffusers_train.data.arrow_files import as_stamps, is_written, read_table, write_table
+from ppdiffusers_train.data.arrow_files import as_stamps, is_written, read_table, taken, write_table
 from ppdiffusers_train.data.folder_files import Listing, is_image, list_files
 from ppdiffusers_train.data.metadata import Problems, read_rows
 from ppdiffusers_train.data.rows import Rows, as_captions, content_digest
@@ -189,7 +189,7 @@ def read_metadata(folder: str, listing: Listing, caption_column: str, problems: 
                 batches.append(pyarrow.RecordBatch.from_pydict(rows, METADATA_SCHEMA))
                 rows = {name: [] for name in rows}
         batches.append(pyarrow.RecordBatch.from_pydict(rows, METADATA_SCHEMA))
-    return {here: joined(pyarrow.Table.from_batches(batches, METADATA_SCHEMA)) for here, batches in parts.items()}
+    return {here: pyarrow.Table.from_batches(batches, METADATA_SCHEMA) for here, batches in parts.items()}
 
 
 def usable_captions(value, column: str) -> tuple:
@@ -210,11 +210,8 @@ def relative_path(here: str, name: str) -> str:
     return posixpath.normpath(name) if "./" in name or "//" in name else name
 
 
-def joined(table):
+def merged(table):
     """A metadata table in which each image has one row, with the captions of all its rows."""
-    names = table["name"]
-    if compute.count_distinct(names).as_py() == len(table):
-        return table.combine_chunks()
     rows = {}
     for row in table.to_pylist():
         known = rows.setdefault(row["name"], row)
@@ -235,14 +232,18 @@ def nearest_folders(names, folders: list) -> np.ndarray:
 def find_rows(folder: str, listing: Listing, trained: np.ndarray, metadata: dict, problems: Problems):
     """The table of the trained images that have a row; the other images and rows are added to `problems`."""
     names, known, start = listing.names, np.full(len(listing.names), -1), 0  # known: place in all metadata tables
-    nearest, lost = nearest_folders(names, list(metadata)), {}
+    nearest, lost, tables = nearest_folders(names, list(metadata)), {}, []
     for number, (here, table) in enumerate(metadata.items()):
         images = np.flatnonzero(nearest == number)
-        places = compute.index_in(names.take(pyarrow.array(images)), table["name"].combine_chunks())
-        known[images] = np.where(places.is_null(), -1, places.fill_null(0).to_numpy(zero_copy_only=False) + start)
-        is_lost = np.ones(len(table), bool)
-        is_lost[known[images][known[images] >= 0] - start] = False
-        lost[here] = set(table["name"].filter(pyarrow.array(is_lost)).to_pylist())
+        places, is_lost = match(names.take(pyarrow.array(images)), table["name"])
+        lost_names = table["name"].filter(pyarrow.array(is_lost))
+        if compute.any(compute.is_in(lost_names, table["name"].filter(pyarrow.array(~is_lost)))).as_py():
+            table = merged(table)  # several rows are about one image
+            places, is_lost = match(names.take(pyarrow.array(images)), table["name"])
+            lost_names = table["name"].filter(pyarrow.array(is_lost))
+        known[images] = np.where(places >= 0, places + start, -1)
+        lost[here] = set(lost_names.to_pylist())
+        tables.append(table)
         start += len(table)
     for i in np.flatnonzero(trained & (known < 0)).tolist():
         where = os.path.normpath(os.path.join(folder, list(metadata)[nearest[i]] if nearest[i] >= 0 else ""))
@@ -250,14 +251,22 @@ def find_rows(folder: str, listing: Listing, trained: np.ndarray, metadata: dict
         problems.add("unmentioned", f"{path}: no row of the metadata in {where} is about it")
     add_lost_rows(folder, listing, lost, problems)
     used = np.flatnonzero(trained & (known >= 0))
-    captions = pyarrow.concat_tables(metadata.values()) if metadata else METADATA_SCHEMA.empty_table()
-    captions = captions.take(pyarrow.array(known[used]))
+    captions = taken(pyarrow.concat_tables([METADATA_SCHEMA.empty_table(), *tables]), known[used])
     stamps = pyarrow.py_buffer(bytes(listing.stamps))
     stamps = pyarrow.FixedSizeBinaryArray.from_buffers(pyarrow.binary(16), len(names), [None, stamps])
     columns = {"name": names, "size": pyarrow.array(listing.sizes, pyarrow.int64()), "stamp": stamps}
-    columns = {name: column.take(pyarrow.array(used)) for name, column in columns.items()}
-    columns |= {name: captions[name].combine_chunks() for name in ("captions", "problem")}
-    return pyarrow.Table.from_pydict(columns, SCHEMA)
+    images = taken(pyarrow.Table.from_pydict(columns, pyarrow.schema([SCHEMA.field(name) for name in columns])), used)
+    columns = [*images.columns, captions["captions"], captions["problem"]]
+    return pyarrow.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def match(names, described) -> tuple:
+    """(for each of `names` its place in the column `described` or -1, for each of `described` whether it has none)."""
+    places = compute.index_in(names, described.combine_chunks())
+    places = places.fill_null(-1).to_numpy(zero_copy_only=False)
+    is_lost = np.ones(len(described), bool)
+    is_lost[places[places >= 0]] = False
+    return places, is_lost
 
 
 def add_lost_rows(folder: str, listing: Listing, lost: dict, problems: Problems) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
+from pyarrow import compute
 
-from ppdiffusers_train.data.arrow_files import as_stamps, read_table, write_table
+from ppdiffusers_train.data.arrow_files import as_stamps, read_table, taken, write_table
 from ppdiffusers_train.data.inspection import NOTHING, Inspected, inspect
 from ppdiffusers_train.data.rows import Rows, content_digest
 from ppdiffusers_train.errors import BadSampleError
@@ -82,11 +83,13 @@ class Index:
 
     def __init__(self, folder: Path, *more):
         self.folder, self.parts = folder, sorted(folder.glob(PARTS))
-        tables = [SCHEMA.empty_table()]
+        tables = []
         for file in (folder / FILE, *self.parts):
             with contextlib.suppress(OSError, pyarrow.ArrowInvalid, KeyError):  # missing, damaged, or an older one
                 tables.append(read_table(file).select(SCHEMA.names).cast(SCHEMA))
-        self.table = pyarrow.concat_tables([*tables, *(table.select(SCHEMA.names) for table in more)]).combine_chunks()
+        tables += [table.select(SCHEMA.names) for table in more]
+        # A single table stays mapped: nothing of it is copied.
+        self.table = tables[0] if len(tables) == 1 else pyarrow.concat_tables([SCHEMA.empty_table(), *tables])
         stamps = as_stamps(self.table["stamp"])
         self.order = np.argsort(stamps, kind="stable")
         self.sorted = stamps[self.order]
@@ -101,7 +104,7 @@ class Index:
     def write(self, stamps: np.ndarray) -> bool:
         """Write the facts about these stamps into one file, remove the parts; returns whether that was possible."""
         places = np.unique(self.find(np.unique(stamps)))
-        write_table(self.folder / FILE, self.table.take(pyarrow.array(places[places >= 0])), {"version": VERSION})
+        write_table(self.folder / FILE, taken(self.table, places[places >= 0]), {"version": VERSION})
         for part in self.parts:
             part.unlink(missing_ok=True)
         return (self.folder / FILE).exists()
@@ -128,7 +131,7 @@ def index_images(rows: Rows, ranks, index_dir: Path, log=print) -> None:
     parts = ranks.gather_objects(search.found_as_bytes(), "the others to read their images")
     found = [pyarrow.ipc.open_stream(part).read_all() for part, (other, _) in zip(parts, states) if other == state]
     found = pyarrow.concat_tables(found)
-    rows.facts = collect(stamps, [(known, index.table.take(pyarrow.array(places[known]))), (found["row"], found)])
+    rows.facts = collect(stamps, [(known, taken(index.table, places[known])), (found["row"], found)])
     if states.index(states[ranks.rank]) == ranks.rank and (len(missing) or index.parts):  # the first of its machine
         if not Index(folder, found).write(rows.all_stamps()):
             log(f"--index_dir: {str(folder)!r} cannot be written, so the next start will read all images again")
@@ -247,14 +250,15 @@ class Search:
 
 def collect(stamps: np.ndarray, parts: list) -> Facts:
     """The facts of all rows, from [(numbers of rows, table of their images)]."""
-    stamps, digests, sizes, problems = stamps.copy(), np.zeros(len(stamps), "S16"), np.zeros((len(stamps), 2), int), {}
+    stamps, digests, problems = stamps.copy(), np.zeros(len(stamps), "S16"), {}
+    sizes = np.zeros((len(stamps), 2), np.int32)
     for rows, table in parts:
         rows = np.asarray(rows)
         seen = as_stamps(table["stamp"])
         stamps[rows] = np.where(seen == b"", stamps[rows], seen)
         digests[rows] = as_stamps(table["digest"])
-        sizes[rows] = np.stack([table["width"], table["height"]], axis=1)
-        texts = table["problem"].to_numpy()
-        unusable = np.flatnonzero(texts != "")
-        problems.update(zip(rows[unusable].tolist(), texts[unusable].tolist()))
-    return Facts(stamps, digests, sizes.astype(np.int32), problems)
+        sizes[rows, 0], sizes[rows, 1] = table["width"], table["height"]
+        unusable = np.flatnonzero(compute.not_equal(table["problem"], ""))
+        texts = table["problem"].take(pyarrow.array(unusable)).to_pylist()
+        problems.update(zip(rows[unusable].tolist(), texts))
+    return Facts(stamps, digests, sizes, problems)
