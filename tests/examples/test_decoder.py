@@ -459,12 +459,15 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(train_decoder,
     other_data = shutil.copytree(photos, tmp_path / "other_data")
     captions = (photos / "metadata.jsonl").read_text()
     (other_data / "metadata.jsonl").write_text(captions.replace("photo", "drawing"))
+    other_image = shutil.copytree(photos, tmp_path / "other_image")
+    (other_image / "coffee.jpg").write_bytes((photos / "coffee.jpg").read_bytes() + b" ")
     other_job = shutil.copytree(checkpoint, tmp_path / "other_job")
     edit_json(other_job / "state.json", job="KandinskyPriorTrainingModule")
     cases = {
         (checkpoint, "--seed=1"): "is of another run: its --seed is 0, here it is 1",
         (checkpoint, "--max_train_samples=3"): "its number of samples is 7, here it is 3",
         (checkpoint, f"--train_data_dir={other_data}"): "is of another run: its data (a hash of all captions",
+        (checkpoint, f"--train_data_dir={other_image}"): "is of another run: its images (a hash of the contents of all",
         (other_job, "--seed=0"): "its job is KandinskyPriorTrainingModule, here it is KandinskyDecoderTrainingModule",
         (checkpoint, "--use_ema"): "was written without --use_ema",
         (checkpoint, "--use_8bit_adam"): "was written without --use_8bit_adam",
@@ -474,3 +477,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(train_decoder,
             train_decoder(f"--resume_from_checkpoint={folder}", flag, out="resumed")
         last = capsys.readouterr().err.splitlines()[-1]
         assert stopped.value.code == 2 and expected in last, last
+
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({key: state[key] for key in state if key != "images"}))
+    train_decoder(f"--resume_from_checkpoint={checkpoint}", f"--train_data_dir={other_image}", out="older")
+    assert "resumed from" in capsys.readouterr().out, "a checkpoint of an older version says nothing of images"
