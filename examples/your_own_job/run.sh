@@ -8,7 +8,7 @@
 #   MODEL_NAME=my-model bash run.sh
 # On AI Studio, give the folder that a model or a data set is in, in the same way.
 
-export MODEL_NAME=${MODEL_NAME:-runwayml/stable-diffusion-v1-5}
+export MODEL_NAME=${MODEL_NAME:-stable-diffusion-v1-5/stable-diffusion-v1-5}
 export DATASET_NAME=${DATASET_NAME:-../data/photos} # a folder with a metadata.jsonl, or a dataset of the hub
 export OUTPUT_DIR=${OUTPUT_DIR:-sd-model}
 
