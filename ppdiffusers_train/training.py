@@ -24,7 +24,7 @@ from ppdiffusers_train.loop.filling import encode_dataset
 from ppdiffusers_train.loop.identity import job_code, public_arguments, public_command, run_identity, versions
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.reports import open_reports
-from ppdiffusers_train.loop.run import Run, notices, resolve_run
+from ppdiffusers_train.loop.run import Run, choose_again, notices, resolve_run
 from ppdiffusers_train.loop.saving import end_stopped, remove_stale_shards, save_checkpoint, write_result
 from ppdiffusers_train.loop.state import TrainingState, build_training_state, check_schedule
 from ppdiffusers_train.loop.step import add_gradients, seed_layers, set_training_mode
@@ -68,6 +68,7 @@ def train_job(module, dataset, run: Run) -> None:
     holds_folder = run.ranks.is_main and not run.args.dry_run
     resumes = bool(run.args.resume_from_checkpoint)
     with folder_held(run.output_dir, resumes) if holds_folder else contextlib.nullcontext():
+        run = choose_again(run)
         plan = prepare(module, dataset, run)
         if run.args.dry_run:
             if run.ranks.is_main:
@@ -113,6 +114,8 @@ def prepare_state(plan: Plan) -> TrainingState:
     if run.checkpoint:
         state.load_record(run.saved)
         run.log(f"resumed from {run.checkpoint} at step {state.step}")
+        if state.step > plan.total_steps:
+            run.log(f"step {state.step} is beyond the {plan.total_steps} steps of this run: its weights are the result")
     for line in [*run.remarks, *notices(run.args, state.precision, plan.total_steps)]:
         run.log(line)
     trained = sum(parameter.size for parameter in state.parameters.values())

@@ -7,6 +7,8 @@ import os
 import re
 import sys
 
+from ppdiffusers_train.launcher.last_word import print_after_launcher
+
 # Types of flags. argparse puts the message into one line that names the flag.
 
 
@@ -103,7 +105,9 @@ class ArgumentParser(argparse.ArgumentParser):
         self.error(f"unexpected argument {argument!r}; flags begin with --")
 
     def error(self, message):
-        self.exit(2, f"{os.path.basename(self.prog)}: error: {' '.join(message.split())}\n")
+        message = f"{os.path.basename(self.prog)}: error: {' '.join(message.split())}"
+        print_after_launcher(message)
+        self.exit(2, f"{message}\n")
 
     def _nearest(self, name):
         matches = difflib.get_close_matches(name, self._option_string_actions, n=1)

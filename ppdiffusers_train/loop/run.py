@@ -2,7 +2,7 @@
 
 import argparse
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ppdiffusers_train.errors import UserError
@@ -14,7 +14,7 @@ from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.status_line import print_line
 from ppdiffusers_train.reporting.trackers import tracker_names
 from ppdiffusers_train.runtime.agreement import agree, digest, ranks_elsewhere
-from ppdiffusers_train.runtime.checkpoint import STATE_FILE, find_checkpoint, read_state, require_writable
+from ppdiffusers_train.runtime.checkpoint import STATE_FILE, checkpoints, find_checkpoint, read_state, require_writable
 from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
 from ppdiffusers_train.runtime.folder_lock import wait_for_folder
 from ppdiffusers_train.runtime.precision import Precision, set_deterministic, set_tf32
@@ -75,6 +75,7 @@ def resolve_run(args) -> Run:
     check_flags(args, ranks)
     if not args.dry_run:
         wait_for_folder(Path(args.output_dir), resumes=bool(args.resume_from_checkpoint))
+        remarks += earlier_checkpoints(args)
     checkpoint, saved = choose_checkpoint(args, ranks)
     args = resolve_flags(args, saved, ranks)
     if not args.dry_run:
@@ -119,9 +120,32 @@ def check_flags(args, ranks: Ranks) -> None:
         )
 
 
-def choose_checkpoint(args, ranks: Ranks) -> tuple:
+def earlier_checkpoints(args) -> list:
+    """A line about the checkpoints that a new run finds in its folder, or none."""
+    found = [] if args.resume_from_checkpoint else checkpoints(Path(args.output_dir))
+    return [
+        f"--output_dir: {args.output_dir!r} holds checkpoints of an earlier run, up to {folder.name}; they are kept, "
+        "and `latest` is the one of the highest step, whichever run wrote it"
+        for folder in found[-1:]
+    ]
+
+
+def choose_again(run: Run) -> Run:
+    """The run with the checkpoint to resume from as it is now, when no other run writes to the folder any more.
+
+    While this one loaded its data and models, another may have written newer checkpoints, and deleted older ones.
+    """
+    checkpoint, saved = choose_checkpoint(run.args, run.ranks, log=lambda line: None)
+    if checkpoint != run.checkpoint:
+        run.log(f"{run.output_dir}: another run has written there meanwhile")
+    return replace(run, checkpoint=checkpoint, saved=saved)
+
+
+def choose_checkpoint(args, ranks: Ranks, log=print) -> tuple:
     """The checkpoint of `--resume_from_checkpoint` as rank 0 finds it: (folder, state), or (None, {}).
 
+    Args:
+        log: called on rank 0 with lines about checkpoints that are passed over.
     Raises:
         UserError: the same on every rank: it is not a checkpoint, or another rank does not see it.
     """
@@ -130,7 +154,7 @@ def choose_checkpoint(args, ranks: Ranks) -> tuple:
     output_dir, place, mistake = Path(args.output_dir), None, ""
     if ranks.is_main:
         try:
-            folder, _ = find_checkpoint(args.resume_from_checkpoint, output_dir, print)
+            folder, _ = find_checkpoint(args.resume_from_checkpoint, output_dir, log)
             place = folder and (folder.parent == output_dir, folder.name, str(folder))
         except UserError as error:
             mistake = str(error)

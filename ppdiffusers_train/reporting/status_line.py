@@ -7,6 +7,7 @@ import time
 from tqdm import tqdm
 
 LINES = 100  # of a piece of work, where there is no terminal
+MOST_SECONDS = 60  # between two lines, unless one unit of the work takes longer
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}, {remaining} left{postfix}]"
 
 
@@ -33,7 +34,7 @@ class StatusLine:
             desc=work, unit=unit, total=total, initial=done, bar_format=BAR, disable=not (visible and in_terminal),
             dynamic_ncols=True,
         )  # fmt: skip
-        self.started = time.monotonic()
+        self.started = self.printed = time.monotonic()
 
     def __enter__(self):
         return self
@@ -57,10 +58,12 @@ class StatusLine:
         self.bar.update(count)
         every = max(1, self.total // LINES)
         is_due = before == self.first or self.done == self.total or before // every < self.done // every
+        is_due |= time.monotonic() - self.printed > MOST_SECONDS
         if self.prints_lines and count > 0 and is_due:
             left = self.seconds / (self.done - self.first) * (self.total - self.done)
             parts = f"{self.done}/{self.total} {self.unit}", f"{tqdm.format_interval(left)} left", figures
             print(f"{self.work}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
+            self.printed = time.monotonic()
 
     @contextlib.contextmanager
     def paused(self):

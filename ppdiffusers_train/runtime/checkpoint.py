@@ -89,6 +89,8 @@ def sync_tree(folder: Path) -> None:
 def write_checkpoint(output_dir: Path, step: int, write, state: dict, total_limit=None) -> Path:
     """Write `output_dir/checkpoint-<step>`, then delete the oldest beyond `total_limit`.
 
+    Checkpoints of later steps are another run's: they are kept, and do not count.
+
     Args:
         write: `write(folder)` writes the files of tensors into a folder.
         state: the rest of the checkpoint, as JSON.
@@ -100,7 +102,8 @@ def write_checkpoint(output_dir: Path, step: int, write, state: dict, total_limi
         text = json.dumps({"format": FORMAT, "step": step, **state, "files": files}, indent=1, ensure_ascii=False)
         (folder / STATE_FILE).write_text(text, encoding="utf-8")
     if total_limit is not None:
-        for old in checkpoints(output_dir)[:-total_limit]:
+        own = checkpoints(output_dir)
+        for old in own[: own.index(target) + 1][:-total_limit]:
             # Renamed first: if the process is killed here, no incomplete folder looks like a checkpoint.
             doomed = old.with_name(f".{old.name}.old")
             os.rename(old, doomed)

@@ -15,6 +15,7 @@ from ppdiffusers import KandinskyV22CombinedPipeline, UNet2DConditionModel
 
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import Draws, RowDraws
+from ppdiffusers_train.job import run_job
 from ppdiffusers_train.models.recompute import recomputes_without_reentrance
 from tests.conftest import (
     DECODER_SCRIPT,
@@ -451,6 +452,31 @@ def test_mistakes_get_one_line_and_status_two(decoder_job, decoder_flags, kandin
             decoder_job.main([*decoder_flags, flag])
         last = capsys.readouterr().err.splitlines()[-1]
         assert stopped.value.code == 2 and "error: " in last and expected in last, (flag, last)
+
+
+@pytest.mark.once
+def test_what_another_run_wrote_while_this_one_loaded_is_not_overlooked(
+    train_decoder, decoder_job, decoder_flags, tmp_path, capsys
+):
+    """A run that is started twice, such as by a scheduler, waits for the first, after it has chosen a checkpoint."""
+    out = train_decoder("--checkpointing_steps=1", "--max_train_steps=3")
+    newer = {step: (out / f"checkpoint-{step}").rename(tmp_path / f"{step}") for step in (2, 3)}
+
+    def build_dataset_slowly(args):
+        newer[3].rename(out / "checkpoint-3")
+        return build_dataset(args)
+
+    flags = [*decoder_flags, "--resume_from_checkpoint=latest", "--max_train_steps=4"]
+    parser, module_class = decoder_job.build_parser(), decoder_job.KandinskyDecoderTrainingModule
+    run_job(parser, module_class, flags, build_dataset=build_dataset_slowly)
+    said = capsys.readouterr().out
+    assert "another run has written there meanwhile" in said and "checkpoint-3 at step 3" in said
+
+    train_decoder("--max_train_steps=2", "--seed=1")
+    said = capsys.readouterr().out
+    assert "holds checkpoints of an earlier run, up to checkpoint-3" in said
+    train_decoder(f"--resume_from_checkpoint={out / 'checkpoint-3'}", "--max_train_steps=2", out="beyond")
+    assert "step 3 is beyond the 2 steps of this run" in capsys.readouterr().out
 
 
 @pytest.mark.once

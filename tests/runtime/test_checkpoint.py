@@ -41,6 +41,14 @@ def test_the_limit_deletes_the_oldest_by_number(tmp_path):
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-11"]
 
 
+def test_the_limit_keeps_the_checkpoint_that_was_just_written_and_those_of_another_run(tmp_path):
+    for step in (50, 60):
+        write_checkpoint(tmp_path, step, write, {})
+    for step in (8, 9):
+        write_checkpoint(tmp_path, step, write, {}, total_limit=1)
+    assert names(tmp_path) == ["checkpoint-50", "checkpoint-60", "checkpoint-9"]
+
+
 def test_old_checkpoints_are_deleted_only_after_the_new_one_is_complete(tmp_path):
     write_checkpoint(tmp_path, 1, write, {})
 
