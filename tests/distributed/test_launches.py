@@ -83,7 +83,9 @@ def test_a_rank_that_hangs_is_told_by_the_one_that_waits(base_flags, tmp_path):
         launcher.wait(60)
         assert time.monotonic() - start < 40
     said = (tmp_path / "log" / "workerlog.0").read_text()
-    assert "rank 0 of 2, step " in said and ": waited 3 s for " in said and "without a sign of life from rank 1" in said
+    assert "rank 0 of 2, step " in said and ": waited 3 s for " in said
+    # Which one it is can be seen while it has not yet come to a collective, but not in the middle of one.
+    assert "without a sign of life from rank 1" in said or "and another rank did not come" in said
 
 
 @pytest.mark.once
