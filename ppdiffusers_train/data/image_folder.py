@@ -140,6 +140,12 @@ def refuse(folder: str, image_column: str, rows: FolderRows, problems: Problems)
         raise UserError(f"--image_column: column {image_column!r} of {folder!r} does not hold images")
     if not len(rows):
         raise UserError(f"{flag} has no samples")
+    mistaken = compute.invert(
+        compute.match_substring(rows.table["problem"], "holds None")
+    )  # a missing one is no mistake
+    if compute.all(compute.fill_null(mistaken, False)).as_py():
+        problem = rows.table["problem"][0].as_py().partition(" holds ")[2]
+        raise UserError(f"--caption_column: column {rows.caption_column!r} of {folder!r} holds {problem}")
 
 
 def open_folder(folder: str, caption_column: str, problems: Problems, listing=None) -> tuple:
