@@ -50,7 +50,8 @@ def test_a_dry_run_and_a_preview_leave_the_device_alone(
     monkeypatch.setenv(patches.VARIABLE, "none")
     train_decoder("--dry_run")
     unpatched = estimate(capsys.readouterr().out)
-    assert estimate(counted["said"]) == unpatched != on_cpu, "the device runs Paddle's own functions"
+    assert estimate(counted["said"]) == unpatched, "the device runs Paddle's own functions"
+    assert unpatched != on_cpu or paddle.__version__.startswith("2."), "there the patches save no memory of this model"
 
 
 def test_ranks_that_were_launched_for_devices_make_a_dry_run_too(on_device, dry_run):
