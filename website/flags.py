@@ -93,8 +93,13 @@ def script_parsers():
 
 def command_parsers():
     """{name: parser} of the commands of `ppdiffusers-train`."""
+    return commands().choices
+
+
+def commands():
+    """argparse's list of the commands of `ppdiffusers-train`."""
     actions = cli.build_parser()._actions
-    return next(action for action in actions if isinstance(action, argparse._SubParsersAction)).choices
+    return next(action for action in actions if isinstance(action, argparse._SubParsersAction))
 
 
 def default_of(action):
@@ -134,9 +139,7 @@ def sentences():
 
 def summary_of(command):
     """The sentence about a command in the list of commands."""
-    actions = cli.build_parser()._actions
-    commands = next(action for action in actions if isinstance(action, argparse._SubParsersAction))
-    (text,) = [choice.help for choice in commands._choices_actions if choice.dest == command]
+    (text,) = [choice.help for choice in commands()._choices_actions if choice.dest == command]
     return text[0].upper() + text[1:] + "."
 
 

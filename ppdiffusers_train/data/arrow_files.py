@@ -72,6 +72,11 @@ def as_stamps(column) -> np.ndarray:
     return np.frombuffer(whole.buffers()[1] or b"", "S16")[whole.offset : whole.offset + len(whole)]
 
 
+def whole_stamp(value) -> bytes:
+    """One of the values of `as_stamps` as 16 bytes: NumPy has cut off zeros at its end."""
+    return bytes(value).ljust(16, b"\0")
+
+
 def taken(table, places: np.ndarray):
     """The rows of a table at these places; the table itself, uncopied, if these are all."""
     whole = len(places) == len(table) and np.array_equal(places, np.arange(len(places)))

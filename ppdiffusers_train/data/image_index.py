@@ -7,7 +7,6 @@ interrupted continues where it was.
 """
 
 import contextlib
-import itertools
 import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow
 from pyarrow import compute
 
-from ppdiffusers_train.data.arrow_files import as_stamps, read_table, taken, write_table
+from ppdiffusers_train.data.arrow_files import as_stamps, is_written, read_table, taken, whole_stamp, write_table
 from ppdiffusers_train.data.inspection import NOTHING, Inspected, inspect
 from ppdiffusers_train.data.rows import Rows, content_digest
 from ppdiffusers_train.errors import BadSampleError
@@ -33,7 +32,7 @@ THREADS = 4  # a network disk answers several requests as fast as one
 TYPES = {str: pyarrow.string(), bool: pyarrow.bool_(), int: pyarrow.int32(), bytes: pyarrow.binary(16)}
 SCHEMA = pyarrow.schema([(part.name, TYPES[part.type]) for part in fields(Inspected)])
 FOUND = pyarrow.schema([("row", pyarrow.int64()), *SCHEMA])
-VERSION = 1  # of what is found out
+IDENTITY = {"version": 1}  # of what is found out
 
 
 @dataclass
@@ -53,7 +52,7 @@ class Facts:
 
     def has_changed(self, row: int, stamp: bytes, content: bytes) -> bool:
         """Whether a row's image, which has now this stamp and content, is another than when it was looked at."""
-        return bytes(self.stamps[row]) != stamp.rstrip(b"\0") and self._digest(row) != content_digest(content)
+        return whole_stamp(self.stamps[row]) != stamp and self._digest(row) != content_digest(content)
 
     def digest(self, row: int, name) -> bytes:
         """The hash of a row's image. `name(row)` names it if it cannot be read: then a `BadSampleError` is raised."""
@@ -66,7 +65,7 @@ class Facts:
         return tuple(self.sizes[row].tolist())
 
     def _digest(self, row: int) -> bytes:
-        return bytes(self.digests[row]).ljust(16, b"\0")  # NumPy has cut off zeros
+        return whole_stamp(self.digests[row])
 
     def _check(self, row: int, name) -> None:
         if row in self.problems:
@@ -85,8 +84,9 @@ class Index:
         self.folder, self.parts = folder, sorted(folder.glob(PARTS))
         tables = []
         for file in (folder / FILE, *self.parts):
-            with contextlib.suppress(OSError, pyarrow.ArrowInvalid, KeyError):  # missing, damaged, or an older one
-                tables.append(read_table(file).select(SCHEMA.names).cast(SCHEMA))
+            with contextlib.suppress(OSError, pyarrow.ArrowInvalid):  # damaged, or removed meanwhile
+                if is_written(file, IDENTITY):
+                    tables.append(read_table(file))
         tables += [table.select(SCHEMA.names) for table in more]
         # A single table stays mapped: nothing of it is copied.
         self.table = tables[0] if len(tables) == 1 else pyarrow.concat_tables([SCHEMA.empty_table(), *tables])
@@ -104,7 +104,7 @@ class Index:
     def write(self, stamps: np.ndarray) -> bool:
         """Write the facts about these stamps into one file, remove the parts; returns whether that was possible."""
         places = np.unique(self.find(np.unique(stamps)))
-        write_table(self.folder / FILE, taken(self.table, places[places >= 0]), {"version": VERSION})
+        write_table(self.folder / FILE, taken(self.table, places[places >= 0]), IDENTITY)
         for part in self.parts:
             part.unlink(missing_ok=True)
         return (self.folder / FILE).exists()
@@ -127,7 +127,7 @@ def index_images(rows: Rows, ranks, index_dir: Path, log=print) -> None:
     counters = {other: ranks.counter() for other in sorted({other for other, _ in states})}  # the same on all ranks
     search = Search(rows, missing, stamps, folder)
     at_once = max(1, min(AT_ONCE, len(missing) // (8 * ranks.world_size)))
-    search.run(counters[state], at_once, ranks.is_main)
+    search.run(ranks.pieces(len(missing), at_once, counters[state]), ranks.is_main)
     parts = ranks.gather_objects(search.found_as_bytes(), "the others to read their images")
     found = [pyarrow.ipc.open_stream(part).read_all() for part, (other, _) in zip(parts, states) if other == state]
     found = pyarrow.concat_tables(found)
@@ -150,19 +150,18 @@ class Decoded:
         self.rows, self.folder, self.stamps = rows, index_dir / rows.source_digest(), rows.stamps()
         self.index, self.new, self.tables = Index(self.folder), [], []
         self.places = self.index.find(self.stamps)
+        is_decoded = np.asarray(self.index.table["is_decoded"], bool)
+        self.is_known = self.places >= 0  # of which rows; the others are to be decoded
+        self.is_known[self.is_known] = is_decoded[self.places[self.is_known]]
 
-    def known(self, row: int):
-        """The `Inspected` of a row's image, or None if it is to be decoded."""
-        if self.places[row] < 0:
-            return None
-        seen = Inspected(**self.index.table.slice(self.places[row], 1).to_pylist()[0])
-        return seen if seen.is_decoded else None
+    def known(self, row: int) -> Inspected:
+        """What is known of a row's image."""
+        return Inspected(**self.index.table.slice(self.places[row], 1).to_pylist()[0])
 
     def add(self, row: int, seen: Inspected) -> None:
         """Remember an image that has been decoded now."""
-        if seen.stamp == NOTHING and isinstance(self.rows.location(row), bytes):
-            seen = replace(seen, stamp=bytes(self.stamps[row]).ljust(16, b"\0"))
-        self.new.append(vars(seen))
+        location = self.rows.location(row) if seen.stamp == NOTHING else None
+        self.new.append(vars(with_stamp(seen, location, self.stamps[row])))
         if len(self.new) == MANY:
             self._compact()
 
@@ -190,24 +189,17 @@ class Search:
         self.recent, self.found = [], []  # batches; tables of many of them
         self.written, self.last_written = 0, time.monotonic()  # how many of the tables are in parts
 
-    def run(self, taken, at_once: int, is_main: bool) -> None:
-        """Look at images until none is left.
-
-        Args:
-            taken: adds to a counter that the ranks of the group share, and returns its new value.
-            at_once: number of images that a rank takes at a time.
-        """
-        starts = iter(lambda: (taken(1) - 1) * at_once, None)
+    def run(self, pieces, is_main: bool) -> None:
+        """Look at images until none is left. `pieces` are this rank's ranges of `missing`."""
         with (
             ThreadPoolExecutor(THREADS, thread_name_prefix="index") as pool,
             StatusLine(
                 "reading images", "images", len(self.missing), visible=is_main and len(self.missing) >= MANY
             ) as line,
         ):
-            for start in itertools.takewhile(lambda start: start < len(self.missing), starts):
-                rows = self.missing[start : start + at_once]
-                self.recent += pool.map(self._look_at, np.array_split(rows, THREADS))
-                line.advance(min(start + at_once, len(self.missing)) - line.done)  # by all ranks
+            for piece in pieces:
+                self.recent += pool.map(self._look_at, np.array_split(self.missing[piece.start : piece.stop], THREADS))
+                line.advance(piece.stop - line.done)  # by all ranks
                 is_due = time.monotonic() - self.last_written > PART_SECONDS
                 if is_due or len(self.recent) > MANY:
                     self._compact()
@@ -233,8 +225,7 @@ class Search:
             location = self.rows.location(row)
         except BadSampleError as error:
             return Inspected(problem=str(error))
-        seen = inspect(location, decode=False)
-        return replace(seen, stamp=bytes(self.stamps[row]).ljust(16, b"\0")) if isinstance(location, bytes) else seen
+        return with_stamp(inspect(location, decode=False), location, self.stamps[row])
 
     def _compact(self) -> None:
         """Put the recent batches into one table, which takes less memory."""
@@ -244,8 +235,13 @@ class Search:
     def _write_part(self) -> None:
         """Write what was found since the last part. Nothing is lost if that fails: it is written at the end."""
         table = pyarrow.concat_tables(self.found[self.written :]).select(SCHEMA.names)
-        write_table(self.folder / PARTS.replace("*", secrets.token_hex(8)), table, {"version": VERSION})
+        write_table(self.folder / PARTS.replace("*", secrets.token_hex(8)), table, IDENTITY)
         self.written, self.last_written = len(self.found), time.monotonic()
+
+
+def with_stamp(seen: Inspected, location, stamp) -> Inspected:
+    """What was seen of an image; one in memory, which has no file's stamp, gets its row's."""
+    return replace(seen, stamp=whole_stamp(stamp)) if isinstance(location, bytes) else seen
 
 
 def collect(stamps: np.ndarray, parts: list) -> Facts:

@@ -117,12 +117,12 @@ class Ranks:
             return partial(self._add, f"{self.name} counter {self._counters}")
         return partial(add_to, [0])
 
-    def pieces(self, count: int, size: int = 1):
+    def pieces(self, count: int, size: int = 1, taken=None):
         """Distribute `count` items: an iterator of ranges of at most `size`. A rank takes the next one when it is free.
 
-        All ranks have to call it in the same order.
+        All ranks have to call it in the same order, unless `taken` is a counter that those share who divide the items.
         """
-        taken = self.counter()
+        taken = taken or self.counter()
         starts = iter(lambda: (taken(1) - 1) * size, None)
         return (range(start, min(start + size, count)) for start in itertools.takewhile(lambda s: s < count, starts))
 

@@ -181,7 +181,7 @@ def check(
     with tqdm(total=len(rows), desc="checking", unit="image") as progress:
         for index, image in inspect_all(known_or_located(captions.locations(), decoded), processes):
             progress.update(index + 1 - progress.n)
-            if decoded and not decoded.known(index):
+            if decoded and not decoded.is_known[index]:
                 decoded.add(index, image)
             if image.problem:
                 findings.add_row("bomb" if image.is_bomb else "unreadable", index, image.problem)
@@ -205,7 +205,7 @@ def check(
 def known_or_located(items, decoded):
     """Each (row, location), with what is known of the image in place of its location if it was decoded earlier."""
     for row, location in items:
-        yield row, (decoded and decoded.known(row)) or location
+        yield row, decoded.known(row) if decoded and decoded.is_known[row] else location
 
 
 class CaptionCheck:
