@@ -195,5 +195,4 @@ lock:
 	rm requirements/parity.full
 
 clean:
-	rm -rf .venv .venv-paddle26 .venv-parity .venv-docs .venv-lock build *.egg-info .pytest_cache .ruff_cache .hypothesis
-	rm -rf .venv .venv-paddle26 .venv-parity .venv-lock build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-paddle26 .venv-parity .venv-docs .venv-lock build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
