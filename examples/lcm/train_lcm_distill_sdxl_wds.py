@@ -14,7 +14,7 @@ from train_lcm_distill_sd_wds import build_parser as build_sd_parser
 
 from ppdiffusers_train.arguments import Flag
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
-from ppdiffusers_train.job import run_job
+from ppdiffusers_train.job import job_main
 from ppdiffusers_train.models.sdxl import SDXLFolder, encode_captions, tokenize_caption
 from ppdiffusers_train.models.stable_diffusion import encode_images
 from ppdiffusers_train.module import freeze
@@ -93,9 +93,7 @@ class LCMSDXLTrainingModule(LCMTrainingModule):
         return {**card, "tags": ["stable-diffusion-xl", *card["tags"]]}
 
 
-def main(argv=None):
-    run_job(build_parser(), LCMSDXLTrainingModule, argv)
-
+main = job_main(build_parser, LCMSDXLTrainingModule)
 
 if __name__ == "__main__":
     main()

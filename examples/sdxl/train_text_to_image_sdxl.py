@@ -14,7 +14,7 @@ from ppdiffusers import DDPMScheduler
 from ppdiffusers_train.data.buckets import bucket_sizes, size_for
 from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
-from ppdiffusers_train.job import FullTraining, named_by_flags, run_job
+from ppdiffusers_train.job import FullTraining, job_main, named_by_flags
 from ppdiffusers_train.models.attention import announce_plain_attention
 from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.sdxl import SDXLFolder, encode_captions, tokenize_caption
@@ -134,9 +134,7 @@ class SDXLTrainingModule(FullTraining):
         return {"base_model": self.args.pretrained_model_name_or_path, "tags": tags}
 
 
-def main(argv=None):
-    run_job(build_parser(), SDXLTrainingModule, argv)
-
+main = job_main(build_parser, SDXLTrainingModule)
 
 if __name__ == "__main__":
     main()

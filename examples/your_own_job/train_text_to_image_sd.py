@@ -11,13 +11,12 @@ from ppdiffusers_train import arguments
 from ppdiffusers import DDPMScheduler
 
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
-from ppdiffusers_train.job import run_job
+from ppdiffusers_train.job import FullTraining, job_main
 from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder, encode_images, encode_prompt
 from ppdiffusers_train.models.text import tokenize
 from ppdiffusers_train.models.unet import save_memory
-from ppdiffusers_train.models.weights import load_in_place, save_model
-from ppdiffusers_train.module import DiffusionTrainingModule, freeze
+from ppdiffusers_train.module import freeze
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
 from ppdiffusers_train.objectives.noise_schedule import add_noise
 
@@ -46,7 +45,7 @@ def build_parser():
     return parser
 
 
-class SDTrainingModule(DiffusionTrainingModule):
+class SDTrainingModule(FullTraining):
     """Trains the UNet to denoise VAE latents, conditioned on the caption."""
 
     encoders = ("vae", "text_encoder")
@@ -93,12 +92,6 @@ class SDTrainingModule(DiffusionTrainingModule):
         pipeline = self.folder.pipeline(unet=self.unet, vae=self.vae, text_encoder=self.text_encoder)
         return generate_images(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
-    def save_weights(self, directory):
-        save_model(self.unet, f"{directory}/unet")
-
-    def load_weights(self, directory):
-        load_in_place(self.unet, f"{directory}/unet")
-
     def save_pretrained(self, directory):
         self.folder.export(directory, {"unet": self.unet}, self.args.save_format)
 
@@ -106,9 +99,7 @@ class SDTrainingModule(DiffusionTrainingModule):
         return {"base_model": self.args.pretrained_model_name_or_path, "tags": ["stable-diffusion", "text-to-image"]}
 
 
-def main(argv=None):
-    run_job(build_parser(), SDTrainingModule, argv)
-
+main = job_main(build_parser, SDTrainingModule)
 
 if __name__ == "__main__":
     main()

@@ -212,6 +212,7 @@ def add_lora_arguments(parser, targets, rank=4, **defaults):
 
 
 def add_kandinsky_lora_arguments(parser, targets):
-    """The same for the jobs of Kandinsky 2.2, with their defaults of other flags."""
+    """The same for the jobs of Kandinsky 2.2, with their defaults of other flags. Returns the parser."""
     defaults = {"output_dir": "kandi_2_2-model-finetuned-lora", "num_validation_images": 4, "validation_epochs": 1}
-    return add_lora_arguments(parser, targets, **defaults)
+    add_lora_arguments(parser, targets, **defaults)
+    return parser
