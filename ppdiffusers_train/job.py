@@ -81,6 +81,7 @@ class LoRATraining:
 
     def __init__(self, args):
         super().__init__(args)
+        self.title = f"{self.title}, LoRA"
         self.add_lora(getattr(self, self.trained), args.lora_target_modules)
 
     def add_lora(self, model, targets: str) -> None:

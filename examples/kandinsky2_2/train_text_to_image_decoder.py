@@ -33,6 +33,7 @@ def build_parser(doc=__doc__):
 class KandinskyDecoderTrainingModule(FullTraining):
     """Trains the UNet to denoise MoVQ latents, conditioned on the CLIP embedding of the same image."""
 
+    title = "Kandinsky 2.2 decoder"
     encoders = ("movq", "image_encoder")
     can_compile_encode = True
 

@@ -37,6 +37,7 @@ def build_parser(doc=__doc__):
 class KandinskyPriorTrainingModule(FullTraining):
     """Trains the prior to predict an image's normalised CLIP embedding from a noisy one, conditioned on the caption."""
 
+    title = "Kandinsky 2.2 prior"
     trained = "prior"
     encoders = ("image_encoder", "text_encoder")
     can_compile_encode = True

@@ -38,6 +38,7 @@ def build_parser(doc=__doc__, has_student=True):
 class LCMTrainingModule(TeacherAndStudent, FullTraining):
     """Trains the student to predict the same image from every point of the teacher's sampling path."""
 
+    title = "LCM of Stable Diffusion"
     averages = ("unet_target",)
     folder_class = StableDiffusionFolder
     encoders = ("vae", "text_encoder")

@@ -36,6 +36,7 @@ def add_sdxl_arguments(parser):
 class LCMSDXLTrainingModule(LCMTrainingModule):
     """The same for a UNet conditioned on two text encoders' tokens, the pooled caption, the image's size and crop."""
 
+    title = "LCM of SDXL"
     folder_class = SDXLFolder
     encoders = ("vae", "text_encoder", "text_encoder_2")
 

@@ -43,6 +43,7 @@ def build_parser(doc=__doc__):
 class SD3TrainingModule(FullTraining):
     """Trains the transformer to predict the velocity from an image's latents to noise, conditioned on the caption."""
 
+    title = "Stable Diffusion 3"
     trained = "transformer"
     keep_float32_in_fp16 = ("text_encoder_3",)  # T5's activations overflow in float16
 

@@ -45,6 +45,7 @@ def build_parser(doc=__doc__):
 class SDXLTrainingModule(FullTraining):
     """Trains the UNet to denoise VAE latents, conditioned on the caption, the image's size and the crop."""
 
+    title = "SDXL"
     encoders = ("vae", "text_encoder", "text_encoder_2")
     can_compile_encode = True
 

@@ -48,6 +48,7 @@ def build_parser():
 class SDTrainingModule(FullTraining):
     """Trains the UNet to denoise VAE latents, conditioned on the caption."""
 
+    title = "Stable Diffusion"
     encoders = ("vae", "text_encoder")
 
     def __init__(self, args):

@@ -53,6 +53,7 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
                     raise OSError(next(filter(None, failures)))
                 record = {**plan.info, **state.record()}
                 write_checkpoint(output_dir, state.step, write, record, args.checkpoints_total_limit)
+                plan.run.log(f"step {state.step}: wrote checkpoint-{state.step}")
             except OSError as error:
                 message = f"checkpoint-{state.step} cannot be written to {str(output_dir)!r}: {error}"
                 if args.on_save_error == "stop":
