@@ -15,8 +15,8 @@ from ppdiffusers_train.data.image_index import index_images
 from ppdiffusers_train.data.loader import OnlineSamples
 from ppdiffusers_train.data.order import order_samples
 from ppdiffusers_train.data.rows import Rows
-from ppdiffusers_train.launcher.signals import StopRequest, name_of
-from ppdiffusers_train.launcher.stand_in import ask_for_time, ignore_signals_from_now_on
+from ppdiffusers_train.launcher.signals import StopRequest, signal_name
+from ppdiffusers_train.launcher.supervisor import ignore_signals_from_now_on, request_time_to_finish
 from ppdiffusers_train.loop.dry_run import describe_run
 from ppdiffusers_train.loop.filling import encode_dataset
 from ppdiffusers_train.loop.identity import job_code, public_arguments, public_command, run_identity, versions
@@ -164,7 +164,7 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
     """Take every step from the state's to the last, with checkpoints, validation images and the result."""
     ranks, args = plan.run.ranks, plan.run.args
     with open_reports(plan, state) as reports, StopRequest(args.stop_signal) as stop:
-        ask_for_time()
+        request_time_to_finish()
         ranks.wait_for_all("the others to begin")  # rank 0 opens trackers, and some disks are slow
         for window, batches in load_steps(plan, state, samples):
             ranks.step = state.step
@@ -201,6 +201,6 @@ def finish(plan: Plan, state: TrainingState, stop: StopRequest) -> None:
         if is_turn:
             write_result(plan)
     if stop.received:
-        name = name_of(stop.received)
+        name = signal_name(stop.received)
         print_line(f"{name}: received after the last step; the run has ended and its result is written")
     ranks.gather_objects(None)  # the store is in rank 0's process, which must not end before the others are done

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 
-from ppdiffusers_train.launcher.last_word import print_after_launcher
+from ppdiffusers_train.launcher.final_message import print_after_launcher
 
 # Types of flags. argparse puts the message into one line that names the flag.
 
