@@ -27,8 +27,9 @@ def build_parser():
 def add_sdxl_arguments(parser):
     """Add the flags that the LoRA script shares."""
     parser.add_argument(
-        "--use_fix_crop_and_size", action=Flag, help="Condition on the resolution and no crop, whatever the image."
-    )
+        "--use_fix_crop_and_size", action=Flag,
+        help="Condition on the resolution and no crop, whatever the image.",
+    )  # fmt: skip
     parser.set_defaults(resolution=1024, w_min=3.0)
     return parser
 

@@ -31,9 +31,12 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 def build_parser(doc=__doc__):
     parser = arguments.ArgumentParser(description=doc.splitlines()[0])
     add = arguments.add_pipeline_arguments(parser).add_argument
-    no_kernel = "No effect: accepted for old commands, but ppdiffusers has no such kernel."
+    no_kernel = "This flag has no effect: it is accepted for old commands, but ppdiffusers has no such kernel."
     add("--enable_npu_flash_attention", action=arguments.Flag, help=no_kernel)
-    add("--prediction_type", choices=PREDICTION_TYPES, help="What the UNet predicts; by default as its scheduler says.")
+    add(
+        "--prediction_type", choices=PREDICTION_TYPES,
+        help="Train the UNet to predict this; without it, what its scheduler says.",
+    )  # fmt: skip
     arguments.add_image_arguments(parser)
     arguments.add_diffusion_arguments(parser, noise_offset=True)
     arguments.add_timestep_arguments(parser)

@@ -23,19 +23,10 @@ from ppdiffusers_train.objectives.noise_schedule import add_noise
 
 def build_parser():
     parser = arguments.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument_group("models and images").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Folder or hub name of the pipeline to start from.")
-    add("--pretrained_vae_model_name_or_path", help="Folder or hub name of another VAE.")
-    add("--revision", help="Revision of the pipeline on the hub.")
-    add("--variant", help="Variant of the weights' files, such as fp16.")
-    add("--center_crop", action=arguments.Flag, help="Crop the centre instead of a random place.")
-    add("--random_flip", action=arguments.Flag, help="Mirror each sample with probability 1/2.")
-    add(
-        "--image_interpolation_mode",
-        choices=arguments.INTERPOLATION_MODES,
-        default="lanczos",
-        help="Filter for resizing.",
-    )
+    arguments.add_pipeline_arguments(parser)
+    add = arguments.add_crop_arguments(parser).add_argument
+    modes, resize = arguments.INTERPOLATION_MODES, "Resize images with this interpolation."
+    add("--image_interpolation_mode", choices=modes, default="lanczos", help=resize)
     arguments.add_data_arguments(parser)
     arguments.add_training_arguments(parser)
     arguments.add_diffusion_arguments(parser, noise_offset=True)

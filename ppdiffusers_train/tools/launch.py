@@ -45,7 +45,10 @@ def add_launch_command(commands) -> None:
         "(--log_dir chooses another); no secret of the environment is written there. The exit status is that of the "
         "rank that failed.",
     )  # fmt: skip
-    command.add_argument("words", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="Training script and its flags.")
+    command.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="SCRIPT ...",
+        help="Name the training script, then its flags.",
+    )  # fmt: skip
 
     def run(args) -> int:
         if args.words[:1] in (["-h"], ["--help"]):
