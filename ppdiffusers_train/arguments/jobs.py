@@ -99,7 +99,7 @@ def add_flow_matching_arguments(parser):
         type=lambda name: name.replace("_", "-"),
         help="Sample timesteps with this density; bell samples uniformly and weights losses most in the middle.",
     )  # fmt: skip
-    add("--logit_mean", type=float, default=0.0, help="Use this mean of the logit-normal density; above 0 favours noise.")
+    add("--logit_mean", type=float, default=0.0, help="Use this mean of the logit-normal density; more favours noise.")
     add("--logit_std", type=float, default=1.0, help="Use this standard deviation of the logit-normal density.")
     add(
         "--mode_scale", type=float, default=1.29,
