@@ -217,7 +217,7 @@ def notices(args, precision: Precision, total_steps: int):
         yield precision.notice
     if args.to_static and not can_compile_models():
         yield "--to_static: no effect, it needs Paddle 3"
-    if args.local_rank != -1:
+    if args.local_rank is not None:
         yield f"--local_rank {args.local_rank}: no effect, paddle.distributed.launch sets the rank"
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= total_steps:
         yield f"--lr_warmup_steps {args.lr_warmup_steps}: all of the run's {total_steps} steps are warm-up"

@@ -43,4 +43,5 @@ def save_validation_images(plan: Plan, state: TrainingState, trackers) -> None:
             file = run.output_dir / "validation" / f"step-{state.step}.png"
             file.parent.mkdir(exist_ok=True)
             grid.save(file)
+            run.log(f"step {state.step}: wrote {file.relative_to(run.output_dir)}")
             trackers.image("validation", grid, state.step)
