@@ -85,9 +85,19 @@ class DiffusionTrainingModule(nn.Layer):
         return [parameter for parameter in self.parameters() if not parameter.stop_gradient]
 
 
-@paddle.no_grad()
 def encode_batch(module, batch: dict) -> dict:
-    """Encode a batch with `module.encode`: `{name: [B, …]} -> {name: [B, …]}`, floats as float32.
+    """Encode a batch: `{name: [B, …]} -> {name: [B, …]}`, floats as float32."""
+    return as_float32(encode_alone(module, batch))
+
+
+def as_float32(encoded: dict) -> dict:
+    """An encoded batch with its floats as float32, which `forward` takes."""
+    return {name: value.astype("float32") if value.is_floating_point() else value for name, value in encoded.items()}
+
+
+@paddle.no_grad()
+def encode_alone(module, batch: dict) -> dict:
+    """Encode a batch with `module.encode`: `{name: [B, …]} -> {name: [B, …]}`, in the types that it computes.
 
     One sample at a time unless the module says otherwise: the rounding of a matrix product depends on its sizes, and a
     sample's encoding must not depend on the other samples of its batch, or a cache could not hold the same bits.
@@ -97,8 +107,7 @@ def encode_batch(module, batch: dict) -> dict:
         module.encode({name: value[start : start + together] for name, value in batch.items()})
         for start in range(0, size, together)
     ]
-    stacked = {name: paddle.concat([part[name] for part in parts]) for name in parts[0]}
-    return {name: value.astype("float32") if value.is_floating_point() else value for name, value in stacked.items()}
+    return {name: paddle.concat([part[name] for part in parts]) for name in parts[0]}
 
 
 def freeze(model: nn.Layer) -> nn.Layer:

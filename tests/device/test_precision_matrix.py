@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ppdiffusers_train.runtime.precision import DTYPES
-from tests.conftest import scalars, tensors
+from tests.conftest import encoded_samples, scalars, tensors
 from tests.device.conftest import LOW
 from tests.device.files import differing, fits, low_tensors, not_finite
 from tests.device.jobs import COVERING, EVERYTHING, FAMILIES, FULL, LORA, Jobs, Setting, pairs
@@ -82,14 +82,33 @@ def test_so_they_do_in_every_script_and_precision(family, jobs, on_device):
 
 
 def check_recompute(cases, jobs, on_device):
-    """Two steps of each case with and without `--gradient_checkpointing`."""
+    check_same_bits(cases, jobs, on_device, [], ["--gradient_checkpointing"])
+
+
+@pytest.mark.once
+def test_encoded_samples_from_the_cache_are_those_of_online_encoders(jobs, on_device):
+    cases = [("prior", "fp16", "O1"), ("sdxl", "bf16", "O1"), ("lora_sdxl", "fp16", "O2"), ("sd3", "bf16", "O2")]
+    cases = [case for case in cases if DTYPES[case[1]] in LOW]
+    center = {name: ["--center_crop"] for name, *_ in cases if name != "prior"}
+    check_same_bits(cases, jobs, on_device, ["--encoded_cache"], ["--no_encoded_cache"], center)
+    for name, dtype, level in cases:
+        sizes = [
+            {part: array.itemsize for part, array in arrays.items()}
+            for arrays in encoded_samples(jobs.folder / f"{name}-{dtype}-{level}" / "encoded").values()
+        ]
+        low = "image_embeds" if name == "prior" else "pooled_prompt_embeds"
+        assert sizes and all(size[low] == 2 for size in sizes), (name, sizes)
+
+
+def check_same_bits(cases, jobs, on_device, first_flags, second_flags, of_jobs=()):
+    """Two steps of each case with some flags and with others. `of_jobs` has flags of single jobs."""
     outs = {}
     for case in cases:
         name, dtype, level = case
-        flags = ["--max_train_steps=2", "--checkpointing_steps=2", "--train_batch_size=2"]
+        flags = ["--max_train_steps=2", "--checkpointing_steps=2", "--train_batch_size=2", *dict(of_jobs).get(name, [])]
         flags += [f"--mixed_precision={dtype}", f"--amp_level={level}"]
         out = "-".join(case)
-        outs[case] = jobs.add(name, out, *flags), jobs.add(name, f"{out}-less", *flags, "--gradient_checkpointing")
+        outs[case] = jobs.add(name, out, *flags, *first_flags), jobs.add(name, f"{out}-less", *flags, *second_flags)
     failed = [report["error"] or report["said"] for report in on_device(jobs.list) if report["status"]]
     assert not failed, failed[0]
     wrong = [(case, first("", differing(*(out / "checkpoint-2" for out in pair)))) for case, pair in outs.items()]

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from ppdiffusers_train.data.dataset import build_dataset
-from ppdiffusers_train.data.encoded_cache import EncodedSamples, encoders_digest
+from ppdiffusers_train.data.encoded_cache import EncodedSamples, RunEntries, encoders_digest
 from ppdiffusers_train.data.loader import PreprocessedSamples
 from ppdiffusers_train.data.order import SampleOrder, order_samples
+from ppdiffusers_train.data.packs import Packs
 from ppdiffusers_train.models.text import count_tokens
 from ppdiffusers_train.module import encode_batch
 from ppdiffusers_train.runtime.precision import Precision
@@ -93,7 +94,8 @@ def test_with_the_encoded_cache_it_shows_what_the_cache_has_encoded(
     capsys.readouterr()
     module = build_sdxl_module("sdxl", *flags)
     dataset, order = build_dataset(module.args), SampleOrder(0, 7)
-    trained = EncodedSamples(out / "encoded" / encoders_digest(module, Precision("no")), dataset, order, 2)
+    folder = out / "encoded" / encoders_digest(module, Precision("no"))
+    trained = EncodedSamples(Packs(folder), RunEntries(dataset, order, 2))
     status, document, sheet = preview(SDXL_SCRIPT, *sdxl_flags, *flags, "--preview_samples=9")
     samples = PreviewedEntries(dataset, module.preprocess, order, 2)
     for position, tile in enumerate(tiles(document, sheet)):

@@ -1,0 +1,193 @@
+"""Writes packs of encoded samples (`packs.py`), puts small ones together, and removes what killed writers have left."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import secrets
+import time
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from ppdiffusers_train.data.packs import MAGIC, SUFFIX, TAIL, open_packs, record_of
+from ppdiffusers_train.errors import RunError
+from ppdiffusers_train.runtime.checkpoint import sync
+from ppdiffusers_train.runtime.processes import is_alive, this_machine
+
+PACK_SAMPLES, PACK_BYTES, PACK_SECONDS = 4096, 2 << 30, 120  # a pack is complete at the first of these
+AHEAD = 64  # samples that may wait to be written
+SMALL_SAMPLES, MANY_SMALL = 1000, 16  # packs smaller than that are put together where there are more
+OLD_SECONDS = 24 * 3600  # age of an unfinished file after which no process is still writing it
+
+
+class PackWriter:
+    """Writes samples into new packs of a folder, in a thread, which the caller does not wait for.
+
+        with PackWriter(folder) as writer:
+            writer.add(key, {name: array})
+
+    At the end, also after an error, the last pack is completed.
+
+    Raises:
+        RunError: by one of the next calls, or at the end: nothing can be written. Complete packs are kept.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.written = folder, []
+        self._pack, self._waiting, self._has_failed = None, deque(), False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="packs")
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def add(self, key: bytes, arrays: dict) -> None:
+        """Write a sample.
+
+        Args:
+            key: 16 bytes.
+        """
+        self._waiting.append(self._thread.submit(self._write, key, arrays))
+        while len(self._waiting) > AHEAD or self._waiting and self._waiting[0].done():
+            self._waiting.popleft().result()
+
+    def __exit__(self, *_):
+        try:
+            while self._waiting:
+                self._waiting.popleft().result()
+            self._thread.submit(self._complete).result()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, key: bytes, arrays: dict) -> None:
+        if self._has_failed:
+            return  # the caller is about to hear of it
+        with self._discarding():
+            self._pack = self._pack or UnfinishedPack(self.folder)
+            self._pack.add(key, arrays)
+        if self._pack.is_full():
+            self._complete()
+
+    def _complete(self) -> None:
+        if self._pack:
+            with self._discarding():
+                self.written.append(self._pack.complete())
+            self._pack = None
+
+    @contextlib.contextmanager
+    def _discarding(self):
+        """A context that removes the unfinished pack at an error."""
+        try:
+            yield
+        except Exception as error:
+            if self._pack:
+                self._pack.discard()
+            self._pack, self._has_failed = None, True
+            if isinstance(error, OSError):
+                raise RunError(f"{self.folder}: a pack of the cache cannot be written, {error.strerror}") from error
+            raise
+
+
+class UnfinishedPack:
+    """A pack that is being written."""
+
+    def __init__(self, folder: Path):
+        self.target = folder / f"{secrets.token_hex(8)}{SUFFIX}"
+        self.temporary = folder / f".{self.target.stem}.{this_machine():x}.{os.getpid()}"
+        self.file, self.size, self.begun = open(self.temporary, "xb"), 0, time.monotonic()
+        self.keys, self.chosen, self.checks, self.offsets = [], [], [], []
+        self.forms, self.values = {}, {}  # {form: its number}, {hash of a value: its offset}
+
+    def add(self, key: bytes, arrays: dict) -> None:
+        named = sorted((name, np.asarray(array)) for name, array in arrays.items())
+        form = tuple((name, array.dtype.str, array.shape) for name, array in named)
+        self.chosen.append(self.forms.setdefault(form, len(self.forms)))
+        values = [array.tobytes() for _, array in named]
+        self.checks.append(functools.reduce(lambda check, value: zlib.crc32(value, check), values, 0))
+        self.offsets.append([self._place(value) for value in values])
+        self.keys.append(key)
+
+    def _place(self, value: bytes) -> int:
+        """Where in the file a value is; it is written if it is new."""
+        name = hashlib.blake2b(value, digest_size=16).digest()
+        if name not in self.values:
+            self.file.write(value)
+            self.values[name] = self.size
+            self.size += len(value)
+        return self.values[name]
+
+    def is_full(self) -> bool:
+        seconds = time.monotonic() - self.begun
+        return len(self.keys) >= PACK_SAMPLES or self.size >= PACK_BYTES or seconds >= PACK_SECONDS
+
+    def complete(self) -> str:
+        """Give the pack its name, once it is on disk; returns that name."""
+        width = max(map(len, self.offsets))
+        description = {"of": self.target.parent.name, "samples": len(self.keys), "forms": list(self.forms)}
+        record, padding = record_of(width), [0] * width
+        rows = zip(self.chosen, self.checks, self.offsets)
+        records = [record.pack(form, check, *(offsets + padding)[:width]) for form, check, offsets in rows]
+        index, text = b"".join(self.keys + records), json.dumps({**description, "width": width}).encode()
+        digest = hashlib.blake2b(index + text, digest_size=16).digest()
+        with self.file:
+            self.file.write(index + text + TAIL.pack(self.size, len(text), digest, MAGIC))
+        sync(self.temporary)
+        os.replace(self.temporary, self.target)
+        sync(self.target.parent)
+        return self.target.name
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):  # the disk may be full; closing writes what is buffered
+            self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+def rewrite(folder: Path, packs: list, is_wanted) -> None:
+    """Write the wanted samples of some packs into new ones, each once, and remove these packs.
+
+    Runs that read them meanwhile find the new ones.
+
+    Args:
+        is_wanted: keys "S16" [n] -> bool [n].
+    Raises:
+        OSError, RunError: a pack cannot be read, or nothing can be written; no pack is removed.
+    """
+    keys = np.concatenate([pack.keys for pack in packs])
+    first = np.zeros(len(keys), bool)
+    first[np.unique(keys, return_index=True)[1]] = True
+    with PackWriter(folder) as writer:
+        for pack, is_first in zip(packs, np.split(first, np.cumsum([len(pack) for pack in packs])[:-1])):
+            for row in np.flatnonzero(is_first & is_wanted(pack.keys)).tolist():
+                writer.add(bytes(pack.keys[row]).ljust(16, b"\0"), pack.read(row))
+    for pack in packs:
+        Path(pack.file).unlink(missing_ok=True)
+
+
+def merge_small(folder: Path) -> None:
+    """Put small packs together where there are many. Nothing is lost if that fails."""
+    with contextlib.suppress(OSError, RunError):  # another run is doing the same, or the disk is full
+        small = [pack for pack in open_packs(folder)[0] if len(pack) < SMALL_SAMPLES and pack.bytes < PACK_BYTES // 4]
+        if len(small) > MANY_SMALL:
+            rewrite(folder, small, lambda keys: np.ones(len(keys), bool))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove unfinished packs of processes that were killed.
+
+    Whether a writer is alive is known on its own machine only. Files of other machines or containers are kept for a
+    day.
+    """
+    for file in folder.glob(".*"):
+        with contextlib.suppress(FileNotFoundError):  # its writer has finished it, or another run has removed it
+            machine, _, process = file.name.strip(".").partition(".")[2].partition(".")
+            if this_machine() and machine == f"{this_machine():x}" and process.isdigit():
+                is_left = not is_alive(int(process))
+            else:
+                is_left = time.time() - file.stat().st_mtime > OLD_SECONDS
+            if is_left:
+                file.unlink()
