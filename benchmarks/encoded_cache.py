@@ -204,8 +204,13 @@ def real_bytes(root: Path) -> None:
         folder = root / name.replace(" ", "-")
         write_entries(folder, REAL_COUNT, sample)
         packs = Packs(folder)
-        rate, size, _ = np.median([read_entries(packs, REAL_COUNT, 1000) for _ in range(READ_TURNS)], axis=0)
-        print(f"{name}: {rate:.0f} reads/s, {size / 1e9:.2f} GB/s", flush=True)
+        found = [read_entries(packs, REAL_COUNT, 1000) for _ in range(READ_TURNS)]
+        rate, size, processor = np.median(found, axis=0)
+        work = size / rate / processor
+        print(
+            f"{name}: {rate:.0f} reads/s, {size / 1e9:.2f} GB/s, {work / 1e9:.2f} GB a second of a processor",
+            flush=True,
+        )
         shutil.rmtree(folder)
 
 
