@@ -161,12 +161,13 @@ def read_entries(packs: Packs, count: int, times: int) -> tuple:
 def read(root: Path) -> None:
     """The toy's size, from few and from many."""
     noise = np.random.default_rng(0)
-    latents, captions = noise.standard_normal([4, 8, 8], np.float32), noise.standard_normal([1000, 8, 32], np.float32)
+    latents, caption = noise.standard_normal([4, 8, 8], np.float32), noise.standard_normal([8, 32], np.float32)
 
     def sample(number):
-        changed = latents.copy()
-        changed.flat[0] = number
-        return {"latents": changed, "prompt_embeds": captions[number % 1000], "time_ids": np.full([6], number, "f4")}
+        """Four images have the same caption, however many there are."""
+        changed, embeds = latents.copy(), caption.copy()
+        changed.flat[0], embeds.flat[0] = number, number // 4
+        return {"latents": changed, "prompt_embeds": embeds, "time_ids": np.full([6], number, "f4")}
 
     opened = {}
     for count in READ_COUNTS:
@@ -183,7 +184,7 @@ def read(root: Path) -> None:
 
 
 def real_bytes(root: Path) -> None:
-    """Samples of real size under bf16: pooled encodings in 16 bits, all else in float32, as autocast computes them."""
+    """Samples of real size under bf16: captions in 16 bits, latents and sizes in float32."""
     shapes = {
         "SDXL at 512": {"latents": [4, 64, 64], "prompt_embeds": [77, 2048], "pooled": [1280], "time_ids": [6]},
         "SDXL at 1024": {"latents": [4, 128, 128], "prompt_embeds": [77, 2048], "pooled": [1280], "time_ids": [6]},
@@ -193,7 +194,7 @@ def real_bytes(root: Path) -> None:
     for name, parts in shapes.items():
 
         def sample(number, parts=parts):
-            kinds = {part: np.uint16 if part == "pooled" else np.float32 for part in parts}
+            kinds = {part: np.float32 if part in ("latents", "time_ids") else np.uint16 for part in parts}
             found = {}
             for part, shape in parts.items():
                 length = math.prod(shape) * np.dtype(kinds[part]).itemsize // 2

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import secrets
 import time
@@ -13,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 
-from ppdiffusers_train.data.packs import MAGIC, SUFFIX, TAIL, open_packs, record_of
+from ppdiffusers_train.data.packs import SUFFIX, VALUES, index_schema, open_packs
 from ppdiffusers_train.errors import RunError
 from ppdiffusers_train.runtime.checkpoint import sync
 from ppdiffusers_train.runtime.processes import is_alive, this_machine
@@ -99,27 +99,32 @@ class UnfinishedPack:
     def __init__(self, folder: Path):
         self.target = folder / f"{secrets.token_hex(8)}{SUFFIX}"
         self.temporary = folder / f".{self.target.stem}.{this_machine():x}.{os.getpid()}"
-        self.file, self.size, self.begun = open(self.temporary, "xb"), 0, time.monotonic()
-        self.keys, self.chosen, self.checks, self.offsets = [], [], [], []
-        self.forms, self.values = {}, {}  # {form: its number}, {hash of a value: its offset}
+        self.file, self.begun = open(self.temporary, "xb"), time.monotonic()
+        self.batches, self.count, self.size = pyarrow.ipc.new_file(self.file, VALUES), 0, 0
+        self.keys, self.chosen, self.checks, self.places = [], [], [], []
+        self.forms, self.known = {}, {}  # {form: its number}, {hash of a value: its place}
 
     def add(self, key: bytes, arrays: dict) -> None:
         named = sorted((name, np.asarray(array)) for name, array in arrays.items())
         form = tuple((name, array.dtype.str, array.shape) for name, array in named)
-        self.chosen.append(self.forms.setdefault(form, len(self.forms)))
-        values = [array.tobytes() for _, array in named]
-        self.checks.append(functools.reduce(lambda check, value: zlib.crc32(value, check), values, 0))
-        self.offsets.append([self._place(value) for value in values])
+        values, new, places = [array.tobytes() for _, array in named], [], []
+        for value in values:
+            name = hashlib.blake2b(value, digest_size=16).digest()
+            if name not in self.known:
+                self.known[name] = self.count, len(new)
+                new.append(value)
+            places += self.known[name]
+        if new:
+            self._write(new)
         self.keys.append(key)
+        self.chosen.append(self.forms.setdefault(form, len(self.forms)))
+        self.checks.append(functools.reduce(lambda check, value: zlib.crc32(value, check), values, 0))
+        self.places.append(places)
 
-    def _place(self, value: bytes) -> int:
-        """Where in the file a value is; it is written if it is new."""
-        name = hashlib.blake2b(value, digest_size=16).digest()
-        if name not in self.values:
-            self.file.write(value)
-            self.values[name] = self.size
-            self.size += len(value)
-        return self.values[name]
+    def _write(self, values: list) -> None:
+        """Write values as one batch."""
+        self.batches.write_batch(pyarrow.record_batch([pyarrow.array(values, VALUES.types[0])], schema=VALUES))
+        self.count, self.size = self.count + 1, self.size + sum(map(len, values))
 
     def is_full(self) -> bool:
         seconds = time.monotonic() - self.begun
@@ -127,15 +132,15 @@ class UnfinishedPack:
 
     def complete(self) -> str:
         """Give the pack its name, once it is on disk; returns that name."""
-        width = max(map(len, self.offsets))
-        description = {"of": self.target.parent.name, "samples": len(self.keys), "forms": list(self.forms)}
-        record, padding = record_of(width), [0] * width
-        rows = zip(self.chosen, self.checks, self.offsets)
-        records = [record.pack(form, check, *(offsets + padding)[:width]) for form, check, offsets in rows]
-        index, text = b"".join(self.keys + records), json.dumps({**description, "width": width}).encode()
-        digest = hashlib.blake2b(index + text, digest_size=16).digest()
+        schema = index_schema({"of": self.target.parent.name, "forms": list(self.forms)})
+        table = pyarrow.table([self.keys, self.chosen, self.checks, self.places], schema=schema)
+        target = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(target, schema) as stream:
+            stream.write_table(table)
+        index = target.getvalue().to_pybytes()
         with self.file:
-            self.file.write(index + text + TAIL.pack(self.size, len(text), digest, MAGIC))
+            self._write([index, hashlib.blake2b(index, digest_size=16).digest()])
+            self.batches.close()
         sync(self.temporary)
         os.replace(self.temporary, self.target)
         sync(self.target.parent)

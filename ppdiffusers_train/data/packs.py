@@ -1,30 +1,32 @@
-"""Packs: files of some thousand encoded samples, which are written once and read at any place.
+"""Packs: Arrow files of some thousand encoded samples, which are written once and read at any place.
 
-    values of all samples | keys | form, checksum and offsets of each sample | description (JSON) | tail
-
-A pack is written from front to back under a hidden name, and gets its own name when it is complete and on disk. So
-several processes, runs and machines can fill one folder without a lock: each writes packs of its own, and finds those
-of the others when they are complete. Equal values, such as the encodings of one caption, are stored once in a pack.
+A batch of a pack's only column holds the values that a sample adds to it: equal values, such as the encodings of one
+caption, are stored once in a pack. The last batch holds the index, an Arrow table as a stream, and its hash. A pack is
+written under a hidden name, and gets its own name when it is complete and on disk. So several processes, runs and
+machines can fill one folder without a lock: each writes packs of its own, and finds those of the others when they are
+complete.
 
 Values keep the type in which they were computed. NumPy has no bfloat16: Paddle gives and takes its bits as uint16.
 """
 
 import hashlib
 import json
-import math
 import os
-import struct
+import threading
 import zlib
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+
+from ppdiffusers_train.data.arrow_files import as_stamps
 
 SUFFIX = ".pack"
-MAGIC = b"packs 1\n"
-TAIL = struct.Struct("<QQ16s8s")  # where the keys begin, length of the description, hash of all between, MAGIC
+VALUES = pyarrow.schema([("value", pyarrow.large_binary())])
 OPEN_FILES = 256  # most systems allow a process 1024
+# What reading a damaged file raises: Arrow takes a size, an offset or a missing value from it as it is.
+DAMAGE = (OSError, ValueError, IndexError, TypeError, pyarrow.ArrowException)
 
 
 def as_keys(keys) -> np.ndarray:
@@ -32,23 +34,17 @@ def as_keys(keys) -> np.ndarray:
     return np.frombuffer(b"".join(keys), "S16")
 
 
-@dataclass(frozen=True)
-class Part:
-    """One of the values of a sample: how it is stored."""
+def index_schema(description: dict):
+    """Of a pack's index: per sample its key, the number of its form, the checksum of its values, and their places,
+    (batch, row in the batch) one after the other.
 
-    name: str
-    dtype: np.dtype
-    shape: tuple
-
-    @cached_property
-    def size(self) -> int:
-        """In bytes."""
-        return self.dtype.itemsize * math.prod(self.shape)
-
-
-def record_of(width: int) -> struct.Struct:
-    """What the index holds of a sample besides its key: number of its form, checksum, offsets of its values."""
-    return struct.Struct(f"<iI{width}q")
+    Args:
+        description: `{"of": name of the folder, "forms": [[[name, type, shape] of each value] of each form]}`.
+    """
+    columns = {"key": pyarrow.binary(16), "form": pyarrow.int32(), "check": pyarrow.uint32()}
+    return pyarrow.schema(
+        [*columns.items(), ("places", pyarrow.list_(pyarrow.int32()))], {"description": json.dumps(description)}
+    )
 
 
 class Pack:
@@ -62,80 +58,90 @@ class Pack:
     """
 
     def __init__(self, file: Path, of: str):
-        self.file = str(file)
-        with open(file, "rb") as opened:
-            size = opened.seek(0, os.SEEK_END)
-            opened.seek(max(0, size - TAIL.size))
-            tail = opened.read()
-            if len(tail) < TAIL.size or not tail.endswith(MAGIC):
-                raise ValueError("it is incomplete, or no pack")
-            begin, length, digest, _ = TAIL.unpack(tail)
-            opened.seek(min(begin, size))
-            index = opened.read(max(0, size - TAIL.size - begin))
-        if hashlib.blake2b(index, digest_size=16).digest() != digest:
-            raise ValueError("its index is damaged")
-        self.bytes, self.description = size, json.loads(index[len(index) - length :])
+        self.file, self.bytes = str(file), file.stat().st_size
+        table = pyarrow.ipc.open_stream(self._index()).read_all()
+        self.description = json.loads(table.schema.metadata[b"description"])
         if self.description["of"] != of:
             raise ValueError(f"it belongs to {self.description['of']!r}")
-        self._lay_out(index)
-
-    def _lay_out(self, index: bytes) -> None:
-        self.count = self.description["samples"]
-        self.keys = np.frombuffer(index, "S16", self.count)
-        self.record = record_of(self.description["width"])
-        self.records = index[16 * self.count :][: self.record.size * self.count]
         self.forms = [
-            [Part(name, np.dtype(kind), tuple(shape)) for name, kind, shape in form]
-            for form in self.description["forms"]
+            [(name, np.dtype(kind), tuple(shape)) for name, kind, shape in form] for form in self.description["forms"]
         ]
+        self.count, self.keys = len(table), as_stamps(table["key"])
+        self.form_of, self.checks = (table[name].to_numpy() for name in ("form", "check"))
+        places = table["places"].combine_chunks()
+        self.starts, self.places = np.asarray(places.offsets), np.asarray(places.values)
+
+    def _index(self) -> bytes:
+        try:
+            batches = Batches(self.file)
+            index, digest = batches.read(batches.reader.num_record_batches - 1).to_pylist()
+        except DAMAGE as error:
+            if getattr(error, "errno", None):
+                raise  # the disk's
+            raise ValueError("it is incomplete, or damaged") from error
+        if hashlib.blake2b(index or b"", digest_size=16).digest() != digest:
+            raise ValueError("its index is damaged")
+        return index
 
     def __len__(self):
         return self.count
 
     def read(self, row: int) -> dict:
-        """Sample `row`, as `{name: array}`. Values that lie together take one read.
+        """Sample `row`, as `{name: array}`.
 
         Raises:
-            OSError: it cannot be read, or is damaged.
+            OSError: it cannot be read, or is damaged; the message names the file.
         """
-        form, expected, *offsets = self.record.unpack_from(self.records, row * self.record.size)
-        pieces, check = self._pieces(self.forms[form], offsets), 0
-        for piece in pieces:
-            check = zlib.crc32(piece, check)
-        if check != expected:
-            raise OSError("a sample in it is damaged; delete it, and its samples are encoded again")
-        return {
-            part.name: np.frombuffer(piece, part.dtype).reshape(part.shape)
-            for part, piece in zip(self.forms[form], pieces)
-        }
+        try:
+            return self._read(row)
+        except DAMAGE as error:
+            raise OSError(
+                f"{self.file}: a sample in it cannot be read ({error}); delete the file, and its samples are encoded "
+                "again"
+            ) from error
 
-    def _pieces(self, parts: list, offsets: list) -> list:
-        """The bytes of the values."""
-        file, pieces, together, end = open_file(self.file), [None] * len(parts), [], -1
-        for place in sorted(range(len(parts)), key=offsets.__getitem__):
-            if offsets[place] == end:
-                together[-1].append(place)
-            else:
-                together.append([place])
-            end = offsets[place] + parts[place].size
-        for places in together:
-            first = offsets[places[0]]
-            whole = memoryview(self._bytes(file, sum(parts[place].size for place in places), first))
-            for place in places:
-                pieces[place] = whole[offsets[place] - first :][: parts[place].size]
-        return pieces
-
-    def _bytes(self, file, size: int, offset: int) -> bytes:
-        found = os.pread(file.fileno(), size, offset)
-        if len(found) < size:
-            raise OSError("it has become shorter")
+    def _read(self, row: int) -> dict:
+        batches, check, found, values = open_batches(self.file), 0, {}, {}
+        places = iter(self.places[self.starts[row] : self.starts[row + 1]].tolist())
+        for (name, kind, shape), batch, place in zip(self.forms[self.form_of[row]], places, places):
+            if batch not in values:
+                values[batch] = batches.read(batch)
+            value = values[batch][place].as_buffer()
+            check = zlib.crc32(value, check)
+            found[name] = np.ndarray(shape, kind, value)
+        if check != self.checks[row]:
+            raise ValueError("it is damaged")
         return found
 
 
+class Batches:
+    """The batches of a pack, which is kept open.
+
+    A file that is read, not mapped: an error of a network disk is then an exception, where a mapped page would end the
+    process.
+    """
+
+    def __init__(self, file: str):
+        self.reader, self.lock = pyarrow.ipc.open_file(pyarrow.OSFile(file)), threading.Lock()
+        if self.reader.schema != VALUES:
+            raise ValueError("other columns")
+
+    def read(self, number: int):
+        """The values of a batch.
+
+        Raises:
+            OSError, ValueError: it cannot be read, or is damaged.
+        """
+        with self.lock:  # the reader is for one thread at a time
+            values = self.reader.get_batch(number).column(0)
+        values.validate(full=True)  # else a damaged offset could lead anywhere
+        return values
+
+
 @lru_cache(OPEN_FILES)
-def open_file(path: str):
-    """A file that is kept open; a reader that still has it keeps it open when others take its place."""
-    return open(path, "rb", buffering=0)
+def open_batches(file: str) -> Batches:
+    """The batches of a pack; a reader that still has them keeps the file open when others take its place."""
+    return Batches(file)
 
 
 class Packs:
@@ -210,10 +216,7 @@ class Packs:
         if place == len(known) or known[place] != wanted[0]:
             raise KeyError(key)
         pack, row = divmod(int(places[place]), 1 << 32)
-        try:
-            return packs[pack].read(row)
-        except OSError as error:
-            raise OSError(f"{packs[pack].file}: cannot be read, {error}") from error
+        return packs[pack].read(row)
 
 
 def open_packs(folder: Path) -> tuple:

@@ -130,7 +130,7 @@ def overwrite(pack):
 
 def damage_index(pack):
     content = bytearray(pack.read_bytes())
-    content[-200] ^= 1
+    content[content.index(b'"of"')] ^= 1
     pack.write_bytes(content)
 
 
