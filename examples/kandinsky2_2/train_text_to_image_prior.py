@@ -20,7 +20,7 @@ from ppdiffusers_train.job import FullTraining, job_main
 from ppdiffusers_train.models.attention import announce_plain_attention
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders
 from ppdiffusers_train.models.recompute import enable_block_recompute
-from ppdiffusers_train.models.text import tokenize, warn_of_long_captions
+from ppdiffusers_train.models.text import as_computed, tokenize, warn_of_long_captions
 from ppdiffusers_train.module import freeze, keep_frozen
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
 from ppdiffusers_train.objectives.noise_schedule import add_noise
@@ -84,7 +84,7 @@ class KandinskyPriorTrainingModule(FullTraining):
         return {
             "image_embeds": self.image_encoder(batch["clip_pixel_values"]).image_embeds,
             "prompt_embeds": text.text_embeds,
-            "prompt_hidden_states": text.last_hidden_state,
+            "prompt_hidden_states": as_computed(self.text_encoder, text.last_hidden_state),
             "text_mask": batch["text_mask"],
         }
 

@@ -5,6 +5,7 @@ from ppdiffusers.transformers import CLIPTextModel, CLIPTokenizer
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.pipeline_folder import ModelFolder, PipelineFolder, export_pipeline
+from ppdiffusers_train.models.text import as_computed
 
 
 class StableDiffusionFolder:
@@ -74,7 +75,7 @@ class StableDiffusionFolder:
 
 def encode_prompt(text_encoder, input_ids):
     """Token ids [B, L] -> prompt embeddings [B, L, D]: the last hidden states."""
-    return text_encoder(input_ids)[0]
+    return as_computed(text_encoder, text_encoder(input_ids)[0])
 
 
 def encode_images(vae, pixels):
