@@ -7,6 +7,8 @@ from paddle import nn
 
 from ppdiffusers_train.errors import UserError
 
+VERSION = 1  # of what its functions give to encoded samples
+
 
 class DiffusionTrainingModule(nn.Layer):
     """One training job. A subclass loads its models, freezes what is not trained, and implements the methods below.

@@ -103,8 +103,13 @@ class SDXLTrainingModule(FullTraining):
         }
 
     def encode(self, batch):
-        """latents [B, 4, h, w], scaled; prompt_embeds [B, L, D]; pooled_prompt_embeds [B, P]; time_ids [B, 6]."""
-        captions = encode_captions(self.text_encoder, self.text_encoder_2, batch)
+        """latents [B, 4, h, w], scaled; prompt_embeds [B, L, D]; pooled_prompt_embeds [B, P]; time_ids [B, 6].
+
+        Where text encoders are trained, captions stay token ids: input_ids, input_ids_2 [B, L]; has_prompt [B].
+        """
+        captions = {name: batch[name] for name in ("input_ids", "input_ids_2", "has_prompt")}
+        if "text_encoder" in self.encoders:
+            captions = encode_captions(self.text_encoder, self.text_encoder_2, captions)
         return {"latents": encode_images(self.vae, batch["pixel_values"]), **captions, "time_ids": batch["time_ids"]}
 
     def inspect_dataset(self, dataset):

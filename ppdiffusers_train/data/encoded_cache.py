@@ -2,68 +2,24 @@
 
     <encoded_cache_dir>/<encoders>/*.pack
 
-`<encoders>` is a hash of the code, the settings and the weights of the encoders, followed by `-compiled` where they are
-compiled (`cpu/patches.py`). In the packs (`packs.py`), the key of a sample is a hash of the image's bytes, the caption
-and the variant. A sample never has to be invalidated, because its key is a hash of its inputs.
+`<encoders>` stands for the encoders (`encoders_key.py`). In the packs (`packs.py`), the key of a sample is a hash of
+the image's bytes, the caption and the variant. A sample never has to be invalidated, because its key is a hash of its
+inputs.
 """
 
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 
-from ppdiffusers_train.cpu.patches import COMPILE_FROM_ROWS, can_compile
 from ppdiffusers_train.data.loader import as_error, choose_caption
 from ppdiffusers_train.data.packs import Packs, as_keys
 from ppdiffusers_train.data.rows import with_one_caption
-from ppdiffusers_train.data.source_code import sources
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.errors import BadSampleError
 from ppdiffusers_train.module import as_float32
 
-FORMAT = 2  # of the files; folders of another one have other names
-ABOUT = "about.json"  # for people: what has encoded the samples of a folder
 ROWS_AT_ONCE = 64  # rows that a rank checks for missing entries at a time; it encodes one row at a time
-
-
-def encoders_folder(root: Path, module, precision, rows: int) -> tuple:
-    """(the cache's folder of these encoders, whether they are compiled for it).
-
-    Compiled encoders round differently, so a cache keeps the kind that it was started with, also when its data grows.
-    """
-    plain = root / encoders_digest(module, precision)
-    compiled = plain.with_name(f"{plain.name}-compiled")
-    if can_compile(module) and not plain.exists() and (compiled.exists() or rows >= COMPILE_FROM_ROWS):
-        return compiled, True
-    return plain, False
-
-
-def encoders_digest(module, precision) -> str:
-    """A hash of everything that an encoding depends on besides the sample: code, settings, precision, weights."""
-    digest = hashlib.blake2b(f"format {FORMAT}".encode(), digest_size=16)
-    for source in sources(type(module), "preprocess", "encode"):  # users edit scripts
-        digest.update(source.encode())
-    digest.update(json.dumps(encoders_settings(module, precision), sort_keys=True).encode())
-    for name in module.encoders:
-        for key, tensor in sorted(getattr(module, name).state_dict().items()):
-            array = tensor.numpy()
-            digest.update(f"{name}.{key} {array.dtype} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()
-
-
-def encoders_settings(module, precision) -> dict:
-    """The precision and the settings that an encoding depends on, as JSON."""
-    return {"precision": precision.mixed_precision if precision.enabled else "no", **module.encoding_settings()}
-
-
-def describe_encoders(folder: Path, module, precision) -> None:
-    """Write into the folder of these encoders what has encoded its samples."""
-    about = {"job": type(module).__name__, "encoders": list(module.encoders)}
-    text = json.dumps({**about, "settings": encoders_settings(module, precision)}, indent=1, ensure_ascii=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ABOUT).write_text(text + "\n", encoding="utf-8")
 
 
 def entry_key(image_digest: bytes, caption: str, variant: int) -> bytes:

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from ppdiffusers_train.errors import BadSampleError
 
+VERSION = 1  # of what its functions give to encoded samples
+
 ROWS_AT_ONCE = 1000
 ORIENTATION_TAG = 0x0112  # of EXIF
 # How an image with an EXIF orientation is turned upright; from 5 on, height and width are swapped.

@@ -5,6 +5,8 @@ from fractions import Fraction
 import numpy as np
 from PIL import Image, ImageOps
 
+VERSION = 1  # of what its functions give to encoded samples
+
 
 def center_crop_square(image: Image.Image) -> Image.Image:
     """The largest centred square of an image, without resizing."""

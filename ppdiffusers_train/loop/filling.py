@@ -13,10 +13,9 @@ from ppdiffusers_train.data.encoded_cache import (
     EncodedSamples,
     RunEntries,
     UnencodedSamples,
-    describe_encoders,
     draws_something,
-    encoders_folder,
 )
+from ppdiffusers_train.data.encoders_key import describe_encoders, encoders_folder
 from ppdiffusers_train.data.loader import iterate_batches
 from ppdiffusers_train.data.pack_writer import PackWriter, merge_small, remove_leftovers
 from ppdiffusers_train.data.packs import Packs

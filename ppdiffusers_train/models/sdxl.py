@@ -10,6 +10,8 @@ from ppdiffusers.transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder
 from ppdiffusers_train.models.text import as_computed, tokenize
 
+VERSION = 1  # of what its functions give to encoded samples
+
 
 class SDXLFolder(StableDiffusionFolder):
     """The folder of an SDXL pipeline, with a VAE from elsewhere where one is given."""

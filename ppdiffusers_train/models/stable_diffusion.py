@@ -7,6 +7,8 @@ from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.pipeline_folder import ModelFolder, PipelineFolder, export_pipeline
 from ppdiffusers_train.models.text import as_computed
 
+VERSION = 1  # of what its functions give to encoded samples
+
 
 class StableDiffusionFolder:
     """The folder of a Stable Diffusion pipeline, with a VAE from elsewhere where one is given.

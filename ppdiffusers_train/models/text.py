@@ -6,6 +6,8 @@ import numpy as np
 
 from ppdiffusers_train.errors import UserError
 
+VERSION = 1  # of what its functions give to encoded samples
+
 
 def tokenize(tokenizer, caption: str, length=None) -> tuple:
     """A caption as input of the text encoder: input_ids and attention_mask, int64 [L], truncated or padded to L tokens.

@@ -14,7 +14,8 @@ import paddle
 import pytest
 from PIL import Image
 
-from ppdiffusers_train.data.encoded_cache import EncodedSamples, Entry, RunEntries, encoders_digest
+from ppdiffusers_train.data.encoded_cache import EncodedSamples, Entry, RunEntries
+from ppdiffusers_train.data.encoders_key import encoders_digest
 from ppdiffusers_train.data.loader import iterate_batches
 from ppdiffusers_train.data.order import SampleOrder
 from ppdiffusers_train.data.pack_writer import PackWriter
