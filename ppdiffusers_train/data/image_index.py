@@ -17,7 +17,15 @@ import numpy as np
 import pyarrow
 from pyarrow import compute
 
-from ppdiffusers_train.data.arrow_files import as_stamps, is_written, read_table, taken, whole_stamp, write_table
+from ppdiffusers_train.data.arrow_files import (
+    as_stamps,
+    is_written,
+    read_table,
+    remove_leftovers,
+    taken,
+    whole_stamp,
+    write_table,
+)  # fmt: skip
 from ppdiffusers_train.data.inspection import NOTHING, Inspected, inspect
 from ppdiffusers_train.data.rows import Rows, content_digest
 from ppdiffusers_train.errors import BadSampleError
@@ -107,6 +115,7 @@ class Index:
         write_table(self.folder / FILE, taken(self.table, places[places >= 0]), IDENTITY)
         for part in self.parts:
             part.unlink(missing_ok=True)
+        remove_leftovers(self.folder)
         return (self.folder / FILE).exists()
 
 

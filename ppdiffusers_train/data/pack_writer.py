@@ -1,4 +1,4 @@
-"""Writes packs of encoded samples (`packs.py`), puts small ones together, and removes what killed writers have left."""
+"""Writes packs of encoded samples (`packs.py`), and puts small ones together."""
 
 import contextlib
 import functools
@@ -14,15 +14,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 
+from ppdiffusers_train.data.arrow_files import unfinished
 from ppdiffusers_train.data.packs import SUFFIX, VALUES, index_schema, open_packs
 from ppdiffusers_train.errors import RunError
 from ppdiffusers_train.runtime.checkpoint import sync
-from ppdiffusers_train.runtime.processes import is_alive, this_machine
 
 PACK_SAMPLES, PACK_BYTES, PACK_SECONDS = 4096, 2 << 30, 120  # a pack is complete at the first of these
 AHEAD = 64  # samples that may wait to be written
 SMALL_SAMPLES, MANY_SMALL = 1000, 16  # packs smaller than that are put together where there are more
-OLD_SECONDS = 24 * 3600  # age of an unfinished file after which no process is still writing it
 
 
 class PackWriter:
@@ -98,7 +97,7 @@ class UnfinishedPack:
 
     def __init__(self, folder: Path):
         self.target = folder / f"{secrets.token_hex(8)}{SUFFIX}"
-        self.temporary = folder / f".{self.target.stem}.{this_machine():x}.{os.getpid()}"
+        self.temporary = unfinished(self.target)
         self.file, self.begun = open(self.temporary, "xb"), time.monotonic()
         self.batches, self.count, self.size = pyarrow.ipc.new_file(self.file, VALUES), 0, 0
         self.keys, self.chosen, self.checks, self.places = [], [], [], []
@@ -179,20 +178,3 @@ def merge_small(folder: Path) -> None:
         small = [pack for pack in open_packs(folder)[0] if len(pack) < SMALL_SAMPLES and pack.bytes < PACK_BYTES // 4]
         if len(small) > MANY_SMALL:
             rewrite(folder, small, lambda keys: np.ones(len(keys), bool))
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove unfinished packs of processes that were killed.
-
-    Whether a writer is alive is known on its own machine only. Files of other machines or containers are kept for a
-    day.
-    """
-    for file in folder.glob(".*"):
-        with contextlib.suppress(FileNotFoundError):  # its writer has finished it, or another run has removed it
-            machine, _, process = file.name.strip(".").partition(".")[2].partition(".")
-            if this_machine() and machine == f"{this_machine():x}" and process.isdigit():
-                is_left = not is_alive(int(process))
-            else:
-                is_left = time.time() - file.stat().st_mtime > OLD_SECONDS
-            if is_left:
-                file.unlink()

@@ -9,6 +9,7 @@ import numpy as np
 
 from ppdiffusers_train.cpu.free_memory import return_free_memory
 from ppdiffusers_train.cpu.patches import CompiledEncode
+from ppdiffusers_train.data.arrow_files import remove_leftovers
 from ppdiffusers_train.data.encoded_cache import (
     EncodedSamples,
     RunEntries,
@@ -17,7 +18,7 @@ from ppdiffusers_train.data.encoded_cache import (
 )
 from ppdiffusers_train.data.encoders_key import describe_encoders, encoders_folder
 from ppdiffusers_train.data.loader import iterate_batches
-from ppdiffusers_train.data.pack_writer import PackWriter, merge_small, remove_leftovers
+from ppdiffusers_train.data.pack_writer import PackWriter, merge_small
 from ppdiffusers_train.data.packs import Packs
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import TrainingState

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ppdiffusers_train.data.arrow_files import remove_leftovers
 from ppdiffusers_train.data.dataset import index_folder
 from ppdiffusers_train.data.encoded_cache import entry_key
 from ppdiffusers_train.data.encoders_key import ABOUT
 from ppdiffusers_train.data.image_index import index_images
-from ppdiffusers_train.data.pack_writer import remove_leftovers, rewrite
+from ppdiffusers_train.data.pack_writer import rewrite
 from ppdiffusers_train.data.packs import as_keys, open_packs
 from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.errors import BadSampleError, UserError

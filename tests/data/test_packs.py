@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from ppdiffusers_train.data import pack_writer, packs
-from ppdiffusers_train.data.pack_writer import PackWriter, merge_small, remove_leftovers, rewrite
+from ppdiffusers_train.data.arrow_files import remove_leftovers
+from ppdiffusers_train.data.pack_writer import PackWriter, merge_small, rewrite
 from ppdiffusers_train.data.packs import Packs, as_keys, open_packs
 from ppdiffusers_train.errors import RunError
 from ppdiffusers_train.runtime.processes import this_machine

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from ppdiffusers_train.data.dataset import build_dataset
-from ppdiffusers_train.data.encoded_cache import EncodedSamples, RunEntries, encoders_digest
+from ppdiffusers_train.data.encoded_cache import EncodedSamples, RunEntries
+from ppdiffusers_train.data.encoders_key import encoders_digest
 from ppdiffusers_train.data.loader import PreprocessedSamples
 from ppdiffusers_train.data.order import SampleOrder, order_samples
 from ppdiffusers_train.data.packs import Packs
