@@ -40,6 +40,35 @@ class DiffusionTrainingModule(nn.Layer):
     buckets = ()
     """[(height, width)] of the aspect-ratio buckets; empty if all samples have the same size."""
 
+    def load_later(self, name: str, stored) -> None:
+        """Have a frozen model as attribute `name` that is loaded when it is first used.
+
+        Where all samples are in the cache, it never is.
+
+        Args:
+            stored: a `pipeline_folder.StoredModel`.
+        """
+        vars(self).setdefault("stored", {})[name] = stored
+
+    def load_rest(self) -> list:
+        """Load the models of `load_later` that have not been used yet; returns their names."""
+        names = list(vars(self).get("stored", {}))
+        for name in names:
+            getattr(self, name)
+        return names
+
+    def __getattr__(self, name):
+        stored = vars(self).get("stored", {})
+        if name in stored:
+            setattr(self, name, freeze(stored.pop(name).load()))
+        return super().__getattr__(name)
+
+    def free_encoders(self) -> None:
+        """Free the memory of the encoders; those that are not loaded never will be."""
+        for name in self.encoders:
+            vars(self).get("stored", {}).pop(name, None)
+            setattr(self, name, None)
+
     def encoding_settings(self):
         """Settings that `preprocess` and `encode` depend on besides the sample and the encoders' weights, as JSON."""
         return {}

@@ -99,6 +99,8 @@ def index_dataset(dataset, run: Run) -> None:
 def make_plan(module, dataset, run: Run) -> Plan:
     """Choose what is trained and the order of samples; check that all ranks and the checkpoint agree on it."""
     args = run.args
+    if args.dry_run or not args.encoded_cache_dir:
+        module.load_rest()
     if run.ranks.world_size > 1 and not args.dry_run:
         agree(run.ranks, job_code(module))
         agree_on_data(dataset, run.ranks)

@@ -3,40 +3,52 @@
 Jobs that encode alike have the same key, so they share samples.
 """
 
+import contextlib
 import hashlib
 import json
+import os
+import time
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from ppdiffusers_train.cpu.patches import COMPILE_FROM_ROWS, can_compile
-from ppdiffusers_train.data.rows import decode
+from ppdiffusers_train.data.arrow_files import unfinished
+from ppdiffusers_train.data.inspection import TICK_SECONDS
+from ppdiffusers_train.data.rows import decode, stamp_of
 from ppdiffusers_train.data.source_code import code_of
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.module import encode_alone
 
 FORMAT = 3  # of the cache's files and keys
 ABOUT = "about.json"  # for people: what has encoded the samples of a folder
+WEIGHTS, BLOCK = "weights.json", 1 << 22  # hashes of files with weights; bytes that are read at a time
 LIBRARIES = ("ppdiffusers", "paddlenlp", "pillow")
 # An encoded sample is the result of these methods of a training module, and of what they are called with and by.
 METHODS, AROUND = ("preprocess", "encode"), (decode, RowDraws, encode_alone)
 
 
-def encoders_folder(root: Path, module, precision, rows: int) -> tuple:
-    """(the cache's folder of these encoders, whether they are compiled for it).
+def encoders_folder(root: Path, digest: str, module, rows: int) -> tuple:
+    """(the cache's folder of the encoders with this digest, whether they are compiled for it).
 
     Compiled encoders round differently, so a cache keeps the kind that it was started with, also when its data grows.
     """
-    plain = root / encoders_digest(module, precision)
+    plain = root / digest
     compiled = plain.with_name(f"{plain.name}-compiled")
     if can_compile(module) and not plain.exists() and (compiled.exists() or rows >= COMPILE_FROM_ROWS):
         return compiled, True
     return plain, False
 
 
-def encoders_digest(module, precision) -> str:
-    """A hash of everything that an encoding depends on besides the sample."""
+def encoders_digest(module, precision, index_dir: Path) -> str:
+    """A hash of everything that an encoding depends on besides the sample.
+
+    An encoder that is not loaded is known by its files.
+
+    Args:
+        index_dir: the folder of all indices.
+    """
     known = {
         "format": FORMAT,
         "code": code_of(type(module), METHODS, AROUND),
@@ -45,6 +57,9 @@ def encoders_digest(module, precision) -> str:
     }
     digest = hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16)
     for name in module.encoders:
+        if name in vars(module).get("stored", {}):
+            digest.update(f"{name} {file_digests(module.stored[name].files, index_dir)}".encode())
+            continue
         for key, tensor in sorted(getattr(module, name).state_dict().items()):
             array = tensor.numpy()
             digest.update(f"{name}.{key} {array.dtype} {array.shape}".encode())
@@ -54,8 +69,48 @@ def encoders_digest(module, precision) -> str:
 
 def encoders_settings(module, precision) -> dict:
     """The precision and the settings that an encoding depends on, as JSON."""
-    kind = f"{precision.mixed_precision} {precision.level}" if precision.enabled else "no"
-    return {"precision": kind, **module.encoding_settings()}
+    if not precision.enabled:
+        return {"precision": "no", **module.encoding_settings()}
+    kept = sorted({*module.keep_float32, *module.keep_float32_in_fp16} & {*module.encoders})
+    kind = f"{precision.mixed_precision} {precision.level}"
+    return {"precision": kind, "keep_float32": kept, **module.encoding_settings()}
+
+
+def file_digests(files, index_dir: Path) -> list:
+    """The content hashes of files. A file that has not changed since an earlier start is not read again."""
+    record = index_dir / WEIGHTS
+    try:
+        known = json.loads(record.read_text("utf-8"))
+    except (OSError, ValueError):  # none, or a damaged one
+        known = {}
+    digests, new = [], {}
+    for file in files:
+        with open(file, "rb") as opened:
+            stat = os.fstat(opened.fileno())
+            stamp = stamp_of(stat).hex()
+            digests.append(known.get(stamp) or content_digest_of(opened))
+        if time.time() - stat.st_ctime > TICK_SECONDS:  # else it may change once more within the same time
+            new[stamp] = digests[-1]
+    if new.items() - known.items():
+        write_record(record, {**known, **new})
+    return digests
+
+
+def content_digest_of(opened) -> str:
+    """The hash of an open file's content."""
+    digest = hashlib.blake2b(digest_size=16)
+    for block in iter(lambda: opened.read(BLOCK), b""):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def write_record(file: Path, known: dict) -> None:
+    """Write what is known of weights. Nothing is lost where that fails, but the time to read them again."""
+    temporary = unfinished(file)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(known, indent=1), "utf-8")
+        os.replace(temporary, file)
 
 
 def describe_encoders(folder: Path, module, precision) -> None:

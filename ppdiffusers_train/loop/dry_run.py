@@ -140,6 +140,7 @@ def inventory_of(module, row: dict, args) -> Inventory:
         changed = {"gradient_checkpointing": recompute, "aspect_ratio_buckets": False}
         small = argparse.Namespace(**{**vars(args), **changed})
         job = type(module)(small)
+        job.load_rest()
         choose_trainable(job, small.trainable_modules)
         set_training_mode(job)
         meter, peaks = StepMeter(job.trainable_parameters()), []

@@ -10,13 +10,14 @@ import numpy as np
 from ppdiffusers_train.cpu.free_memory import return_free_memory
 from ppdiffusers_train.cpu.patches import CompiledEncode
 from ppdiffusers_train.data.arrow_files import remove_leftovers
+from ppdiffusers_train.data.dataset import index_folder
 from ppdiffusers_train.data.encoded_cache import (
     EncodedSamples,
     RunEntries,
     UnencodedSamples,
     draws_something,
 )
-from ppdiffusers_train.data.encoders_key import describe_encoders, encoders_folder
+from ppdiffusers_train.data.encoders_key import describe_encoders, encoders_digest, encoders_folder
 from ppdiffusers_train.data.loader import iterate_batches
 from ppdiffusers_train.data.pack_writer import PackWriter, merge_small
 from ppdiffusers_train.data.packs import Packs
@@ -24,6 +25,7 @@ from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import TrainingState
 from ppdiffusers_train.module import encode_alone
 from ppdiffusers_train.reporting.status_line import StatusLine
+from ppdiffusers_train.runtime.agreement import agree
 from ppdiffusers_train.runtime.checkpoint import require_writable
 
 REFRESH_SECONDS = 10  # between two looks for packs of other runs that fill the same cache
@@ -37,7 +39,10 @@ def encode_dataset(plan: Plan, state: TrainingState) -> EncodedSamples:
     run, module, dataset = plan.run, plan.module, plan.dataset
     root = Path(run.args.encoded_cache_dir)
     require_writable(root, "--encoded_cache_dir")
-    folder, is_compiled = encoders_folder(root, module, state.precision, len(dataset))
+    digest = encoders_digest(module, state.precision, index_folder(run.args))
+    if run.ranks.world_size > 1:
+        agree(run.ranks, {"encoders (a hash of their weights, settings and code)": digest})
+    folder, is_compiled = encoders_folder(root, digest, module, len(dataset))
     if not folder.exists() and any(root.iterdir()):
         run.log(f"{root}: holds samples of other models, settings, code or versions, which are kept but not used")
     run.ranks.wait_for_all("the others to hash their encoders")  # before anyone makes the folder
@@ -49,13 +54,14 @@ def encode_dataset(plan: Plan, state: TrainingState) -> EncodedSamples:
         if run.ranks.is_main:
             remove_leftovers(folder)
             describe_encoders(folder, module, state.precision)
+        for name in module.load_rest():
+            state.precision.cast_encoder(module, name)
         if is_compiled:
             module.encode = CompiledEncode(module)
         began = time.monotonic()
         state.bad_samples.add(fill(samples, missing, plan, state), run.log)
         run.log(f"{root}: the cache is complete; encoding took {time.monotonic() - began:.0f} s")
-    for name in module.encoders:
-        setattr(module, name, None)
+    module.free_encoders()
     return_free_memory()
     return samples
 

@@ -45,6 +45,10 @@ class StableDiffusionFolder:
         """A part, as the pipeline's class or as `part_class`."""
         return self.folder(part).load(part, part_class or self.part_class(part))
 
+    def later(self, part: str):
+        """A model of the pipeline that is loaded when it is used."""
+        return self.folder(part).later(part, self.part_class(part))
+
     def part_class(self, part: str):
         """The class of a part in the pipeline."""
         return self.parts[part] or getattr(schedulers, self.base.class_name(part))

@@ -3,6 +3,7 @@
 import ppdiffusers_train  # noqa: F401
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import paddle
 import pytest
 from PIL import Image
 
+from ppdiffusers_train.data import encoders_key
 from ppdiffusers_train.data.encoded_cache import EncodedSamples, Entry, RunEntries
-from ppdiffusers_train.data.encoders_key import encoders_digest
+from ppdiffusers_train.data.encoders_key import encoders_digest, file_digests
 from ppdiffusers_train.data.loader import iterate_batches
 from ppdiffusers_train.data.order import SampleOrder
 from ppdiffusers_train.data.pack_writer import PackWriter
@@ -24,6 +26,7 @@ from ppdiffusers_train.loop.bad_samples import BadSamples
 from ppdiffusers_train.loop.filling import encode_dataset
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.run import Run
+from ppdiffusers_train.models.pipeline_folder import PipelineFolder
 from ppdiffusers_train.module import DiffusionTrainingModule, encode_batch
 from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.runtime.precision import Precision
@@ -54,11 +57,13 @@ def test_a_cached_run_ends_in_the_same_bits_as_one_that_encodes_online(train_dec
 
 
 @pytest.mark.once
-def test_a_second_run_encodes_nothing(cached, capsys, tmp_path):
+def test_a_second_run_encodes_nothing_and_loads_no_encoder(cached, capsys, tmp_path, monkeypatch):
     cached()
-    packs = packs_in(tmp_path / "cache")
+    packs, load, loaded = packs_in(tmp_path / "cache"), PipelineFolder.load, []
+    monkeypatch.setattr(PipelineFolder, "load", lambda self, part, of: loaded.append(part) or load(self, part, of))
     capsys.readouterr()
     cached("--seed=5", out="again")
+    assert sorted(loaded) == ["image_processor", "scheduler", "unet"]
     assert "0 of 7 samples are still to be encoded" in capsys.readouterr().out
     assert len(packs) == 1 and packs_in(tmp_path / "cache") == packs
 
@@ -88,7 +93,13 @@ def test_another_resolution_or_encoder_never_meets_an_old_entry(cached, kandinsk
     assert len(resized) == 14 and set(before) < set(resized)
     other = shutil.copytree(kandinsky[1], tmp_path / "decoder")
     edit_weights(other / "movq" / "diffusion_paddle_model.safetensors")
+    file = other / "movq" / "diffusion_paddle_model.safetensors"
     assert len(cached(f"--pretrained_decoder_model_name_or_path={other}", out="other")[1]) == 21
+    stat = file.stat()
+    edit_weights(file)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_size == stat.st_size, "another file of the same size and time"
+    assert len(cached(f"--pretrained_decoder_model_name_or_path={other}", out="replaced")[1]) == 28
 
 
 def edit_weights(file):
@@ -265,15 +276,38 @@ def with_method(name, method):
     ],
     ids=["preprocess", "encode", "settings", "weights"],
 )
-def test_the_digest_of_the_encoders_follows(changed):
-    digest = encoders_digest(changed(), Precision("no"))
-    assert digest != encoders_digest(Cropping(), Precision("no"))
-    assert digest == encoders_digest(changed(), Precision("no"))
+def test_the_digest_of_the_encoders_follows(changed, tmp_path):
+    digest = encoders_digest(changed(), Precision("no"), tmp_path)
+    assert digest != encoders_digest(Cropping(), Precision("no"), tmp_path)
+    assert digest == encoders_digest(changed(), Precision("no"), tmp_path)
 
 
-def test_the_digest_does_not_follow_what_encodes_nothing():
+def test_the_digest_does_not_follow_what_encodes_nothing(tmp_path):
     edited = with_method("forward", lambda self, encoded, draws: encoded["crop"].sum())()
-    assert encoders_digest(edited, Precision("no")) == encoders_digest(Cropping(), Precision("no"))
+    assert encoders_digest(edited, Precision("no"), tmp_path) == encoders_digest(Cropping(), Precision("no"), tmp_path)
+
+
+@pytest.mark.once
+def test_a_file_of_weights_is_read_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    file, read, digest_of = tmp_path / "model.safetensors", [], encoders_key.content_digest_of
+    monkeypatch.setattr(encoders_key, "content_digest_of", lambda opened: read.append(opened.name) or digest_of(opened))
+    monkeypatch.setattr(encoders_key, "TICK_SECONDS", 0)
+
+    def digest():
+        return file_digests([file], tmp_path / "index")
+
+    file.write_bytes(b"weights")
+    first = digest()
+    assert digest() == first and len(read) == 1
+    stat = file.stat()
+    file.write_bytes(b"WEIGHTS")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert digest() != first and len(read) == 2, "of the same size and time"
+    (tmp_path / "index" / "weights.json").write_text('{"half')
+    assert digest() != first and len(read) == 3
+    monkeypatch.setattr(encoders_key, "TICK_SECONDS", 3600)
+    file.write_bytes(b"written a moment ago")
+    assert digest() == digest() and len(read) == 5, "it may change once more within the same time"
 
 
 class Halves(Cropping):
@@ -301,7 +335,9 @@ class Captions:
 @pytest.mark.once
 def test_numbers_are_kept_in_the_type_in_which_they_were_computed(tmp_path):
     module, state = Halves(), SimpleNamespace(precision=Precision("no"), bad_samples=BadSamples(0))
-    args = SimpleNamespace(encoded_cache_dir=str(tmp_path), cache_variants=1, dataloader_num_workers=1)
+    args = SimpleNamespace(
+        encoded_cache_dir=str(tmp_path / "cache"), cache_variants=1, dataloader_num_workers=1, index_dir=str(tmp_path)
+    )
     plan = Plan(Run(args, Ranks(0, 1), None, {}, []), module, Captions(), SampleOrder(0, 5), 1, 1, {})
     samples = encode_dataset(plan, state)
     batches = iterate_batches(samples, [[0, 1], [2, 3, 4]], 1)
@@ -316,7 +352,7 @@ def test_numbers_are_kept_in_the_type_in_which_they_were_computed(tmp_path):
         for name, tensor in online.items():
             assert encoded[name].dtype == tensor.dtype and encoded[name].shape == tensor.shape, name
             assert np.array_equal(encoded[name].numpy(), tensor.numpy()), name
-    stored = next(iter(encoded_samples(tmp_path).values()))
+    stored = next(iter(encoded_samples(tmp_path / "cache").values()))
     assert {name: array.itemsize for name, array in stored.items()} == {
         "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "length": 8,
     }  # fmt: skip

@@ -88,14 +88,14 @@ def test_tiles_and_captions_are_those_of_preprocess_at_the_run_s_own_positions(p
 
 
 def test_with_the_encoded_cache_it_shows_what_the_cache_has_encoded(
-    preview, sdxl_flags, build_sdxl_module, train_sdxl, capsys
+    preview, sdxl_flags, build_sdxl_module, train_sdxl, capsys, tmp_path
 ):
     flags = ["--random_flip", "--proportion_empty_prompts=0.4", "--cache_variants=2"]
     out = train_sdxl("sdxl", *flags)
     capsys.readouterr()
     module = build_sdxl_module("sdxl", *flags)
     dataset, order = build_dataset(module.args), SampleOrder(0, 7)
-    folder = out / "encoded" / encoders_digest(module, Precision("no"))
+    folder = out / "encoded" / encoders_digest(module, Precision("no"), tmp_path)
     trained = EncodedSamples(Packs(folder), RunEntries(dataset, order, 2))
     status, document, sheet = preview(SDXL_SCRIPT, *sdxl_flags, *flags, "--preview_samples=9")
     samples = PreviewedEntries(dataset, module.preprocess, order, 2)
