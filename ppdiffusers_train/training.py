@@ -10,6 +10,7 @@ import paddle
 from ppdiffusers_train.cpu.kernel_repairs import repair_kernels
 from ppdiffusers_train.cpu.patches import COMPILE_FROM_ROWS, CompiledEncode, can_compile, patched_paddle
 from ppdiffusers_train.data.dataset import index_folder
+from ppdiffusers_train.data.encoders_key import unloaded_encoders
 from ppdiffusers_train.data.identity import agree_on_data
 from ppdiffusers_train.data.image_index import index_images
 from ppdiffusers_train.data.loader import OnlineSamples
@@ -104,7 +105,9 @@ def make_plan(module, dataset, run: Run) -> Plan:
     if run.ranks.world_size > 1 and not args.dry_run:
         agree(run.ranks, job_code(module))
         agree_on_data(dataset, run.ranks)
-        agree(run.ranks, model_digests(module))
+        unloaded = unloaded_encoders(module, index_folder(args))
+        files = {f"files of {name}": digest for name, digest in unloaded.items()}
+        agree(run.ranks, {**model_digests(module), **files})
     for pattern, size in choose_trainable(module, args.trainable_modules).items():
         run.log(f"--trainable_modules: {pattern}, {size:,} parameters, trained in full")
     identity = run_identity(module, dataset, args, run.saved, run.samples_per_step)

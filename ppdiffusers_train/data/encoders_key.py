@@ -41,13 +41,21 @@ def encoders_folder(root: Path, digest: str, module, rows: int) -> tuple:
     return plain, False
 
 
-def encoders_digest(module, precision, index_dir: Path) -> str:
-    """A hash of everything that an encoding depends on besides the sample.
-
-    An encoder that is not loaded is known by its files.
+def unloaded_encoders(module, index_dir: Path) -> dict:
+    """{name: a hash of its files} of the encoders that are not loaded yet.
 
     Args:
         index_dir: the folder of all indices.
+    """
+    stored = vars(module).get("stored", {})
+    return {name: file_digest(stored[name].files, index_dir) for name in module.encoders if name in stored}
+
+
+def encoders_digest(module, precision, unloaded: dict) -> str:
+    """A hash of everything that an encoding depends on besides the sample.
+
+    Args:
+        unloaded: the result of `unloaded_encoders`.
     """
     known = {
         "format": FORMAT,
@@ -57,8 +65,8 @@ def encoders_digest(module, precision, index_dir: Path) -> str:
     }
     digest = hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16)
     for name in module.encoders:
-        if name in vars(module).get("stored", {}):
-            digest.update(f"{name} {file_digests(module.stored[name].files, index_dir)}".encode())
+        if name in unloaded:
+            digest.update(f"{name} {unloaded[name]}".encode())
             continue
         for key, tensor in sorted(getattr(module, name).state_dict().items()):
             array = tensor.numpy()
@@ -76,8 +84,8 @@ def encoders_settings(module, precision) -> dict:
     return {"precision": kind, "keep_float32": kept, **module.encoding_settings()}
 
 
-def file_digests(files, index_dir: Path) -> list:
-    """The content hashes of files. A file that has not changed since an earlier start is not read again."""
+def file_digest(files, index_dir: Path) -> str:
+    """A hash of the contents of files. A file that has not changed since an earlier start is not read again."""
     record = index_dir / WEIGHTS
     try:
         known = json.loads(record.read_text("utf-8"))
@@ -93,7 +101,7 @@ def file_digests(files, index_dir: Path) -> list:
             new[stamp] = digests[-1]
     if new.items() - known.items():
         write_record(record, {**known, **new})
-    return digests
+    return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
 
 
 def content_digest_of(opened) -> str:

@@ -17,7 +17,7 @@ from ppdiffusers_train.data.encoded_cache import (
     UnencodedSamples,
     draws_something,
 )
-from ppdiffusers_train.data.encoders_key import describe_encoders, encoders_digest, encoders_folder
+from ppdiffusers_train.data.encoders_key import describe_encoders, encoders_digest, encoders_folder, unloaded_encoders
 from ppdiffusers_train.data.loader import iterate_batches
 from ppdiffusers_train.data.pack_writer import PackWriter, merge_small
 from ppdiffusers_train.data.packs import Packs
@@ -25,7 +25,6 @@ from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import TrainingState
 from ppdiffusers_train.module import encode_alone
 from ppdiffusers_train.reporting.status_line import StatusLine
-from ppdiffusers_train.runtime.agreement import agree
 from ppdiffusers_train.runtime.checkpoint import require_writable
 
 REFRESH_SECONDS = 10  # between two looks for packs of other runs that fill the same cache
@@ -39,9 +38,7 @@ def encode_dataset(plan: Plan, state: TrainingState) -> EncodedSamples:
     run, module, dataset = plan.run, plan.module, plan.dataset
     root = Path(run.args.encoded_cache_dir)
     require_writable(root, "--encoded_cache_dir")
-    digest = encoders_digest(module, state.precision, index_folder(run.args))
-    if run.ranks.world_size > 1:
-        agree(run.ranks, {"encoders (a hash of their weights, settings and code)": digest})
+    digest = encoders_digest(module, state.precision, unloaded_encoders(module, index_folder(run.args)))
     folder, is_compiled = encoders_folder(root, digest, module, len(dataset))
     if not folder.exists() and any(root.iterdir()):
         run.log(f"{root}: holds samples of other models, settings, code or versions, which are kept but not used")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ppdiffusers_train.data import encoders_key
 from ppdiffusers_train.data.encoded_cache import EncodedSamples, Entry, RunEntries
-from ppdiffusers_train.data.encoders_key import encoders_digest, file_digests
+from ppdiffusers_train.data.encoders_key import encoders_digest, file_digest
 from ppdiffusers_train.data.loader import iterate_batches
 from ppdiffusers_train.data.order import SampleOrder
 from ppdiffusers_train.data.pack_writer import PackWriter
@@ -276,15 +276,15 @@ def with_method(name, method):
     ],
     ids=["preprocess", "encode", "settings", "weights"],
 )
-def test_the_digest_of_the_encoders_follows(changed, tmp_path):
-    digest = encoders_digest(changed(), Precision("no"), tmp_path)
-    assert digest != encoders_digest(Cropping(), Precision("no"), tmp_path)
-    assert digest == encoders_digest(changed(), Precision("no"), tmp_path)
+def test_the_digest_of_the_encoders_follows(changed):
+    digest = encoders_digest(changed(), Precision("no"), {})
+    assert digest != encoders_digest(Cropping(), Precision("no"), {})
+    assert digest == encoders_digest(changed(), Precision("no"), {})
 
 
-def test_the_digest_does_not_follow_what_encodes_nothing(tmp_path):
+def test_the_digest_does_not_follow_what_encodes_nothing():
     edited = with_method("forward", lambda self, encoded, draws: encoded["crop"].sum())()
-    assert encoders_digest(edited, Precision("no"), tmp_path) == encoders_digest(Cropping(), Precision("no"), tmp_path)
+    assert encoders_digest(edited, Precision("no"), {}) == encoders_digest(Cropping(), Precision("no"), {})
 
 
 @pytest.mark.once
@@ -294,7 +294,7 @@ def test_a_file_of_weights_is_read_once_and_again_when_it_has_changed(tmp_path, 
     monkeypatch.setattr(encoders_key, "TICK_SECONDS", 0)
 
     def digest():
-        return file_digests([file], tmp_path / "index")
+        return file_digest([file], tmp_path / "index")
 
     file.write_bytes(b"weights")
     first = digest()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.encoded_cache import EncodedSamples, RunEntries
-from ppdiffusers_train.data.encoders_key import encoders_digest
+from ppdiffusers_train.data.encoders_key import encoders_digest, unloaded_encoders
 from ppdiffusers_train.data.loader import PreprocessedSamples
 from ppdiffusers_train.data.order import SampleOrder, order_samples
 from ppdiffusers_train.data.packs import Packs
@@ -95,7 +95,7 @@ def test_with_the_encoded_cache_it_shows_what_the_cache_has_encoded(
     capsys.readouterr()
     module = build_sdxl_module("sdxl", *flags)
     dataset, order = build_dataset(module.args), SampleOrder(0, 7)
-    folder = out / "encoded" / encoders_digest(module, Precision("no"), tmp_path)
+    folder = out / "encoded" / encoders_digest(module, Precision("no"), unloaded_encoders(module, tmp_path))
     trained = EncodedSamples(Packs(folder), RunEntries(dataset, order, 2))
     status, document, sheet = preview(SDXL_SCRIPT, *sdxl_flags, *flags, "--preview_samples=9")
     samples = PreviewedEntries(dataset, module.preprocess, order, 2)
