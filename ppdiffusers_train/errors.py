@@ -27,6 +27,12 @@ class RunError(Exception):
     exit_status = 1
 
 
+class MissingImagesError(RunError):
+    """The result is complete, but validation images could not be generated."""
+
+    exit_status = 3
+
+
 SHORTEST_SECRET = 6  # characters; a shorter value may occur in any text
 
 

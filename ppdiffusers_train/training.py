@@ -4,7 +4,6 @@ import ppdiffusers_train  # noqa: F401  (before paddle)
 
 import contextlib
 import itertools
-import json
 
 import paddle
 
@@ -17,6 +16,7 @@ from ppdiffusers_train.data.loader import OnlineSamples, iterate_batches, to_dev
 from ppdiffusers_train.data.order import order_samples
 from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.draws import iterate_draws
+from ppdiffusers_train.errors import MissingImagesError, UserError
 from ppdiffusers_train.launcher.signals import StopRequest, name_of
 from ppdiffusers_train.launcher.stand_in import ask_for_time, ignore_signals_from_now_on
 from ppdiffusers_train.loop.dry_run import describe_run
@@ -25,10 +25,16 @@ from ppdiffusers_train.loop.identity import job_code, public_arguments, public_c
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.reports import open_reports
 from ppdiffusers_train.loop.run import Run, choose_again, notices, resolve_run
-from ppdiffusers_train.loop.saving import end_stopped, remove_stale_shards, save_checkpoint, write_result
+from ppdiffusers_train.loop.saving import (
+    claim_folder,
+    end_stopped,
+    save_checkpoint,
+    upload_result,
+    write_result,
+)
 from ppdiffusers_train.loop.state import TrainingState, build_training_state, check_schedule
 from ppdiffusers_train.loop.step import add_gradients, seed_layers, set_training_mode
-from ppdiffusers_train.loop.validation import save_validation_images
+from ppdiffusers_train.loop.validation import ValidationImages
 from ppdiffusers_train.module import choose_trainable
 from ppdiffusers_train.reporting.status_line import print_line
 from ppdiffusers_train.runtime.agreement import agree, model_digests
@@ -99,7 +105,13 @@ def prepare(module, dataset, run: Run) -> Plan:
     steps_per_epoch = order.steps_per_epoch(run.samples_per_step)
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     check_schedule(args, total_steps)
-    info = {**identity, "arguments": public_arguments(args), "command": public_command(args), "versions": versions()}
+    info = {
+        "run": run.id,
+        **identity,
+        "arguments": public_arguments(args),
+        "command": public_command(args),
+        "versions": versions(),
+    }
     return Plan(run, module, dataset, order, total_steps, steps_per_epoch, info)
 
 
@@ -115,7 +127,10 @@ def prepare_state(plan: Plan) -> TrainingState:
         state.load_record(run.saved)
         run.log(f"resumed from {run.checkpoint} at step {state.step}")
         if state.step > plan.total_steps:
-            run.log(f"step {state.step} is beyond the {plan.total_steps} steps of this run: its weights are the result")
+            raise UserError(
+                f"--max_train_steps: the run has {plan.total_steps} steps, and {run.checkpoint} is of step {state.step}; "
+                "expected more steps, or an earlier checkpoint"
+            )
     for line in [*run.remarks, *notices(run.args, state.precision, plan.total_steps)]:
         run.log(line)
     trained = sum(parameter.size for parameter in state.parameters.values())
@@ -124,9 +139,7 @@ def prepare_state(plan: Plan) -> TrainingState:
         f"steps of {run.samples_per_step} samples, {plan.steps_per_epoch} per epoch; seed {plan.info['seed']}"
     )
     if run.ranks.is_main:
-        remove_stale_shards(run.output_dir)
-        text = json.dumps(plan.info, indent=1, ensure_ascii=False)
-        (run.output_dir / "training_args.json").write_text(text, encoding="utf-8")
+        claim_folder(plan, state.step)
     return state
 
 
@@ -159,6 +172,7 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
     batches = iterate_batches(samples, to_load, args.dataloader_num_workers)
     draws = iterate_draws(plan.order.seed, to_draw, to_device)
     with open_reports(plan, state) as reports, StopRequest(args.stop_signal) as stop:
+        images = ValidationImages(plan, reports.trackers)
         ask_for_time()
         ranks.wait_for_all("the others to begin")  # rank 0 opens trackers, and some disks are slow
         for window, share in steps:
@@ -173,10 +187,10 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
             bad, stopping = exchange_counts(plan, state, micro_batches, bool(stop.received))
             loss = ranks.sum(sum((part.loss for part in micro_batches), paddle.zeros([])))
             reports.add(state.take_step(window, loss, bad), micro_batches)
+            is_last = state.step == plan.total_steps
             saves, validates = stopping or plan.checkpoint_is_due(state), plan.validation_is_due(state)
             # A step's figures are fetched while the device computes the next one, but before anything is written or
             # the run ends: they have to be finite.
-            is_last = state.step == plan.total_steps
             reports.fetch(0 if saves or validates or is_last or state.checks_before_update else 1)
             with reports.progress.paused() if saves or validates else contextlib.nullcontext():
                 is_written = saves and save_checkpoint(plan, state)
@@ -184,10 +198,12 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
                     reports.progress.close()
                     end_stopped(stop, plan, state, is_written)
                 if validates:
-                    save_validation_images(plan, state, reports.trackers)
+                    images.generate(state)
         reports.progress.close()
-        finish(plan, state, stop)
+        finish(plan, state, stop, images)
     ignore_signals_from_now_on()
+    if images.failures:
+        raise MissingImagesError(f"the result is complete, but validation images are missing: {images.failures[0]}")
 
 
 def exchange_counts(plan: Plan, state: TrainingState, micro_batches: list, is_asked_to_stop: bool) -> tuple:
@@ -206,13 +222,17 @@ def exchange_counts(plan: Plan, state: TrainingState, micro_batches: list, is_as
     return bad, bool(stopping)
 
 
-def finish(plan: Plan, state: TrainingState, stop: StopRequest) -> None:
-    """Write the result."""
-    ranks = plan.run.ranks
-    with state.result_weights(), ranks.only_main("the result to be written") as is_turn:
-        if is_turn:
-            write_result(plan)
+def finish(plan: Plan, state: TrainingState, stop: StopRequest, images: ValidationImages) -> None:
+    """Write the result; then generate the last validation images, which may fail; then upload the result."""
+    run = plan.run
+    with state.result_weights(), run.ranks.only_main("the result to be written") as is_main:
+        if is_main:
+            write_result(plan, state.step)
+    if run.args.validation_prompts:
+        images.generate(state)
+    if run.args.push_to_hub and run.ranks.is_main:
+        upload_result(plan)
     if stop.received:
         name = name_of(stop.received)
         print_line(f"{name}: received after the last step; the run has ended and its result is written")
-    ranks.gather_objects(None)  # the store is in rank 0's process, which must not end before the others are done
+    run.ranks.gather_objects(None)  # the store is in rank 0's process, which must not end before the others are done

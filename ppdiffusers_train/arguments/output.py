@@ -9,6 +9,10 @@ def add_output_arguments(parser, output_dir):
     add = group.add_argument
     add("--output_dir", default=output_dir, metavar="DIR", help="Folder for checkpoints, logs and the result.")
     add(
+        "--overwrite_output_dir", action=Flag,
+        help="Replace the checkpoints and the result of an earlier run in output_dir; without it, the run is refused.",
+    )  # fmt: skip
+    add(
         "--save_format", choices=("ppdiffusers", "diffusers"), default="ppdiffusers",
         help="Library that the result is written for.",
     )  # fmt: skip
@@ -19,6 +23,10 @@ def add_output_arguments(parser, output_dir):
     )  # fmt: skip
     add("--checkpointing_steps", type=positive_int, default=500, help="Write a checkpoint every N optimizer steps.")
     add("--checkpoints_total_limit", type=positive_int, help="Keep only the newest N checkpoints.")
+    add(
+        "--no_final_checkpoint", action=Flag,
+        help="Write no checkpoint after the last step; without it, the run cannot be continued with more steps.",
+    )  # fmt: skip
     add(
         "--on_save_error", choices=("stop", "continue"), default="stop",
         help="Stop or continue when a checkpoint cannot be written.",

@@ -14,10 +14,11 @@ from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.status_line import print_line
 from ppdiffusers_train.reporting.trackers import tracker_names
 from ppdiffusers_train.runtime.agreement import agree, digest, ranks_elsewhere
-from ppdiffusers_train.runtime.checkpoint import STATE_FILE, checkpoints, find_checkpoint, read_state, require_writable
+from ppdiffusers_train.runtime.checkpoint import STATE_FILE, find_checkpoint, read_state, require_writable
 from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
 from ppdiffusers_train.runtime.folder_lock import wait_for_folder
 from ppdiffusers_train.runtime.precision import Precision, set_deterministic, set_tf32
+from ppdiffusers_train.runtime.run_folder import OLDER, new_run_id, refuse_used_folder, run_of_folder
 from ppdiffusers_train.runtime.teardown import release_tensors_at_exit
 from ppdiffusers_train.runtime.tracing import can_compile_models
 
@@ -31,6 +32,7 @@ class Run:
         ranks: the processes of the run.
         checkpoint: the folder to resume from, or None.
         saved: the contents of that folder's `state.json`, or {}.
+        id: of the run; a resumed run keeps it.
         remarks: lines about flags without effect.
     """
 
@@ -38,6 +40,7 @@ class Run:
     ranks: Ranks
     checkpoint: object
     saved: dict
+    id: str
     remarks: list
 
     @property
@@ -75,13 +78,13 @@ def resolve_run(args) -> Run:
     check_flags(args, ranks)
     if not args.dry_run:
         wait_for_folder(Path(args.output_dir), resumes=bool(args.resume_from_checkpoint))
-        remarks += earlier_checkpoints(args)
     checkpoint, saved = choose_checkpoint(args, ranks)
     args = resolve_flags(args, saved, ranks)
     if not args.dry_run:
         check_shared_folders(args, ranks, is_resumed=checkpoint is not None)
     ranks.share_optimizer_state(args.sharding_degree)
-    return Run(args, ranks, checkpoint, saved, remarks)
+    run_id = saved.get("run", OLDER) if checkpoint else ranks.broadcast_object(new_run_id())
+    return Run(args, ranks, checkpoint, saved, run_id, remarks)
 
 
 def resolve_flags(args, saved: dict, ranks: Ranks) -> argparse.Namespace:
@@ -109,6 +112,8 @@ def check_flags(args, ranks: Ranks) -> None:
             f"--output_dir: {str(output_dir)!r} lies in --train_data_dir, so the run's own images would become "
             "training data; expected another folder"
         )
+    if args.overwrite_output_dir and args.resume_from_checkpoint:
+        raise UserError("--overwrite_output_dir: there is --resume_from_checkpoint as well; expected one of them")
     require_writable(output_dir, "--output_dir")
     tracker_names(args.report_to)
     if args.push_to_hub and ranks.is_main:
@@ -120,16 +125,6 @@ def check_flags(args, ranks: Ranks) -> None:
         )
 
 
-def earlier_checkpoints(args) -> list:
-    """A line about the checkpoints that a new run finds in its folder, or none."""
-    found = [] if args.resume_from_checkpoint else checkpoints(Path(args.output_dir))
-    return [
-        f"--output_dir: {args.output_dir!r} holds checkpoints of an earlier run, up to {folder.name}; they are kept, "
-        "and `latest` is the one of the highest step, whichever run wrote it"
-        for folder in found[-1:]
-    ]
-
-
 def choose_again(run: Run) -> Run:
     """The run with the checkpoint to resume from as it is now, when no other run writes to the folder any more.
 
@@ -138,7 +133,7 @@ def choose_again(run: Run) -> Run:
     checkpoint, saved = choose_checkpoint(run.args, run.ranks, log=lambda line: None)
     if checkpoint != run.checkpoint:
         run.log(f"{run.output_dir}: another run has written there meanwhile")
-    return replace(run, checkpoint=checkpoint, saved=saved)
+    return replace(run, checkpoint=checkpoint, saved=saved, id=saved.get("run", OLDER) if checkpoint else run.id)
 
 
 def choose_checkpoint(args, ranks: Ranks, log=print) -> tuple:
@@ -147,14 +142,13 @@ def choose_checkpoint(args, ranks: Ranks, log=print) -> tuple:
     Args:
         log: called on rank 0 with lines about checkpoints that are passed over.
     Raises:
-        UserError: the same on every rank: it is not a checkpoint, or another rank does not see it.
+        UserError: the same on every rank: it is not a checkpoint, another rank does not see it, or there is none and
+            the folder holds what another run has written.
     """
-    if not args.resume_from_checkpoint:
-        return None, {}
     output_dir, place, mistake = Path(args.output_dir), None, ""
     if ranks.is_main:
         try:
-            folder, _ = find_checkpoint(args.resume_from_checkpoint, output_dir, log)
+            folder = find_own_checkpoint(args, output_dir, log)
             place = folder and (folder.parent == output_dir, folder.name, str(folder))
         except UserError as error:
             mistake = str(error)
@@ -172,6 +166,20 @@ def choose_checkpoint(args, ranks: Ranks, log=print) -> tuple:
         found = f"{name}, which {str(error).removeprefix(f'{folder} ')}"
     agree(ranks, {f"--resume_from_checkpoint {args.resume_from_checkpoint}": found})
     return folder, saved
+
+
+def find_own_checkpoint(args, output_dir: Path, log):
+    """The checkpoint that `--resume_from_checkpoint` names, or None for a start at step 0.
+
+    Raises:
+        UserError: it is not a checkpoint, or the folder belongs to another run.
+    """
+    folder, run_id = None, run_of_folder(output_dir)
+    if args.resume_from_checkpoint:
+        folder, saved = find_checkpoint(args.resume_from_checkpoint, output_dir, run_id, log)
+    if folder is None or (folder.parent != output_dir and saved.get("run", OLDER) != run_id):
+        refuse_used_folder(output_dir, args.overwrite_output_dir)
+    return folder
 
 
 def check_shared_folders(args, ranks: Ranks, is_resumed: bool) -> None:

@@ -1,5 +1,6 @@
 """What a run writes: checkpoints during training and when it is stopped, and the result."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,14 @@ from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import OPTIMIZER, TrainingState
 from ppdiffusers_train.reporting.hub import push_to_hub
 from ppdiffusers_train.reporting.status_line import print_line
-from ppdiffusers_train.runtime.checkpoint import replace_children, write_checkpoint
+from ppdiffusers_train.runtime.checkpoint import write_checkpoint
 from ppdiffusers_train.runtime.distributed import Ranks
+from ppdiffusers_train.runtime.run_folder import (
+    ARGUMENTS_FILE,
+    remove_earlier_checkpoints,
+    replace_result,
+    set_aside_later,
+)
 from ppdiffusers_train.tensor_files import cast_files
 
 SHARDS = ".shards-"  # prefix of the folder in which ranks collect their shards of a checkpoint
@@ -76,8 +83,19 @@ def write_shard(state: TrainingState, ranks: Ranks, folder: Path) -> str:
     return ""
 
 
-def write_result(plan: Plan) -> None:
-    """Write the result into the run's folder, and upload it if the flags say so."""
+def claim_folder(plan: Plan, step: int) -> None:
+    """Make the run's folder its own before the first step: what other runs, or this one, left there is put aside."""
+    run = plan.run
+    remove_stale_shards(run.output_dir)
+    set_aside_later(run.output_dir, run.id, step, run.log)
+    if run.args.overwrite_output_dir:
+        remove_earlier_checkpoints(run.output_dir, run.id)
+    text = json.dumps(plan.info, indent=1, ensure_ascii=False)
+    (run.output_dir / ARGUMENTS_FILE).write_text(text, encoding="utf-8")
+
+
+def write_result(plan: Plan, step: int) -> None:
+    """Write the result into the run's folder."""
     module, output_dir, args = plan.module, plan.run.output_dir, plan.run.args
 
     def save(folder):
@@ -86,16 +104,21 @@ def write_result(plan: Plan) -> None:
             cast_files(folder, args.save_dtype)
 
     try:
-        replace_children(output_dir, save)
+        replace_result(output_dir, plan.run.id, step, save)
     except OSError as error:
         raise RunError(
             f"the result cannot be written to {str(output_dir)!r}: {error}; the same command with "
             "--resume_from_checkpoint latest resumes from the last checkpoint"
         ) from error
     plan.run.log(f"wrote the result to {output_dir}")
-    if args.push_to_hub:
-        url = push_to_hub(output_dir, args.hub_model_id, args.hub_token, module.card_data(), args.validation_prompts)
-        plan.run.log(f"uploaded to {url}")
+
+
+def upload_result(plan: Plan) -> None:
+    """Upload the result, with a model card that shows the last validation images."""
+    args = plan.run.args
+    card = plan.module.card_data()
+    url = push_to_hub(plan.run.output_dir, args.hub_model_id, args.hub_token, card, args.validation_prompts)
+    plan.run.log(f"uploaded to {url}")
 
 
 def end_stopped(stop: StopRequest, plan: Plan, state: TrainingState, is_written: bool) -> None:
