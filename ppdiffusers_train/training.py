@@ -16,7 +16,7 @@ from ppdiffusers_train.data.loader import OnlineSamples, iterate_batches, to_dev
 from ppdiffusers_train.data.order import order_samples
 from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.draws import iterate_draws
-from ppdiffusers_train.errors import MissingImagesError, UserError
+from ppdiffusers_train.errors import MissingImagesError
 from ppdiffusers_train.launcher.signals import StopRequest, name_of
 from ppdiffusers_train.launcher.stand_in import ask_for_time, ignore_signals_from_now_on
 from ppdiffusers_train.loop.dry_run import describe_run
@@ -24,8 +24,9 @@ from ppdiffusers_train.loop.filling import encode_dataset
 from ppdiffusers_train.loop.identity import job_code, public_arguments, public_command, run_identity, versions
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.reports import open_reports
-from ppdiffusers_train.loop.run import Run, choose_again, notices, resolve_run
+from ppdiffusers_train.loop.run import Run, choose_again, notices, refuse_fewer_steps, resolve_run
 from ppdiffusers_train.loop.saving import (
+    checkpoint_before_bad_sample,
     claim_folder,
     end_stopped,
     save_checkpoint,
@@ -105,6 +106,7 @@ def prepare(module, dataset, run: Run) -> Plan:
     steps_per_epoch = order.steps_per_epoch(run.samples_per_step)
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     check_schedule(args, total_steps)
+    refuse_fewer_steps(run, total_steps)
     info = {
         "run": run.id,
         **identity,
@@ -126,11 +128,6 @@ def prepare_state(plan: Plan) -> TrainingState:
     if run.checkpoint:
         state.load_record(run.saved)
         run.log(f"resumed from {run.checkpoint} at step {state.step}")
-        if state.step > plan.total_steps:
-            raise UserError(
-                f"--max_train_steps: the run has {plan.total_steps} steps, and {run.checkpoint} is of step {state.step}; "
-                "expected more steps, or an earlier checkpoint"
-            )
     for line in [*run.remarks, *notices(run.args, state.precision, plan.total_steps)]:
         run.log(line)
     trained = sum(parameter.size for parameter in state.parameters.values())
@@ -184,7 +181,8 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
                     for of in share
                 ]
             reports.progress.counted(counter.total, sum(len(part.positions) for part in micro_batches))
-            bad, stopping = exchange_counts(plan, state, micro_batches, bool(stop.received))
+            with checkpoint_before_bad_sample(plan, state):
+                bad, stopping = exchange_counts(plan, state, micro_batches, bool(stop.received))
             loss = ranks.sum(sum((part.loss for part in micro_batches), paddle.zeros([])))
             reports.add(state.take_step(window, loss, bad), micro_batches)
             is_last = state.step == plan.total_steps

@@ -136,6 +136,16 @@ def choose_again(run: Run) -> Run:
     return replace(run, checkpoint=checkpoint, saved=saved, id=saved.get("run", OLDER) if checkpoint else run.id)
 
 
+def refuse_fewer_steps(run: Run, total_steps: int) -> None:
+    """Raise a `UserError` if the checkpoint is of a later step than the last one of the run."""
+    step = run.saved.get("step", 0)
+    if step > total_steps:
+        raise UserError(
+            f"--resume_from_checkpoint: {run.checkpoint} is of step {step}, but the run has {total_steps} steps; "
+            "expected more steps, or an earlier checkpoint"
+        )
+
+
 def choose_checkpoint(args, ranks: Ranks, log=print) -> tuple:
     """The checkpoint of `--resume_from_checkpoint` as rank 0 finds it: (folder, state), or (None, {}).
 

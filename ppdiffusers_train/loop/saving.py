@@ -1,10 +1,11 @@
 """What a run writes: checkpoints during training and when it is stopped, and the result."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 
-from ppdiffusers_train.errors import RunError
+from ppdiffusers_train.errors import BadSampleError, RunError
 from ppdiffusers_train.launcher.last_word import print_after_launcher
 from ppdiffusers_train.launcher.signals import StopRequest, name_of
 from ppdiffusers_train.loop.plan import Plan
@@ -69,6 +70,18 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
             finally:
                 shutil.rmtree(shards, ignore_errors=True)
     return ranks.is_main
+
+
+@contextlib.contextmanager
+def checkpoint_before_bad_sample(plan: Plan, state: TrainingState):
+    """A context in which a sample that ends the run leaves a checkpoint: no weight has changed since the last step."""
+    try:
+        yield
+    except BadSampleError as error:
+        if not state.step or plan.run.args.no_final_checkpoint or plan.checkpoint_is_due(state):
+            raise  # there is nothing to lose
+        save_checkpoint(plan, state)
+        raise BadSampleError(f"{error}; wrote checkpoint-{state.step} before it") from error
 
 
 def write_shard(state: TrainingState, ranks: Ranks, folder: Path) -> str:

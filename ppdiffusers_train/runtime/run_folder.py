@@ -57,9 +57,7 @@ def refuse_used_folder(folder: Path, overwrites: bool) -> None:
     unknown = [] if result else weights_in(folder)
     flag = f"--output_dir: {str(folder)!r} holds"
     if unknown:
-        raise UserError(
-            f"{flag} weights that no {RESULT_FILE} lists, such as {unknown[0]}; expected another folder, or none of them"
-        )
+        raise UserError(f"{flag} weights that no {RESULT_FILE} lists, such as {unknown[0]}; expected another folder")
     if not overwrites and (found or result):
         what = " and ".join([*([f"checkpoints up to {found[-1]}"] if found else []), *(["a result"] if result else [])])
         raise UserError(
