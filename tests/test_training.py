@@ -231,6 +231,81 @@ def test_a_stop_without_a_checkpoint_does_not_claim_one(train, interrupting, cap
 
 
 @pytest.mark.once
+def test_a_finished_run_goes_on_with_more_steps_and_to_the_same_bits(train):
+    whole = train("prior", "--max_train_steps=4", out="whole")
+    parts = train("prior", "--max_train_steps=2", "--checkpointing_steps=100", out="parts")
+    assert [path.name for path in parts.glob("checkpoint-*")] == ["checkpoint-2"]
+    train("prior", "--max_train_steps=4", "--resume_from_checkpoint=latest", "--no_final_checkpoint", out="parts")
+    assert same(weights(whole, "prior"), weights(parts, "prior"))
+    assert [path.name for path in parts.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.once
+def test_a_bad_sample_that_ends_a_run_leaves_the_steps_before_it(train, photos, tmp_path, capsys):
+    """Its header can be read, so it is found when its turn comes."""
+    data = shutil.copytree(photos, tmp_path / "data")
+    file = data / "coffee.jpg"
+    good = file.read_bytes()
+    file.write_bytes(good[:3000])
+    flags = [f"--train_data_dir={data}", "--max_train_steps=7", "--train_batch_size=1"]
+    with pytest.raises(SystemExit) as stopped:
+        train("prior", *flags)
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    message = last_error(capsys)
+    assert stopped.value.code == 2 and f"; wrote {checkpoint.name} before it" in message and "coffee.jpg" in message
+    train("prior", *flags, "--resume_from_checkpoint=latest", "--max_bad_samples=1")
+    losses = scalars(train("prior", *flags, "--max_bad_samples=1", out="whole"))
+    assert scalars(tmp_path / "out") == losses and losses.count(0) == 1
+
+
+@pytest.mark.once
+def test_a_new_run_in_the_folder_of_another_is_refused_until_it_may_overwrite(train, capsys, tmp_path):
+    out = train("prior_lora", "--max_train_steps=2", "--trainable_modules=proj_in")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with pytest.raises(SystemExit) as stopped:
+        train("prior_lora", "--max_train_steps=1")
+    message = last_error(capsys)
+    assert stopped.value.code == 2 and "holds checkpoints up to checkpoint-2 and a result of an earlier run" in message
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    assert list(out.glob("trainable_modules*"))
+    train("prior_lora", "--max_train_steps=1", "--overwrite_output_dir")
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not list(out.glob("trainable_modules*")), "it would be taken for a part of the new result"
+
+
+@pytest.mark.once
+def test_a_run_that_goes_back_sets_its_later_checkpoints_aside(train, tmp_path, capsys):
+    flags = ["--checkpointing_steps=1", "--max_train_steps=3"]
+    out = train("prior", *flags)
+    train("prior", *flags, "--resume_from_checkpoint=checkpoint-1", "--checkpoints_total_limit=1")
+    assert "checkpoint-2 to checkpoint-3: set aside" in capsys.readouterr().out
+    assert sorted(path.name for path in out.glob("*checkpoint-*")) == [
+        "abandoned-checkpoint-2",
+        "abandoned-checkpoint-3",
+        "checkpoint-3",
+    ]
+    assert same(weights(out / "checkpoint-3", "prior"), weights(out / "abandoned-checkpoint-3", "prior"))
+
+
+@pytest.mark.once
+def test_validation_images_that_fail_cost_neither_the_run_nor_its_result(train, kandinsky_jobs, monkeypatch, capsys):
+    def fail(self, prompts, seeds):
+        raise MemoryError("out of\nmemory")
+
+    whole = train("prior", "--max_train_steps=2", out="whole")
+    monkeypatch.setattr(kandinsky_jobs["prior"].KandinskyPriorTrainingModule, "generate", fail)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train("prior", "--max_train_steps=2", "--validation_prompt=x", "--validation_steps=1")
+    output = capsys.readouterr()
+    assert stopped.value.code == 3 and output.out.count("no validation images, MemoryError: out of memory") == 2
+    message = output.err.splitlines()[-1]
+    assert "the result is complete, but validation images are missing: after step 1: MemoryError" in message
+    assert same(weights(whole, "prior"), weights(whole.parent / "out", "prior"))
+    assert (whole.parent / "out" / "checkpoint-2").is_dir()
+
+
+@pytest.mark.once
 def test_an_output_folder_that_vanishes_is_made_again(train, kandinsky_jobs, monkeypatch, tmp_path):
     job = kandinsky_jobs["prior"]
     monkeypatch.setattr(
