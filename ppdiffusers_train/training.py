@@ -181,7 +181,7 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
                     for of in share
                 ]
             reports.progress.counted(counter.total, sum(len(part.positions) for part in micro_batches))
-            with checkpoint_before_bad_sample(plan, state):
+            with checkpoint_before_bad_sample(plan, state, reports):
                 bad, stopping = exchange_counts(plan, state, micro_batches, bool(stop.received))
             loss = ranks.sum(sum((part.loss for part in micro_batches), paddle.zeros([])))
             reports.add(state.take_step(window, loss, bad), micro_batches)

@@ -233,9 +233,10 @@ def test_a_stop_without_a_checkpoint_does_not_claim_one(train, interrupting, cap
 @pytest.mark.once
 def test_a_finished_run_goes_on_with_more_steps_and_to_the_same_bits(train):
     whole = train("prior", "--max_train_steps=4", out="whole")
-    parts = train("prior", "--max_train_steps=2", "--checkpointing_steps=100", out="parts")
+    flags = ["--checkpointing_steps=100", "--resume_from_checkpoint=latest"]
+    parts = train("prior", *flags, "--max_train_steps=2", out="parts")
     assert [path.name for path in parts.glob("checkpoint-*")] == ["checkpoint-2"]
-    train("prior", "--max_train_steps=4", "--resume_from_checkpoint=latest", "--no_final_checkpoint", out="parts")
+    train("prior", *flags, "--max_train_steps=4", "--no_final_checkpoint", out="parts")
     assert same(weights(whole, "prior"), weights(parts, "prior"))
     assert [path.name for path in parts.glob("checkpoint-*")] == ["checkpoint-2"]
 

@@ -24,8 +24,8 @@ def add_output_arguments(parser, output_dir):
     add("--checkpointing_steps", type=positive_int, default=500, help="Write a checkpoint every N optimizer steps.")
     add("--checkpoints_total_limit", type=positive_int, help="Keep only the newest N checkpoints.")
     add(
-        "--no_final_checkpoint", action=Flag,
-        help="Write no checkpoint after the last step; without it, the run cannot be continued with more steps.",
+        "--final_checkpoint", action=Flag, default=True,
+        help="Write a checkpoint after the last step, too, from which the run can be continued with more steps.",
     )  # fmt: skip
     add(
         "--on_save_error", choices=("stop", "continue"), default="stop",

@@ -36,7 +36,7 @@ class Plan:
 
     def checkpoint_is_due(self, state) -> bool:
         """Whether a checkpoint is to be written after the last step."""
-        is_last = state.step == self.total_steps and not self.run.args.no_final_checkpoint
+        is_last = state.step == self.total_steps and self.run.args.final_checkpoint
         return is_last or state.step % self.run.args.checkpointing_steps == 0
 
     def validation_is_due(self, state) -> bool:

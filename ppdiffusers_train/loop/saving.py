@@ -9,6 +9,7 @@ from ppdiffusers_train.errors import BadSampleError, RunError
 from ppdiffusers_train.launcher.last_word import print_after_launcher
 from ppdiffusers_train.launcher.signals import StopRequest, name_of
 from ppdiffusers_train.loop.plan import Plan
+from ppdiffusers_train.loop.reports import StepReports
 from ppdiffusers_train.loop.state import OPTIMIZER, TrainingState
 from ppdiffusers_train.reporting.hub import push_to_hub
 from ppdiffusers_train.reporting.status_line import print_line
@@ -73,13 +74,14 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
 
 
 @contextlib.contextmanager
-def checkpoint_before_bad_sample(plan: Plan, state: TrainingState):
+def checkpoint_before_bad_sample(plan: Plan, state: TrainingState, reports: StepReports):
     """A context in which a sample that ends the run leaves a checkpoint: no weight has changed since the last step."""
     try:
         yield
     except BadSampleError as error:
-        if not state.step or plan.run.args.no_final_checkpoint or plan.checkpoint_is_due(state):
+        if not state.step or not plan.run.args.final_checkpoint or plan.checkpoint_is_due(state):
             raise  # there is nothing to lose
+        reports.fetch(0)  # a step that was NaN or inf ends the run without it
         save_checkpoint(plan, state)
         raise BadSampleError(f"{error}; wrote checkpoint-{state.step} before it") from error
 
