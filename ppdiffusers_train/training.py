@@ -33,7 +33,8 @@ from ppdiffusers_train.loop.saving import (
     upload_result,
     write_result,
 )
-from ppdiffusers_train.loop.state import TrainingState, build_training_state, check_schedule
+from ppdiffusers_train.loop.schedule import check_schedule
+from ppdiffusers_train.loop.state import TrainingState, build_training_state
 from ppdiffusers_train.loop.step import add_gradients, seed_layers, set_training_mode
 from ppdiffusers_train.loop.validation import ValidationImages
 from ppdiffusers_train.module import choose_trainable
@@ -104,8 +105,11 @@ def prepare(module, dataset, run: Run) -> Plan:
     identity = run_identity(module, dataset, args, run.saved, run.samples_per_step)
     order = order_samples(module, dataset, identity["seed"], run.samples_per_step, run.log)
     steps_per_epoch = order.steps_per_epoch(run.samples_per_step)
-    total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    check_schedule(args, total_steps)
+    # Epochs are counted in samples: after a resume, a step may have another number of them.
+    position, step = run.saved.get("position", 0), run.saved.get("step", 0)
+    left = order.steps_until(args.num_train_epochs, position, run.samples_per_step)
+    total_steps = args.max_train_steps or step + left
+    check_schedule(args, total_steps, run.samples_per_step)
     refuse_fewer_steps(run, total_steps)
     info = {
         "run": run.id,

@@ -242,6 +242,26 @@ def test_a_finished_run_goes_on_with_more_steps_and_to_the_same_bits(train):
 
 
 @pytest.mark.once
+def test_a_changed_learning_rate_or_length_holds_from_the_first_step_after_a_resume(train):
+    cosine = ["--lr_scheduler=cosine", "--lr_warmup_steps=0", "--resume_from_checkpoint=latest"]
+    out = train("prior", *cosine, "--max_train_steps=2")
+    train("prior", *cosine, "--max_train_steps=4", "--learning_rate=2e-3")
+    rates = scalars(out, "train/learning_rate")
+    assert rates == pytest.approx([1e-3, 5e-4, 1e-3, 2.929e-4], rel=1e-3)
+
+
+@pytest.mark.once
+def test_epochs_are_counted_in_samples_when_the_batch_changes_at_a_resume(kandinsky_jobs, decoder_flags, tmp_path):
+    """One epoch of seven samples in steps of two, then two in steps of seven."""
+    flags = [flag for flag in decoder_flags if not flag.startswith("--max_train_steps")]
+    flags += [f"--output_dir={tmp_path / 'out'}", "--resume_from_checkpoint=latest"]
+    kandinsky_jobs["prior"].main([*flags, "--num_train_epochs=1", "--train_batch_size=2"])
+    kandinsky_jobs["prior"].main([*flags, "--num_train_epochs=3", "--train_batch_size=7"])
+    steps = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert steps == [4, 6] and read_state(tmp_path / "out" / "checkpoint-6")["position"] == 21
+
+
+@pytest.mark.once
 def test_a_bad_sample_that_ends_a_run_leaves_the_steps_before_it(train, photos, tmp_path, capsys):
     """Its header can be read, so it is found when its turn comes."""
     data = shutil.copytree(photos, tmp_path / "data")

@@ -178,6 +178,12 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
         help="Schedule of the learning rate; `constant` has no warm-up.",
     )  # fmt: skip
     add("--lr_warmup_steps", type=non_negative_int, default=500, help="Number of optimizer steps of warm-up.")
+    add(
+        "--lr_num_cycles", type=positive_int, default=1,
+        help="Number of cosine cycles of `cosine_with_restarts`.",
+    )  # fmt: skip
+    add("--lr_power", type=positive_float, default=1.0, help="Exponent of `polynomial`.")
+    add("--lr_end", type=non_negative_float, default=1e-7, help="Learning rate at the end of `polynomial`.")
     add("--use_8bit_adam", action=Flag, help="Keep AdamW's moments in 8 bits, which takes a quarter of their memory.")
     add("--adam_beta1", type=unit_float, default=0.9, help="Decay rate of AdamW's first moment.")
     add("--adam_beta2", type=unit_float, default=0.999, help="Decay rate of AdamW's second moment.")

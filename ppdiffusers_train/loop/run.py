@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.loop import schedule
 from ppdiffusers_train.loop.identity import compared_code, compared_flags
 from ppdiffusers_train.loop.memory_estimate import compute_on_cpu
 from ppdiffusers_train.loop.state import check_optimizer
@@ -237,5 +238,4 @@ def notices(args, precision: Precision, total_steps: int):
         yield "--to_static: no effect, it needs Paddle 3"
     if args.local_rank != -1:
         yield f"--local_rank {args.local_rank}: no effect, paddle.distributed.launch sets the rank"
-    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= total_steps:
-        yield f"--lr_warmup_steps {args.lr_warmup_steps}: all of the run's {total_steps} steps are warm-up"
+    yield from schedule.notices(args, total_steps)
