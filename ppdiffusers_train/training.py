@@ -24,6 +24,7 @@ from ppdiffusers_train.loop.filling import encode_dataset
 from ppdiffusers_train.loop.identity import job_code, public_arguments, public_command, run_identity, versions
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.reports import open_reports
+from ppdiffusers_train.loop.resume_rules import announce_changes, changed_flags, refuse_other_models
 from ppdiffusers_train.loop.run import Run, choose_again, notices, refuse_fewer_steps, resolve_run
 from ppdiffusers_train.loop.saving import (
     checkpoint_before_bad_sample,
@@ -96,10 +97,12 @@ def index_dataset(dataset, run: Run) -> None:
 def prepare(module, dataset, run: Run) -> Plan:
     """Choose what is trained and the order of samples; check that all ranks and the checkpoint agree on it."""
     args = run.args
+    digests = {} if args.dry_run else model_digests(module)
     if run.ranks.world_size > 1 and not args.dry_run:
         agree(run.ranks, job_code(module))
         agree_on_data(dataset, run.ranks)
-        agree(run.ranks, model_digests(module))
+        agree(run.ranks, digests)
+    refuse_other_models(run.checkpoint, run.saved.get("models", {}), digests)
     for pattern, size in choose_trainable(module, args.trainable_modules).items():
         run.log(f"--trainable_modules: {pattern}, {size:,} parameters, trained in full")
     identity = run_identity(module, dataset, args, run.saved, run.samples_per_step)
@@ -117,6 +120,7 @@ def prepare(module, dataset, run: Run) -> Plan:
         "arguments": public_arguments(args),
         "command": public_command(args),
         "versions": versions(),
+        "models": digests,
     }
     return Plan(run, module, dataset, order, total_steps, steps_per_epoch, info)
 
@@ -132,6 +136,8 @@ def prepare_state(plan: Plan) -> TrainingState:
     if run.checkpoint:
         state.load_record(run.saved)
         run.log(f"resumed from {run.checkpoint} at step {state.step}")
+        if line := announce_changes(run.checkpoint, changed_flags(run.saved["arguments"], public_arguments(run.args))):
+            run.log(line)
     for line in [*run.remarks, *notices(run.args, state.precision, plan.total_steps)]:
         run.log(line)
     trained = sum(parameter.size for parameter in state.parameters.values())

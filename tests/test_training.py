@@ -5,6 +5,7 @@ import ppdiffusers_train  # noqa: F401
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -259,6 +260,31 @@ def test_epochs_are_counted_in_samples_when_the_batch_changes_at_a_resume(kandin
     kandinsky_jobs["prior"].main([*flags, "--num_train_epochs=3", "--train_batch_size=7"])
     steps = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*"))
     assert steps == [4, 6] and read_state(tmp_path / "out" / "checkpoint-6")["position"] == 21
+
+
+@pytest.mark.once
+def test_a_change_that_would_mix_two_runs_is_refused_and_others_are_announced(train, kandinsky, tmp_path, capsys):
+    out = train("prior_lora", "--max_train_steps=1", "--lora_alpha=4")
+    other = shutil.copytree(kandinsky[0], tmp_path / "other")
+    file = next((other / "prior").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    flags = ["--lora_alpha=4", "--max_train_steps=2", "--resume_from_checkpoint=latest"]
+    cases = {
+        "--lora_alpha=8": "--lora_alpha: .*checkpoint-1 was trained with 4.*, now it is 8.*, which would mix two runs",
+        "--snr_gamma=5": "--snr_gamma: .* was trained with None, now it is 5.0",
+        f"--pretrained_prior_model_name_or_path={other}": "was trained from other weights of prior; expected the same",
+    }
+    for flag, message in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            train("prior_lora", *flags, flag)
+        error = last_error(capsys)
+        assert stopped.value.code == 2 and re.search(message, error), error
+    train("prior_lora", *flags, "--learning_rate=1e-5")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed since checkpoint-1, ")]
+    assert "--learning_rate 0.001 -> 1e-05" in line and "--max_train_steps 1 -> 2" in line
+    assert (out / "checkpoint-2").is_dir()
 
 
 @pytest.mark.once
