@@ -3,10 +3,8 @@
 python benchmarks/memory_page.py    writes the pages anew from docs/memory.json
 """
 
-import json
-from pathlib import Path
+from pages import DOCS, fill, read_figures, table, write_page
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
 FIGURES = DOCS / "memory.json"
 FITS_NOT = "–"
 # The words of the tables in each language; `head` is that of the first table, whose first column both have.
@@ -31,18 +29,17 @@ def write_pages(figures: dict) -> None:
         figures: {"decoder 512": {"sizes": cells of the first table, "fits": {"8": flags for a GPU of 8 GB, …}}, …}
     """
     for language in WORDS:
-        (DOCS / language / "memory.md").write_text(page(figures, language), encoding="utf-8")
+        write_page(f"{language}/memory", page(figures, language))
 
 
 def page(figures: dict, language: str) -> str:
     """The page in one language."""
-    text = Path(__file__).with_name(f"memory_page_{language}.md").read_text(encoding="utf-8")
     words = WORDS[language]
     sizes = [[job, *found["sizes"]] for job, found in figures.items()]
     gpus = [[job, *(translated(flags, words) for flags in found["fits"].values())] for job, found in figures.items()]
     head, names = words["head"].split(" | "), next(iter(figures.values()))["fits"]
-    text = text.replace("{sizes}", table(head, sizes))
-    return text.replace("{gpus}", table([head[0], *(f"{size} GB" for size in names)], gpus))
+    tables = {"sizes": table(head, sizes), "gpus": table([head[0], *(f"{size} GB" for size in names)], gpus)}
+    return fill(f"memory_page_{language}.md", tables)
 
 
 def translated(flags: str, words: dict) -> str:
@@ -51,10 +48,5 @@ def translated(flags: str, words: dict) -> str:
     return comma.join(words.get(flag, flag) for flag in flags.split(", "))
 
 
-def table(header, rows) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 if __name__ == "__main__":
-    write_pages(json.loads(FIGURES.read_text(encoding="utf-8")))
+    write_pages(read_figures("memory"))

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from check import make_folder  # noqa: E402
 from speed_gate import Side  # noqa: E402
-from speed_page import STEP_LEVERS, page  # noqa: E402
+from speed_page import STEP_PATCHES, page  # noqa: E402
 
 from ppdiffusers_train.cpu.environment import SETTINGS  # noqa: E402
 from ppdiffusers_train.cpu.patches import PATCHES, VARIABLE  # noqa: E402
@@ -79,9 +79,9 @@ class Job:
         samples = [self.folder / "samples.npz", self.photos]
         return Side([sys.executable, HERE / "speed_torch.py", self.name, *samples, *self.models], environment_of())
 
-    def cached(self, levers=None) -> Side:
+    def cached(self, patches=None) -> Side:
         """Our run from the warm cache."""
-        environment = {} if levers is None else {VARIABLE: levers}
+        environment = {} if patches is None else {VARIABLE: patches}
         return self.paddle("loop", *self.cache, environment=environment)
 
     @property
@@ -137,9 +137,9 @@ def measure_job(job: Job, turns: int, steps: int) -> dict:
     return {**figures, "sides": in_turns(sides, turns, steps)}
 
 
-def measure_levers(job: Job, turns: int, steps: int) -> dict:
-    """Each lever alone against none, and all: in the step from the warm cache, and for encoders online."""
-    sides = {name: job.cached(levers=name) for name in ("none", *STEP_LEVERS, ",".join(STEP_LEVERS))}
+def measure_patches(job: Job, turns: int, steps: int) -> dict:
+    """Each patch alone against none, and all: in the step from the warm cache, and for encoders online."""
+    sides = {name: job.cached(patches=name) for name in ("none", *STEP_PATCHES, ",".join(STEP_PATCHES))}
     for name, compile in (("online, plain encoders", False), ("online, compiled encoders", True)):
         environment = {VARIABLE: ",".join(PATCHES)}  # whether or not the processor usually compiles
         sides[name] = job.paddle("loop", "--no_encoded_cache", compile=compile, environment=environment)
@@ -147,9 +147,9 @@ def measure_levers(job: Job, turns: int, steps: int) -> dict:
 
 
 def measure_profile(job: Job) -> dict:
-    """{"none" and "levers": {kernel: milliseconds of a step}} from the warm cache."""
+    """{"none" and "patches": {kernel: milliseconds of a step}} from the warm cache."""
     found = {}
-    for name, environment in (("none", {VARIABLE: "none"}), ("levers", {})):
+    for name, environment in (("none", {VARIABLE: "none"}), ("patches", {})):
         side = job.paddle("profile", *job.cache, environment=environment)
         try:
             found[name] = side.listen()["milliseconds"]
@@ -201,7 +201,7 @@ def main(argv=None):
     parser.add_argument("--turns", type=int, default=5, help="measurements of each side")
     parser.add_argument("--steps", type=int, default=4, help="steps of a measurement")
     parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--details", action="store_true", help="also levers, kernels and start, at size 1")
+    parser.add_argument("--details", action="store_true", help="also patches, kernels and start, at size 1")
     parser.add_argument("--quick", action="store_true", help="tiny models, all parts, writes nothing")
     args = parser.parse_args(argv)
     if args.quick:
@@ -214,7 +214,7 @@ def main(argv=None):
                 job = Job(name, size, Path(folder), args.images)
                 found = measure_job(job, args.turns, args.steps)
                 if args.details and size in (1.0, TINY):
-                    found["levers"] = measure_levers(job, args.turns, args.steps)
+                    found["patches"] = measure_patches(job, args.turns, args.steps)
                     found["profile"] = measure_profile(job)
                     found["start"] = measure_start(job)
             previous = figures.setdefault(name, {}).get(f"{size:g}", {})

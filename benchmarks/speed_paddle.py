@@ -4,7 +4,7 @@
 
 loop: the script's own run. cache: fills its cache and prints how long that took; with `--samples`, it also writes what
 `preprocess` makes of each. plain: a bare loop over the same module, online, encoding the batch together: on Paddle as
-it comes and without levers a model of PaddleMIX's script as a user runs it. profile: the loop's step, by kernel.
+it comes and without patches a model of PaddleMIX's script as a user runs it. profile: the loop's step, by kernel.
 """
 
 import sys

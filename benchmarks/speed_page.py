@@ -3,38 +3,28 @@
 python benchmarks/speed_page.py    writes the page anew from docs/performance.json
 """
 
-import json
 import statistics
-from pathlib import Path
 
-HEAD = Path(__file__).with_name("speed_page.md")
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+from pages import fill, read_figures, table, write_page
+
 JOBS = {
     "decoder": "Kandinsky 2.2 decoder, full",
     "prior": "Kandinsky 2.2 prior, full",
     "sdxl": "SDXL, full",
     "lcm_lora": "LCM LoRA (Stable Diffusion)",
 }
-STEP_LEVERS = ("no_subnormals", "no_views", "no_same_casts", "onednn_convolutions", "conv_bias", "linear_bias")
+STEP_PATCHES = ("no_subnormals", "no_views", "no_same_casts", "onednn_convolutions", "conv_bias", "linear_bias")
 SIZES = ("0.5", "1", "2")
 MISSING = "Not measured yet"
 
 
 def page(figures: dict) -> str:
     """The page, from {processor: {job: {size: figures}}}: a table for each processor; it lists what is missing."""
-    text = HEAD.read_text(encoding="utf-8")
-    for name, table in (("jobs", jobs), ("levers", levers), ("profile", profile), ("start", start)):
-        tables = [f"**{processor}**\n\n{found}" for processor, own in figures.items() if (found := table(own))]
-        text = text.replace(f"{{{name}}}", "\n\n".join(tables) or MISSING)
-    return text
-
-
-def table(header: list, rows: list) -> str:
-    """In Markdown; without rows nothing."""
-    if not rows:
-        return ""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    parts = {}
+    for make_table in (jobs, patches, profile, start):
+        tables = [f"**{processor}**\n\n{found}" for processor, own in figures.items() if (found := make_table(own))]
+        parts[make_table.__name__] = "\n\n".join(tables) or MISSING
+    return fill("speed_page.md", parts)
 
 
 def jobs(figures: dict) -> str:
@@ -74,16 +64,16 @@ def ratio(one: dict, other: dict) -> str:
     return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
-def levers(figures: dict) -> str:
+def patches(figures: dict) -> str:
     rows = []
     for job, title in JOBS.items():
-        found = figures.get(job, {}).get("1", {}).get("levers")
+        found = figures.get(job, {}).get("1", {}).get("patches")
         if not found:
             continue
-        cells = [ratio(found[name], found["none"]) for name in (*STEP_LEVERS, ",".join(STEP_LEVERS))]
+        cells = [ratio(found[name], found["none"]) for name in (*STEP_PATCHES, ",".join(STEP_PATCHES))]
         compiled = ratio(found["online, compiled encoders"], found["online, plain encoders"])
         rows.append([title, *cells, compiled])
-    return table(["time of a step, ×1", *STEP_LEVERS, "all of these", "compiled encoders, online"], rows)
+    return table(["time of a step, ×1", *STEP_PATCHES, "all of these", "compiled encoders, online"], rows)
 
 
 def profile(figures: dict) -> str:
@@ -92,7 +82,7 @@ def profile(figures: dict) -> str:
         found = figures.get(job, {}).get("1", {}).get("profile")
         if not found:
             continue
-        before, after = found["none"], found["levers"]
+        before, after = found["none"], found["patches"]
         largest = sorted({**after, **before}, key=lambda kernel: -max(before.get(kernel, 0), after.get(kernel, 0)))[:8]
         for number, kernel in enumerate(largest):
             times = [f"{which.get(kernel, 0.0):.0f}" for which in (before, after)]
@@ -106,11 +96,5 @@ def start(figures: dict) -> str:
     return table(["decoder, ×1", "in a process of its own"], rows)
 
 
-def main():
-    file = DOCS / "performance.json"
-    figures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    (DOCS / "performance.md").write_text(page(figures), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_page("performance", page(read_figures("performance")))

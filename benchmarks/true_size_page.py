@@ -3,11 +3,8 @@
 python benchmarks/true_size_page.py    writes the page anew from docs/true_size.json
 """
 
-import json
-from pathlib import Path
+from pages import fill, read_figures, rows_of, write_page
 
-HEAD = Path(__file__).with_name("true_size_page.md")
-DOCS = Path(__file__).resolve().parent.parent / "docs"
 TITLES = {
     "sd1_5_lcm_lora": "Stable Diffusion 1.5, LCM LoRA",
     "prior_lora": "Kandinsky 2.2 prior, LoRA",
@@ -24,15 +21,13 @@ TRAINING = ("train", "resume", "export")  # steps that are runs of the script
 
 def page(figures: dict) -> str:
     """The page from {case: figures}; it lists what is missing."""
-    text = HEAD.read_text(encoding="utf-8")
     measured = {name: figures[name] for name in TITLES if {"estimate", "train"} <= figures.get(name, {}).keys()}
-    for mark, rows in (
-        ("models", models(measured)),
-        ("memory", [memory_row(name, found) for name, found in measured.items()]),
-        ("phases", [phase_row(name, found, step) for name, found in measured.items() for step in TRAINING]),
-        ("seconds", [seconds_row(name, found) for name, found in measured.items()]),
-    ):
-        text = text.replace(f"{{{mark}}}", "\n".join("| " + " | ".join(row) + " |" for row in rows if row))
+    tables = {
+        "models": models(measured),
+        "memory": [memory_row(name, found) for name, found in measured.items()],
+        "phases": [row for name, found in measured.items() for row in phase_rows(name, found)],
+        "seconds": [seconds_row(name, found) for name, found in measured.items()],
+    }
     failed = [
         f"**{TITLES[name]}** failed:\n\n```\n{found['failed']}\n```"
         for name, found in figures.items()
@@ -41,7 +36,8 @@ def page(figures: dict) -> str:
     missing = [title for name, title in TITLES.items() if name not in measured]
     if missing:
         failed.append(f"Not measured yet: {'; '.join(missing)}.")
-    return text.replace("{failed}", "\n\n".join(failed)).rstrip() + "\n"
+    parts = {mark: rows_of(rows) for mark, rows in tables.items()}
+    return fill("true_size_page.md", {**parts, "failed": "\n\n".join(failed)}).rstrip() + "\n"
 
 
 def models(measured: dict) -> list:
@@ -66,15 +62,15 @@ def memory_row(name: str, found: dict) -> list:
     return [TITLES[name], *cells, verdict, phase, gigabytes(mapped)]
 
 
-def phase_row(name: str, found: dict, step: str) -> list:
-    """The peaks of a run's phases."""
-    if step not in found:
-        return None
-    phases = found[step]["phases"]
-    cells = [
-        gigabytes(phases[phase]) if phase in phases else "–" for phase in ("load", "train", "checkpoint", "result")
-    ]
-    return [TITLES[name], {"train": "train, killed", "export": "export for diffusers"}.get(step, step), *cells]
+def phase_rows(name: str, found: dict):
+    """Yield the peaks of the phases of each run."""
+    titles = {"train": "train, killed", "resume": "resume", "export": "export for diffusers"}
+    for step in filter(found.get, TRAINING):
+        phases = found[step]["phases"]
+        cells = [
+            gigabytes(phases[phase]) if phase in phases else "–" for phase in ("load", "train", "checkpoint", "result")
+        ]
+        yield [TITLES[name], titles[step], *cells]
 
 
 def seconds_row(name: str, found: dict) -> list:
@@ -96,5 +92,4 @@ def gigabytes(size: int) -> str:
 
 
 if __name__ == "__main__":
-    figures = json.loads((DOCS / "true_size.json").read_text(encoding="utf-8"))
-    (DOCS / "true_size.md").write_text(page(figures), encoding="utf-8")
+    write_page("true_size", page(read_figures("true_size")))

@@ -3,16 +3,16 @@
 Import this package before `paddle`: it sets the CPU's threads and libraries, which Paddle reads only once, when it is
 imported. It changes no environment variable that is already set, and prints nothing. In a process that Paddle's
 launcher has started, it first masks secrets in the launcher's log files, and then continues in a child process
-(`launcher/stand_in.py`).
+(`launcher/supervisor.py`).
 """
 
 from ppdiffusers_train.cpu.environment import prepare_cpu
-from ppdiffusers_train.launcher.stand_in import leave_stand_in
-from ppdiffusers_train.launcher.tokens import scrub_launcher_logs, take_over
+from ppdiffusers_train.launcher.supervisor import continue_under_supervisor
+from ppdiffusers_train.launcher.tokens import mask_launcher_logs, receive_secrets
 
-scrub_launcher_logs()
-take_over()
-leave_stand_in()
+mask_launcher_logs()
+receive_secrets()
+continue_under_supervisor()
 prepare_cpu()
 
 __version__ = "0.2.0"

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,16 +27,12 @@ from ppdiffusers_train.arguments.parser import (
     byte_size,
     non_negative_float,
     positive_int,
-    seed,
 )
 from ppdiffusers_train.errors import UserError, one_line_errors
 from ppdiffusers_train.models.lora_libraries import FILES
 from ppdiffusers_train.tools.examples import add_examples_command
 from ppdiffusers_train.tools.launch import add_launch_command
-from ppdiffusers_train.toy.demo.jobs import JOBS
-from ppdiffusers_train.toy.world.looks import LOOKS, SIZES
-
-MIXED = "mixed"  # all looks in turn
+from ppdiffusers_train.toy.commands import add_toy_commands
 
 # Each command imports what it needs, so that `--help` is fast, and so are the processes that a command starts, which
 # import this file as well.
@@ -130,40 +125,6 @@ def convert_lora(args) -> None:
     print(f"{target}: {len(updates)} layers of rank {', '.join(map(str, ranks))}, for {args.to}")
 
 
-def toy_data(args) -> None:
-    """Write training data of the world of shapes, as a folder or as shards."""
-    from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
-    from ppdiffusers_train.toy.world.shapes_folder import write_shapes_folder
-
-    looks = LOOKS if args.look == MIXED else (args.look,)
-    shapes = ShapesDataset(args.seed, args.count, args.size, looks, args.held_out)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, "shapes") if args.shard_size else args.output
-        write_shapes_folder(folder, shapes)
-        if args.shard_size:
-            from ppdiffusers_train.tools.pack import pack
-            from ppdiffusers_train.tools.sources import open_source
-
-            pack(
-                open_source(str(folder)),
-                args.output,
-                args.shard_size,
-                "shapes",
-                "text",
-                processes=1,
-                log=print,
-            )
-    print(f"{args.output}: {args.count} pictures of {args.size} x {args.size} pixels, with captions")
-
-
-def demo(args) -> None:
-    """Train a tiny model and show the result."""
-    from ppdiffusers_train.toy.demo.demo import run_demo
-
-    steps = ["--max_train_steps", str(args.max_train_steps)] if args.max_train_steps else []
-    run_demo(args.job, args.output_dir, *steps, pictures=args.pictures)
-
-
 def stdout_for_result(json_wanted: bool):
     """A context in which all output goes to standard error if standard output is to hold only JSON."""
     return contextlib.redirect_stdout(sys.stderr) if json_wanted else contextlib.nullcontext()
@@ -186,22 +147,29 @@ def open_named(args):
 def add_source_arguments(command, what: str) -> None:
     add = command.add_argument
     add("source", metavar="SOURCE", help=what)
-    add("--dataset_config_name", help="Configuration of the dataset, if it has several.")
-    add("--image_column", default="image", help="Column of the images.")
-    add("--caption_column", default="text", help="Column, or field of .json files, of the captions.")
-    add("--cache_dir", metavar="DIR", help="Folder for downloads; by default that of Hugging Face.")
-    add("--index_dir", metavar="DIR", help="Folder for indices of data sets; by default, it is in --cache_dir.")
+    add("--dataset_config_name", help="Use this configuration of the dataset, if it has several.")
+    add("--image_column", default="image", help="Read images from this column.")
     add(
-        "--processes",
-        type=positive_int,
-        help="Number of processes that decode images; by default one per CPU core.",
-    )
+        "--caption_column", default="text",
+        help="Read captions from this column, or from this field of a shard's .json files.",
+    )  # fmt: skip
+    add("--cache_dir", metavar="DIR", help="Keep downloads in this folder; without it, in Hugging Face's cache.")
+    add(
+        "--index_dir", metavar="DIR",
+        help="Keep indices of data sets in this folder; without it, in --cache_dir or the user's cache.",
+    )  # fmt: skip
+    add("--processes", type=positive_int, help="Decode images in this many processes; without it, in one per CPU core.")
     add("--json", action=Flag, help="Print the result as one JSON document.")
 
 
 def build_parser():
     parser = ArgumentParser(config=False, prog="ppdiffusers-train", description=__doc__.splitlines()[0])
-    parser.add_argument("--version", action="version", version=f"%(prog)s {ppdiffusers_train.__version__}")
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"%(prog)s {ppdiffusers_train.__version__}",
+        help="Print the version and exit.",
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
 
     add_examples_command(commands)
@@ -214,14 +182,24 @@ def build_parser():
         "is wrong.",
     )  # fmt: skip
     add_source_arguments(
-        command, "Folder of images with a metadata.jsonl, tar shards (a folder, a file, a pattern such as "
+        command, "Read a folder of images with a metadata.jsonl, tar shards (a folder, a file, a pattern such as "
         "photos-{000..031}.tar), or a dataset of the hub.",
     )  # fmt: skip
     add = command.add_argument
-    add("--resolution", type=positive_int, default=512, help="Images with a shorter side, in pixels, are reported.")
-    add("--tokenizer", metavar="DIR", help="CLIP tokenizer or pipeline, to count tokens exactly.")
-    add("--ranks", type=positive_int, default=1, help="Number of GPUs, to report how shards are divided.")
-    add("--workers", type=positive_int, default=1, help="Number of loading threads per GPU, for the same report.")
+    add(
+        "--resolution", type=positive_int, default=512,
+        help="Report images whose shorter side has fewer pixels than this.",
+    )  # fmt: skip
+    add(
+        "--tokenizer", metavar="DIR",
+        help="Count tokens exactly, with the CLIP tokenizer or pipeline of this folder; without it, they are "
+        "estimated.",
+    )  # fmt: skip
+    add("--ranks", type=positive_int, default=1, help="Report how shards are divided among this many GPUs.")
+    add(
+        "--workers", type=positive_int, default=1,
+        help="Report how shards are divided among this many loading threads per GPU.",
+    )  # fmt: skip
     command.set_defaults(run=check_data)
 
     command = commands.add_parser(
@@ -230,13 +208,16 @@ def build_parser():
         "resumes an interrupted one. Exit status 1: unusable samples were left out. Status 2: the command is wrong.",
     )  # fmt: skip
     add_source_arguments(
-        command, "Folder of images with a metadata.jsonl, a .jsonl file whose rows have a file_name relative to it, "
-        "tar shards, or a dataset of the hub.",
+        command, "Read a folder of images with a metadata.jsonl, a .jsonl file whose rows have a file_name relative to "
+        "it, tar shards, or a dataset of the hub.",
     )  # fmt: skip
     add = command.add_argument
-    add("output_dir", metavar="OUTPUT_DIR", help="Folder for the shards.")
-    add("--shard_size", type=byte_size, default="500MB", metavar="SIZE", help="Largest size of a shard.")
-    add("--name", default="photos", help="Beginning of the shards' names.")
+    add("output_dir", metavar="OUTPUT_DIR", help="Write the shards to this folder.")
+    add(
+        "--shard_size", type=byte_size, default="500MB", metavar="SIZE",
+        help="Write shards of at most this size, such as 500MB or 2GiB.",
+    )  # fmt: skip
+    add("--name", default="photos", help="Begin the shards' names with this word.")
     command.set_defaults(run=pack_data)
 
     command = commands.add_parser(
@@ -246,41 +227,26 @@ def build_parser():
         "--preview_output FILE, --preview_samples N, --json. Exit status 1: one of the samples cannot be used.",
     )  # fmt: skip
     add = command.add_argument
-    add("command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="Training script and its flags.")
+    add("command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="Name the training script, then its flags.")
     command.set_defaults(run=preview_training)
 
     add_launch_command(commands)
 
-    command = commands.add_parser("convert-lora", help="rewrite a LoRA's file for another library")
-    add = command.add_argument
-    add("source", help="LoRA file, or its folder, from a LoRA script or another trainer.")
-    add("--to", choices=FILES, required=True, help="Library to write for; kohya is for ComfyUI and WebUIs.")
-    add("--output", required=True, metavar="PATH", help="Output folder, or a file that ends in .safetensors.")
-    add("--scale", type=non_negative_float, default=1.0, help="Factor to multiply the updates by.")
-    command.set_defaults(run=convert_lora)
-
-    command = commands.add_parser("toy-data", help="write pictures of shapes with captions, to train a small model on")
-    add = command.add_argument
-    add("output", help="Folder to write, new or empty.")
-    add("--count", type=positive_int, required=True, help="Number of pictures.")
-    add("--size", type=int, choices=SIZES, default=32, help="Height and width of pictures, in pixels.")
-    add("--look", choices=(*LOOKS, MIXED), default="plain", help="Look of the shapes.")
-    add("--shard_size", type=byte_size, metavar="SIZE", help="Write tar shards, each at most so large, such as 1MB.")
-    add("--seed", type=seed, default=0, help="Seed of the pictures.")
-    add("--held_out", action=Flag, help="Write only combinations of shape, colour and background kept out of training.")
-    command.set_defaults(run=toy_data)
-
     command = commands.add_parser(
-        "demo", help="train a tiny model on a CPU, in minutes",
-        description="Train a tiny pretrained model on pictures of shapes with the script of a job, and write a figure "
-        "of training pictures, images generated before and after, and the loss.",
+        "convert-lora", help="rewrite a LoRA's file for another library",
+        description="Rewrite a LoRA's file for another library.",
     )  # fmt: skip
     add = command.add_argument
-    add("--job", choices=JOBS, default="decoder-lora", help="Job to run.")
-    add("--output_dir", default="outputs/demo", metavar="DIR", help="Output folder.")
-    add("--max_train_steps", type=positive_int, help="Number of optimizer steps; by default enough for the job.")
-    add("--pictures", type=positive_int, help="Number of training pictures; by default enough for the job.")
-    command.set_defaults(run=demo)
+    add("source", metavar="SOURCE", help="Read this LoRA file, or its folder, from a LoRA script or another trainer.")
+    add("--to", choices=FILES, required=True, help="Write for this library; kohya is for ComfyUI and WebUIs.")
+    add(
+        "--output", required=True, metavar="PATH",
+        help="Write to this folder, or to this file that ends in .safetensors.",
+    )  # fmt: skip
+    add("--scale", type=non_negative_float, default=1.0, help="Multiply the LoRA's updates by this factor.")
+    command.set_defaults(run=convert_lora)
+
+    add_toy_commands(commands)
     return parser
 
 

@@ -5,9 +5,9 @@ import os
 import re
 import sys
 
-from ppdiffusers_train.launcher.last_word import print_after_launcher, watch_launcher
-from ppdiffusers_train.launcher.signals import EndAtOnce
-from ppdiffusers_train.launcher.stand_in import ignore_signals_from_now_on
+from ppdiffusers_train.launcher.final_message import print_after_launcher, watch_launcher
+from ppdiffusers_train.launcher.signals import ExitOnSignal
+from ppdiffusers_train.launcher.supervisor import ignore_signals_from_now_on
 from ppdiffusers_train.launcher.tokens import secrets_in
 
 
@@ -58,7 +58,7 @@ def one_line_errors(main):
     def run(argv=None):
         watch_launcher()
         try:
-            with EndAtOnce():
+            with ExitOnSignal():
                 try:
                     return main(argv)
                 finally:

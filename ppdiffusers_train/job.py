@@ -13,27 +13,26 @@ from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.training import index_dataset, train_job
 
 
-def run_job(parser, module_class, argv=None, build_dataset=build_dataset) -> None:
-    """The `main` of a training script: flags, data, models, training. A mistake gets one line and exit status 2.
+def job_main(build_parser, module_class, build_dataset=build_dataset):
+    """Make the `main(argv=None)` of a training script: flags, data, models, training. A mistake gets one line and exit
+    status 2.
 
     Args:
-        parser: the parser of the script's flags.
+        build_parser: returns the parser of the script's flags.
         module_class: the script's `DiffusionTrainingModule`, which is built from the flags.
-        argv: the arguments, by default those of the command line.
         build_dataset: returns the dataset that the flags name.
     """
 
     @one_line_errors
     def main(argv):
-        args = parser.parse_args(argv)
-        run = resolve_run(args)
+        run = resolve_run(build_parser().parse_args(argv))
         dataset = build_dataset(run.args)
         index_dataset(dataset, run)
         module = module_class(run.args)
         module.inspect_dataset(dataset)
         train_job(module, dataset, run)
 
-    main(argv)
+    return main
 
 
 @contextlib.contextmanager
@@ -82,6 +81,7 @@ class LoRATraining:
 
     def __init__(self, args):
         super().__init__(args)
+        self.title = f"{self.title}, LoRA"
         self.add_lora(getattr(self, self.trained), args.lora_target_modules)
 
     def add_lora(self, model, targets: str) -> None:

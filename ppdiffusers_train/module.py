@@ -16,6 +16,9 @@ class DiffusionTrainingModule(nn.Layer):
     same `encoded` and `draws` give the same loss on any number of GPUs.
     """
 
+    title = "training"
+    """What the job is called in messages."""
+
     encoders = ()
     """Names of the attributes that hold the frozen models of `encode`: a cache of encoded samples replaces them."""
 

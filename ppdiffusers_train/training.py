@@ -3,7 +3,6 @@
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
 import contextlib
-import itertools
 
 import paddle
 
@@ -12,13 +11,12 @@ from ppdiffusers_train.cpu.patches import COMPILE_FROM_ROWS, CompiledEncode, can
 from ppdiffusers_train.data.dataset import index_folder
 from ppdiffusers_train.data.identity import agree_on_data
 from ppdiffusers_train.data.image_index import index_images
-from ppdiffusers_train.data.loader import OnlineSamples, iterate_batches, to_device
+from ppdiffusers_train.data.loader import OnlineSamples
 from ppdiffusers_train.data.order import order_samples
 from ppdiffusers_train.data.rows import Rows
-from ppdiffusers_train.draws import iterate_draws
 from ppdiffusers_train.errors import MissingImagesError
-from ppdiffusers_train.launcher.signals import StopRequest, name_of
-from ppdiffusers_train.launcher.stand_in import ask_for_time, ignore_signals_from_now_on
+from ppdiffusers_train.launcher.signals import StopRequest, signal_name
+from ppdiffusers_train.launcher.supervisor import ignore_signals_from_now_on, request_time_to_finish
 from ppdiffusers_train.loop.dry_run import describe_run
 from ppdiffusers_train.loop.filling import encode_dataset
 from ppdiffusers_train.loop.identity import job_code, public_arguments, public_command, run_identity, versions
@@ -36,10 +34,17 @@ from ppdiffusers_train.loop.saving import (
 )
 from ppdiffusers_train.loop.schedule import check_schedule
 from ppdiffusers_train.loop.state import TrainingState, build_training_state
-from ppdiffusers_train.loop.step import add_gradients, seed_layers, set_training_mode
+from ppdiffusers_train.loop.step import (
+    add_gradients,
+    complete_gradients,
+    count_bad_samples,
+    load_steps,
+    seed_layers,
+    set_training_mode,
+)
 from ppdiffusers_train.loop.validation import ValidationImages
 from ppdiffusers_train.module import choose_trainable
-from ppdiffusers_train.reporting.status_line import print_line
+from ppdiffusers_train.reporting.status_line import counted, print_line
 from ppdiffusers_train.runtime.agreement import agree, model_digests
 from ppdiffusers_train.runtime.flops import FlopCounter
 from ppdiffusers_train.runtime.folder_lock import folder_held
@@ -77,14 +82,21 @@ def train_job(module, dataset, run: Run) -> None:
     holds_folder = run.ranks.is_main and not run.args.dry_run
     resumes = bool(run.args.resume_from_checkpoint)
     with folder_held(run.output_dir, resumes) if holds_folder else contextlib.nullcontext():
-        run = choose_again(run)
-        plan = prepare(module, dataset, run)
+        plan = make_plan(module, dataset, choose_again(run))
         if run.args.dry_run:
             if run.ranks.is_main:
                 describe_run(plan)
             return
-        state = prepare_state(plan)
-        samples = prepare_samples(plan, state)
+        state = build_state(plan)
+        log_start(plan, state)
+        if run.ranks.is_main:
+            claim_folder(plan, state.step)
+        samples = encode_dataset(plan, state) if run.args.encoded_cache_dir else online_samples(plan)
+        if plan.run.checkpoint:  # now, because it is large, and a cache has freed the encoders
+            state.load_optimizer(plan.run.checkpoint)
+        set_training_mode(module)
+        if run.args.to_static:
+            compile_models(module)
         train(plan, state, samples)
 
 
@@ -94,7 +106,7 @@ def index_dataset(dataset, run: Run) -> None:
         index_images(dataset, run.ranks, index_folder(run.args), run.log)
 
 
-def prepare(module, dataset, run: Run) -> Plan:
+def make_plan(module, dataset, run: Run) -> Plan:
     """Choose what is trained and the order of samples; check that all ranks and the checkpoint agree on it."""
     args = run.args
     digests = {} if args.dry_run else model_digests(module)
@@ -125,8 +137,9 @@ def prepare(module, dataset, run: Run) -> Plan:
     return Plan(run, module, dataset, order, total_steps, steps_per_epoch, info)
 
 
-def prepare_state(plan: Plan) -> TrainingState:
-    """Build the optimizer, averages and precision; when resuming, load the weights from the checkpoint."""
+def build_state(plan: Plan) -> TrainingState:
+    """Build optimizer, averages and precision. When resuming, also load all of the checkpoint but the optimizer's state
+    and the averages."""
     run, module = plan.run, plan.module
     state = build_training_state(module, run.args, plan.total_steps, run.samples_per_step, run.ranks)
     if run.checkpoint:
@@ -135,6 +148,13 @@ def prepare_state(plan: Plan) -> TrainingState:
     state.precision.cast_models(module, state.optimizer)
     if run.checkpoint:
         state.load_record(run.saved)
+    return state
+
+
+def log_start(plan: Plan, state: TrainingState) -> None:
+    """Log where a resumed run continues, which flags have no effect, and how large the run is."""
+    run = plan.run
+    if run.checkpoint:
         run.log(f"resumed from {run.checkpoint} at step {state.step}")
         if line := announce_changes(run.checkpoint, changed_flags(run.saved["arguments"], public_arguments(run.args))):
             run.log(line)
@@ -142,59 +162,38 @@ def prepare_state(plan: Plan) -> TrainingState:
         run.log(line)
     trained = sum(parameter.size for parameter in state.parameters.values())
     run.log(
-        f"{type(module).__name__}: {trained:,} trainable parameters, {len(plan.dataset)} samples; {plan.total_steps} "
-        f"steps of {run.samples_per_step} samples, {plan.steps_per_epoch} per epoch; seed {plan.info['seed']}"
+        f"{plan.module.title}: {trained:,} trainable parameters, {counted(len(plan.dataset), 'sample')}; "
+        f"{counted(plan.total_steps, 'step')} of {counted(run.samples_per_step, 'sample')}, "
+        f"{plan.steps_per_epoch} per epoch; seed {plan.info['seed']}"
     )
-    if run.ranks.is_main:
-        claim_folder(plan, state.step)
-    return state
 
 
-def prepare_samples(plan: Plan, state: TrainingState):
-    """The samples of the run: from the cache, which is filled first, or encoded during training.
-
-    When resuming, the optimizer's state is loaded afterwards: it is large, and with a cache the encoders are freed by
-    then.
-    """
-    run, module = plan.run, plan.module
-    if run.args.encoded_cache_dir:
-        samples = encode_dataset(plan, state)
-    else:
-        samples = OnlineSamples(plan.dataset, module, plan.order)
-        if can_compile(module) and len(plan.dataset) >= COMPILE_FROM_ROWS:
-            module.encode = CompiledEncode(module)
-    if run.checkpoint:
-        state.load_optimizer(run.checkpoint)
-    set_training_mode(module)
-    if run.args.to_static:
-        compile_models(module)
-    return samples
+def online_samples(plan: Plan) -> OnlineSamples:
+    """The samples of a run without a cache, which are encoded during training."""
+    if can_compile(plan.module) and len(plan.dataset) >= COMPILE_FROM_ROWS:
+        plan.module.encode = CompiledEncode(plan.module)
+    return OnlineSamples(plan.dataset, plan.module, plan.order)
 
 
 def train(plan: Plan, state: TrainingState, samples) -> None:
     """Take every step from the state's to the last, with checkpoints, validation images and the result."""
     ranks, args = plan.run.ranks, plan.run.args
-    steps, *ahead = itertools.tee(plan.steps_from(state), 3)  # loader and random numbers are ahead by some batches
-    to_load, to_draw = ((positions for _, share in steps for positions in share) for steps in ahead)
-    batches = iterate_batches(samples, to_load, args.dataloader_num_workers)
-    draws = iterate_draws(plan.order.seed, to_draw, to_device)
     with open_reports(plan, state) as reports, StopRequest(args.stop_signal) as stop:
         images = ValidationImages(plan, reports.trackers)
-        ask_for_time()
+        request_time_to_finish()
         ranks.wait_for_all("the others to begin")  # rank 0 opens trackers, and some disks are slow
-        for window, share in steps:
+        for window, batches in load_steps(plan, state, samples):
             ranks.step = state.step
             seed_layers(plan.order.seed, state.step, ranks.rank)
             with FlopCounter(enabled=reports.progress.counts_next) as counter:
-                micro_batches = [
-                    add_gradients(plan.module, samples, next(batches), next(draws), of, window, state, of is share[-1])
-                    for of in share
-                ]
-            reports.progress.counted(counter.total, sum(len(part.positions) for part in micro_batches))
-            with checkpoint_before_bad_sample(plan, state, reports):
-                bad, stopping = exchange_counts(plan, state, micro_batches, bool(stop.received))
-            loss = ranks.sum(sum((part.loss for part in micro_batches), paddle.zeros([])))
-            reports.add(state.take_step(window, loss, bad), micro_batches)
+                parts = [add_gradients(plan.module, samples, batch, window, state) for batch in batches]
+            reports.progress.counted(counter.total, sum(len(part.positions) for part in parts))
+            missing, stopping = complete_gradients(state, parts, bool(stop.received))
+            if missing:
+                with checkpoint_before_bad_sample(plan, state, reports):
+                    count_bad_samples(plan, state, parts)
+            loss = ranks.sum(sum((part.loss for part in parts), paddle.zeros([])))
+            reports.add(state.take_step(window, loss, missing), parts)
             is_last = state.step == plan.total_steps
             saves, validates = stopping or plan.checkpoint_is_due(state), plan.validation_is_due(state)
             # A step's figures are fetched while the device computes the next one, but before anything is written or
@@ -214,22 +213,6 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
         raise MissingImagesError(f"the result is complete, but validation images are missing: {images.failures[0]}")
 
 
-def exchange_counts(plan: Plan, state: TrainingState, micro_batches: list, is_asked_to_stop: bool) -> tuple:
-    """Exchange between the ranks, before a step's update: how many of its samples cannot be used, and whether any rank
-    was asked to stop. Afterwards the sums of gradients are complete."""
-    ranks, order = plan.run.ranks, plan.order
-    has_changed = state.gradients.send_rest()
-    bad, stopping, changed = ranks.total(
-        bad=sum(len(part.errors) for part in micro_batches), stopping=is_asked_to_stop, changed=has_changed
-    )
-    state.gradients.finish(bool(changed))
-    if bad:
-        own = {order.row(p): message for part in micro_batches for p, message in part.errors.items()}
-        found = ranks.gather_objects(own)
-        state.bad_samples.add({row: message for part in found for row, message in part.items()}, plan.run.log)
-    return bad, bool(stopping)
-
-
 def finish(plan: Plan, state: TrainingState, stop: StopRequest, images: ValidationImages) -> None:
     """Write the result; then generate the last validation images, which may fail; then upload the result."""
     run = plan.run
@@ -241,6 +224,6 @@ def finish(plan: Plan, state: TrainingState, stop: StopRequest, images: Validati
     if run.args.push_to_hub and run.ranks.is_main:
         upload_result(plan)
     if stop.received:
-        name = name_of(stop.received)
+        name = signal_name(stop.received)
         print_line(f"{name}: received after the last step; the run has ended and its result is written")
     run.ranks.gather_objects(None)  # the store is in rank 0's process, which must not end before the others are done

@@ -108,7 +108,7 @@ def sd3_jobs():
 def sd3(tmp_path_factory):
     """The folder of the tiny SD3."""
     from ppdiffusers_train.reporting.quiet import quiet_libraries
-    from ppdiffusers_train.toy.models.sd3 import build_sd3
+    from tests.toy_pipelines import build_sd3
 
     quiet_libraries()
     return build_sd3(tmp_path_factory.mktemp("sd3"))
@@ -143,7 +143,7 @@ def lcm_jobs():
 def sd(tmp_path_factory):
     """The folder of the tiny Stable Diffusion."""
     from ppdiffusers_train.reporting.quiet import quiet_libraries
-    from ppdiffusers_train.toy.models.sd import build_sd
+    from tests.toy_pipelines import build_sd
 
     quiet_libraries()
     return build_sd(tmp_path_factory.mktemp("sd"))

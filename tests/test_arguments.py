@@ -7,6 +7,7 @@ import pytest
 
 from ppdiffusers_train.arguments import (
     ArgumentParser,
+    Flag,
     add_data_arguments,
     add_output_arguments,
     add_training_arguments,
@@ -112,6 +113,8 @@ def test_help_is_a_sentence_for_each_flag_and_ends_with_its_default(add_group):
     for action in parser._actions[1:]:
         shown = parser._get_formatter()._expand_help(action)
         assert re.fullmatch(r"[A-Z].*\.", shown) and "None" not in shown, shown
-        has_default = action.default is not None
-        assert (f"(default: {action.default})" in shown) == (has_default and not isinstance(action.default, bool))
-        assert not isinstance(action.default, bool) or shown.endswith(("(default: on).", "(default: off).")), shown
+        assert f" {action.dest.upper()}" not in parser.format_help(), "a value named like its flag says nothing"
+        if isinstance(action, Flag):
+            assert shown.endswith(("(default: on).", "(default: off).")), shown
+            continue
+        assert (f"(default: {action.default})" in shown) == (action.default is not None)

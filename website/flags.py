@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import yaml
 
+from ppdiffusers_train.arguments.parser import Flag
 from ppdiffusers_train.tools.preview import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,9 +107,11 @@ def default_of(action):
     """Its default: a text, a bool for switches, None where there is none, "required"."""
     if action.required:
         return "required"
+    if isinstance(action, Flag):
+        return bool(action.default)
     if action.default is None or action.default is argparse.SUPPRESS:
         return None
-    return action.default if isinstance(action.default, bool) else str(action.default)
+    return str(action.default)
 
 
 def rows_of(parsers):

@@ -14,8 +14,8 @@ from ppdiffusers import DDPMScheduler, UNet2DConditionModel, VQModel
 from ppdiffusers.transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels
-from ppdiffusers_train.job import FullTraining, run_job
-from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, generate_combined
+from ppdiffusers_train.job import FullTraining, job_main
+from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders
 from ppdiffusers_train.models.unet import save_memory
 from ppdiffusers_train.module import freeze
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
@@ -33,6 +33,7 @@ def build_parser(doc=__doc__):
 class KandinskyDecoderTrainingModule(FullTraining):
     """Trains the UNet to denoise MoVQ latents, conditioned on the CLIP embedding of the same image."""
 
+    title = "Kandinsky 2.2 decoder"
     encoders = ("movq", "image_encoder")
     can_compile_encode = True
 
@@ -89,14 +90,9 @@ class KandinskyDecoderTrainingModule(FullTraining):
         return denoising_loss(prediction, prediction_type, schedule, latents, noise, timesteps, self.args.snr_gamma)
 
     def generate(self, prompts, seeds):
-        """Prior, then decoder, as in inference. Models that training does not need are loaded and freed again."""
-        pipeline = self.folders.combined_pipeline(
-            unet=self.unet,
-            movq=self.movq,
-            prior_image_encoder=self.image_encoder,
-            prior_image_processor=self.image_processor,
-        )
-        return generate_combined(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        own = {"unet": self.unet, "movq": self.movq}
+        own |= {f"prior_{name}": getattr(self, name) for name in ("image_encoder", "image_processor")}
+        return self.folders.generate(own, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_pretrained(self, directory):
         self.folders.export_combined(directory, own={"unet": self.unet}, save_format=self.args.save_format)
@@ -109,9 +105,7 @@ class KandinskyDecoderTrainingModule(FullTraining):
         }
 
 
-def main(argv=None):
-    run_job(build_parser(), KandinskyDecoderTrainingModule, argv)
-
+main = job_main(build_parser, KandinskyDecoderTrainingModule)
 
 if __name__ == "__main__":
     main()

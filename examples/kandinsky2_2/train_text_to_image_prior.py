@@ -16,9 +16,9 @@ from ppdiffusers.transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ppdiffusers_train.job import FullTraining, run_job
+from ppdiffusers_train.job import FullTraining, job_main
 from ppdiffusers_train.models.attention import announce_plain_attention
-from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, generate_combined
+from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders
 from ppdiffusers_train.models.recompute import enable_block_recompute
 from ppdiffusers_train.models.text import tokenize, warn_of_long_captions
 from ppdiffusers_train.module import freeze, keep_frozen
@@ -37,6 +37,7 @@ def build_parser(doc=__doc__):
 class KandinskyPriorTrainingModule(FullTraining):
     """Trains the prior to predict an image's normalised CLIP embedding from a noisy one, conditioned on the caption."""
 
+    title = "Kandinsky 2.2 prior"
     trained = "prior"
     encoders = ("image_encoder", "text_encoder")
     can_compile_encode = True
@@ -105,15 +106,9 @@ class KandinskyPriorTrainingModule(FullTraining):
         return denoising_loss(prediction, "sample", schedule, target, noise, timesteps, self.args.snr_gamma)
 
     def generate(self, prompts, seeds):
-        """Prior, then decoder, as in inference. Models that training does not need are loaded and freed again."""
-        pipeline = self.folders.combined_pipeline(
-            prior_prior=self.prior,
-            prior_image_encoder=self.image_encoder,
-            prior_text_encoder=self.text_encoder,
-            prior_tokenizer=self.tokenizer,
-            prior_image_processor=self.image_processor,
-        )
-        return generate_combined(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        names = ("prior", "image_encoder", "text_encoder", "tokenizer", "image_processor")
+        own = {f"prior_{name}": getattr(self, name) for name in names}
+        return self.folders.generate(own, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
     def save_pretrained(self, directory):
         self.folders.export_prior(directory, own={"prior": self.prior}, save_format=self.args.save_format)
@@ -125,9 +120,7 @@ class KandinskyPriorTrainingModule(FullTraining):
         }
 
 
-def main(argv=None):
-    run_job(build_parser(), KandinskyPriorTrainingModule, argv)
-
+main = job_main(build_parser, KandinskyPriorTrainingModule)
 
 if __name__ == "__main__":
     main()

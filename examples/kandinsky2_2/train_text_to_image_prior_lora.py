@@ -11,23 +11,19 @@ from ppdiffusers_train import arguments
 from train_text_to_image_prior import KandinskyPriorTrainingModule
 from train_text_to_image_prior import build_parser as build_full_parser
 
-from ppdiffusers_train.job import LoRATraining, run_job
+from ppdiffusers_train.job import LoRATraining, job_main
 from ppdiffusers_train.models.lora import ATTENTION_TARGETS
 
 
 def build_parser():
-    parser = build_full_parser(__doc__)
-    arguments.add_kandinsky_lora_arguments(parser, ATTENTION_TARGETS)
-    return parser
+    return arguments.add_kandinsky_lora_arguments(build_full_parser(__doc__), ATTENTION_TARGETS)
 
 
 class KandinskyPriorLoRATrainingModule(LoRATraining, KandinskyPriorTrainingModule):
     """Trains LoRA layers on the prior's attention."""
 
 
-def main(argv=None):
-    run_job(build_parser(), KandinskyPriorLoRATrainingModule, argv)
-
+main = job_main(build_parser, KandinskyPriorLoRATrainingModule)
 
 if __name__ == "__main__":
     main()

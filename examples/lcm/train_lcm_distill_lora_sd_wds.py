@@ -12,7 +12,7 @@ from train_lcm_distill_sd_wds import LCMTrainingModule
 from train_lcm_distill_sd_wds import build_parser as build_full_parser
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.job import LoRATraining, run_job
+from ppdiffusers_train.job import LoRATraining, job_main
 from ppdiffusers_train.models.lora import UNET_TARGETS, lora_switched_off
 
 
@@ -51,9 +51,7 @@ class LCMLoRATrainingModule(LoRATraining, LCMTrainingModule):
         """The target is the student itself."""
 
 
-def main(argv=None):
-    run_job(build_parser(), LCMLoRATrainingModule, argv)
-
+main = job_main(build_parser, LCMLoRATrainingModule)
 
 if __name__ == "__main__":
     main()

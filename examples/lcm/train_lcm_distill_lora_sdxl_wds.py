@@ -11,7 +11,7 @@ from train_lcm_distill_lora_sd_wds import LCMLoRATrainingModule
 from train_lcm_distill_lora_sd_wds import build_parser as build_lora_parser
 from train_lcm_distill_sdxl_wds import LCMSDXLTrainingModule, add_sdxl_arguments
 
-from ppdiffusers_train.job import run_job
+from ppdiffusers_train.job import job_main
 
 
 def build_parser():
@@ -22,9 +22,7 @@ class LCMLoRASDXLTrainingModule(LCMLoRATrainingModule, LCMSDXLTrainingModule):
     """LoRA layers as for Stable Diffusion, with SDXL's conditioning."""
 
 
-def main(argv=None):
-    run_job(build_parser(), LCMLoRASDXLTrainingModule, argv)
-
+main = job_main(build_parser, LCMLoRASDXLTrainingModule)
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,7 @@ from ppdiffusers import DDPMScheduler
 
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.job import FullTraining, named_by_flags, run_job
+from ppdiffusers_train.job import FullTraining, job_main, named_by_flags
 from ppdiffusers_train.models.consistency import TeacherAndStudent, build_student
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder, encode_images, encode_prompt
 from ppdiffusers_train.models.text import tokenize
@@ -38,6 +38,7 @@ def build_parser(doc=__doc__, has_student=True):
 class LCMTrainingModule(TeacherAndStudent, FullTraining):
     """Trains the student to predict the same image from every point of the teacher's sampling path."""
 
+    title = "LCM of Stable Diffusion"
     averages = ("unet_target",)
     folder_class = StableDiffusionFolder
     encoders = ("vae", "text_encoder")
@@ -135,9 +136,7 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         return {"base_model": self.args.pretrained_teacher_model, "tags": tags}
 
 
-def main(argv=None):
-    run_job(build_parser(), LCMTrainingModule, argv)
-
+main = job_main(build_parser, LCMTrainingModule)
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ from train_lcm_distill_sd_wds import build_parser as build_sd_parser
 
 from ppdiffusers_train.arguments import Flag
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
-from ppdiffusers_train.job import run_job
+from ppdiffusers_train.job import job_main
 from ppdiffusers_train.models.sdxl import SDXLFolder, encode_captions, tokenize_caption
 from ppdiffusers_train.models.stable_diffusion import encode_images
 from ppdiffusers_train.module import freeze
@@ -27,8 +27,9 @@ def build_parser():
 def add_sdxl_arguments(parser):
     """Add the flags that the LoRA script shares."""
     parser.add_argument(
-        "--use_fix_crop_and_size", action=Flag, help="Condition on the resolution and no crop, whatever the image."
-    )
+        "--use_fix_crop_and_size", action=Flag,
+        help="Condition on the resolution and no crop, whatever the image.",
+    )  # fmt: skip
     parser.set_defaults(resolution=1024, w_min=3.0)
     return parser
 
@@ -36,6 +37,7 @@ def add_sdxl_arguments(parser):
 class LCMSDXLTrainingModule(LCMTrainingModule):
     """The same for a UNet conditioned on two text encoders' tokens, the pooled caption, the image's size and crop."""
 
+    title = "LCM of SDXL"
     folder_class = SDXLFolder
     encoders = ("vae", "text_encoder", "text_encoder_2")
 
@@ -93,9 +95,7 @@ class LCMSDXLTrainingModule(LCMTrainingModule):
         return {**card, "tags": ["stable-diffusion-xl", *card["tags"]]}
 
 
-def main(argv=None):
-    run_job(build_parser(), LCMSDXLTrainingModule, argv)
-
+main = job_main(build_parser, LCMSDXLTrainingModule)
 
 if __name__ == "__main__":
     main()

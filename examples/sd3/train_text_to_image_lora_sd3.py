@@ -12,7 +12,7 @@ from ppdiffusers_train import arguments
 from train_text_to_image_sd3 import SD3TrainingModule
 from train_text_to_image_sd3 import build_parser as build_full_parser
 
-from ppdiffusers_train.job import LoRATraining, run_job
+from ppdiffusers_train.job import LoRATraining, job_main
 from ppdiffusers_train.models.lora import JOINT_ATTENTION_TARGETS
 
 
@@ -26,9 +26,7 @@ class SD3LoRATrainingModule(LoRATraining, SD3TrainingModule):
     """Trains LoRA layers on the transformer's attention."""
 
 
-def main(argv=None):
-    run_job(build_parser(), SD3LoRATrainingModule, argv)
-
+main = job_main(build_parser, SD3LoRATrainingModule)
 
 if __name__ == "__main__":
     main()

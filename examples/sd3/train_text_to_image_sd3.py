@@ -13,7 +13,7 @@ import paddle
 from ppdiffusers_train.data.buckets import bucket_sizes, size_for
 from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
-from ppdiffusers_train.job import FullTraining, named_by_flags, run_job
+from ppdiffusers_train.job import FullTraining, job_main, named_by_flags
 from ppdiffusers_train.models.attention import announce_joint_attention
 from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.recompute import enable_block_recompute
@@ -43,6 +43,7 @@ def build_parser(doc=__doc__):
 class SD3TrainingModule(FullTraining):
     """Trains the transformer to predict the velocity from an image's latents to noise, conditioned on the caption."""
 
+    title = "Stable Diffusion 3"
     trained = "transformer"
     keep_float32_in_fp16 = ("text_encoder_3",)  # T5's activations overflow in float16
 
@@ -137,9 +138,7 @@ class SD3TrainingModule(FullTraining):
         return {"base_model": self.args.pretrained_model_name_or_path, "tags": tags}
 
 
-def main(argv=None):
-    run_job(build_parser(), SD3TrainingModule, argv)
-
+main = job_main(build_parser, SD3TrainingModule)
 
 if __name__ == "__main__":
     main()

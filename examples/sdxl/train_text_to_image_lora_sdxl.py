@@ -12,7 +12,7 @@ from ppdiffusers_train import arguments
 from train_text_to_image_sdxl import SDXLTrainingModule
 from train_text_to_image_sdxl import build_parser as build_full_parser
 
-from ppdiffusers_train.job import LoRATraining, run_job
+from ppdiffusers_train.job import LoRATraining, job_main
 from ppdiffusers_train.models.lora import ATTENTION_TARGETS, TEXT_ENCODER_TARGETS
 from ppdiffusers_train.models.sdxl import encode_captions
 from ppdiffusers_train.models.stable_diffusion import encode_images
@@ -51,9 +51,7 @@ class SDXLLoRATrainingModule(LoRATraining, SDXLTrainingModule):
         return super().forward(encoded, draws)
 
 
-def main(argv=None):
-    run_job(build_parser(), SDXLLoRATrainingModule, argv)
-
+main = job_main(build_parser, SDXLLoRATrainingModule)
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ from ppdiffusers import DDPMScheduler
 from ppdiffusers_train.data.buckets import bucket_sizes, size_for
 from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
-from ppdiffusers_train.job import FullTraining, named_by_flags, run_job
+from ppdiffusers_train.job import FullTraining, job_main, named_by_flags
 from ppdiffusers_train.models.attention import announce_plain_attention
 from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.sdxl import SDXLFolder, encode_captions, tokenize_caption
@@ -31,9 +31,12 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 def build_parser(doc=__doc__):
     parser = arguments.ArgumentParser(description=doc.splitlines()[0])
     add = arguments.add_pipeline_arguments(parser).add_argument
-    no_kernel = "No effect: accepted for old commands, but ppdiffusers has no such kernel."
+    no_kernel = "This flag has no effect: it is accepted for old commands, but ppdiffusers has no such kernel."
     add("--enable_npu_flash_attention", action=arguments.Flag, help=no_kernel)
-    add("--prediction_type", choices=PREDICTION_TYPES, help="What the UNet predicts; by default as its scheduler says.")
+    add(
+        "--prediction_type", choices=PREDICTION_TYPES,
+        help="Train the UNet to predict this; without it, what its scheduler says.",
+    )  # fmt: skip
     arguments.add_image_arguments(parser)
     arguments.add_diffusion_arguments(parser, noise_offset=True)
     arguments.add_timestep_arguments(parser)
@@ -45,6 +48,7 @@ def build_parser(doc=__doc__):
 class SDXLTrainingModule(FullTraining):
     """Trains the UNet to denoise VAE latents, conditioned on the caption, the image's size and the crop."""
 
+    title = "SDXL"
     encoders = ("vae", "text_encoder", "text_encoder_2")
     can_compile_encode = True
 
@@ -134,9 +138,7 @@ class SDXLTrainingModule(FullTraining):
         return {"base_model": self.args.pretrained_model_name_or_path, "tags": tags}
 
 
-def main(argv=None):
-    run_job(build_parser(), SDXLTrainingModule, argv)
-
+main = job_main(build_parser, SDXLTrainingModule)
 
 if __name__ == "__main__":
     main()

@@ -11,32 +11,22 @@ from ppdiffusers_train import arguments
 from ppdiffusers import DDPMScheduler
 
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
-from ppdiffusers_train.job import run_job
+from ppdiffusers_train.job import FullTraining, job_main
 from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder, encode_images, encode_prompt
 from ppdiffusers_train.models.text import tokenize
 from ppdiffusers_train.models.unet import save_memory
-from ppdiffusers_train.models.weights import load_in_place, save_model
-from ppdiffusers_train.module import DiffusionTrainingModule, freeze
+from ppdiffusers_train.module import freeze
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
 from ppdiffusers_train.objectives.noise_schedule import add_noise
 
 
 def build_parser():
     parser = arguments.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument_group("models and images").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Folder or hub name of the pipeline to start from.")
-    add("--pretrained_vae_model_name_or_path", help="Folder or hub name of another VAE.")
-    add("--revision", help="Revision of the pipeline on the hub.")
-    add("--variant", help="Variant of the weights' files, such as fp16.")
-    add("--center_crop", action=arguments.Flag, help="Crop the centre instead of a random place.")
-    add("--random_flip", action=arguments.Flag, help="Mirror each sample with probability 1/2.")
-    add(
-        "--image_interpolation_mode",
-        choices=arguments.INTERPOLATION_MODES,
-        default="lanczos",
-        help="Filter for resizing.",
-    )
+    arguments.add_pipeline_arguments(parser)
+    add = arguments.add_crop_arguments(parser).add_argument
+    modes, resize = arguments.INTERPOLATION_MODES, "Resize images with this interpolation."
+    add("--image_interpolation_mode", choices=modes, default="lanczos", help=resize)
     arguments.add_data_arguments(parser)
     arguments.add_training_arguments(parser)
     arguments.add_diffusion_arguments(parser, noise_offset=True)
@@ -46,9 +36,10 @@ def build_parser():
     return parser
 
 
-class SDTrainingModule(DiffusionTrainingModule):
+class SDTrainingModule(FullTraining):
     """Trains the UNet to denoise VAE latents, conditioned on the caption."""
 
+    title = "Stable Diffusion"
     encoders = ("vae", "text_encoder")
 
     def __init__(self, args):
@@ -93,12 +84,6 @@ class SDTrainingModule(DiffusionTrainingModule):
         pipeline = self.folder.pipeline(unet=self.unet, vae=self.vae, text_encoder=self.text_encoder)
         return generate_images(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
 
-    def save_weights(self, directory):
-        save_model(self.unet, f"{directory}/unet")
-
-    def load_weights(self, directory):
-        load_in_place(self.unet, f"{directory}/unet")
-
     def save_pretrained(self, directory):
         self.folder.export(directory, {"unet": self.unet}, self.args.save_format)
 
@@ -106,9 +91,7 @@ class SDTrainingModule(DiffusionTrainingModule):
         return {"base_model": self.args.pretrained_model_name_or_path, "tags": ["stable-diffusion", "text-to-image"]}
 
 
-def main(argv=None):
-    run_job(build_parser(), SDTrainingModule, argv)
-
+main = job_main(build_parser, SDTrainingModule)
 
 if __name__ == "__main__":
     main()

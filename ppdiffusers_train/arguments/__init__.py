@@ -6,6 +6,7 @@ keys are the flags' names (the command line wins), and reports every mistake in 
 
 from ppdiffusers_train.arguments.jobs import (
     INTERPOLATION_MODES,
+    add_crop_arguments,
     add_diffusion_arguments,
     add_distillation_arguments,
     add_flow_matching_arguments,
@@ -34,10 +35,10 @@ from ppdiffusers_train.arguments.parser import (
 )
 
 __all__ = [  # for scripts, besides the groups below
-    "ArgumentParser", "Flag", "INTERPOLATION_MODES", "add_diffusion_arguments", "add_distillation_arguments",
-    "add_flow_matching_arguments", "add_image_arguments", "add_kandinsky_arguments", "add_kandinsky_lora_arguments",
-    "add_lora_arguments", "add_pipeline_arguments", "add_student_arguments", "add_timestep_arguments",
-    "add_output_arguments", "add_reporting_arguments", "add_validation_arguments",
+    "ArgumentParser", "Flag", "INTERPOLATION_MODES", "add_crop_arguments", "add_diffusion_arguments",
+    "add_distillation_arguments", "add_flow_matching_arguments", "add_image_arguments", "add_kandinsky_arguments",
+    "add_kandinsky_lora_arguments", "add_lora_arguments", "add_pipeline_arguments", "add_student_arguments",
+    "add_timestep_arguments", "add_output_arguments", "add_reporting_arguments", "add_validation_arguments",
 ]  # fmt: skip
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -57,27 +58,39 @@ def add_data_arguments(parser):
     """Where the samples come from, read by `data.dataset.build_dataset`."""
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--dataset_name", help="Dataset on the hub, or a path that `datasets.load_dataset` accepts.")
-    add("--dataset_config_name", help="Configuration of the dataset, if it has several.")
-    add("--train_data_dir", metavar="DIR", help="Folder of images with a metadata.jsonl that holds their captions.")
+    add("--dataset_name", help="Train on this dataset of the hub, or on a path that `datasets.load_dataset` accepts.")
+    add("--dataset_config_name", help="Use this configuration of the dataset, if it has several.")
+    add(
+        "--train_data_dir", metavar="DIR",
+        help="Train on the images of this folder, whose metadata.jsonl holds their captions.",
+    )  # fmt: skip
     add(
         "--train_shards_path_or_url", metavar="SHARDS",
-        help="Tar shards in the WebDataset format: a folder, a file, a pattern such as photos-{000..031}.tar, an "
-        "http(s) address, or pipe:COMMAND, which is run in a shell.",
+        help="Train on tar shards in the WebDataset format: a folder, a file, a pattern such as "
+        "photos-{000..031}.tar, an http(s) address, or pipe:COMMAND, which is run in a shell.",
     )  # fmt: skip
     add(
         "--stream_lanes", type=positive_int, default=8,
-        help="Number of streamed shards that all GPUs together read at a time. If it is a multiple of the number of "
-        "GPUs, each shard is downloaded by one GPU.",
+        help="Read this many streamed shards at a time, all GPUs together; with a multiple of the number of GPUs, "
+        "each shard is downloaded by one GPU.",
     )  # fmt: skip
-    add("--image_column", default="image", help="Column that holds the images.")
-    add("--caption_column", default="text", help="Column, or field of a shard's .json files, that holds the captions.")
-    add("--max_train_samples", type=positive_int, help="Train on this many samples, chosen at random by --seed.")
-    add("--cache_dir", metavar="DIR", help="Folder for downloaded models and datasets.")
+    add("--image_column", default="image", help="Read images from this column.")
+    add(
+        "--caption_column", default="text",
+        help="Read captions from this column, or from this field of a shard's .json files.",
+    )  # fmt: skip
+    add(
+        "--max_train_samples", type=positive_int,
+        help="Train on this many samples, chosen at random by --seed; without it, on all.",
+    )  # fmt: skip
+    add(
+        "--cache_dir", metavar="DIR",
+        help="Keep downloaded models and datasets in this folder; without it, in Hugging Face's cache.",
+    )  # fmt: skip
     add(
         "--index_dir", metavar="DIR",
-        help="Folder for what is known of the images (sizes, content hashes), so that each is looked at once. By "
-        "default, it is in --cache_dir or the user's cache.",
+        help="Keep what is known of the images (sizes, content hashes) in this folder, so that each is looked at "
+        "once; without it, in --cache_dir or the user's cache.",
     )  # fmt: skip
     add(
         "--encoded_cache", action=Flag, default=None,
@@ -85,20 +98,21 @@ def add_data_arguments(parser):
     )  # fmt: skip
     add(
         "--encoded_cache_dir", metavar="DIR",
-        help="Store encoded samples in this folder instead, where several runs can use them.",
+        help="Store encoded samples in this folder instead of output_dir/encoded, where several runs can use them; "
+        "this also turns --encoded_cache on.",
     )  # fmt: skip
     add(
         "--cache_variants", type=positive_int, default=1,
-        help="Number of random variants (crop, flip, caption) of each sample to store in the cache.",
+        help="Store this many random variants (crop, flip, caption) of each sample in the cache.",
     )  # fmt: skip
     add(
         "--max_bad_samples", type=non_negative_int, default=0,
         help="Skip up to this many samples that cannot be used; the run stops at the next one.",
     )  # fmt: skip
-    add("--resolution", type=positive_int, default=512, help="Height and width of the training images in pixels.")
+    add("--resolution", type=positive_int, default=512, help="Train on images of this height and width, in pixels.")
     add(
         "--dataloader_num_workers", type=non_negative_int, default=0,
-        help="Number of threads that load images; with 0, the main thread loads them.",
+        help="Load images in this many threads; with 0, the main thread loads them.",
     )  # fmt: skip
     return group
 
@@ -110,13 +124,23 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
         "--dry_run", action=Flag,
         help="Print what the run would do and how much memory it needs, then exit; no weights are loaded.",
     )  # fmt: skip
-    add("--seed", type=seed, help="Seed of the run; without it, one is chosen at random and printed.")
-    add("--train_batch_size", type=positive_int, default=train_batch_size, help="Batch size per GPU, in samples.")
-    add("--num_train_epochs", type=positive_int, default=100, help="Number of passes over the data.")
-    add("--max_train_steps", type=positive_int, help="Number of optimizer steps; overrides --num_train_epochs.")
+    add(
+        "--seed", type=seed,
+        help="Draw the run's random numbers from this seed; without it, one is chosen at random and printed.",
+    )  # fmt: skip
+    add(
+        "--train_batch_size", type=positive_int, default=train_batch_size,
+        help="Train on batches of this many samples on each GPU.",
+    )  # fmt: skip
+    add("--num_train_epochs", type=positive_int, default=100, help="Train for this many passes over the data.")
+    add(
+        "--max_train_steps", type=positive_int,
+        help="Train for this many optimizer steps, whatever --num_train_epochs is; without it, --num_train_epochs "
+        "decides.",
+    )  # fmt: skip
     add(
         "--gradient_accumulation_steps", type=positive_int, default=1,
-        help="Number of batches per optimizer step on each GPU.",
+        help="Accumulate the gradients of this many batches per optimizer step on each GPU.",
     )  # fmt: skip
     add(
         "--gradient_checkpointing", action=Flag,
@@ -140,58 +164,68 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
     add("--to_static", action=Flag, help="Trace the trained models into graphs: the start is slower, steps are faster.")
     add(
         "--peak_tflops", type=positive_float,
-        help="Peak of one GPU in TFLOP/s, from which utilisation is computed; without it, that of known GPUs is used.",
+        help="Compute utilisation from this peak of one GPU, in TFLOP/s; without it, that of known GPUs is used.",
     )  # fmt: skip
     add(
         "--mixed_precision", choices=("no", "fp16", "bf16"), default="no",
-        help="Automatic mixed precision: fp16 and bf16 compute in 16 bits where that is safe; no stays in float32.",
+        help="Train in automatic mixed precision: fp16 and bf16 compute in 16 bits where that is safe; no stays in "
+        "float32.",
     )  # fmt: skip
     add(
         "--amp_level", choices=("O1", "O2"), default="O1",
-        help="O1 keeps trained weights in float32; O2 keeps low-precision weights and float32 master weights.",
+        help="Keep trained weights in float32 (O1), or in low precision with float32 master weights (O2).",
     )  # fmt: skip
     add(
-        "--local_rank", type=int, default=-1,
-        help="Has no effect: it is accepted for old commands, and paddle.distributed.launch sets the rank.",
+        "--local_rank", type=int,
+        help="This flag has no effect: it is accepted for old commands, and paddle.distributed.launch sets the rank.",
     )  # fmt: skip
 
     add = parser.add_argument_group("multiple GPUs").add_argument
     add(
         "--sharding_degree", type=positive_int, default=1,
-        help="Number of GPUs that the optimizer's state is sharded over, as in ZeRO.",
+        help="Shard the optimizer's state over this many GPUs, as in ZeRO; with 1, it is not sharded.",
     )  # fmt: skip
     add(
         "--sharding_stage", type=int, choices=(1, 2), default=1,
-        help="ZeRO stage: 1 shards the optimizer's state, 2 shards gradients, too.",
+        help="Shard the optimizer's state (1), or gradients as well (2), as the stages of ZeRO do.",
     )  # fmt: skip
     add(
         "--collective_timeout", type=positive_float, default=1800.0,
-        help="Seconds that a rank waits for others that give no sign of life before it ends the run.",
+        help="End the run when a rank has waited this many seconds for others that give no sign of life.",
     )  # fmt: skip
 
     group = parser.add_argument_group("optimizer")
     add = group.add_argument
-    add("--learning_rate", type=non_negative_float, default=1e-4, help="Learning rate after warm-up.")
+    add("--learning_rate", type=non_negative_float, default=1e-4, help="Train with this learning rate after warm-up.")
     add("--scale_lr", action=Flag, help="Multiply the learning rate by the global batch of a step, in samples.")
     add(
         "--lr_scheduler", choices=LR_SCHEDULERS, default="constant",
-        help="Schedule of the learning rate; `constant` has no warm-up.",
+        help="Change the learning rate by this schedule; `constant` has no warm-up.",
     )  # fmt: skip
-    add("--lr_warmup_steps", type=non_negative_int, default=500, help="Number of optimizer steps of warm-up.")
+    add(
+        "--lr_warmup_steps", type=non_negative_int, default=500,
+        help="Warm the learning rate up over this many optimizer steps.",
+    )  # fmt: skip
     add(
         "--lr_num_cycles", type=positive_int, default=1,
-        help="Number of cosine cycles of `cosine_with_restarts`.",
+        help="Go through this many cosine cycles with `cosine_with_restarts`.",
     )  # fmt: skip
-    add("--lr_power", type=positive_float, default=1.0, help="Exponent of `polynomial`.")
-    add("--lr_end", type=non_negative_float, default=1e-7, help="Learning rate at the end of `polynomial`.")
+    add("--lr_power", type=positive_float, default=1.0, help="Use this exponent with `polynomial`.")
+    add(
+        "--lr_end", type=non_negative_float, default=1e-7,
+        help="End at this learning rate with `polynomial`.",
+    )  # fmt: skip
     add("--use_8bit_adam", action=Flag, help="Keep AdamW's moments in 8 bits, which takes a quarter of their memory.")
-    add("--adam_beta1", type=unit_float, default=0.9, help="Decay rate of AdamW's first moment.")
-    add("--adam_beta2", type=unit_float, default=0.999, help="Decay rate of AdamW's second moment.")
-    add("--adam_weight_decay", type=non_negative_float, default=weight_decay, help="Decoupled weight decay of AdamW.")
-    add("--adam_epsilon", type=positive_float, default=1e-8, help="Epsilon in the denominator of AdamW.")
+    add("--adam_beta1", type=unit_float, default=0.9, help="Use this decay rate for AdamW's first moment.")
+    add("--adam_beta2", type=unit_float, default=0.999, help="Use this decay rate for AdamW's second moment.")
+    add(
+        "--adam_weight_decay", type=non_negative_float, default=weight_decay,
+        help="Use this decoupled weight decay in AdamW.",
+    )  # fmt: skip
+    add("--adam_epsilon", type=positive_float, default=1e-8, help="Add this epsilon to the denominator of AdamW.")
     add("--max_grad_norm", type=positive_float, default=1.0, help="Clip gradients to this global norm.")
     add(
         "--use_ema", action=Flag,
-        help="Keep an exponential moving average (EMA) of the trained weights, which is the final result.",
+        help="Keep an exponential moving average (EMA) of the trained weights, and write it as the result.",
     )  # fmt: skip
     return group

@@ -14,11 +14,11 @@ def add_kandinsky_arguments(parser):
     group = parser.add_argument_group("models")
     group.add_argument(
         "--pretrained_decoder_model_name_or_path", default="kandinsky-community/kandinsky-2-2-decoder",
-        help="Folder or hub name of the decoder pipeline (UNet, MoVQ, scheduler).",
+        help="Load the decoder pipeline (UNet, MoVQ, scheduler) from this folder or hub repository.",
     )  # fmt: skip
     group.add_argument(
         "--pretrained_prior_model_name_or_path", default="kandinsky-community/kandinsky-2-2-prior",
-        help="Folder or hub name of the prior pipeline (CLIP's encoders, prior).",
+        help="Load the prior pipeline (CLIP's encoders, prior) from this folder or hub repository.",
     )  # fmt: skip
     return group
 
@@ -27,53 +27,58 @@ def add_pipeline_arguments(parser):
     """The pipeline that a job starts from, read by the jobs of Stable Diffusion XL and 3."""
     group = parser.add_argument_group("models")
     group.add_argument(
-        "--pretrained_model_name_or_path", required=True, help="Folder or hub name of the pipeline to fine-tune."
-    )
+        "--pretrained_model_name_or_path", required=True,
+        help="Fine-tune the pipeline of this folder or hub repository.",
+    )  # fmt: skip
     group.add_argument(
-        "--pretrained_vae_model_name_or_path", help="Folder or hub name of a VAE to use instead of the pipeline's."
-    )
-    group.add_argument("--revision", help="Revision of the pipeline on the hub.")
-    group.add_argument("--variant", help="Variant of the weight files, such as fp16.")
+        "--pretrained_vae_model_name_or_path",
+        help="Use the VAE of this folder or hub repository instead of the pipeline's.",
+    )  # fmt: skip
+    group.add_argument("--revision", help="Use this revision of the pipeline on the hub.")
+    group.add_argument("--variant", help="Load this variant of the weight files, such as fp16.")
     return group
 
 
 def add_image_arguments(parser):
     """How images are resized and cropped, read by the same jobs."""
-    group = parser.add_argument_group("images")
+    group = add_crop_arguments(parser)
     group.add_argument(
         "--aspect_ratio_buckets", action=Flag,
         help="Crop each image to the nearest of several sizes with as many pixels as resolution x resolution, instead "
         "of a square.",
     )  # fmt: skip
-    add_crop_arguments(group)
     group.add_argument(
         "--image_interpolation_mode", choices=INTERPOLATION_MODES, default="lanczos",
-        help="Interpolation that resizes images.",
+        help="Resize images with this interpolation.",
     )  # fmt: skip
     group.add_argument(
         "--min_image_size", type=positive_int, metavar="PIXELS",
-        help="Treat images whose shorter side has fewer pixels as bad samples.",
+        help="Treat images whose shorter side has fewer pixels as bad samples; without it, they are enlarged.",
     )  # fmt: skip
     return group
 
 
-def add_crop_arguments(group):
-    """Crops and flips, read by the jobs."""
+def add_crop_arguments(parser):
+    """Crops and flips, read by all jobs that have them."""
+    group = parser.add_argument_group("images")
     group.add_argument("--center_crop", action=Flag, help="Crop the centre; without it, crops are random.")
     group.add_argument("--random_flip", action=Flag, help="Flip images horizontally with probability 0.5.")
+    return group
 
 
 def add_diffusion_arguments(parser, noise_offset=False):
     """How the denoising loss is computed, read by the jobs; `noise_offset` where there are latents to offset."""
     group = parser.add_argument_group("diffusion")
     group.add_argument(
-        "--snr_gamma", type=positive_float, help="Gamma of min-SNR loss weights; the paper recommends 5.0."
-    )
+        "--snr_gamma", type=positive_float,
+        help="Weight losses by min-SNR with this gamma, 5.0 in the paper; without it, losses are not weighted.",
+    )  # fmt: skip
     add_empty_prompts_argument(group)
     if noise_offset:
         group.add_argument(
-            "--noise_offset", type=non_negative_float, default=0.0, help="Scale of the noise offset; 0 adds none."
-        )
+            "--noise_offset", type=non_negative_float, default=0.0,
+            help="Add a random offset of this scale to the noise of each channel; 0 adds none.",
+        )  # fmt: skip
     return group
 
 
@@ -81,7 +86,7 @@ def add_empty_prompts_argument(group):
     """How often a sample is trained without its conditioning, for classifier-free guidance: read by the jobs."""
     group.add_argument(
         "--proportion_empty_prompts", type=unit_float, default=0.0,
-        help="Probability that a caption is dropped, for classifier-free guidance.",
+        help="Drop captions with this probability, for classifier-free guidance.",
     )  # fmt: skip
 
 
@@ -91,23 +96,26 @@ def add_flow_matching_arguments(parser):
     add = group.add_argument
     add(
         "--weighting_scheme", choices=("uniform", "logit-normal", "mode", "bell"), default="logit-normal",
-        help="Density of the timesteps; bell samples uniformly and weights losses most in the middle.",
         type=lambda name: name.replace("_", "-"),
+        help="Sample timesteps with this density; bell samples uniformly and weights losses most in the middle.",
     )  # fmt: skip
-    add("--logit_mean", type=float, default=0.0, help="Mean of the logit-normal density; above 0, it favours noise.")
-    add("--logit_std", type=float, default=1.0, help="Standard deviation of the logit-normal density.")
-    add("--mode_scale", type=float, default=1.29, help="Scale of the mode density; above 0, it favours the middle.")
+    add("--logit_mean", type=float, default=0.0, help="Use this mean of the logit-normal density; more favours noise.")
+    add("--logit_std", type=float, default=1.0, help="Use this standard deviation of the logit-normal density.")
+    add(
+        "--mode_scale", type=float, default=1.29,
+        help="Use this scale of the mode density; above 0, it favours the middle.",
+    )  # fmt: skip
     add(
         "--shift", type=positive_float,
-        help="Shift of the timesteps towards noise; without it, that of the pipeline's scheduler.",
+        help="Shift timesteps towards noise by this factor; without it, by that of the pipeline's scheduler.",
     )  # fmt: skip
     add(
         "--min_timestep_boundary", type=float, default=0.0,
-        help="Start of the timesteps that are trained, as a fraction of the way from noise (0) to image (1).",
+        help="Train timesteps from this fraction of the way from noise (0) to image (1) on.",
     )  # fmt: skip
     add(
         "--max_timestep_boundary", type=float, default=1.0,
-        help="End of the timesteps that are trained, as a fraction of the way from noise (0) to image (1).",
+        help="Train timesteps up to this fraction of the way from noise (0) to image (1).",
     )  # fmt: skip
     add_empty_prompts_argument(group)
     return group
@@ -118,19 +126,23 @@ def add_timestep_arguments(parser):
     group = parser.add_argument_group("timesteps")
     group.add_argument(
         "--timestep_bias_strategy", choices=TIMESTEP_BIAS_STRATEGIES, default="none",
-        help="Timesteps that are sampled more often than others.",
+        help="Sample these timesteps more often than others.",
     )  # fmt: skip
     group.add_argument(
-        "--timestep_bias_multiplier", type=float, default=1.0, help="Factor by which they are sampled more often."
-    )
-    group.add_argument("--timestep_bias_begin", type=int, default=0, help="First timestep of the strategy `range`.")
+        "--timestep_bias_multiplier", type=float, default=1.0,
+        help="Multiply their probability by this factor.",
+    )  # fmt: skip
+    group.add_argument(
+        "--timestep_bias_begin", type=int, default=0,
+        help="Begin the strategy `range` at this timestep.",
+    )  # fmt: skip
     group.add_argument(
         "--timestep_bias_end", type=int, default=1000,
-        help="End of the strategy `range`; this timestep is no longer part of it.",
+        help="End the strategy `range` before this timestep.",
     )  # fmt: skip
     group.add_argument(
         "--timestep_bias_portion", type=float, default=0.25,
-        help="Fraction of all timesteps that the strategies `earlier` and `later` mean.",
+        help="Apply the strategies `earlier` and `later` to this fraction of all timesteps.",
     )  # fmt: skip
     return group
 
@@ -138,43 +150,51 @@ def add_timestep_arguments(parser):
 def add_distillation_arguments(parser):
     """The teacher, and how a student with few steps is distilled from it, read by the jobs of latent consistency."""
     add = parser.add_argument_group("models").add_argument
-    add("--pretrained_teacher_model", required=True, help="Folder or hub name of the teacher's pipeline.")
+    add(
+        "--pretrained_teacher_model", required=True,
+        help="Load the teacher's pipeline from this folder or hub repository.",
+    )  # fmt: skip
     add(
         "--pretrained_vae_model_name_or_path",
-        help="Folder or hub name of a VAE to use instead of the teacher's.",
+        help="Use the VAE of this folder or hub repository instead of the teacher's.",
     )  # fmt: skip
-    add("--teacher_revision", help="Revision of the teacher on the hub.")
-    add("--revision", help="Older name of --teacher_revision.")
+    add("--teacher_revision", help="Use this revision of the teacher on the hub.")
+    add("--revision", help="This flag is an older name of --teacher_revision.")
     add("--cast_teacher_unet", action=Flag, help="Cast the teacher to the dtype of --mixed_precision.")
 
     add = parser.add_argument_group("distillation").add_argument
-    add("--w_min", type=float, default=5.0, help="Smallest guidance w, which is a pipeline's guidance scale minus 1.")
-    add("--w_max", type=float, default=15.0, help="Largest guidance w.")
-    add("--num_ddim_timesteps", type=positive_int, default=50, help="Number of steps of the teacher's DDIM solver.")
+    add(
+        "--w_min", type=float, default=5.0,
+        help="Draw the guidance w, a pipeline's guidance scale minus 1, from this value on.",
+    )  # fmt: skip
+    add("--w_max", type=float, default=15.0, help="Draw the guidance w up to this value.")
+    add(
+        "--num_ddim_timesteps", type=positive_int, default=50,
+        help="Divide the path of the teacher's DDIM solver into this many steps.",
+    )  # fmt: skip
     add(
         "--loss_type", choices=("l2", "huber"), default="l2",
-        help="Loss between the predictions of student and target.",
+        help="Compare the predictions of student and target by this loss.",
     )  # fmt: skip
     add(
         "--huber_c", type=positive_float, default=0.001,
-        help="Difference at which the Huber loss turns from quadratic to linear.",
+        help="Turn the Huber loss from quadratic to linear at this difference.",
     )  # fmt: skip
     add(
         "--timestep_scaling_factor", type=positive_float, default=10.0,
-        help="Factor on timesteps in the boundary condition of the consistency function.",
+        help="Multiply timesteps by this factor in the boundary condition of the consistency function.",
     )  # fmt: skip
 
-    group = parser.add_argument_group("images")
-    add_crop_arguments(group)
+    group = add_crop_arguments(parser)
     group.add_argument(
         "--interpolation_type", choices=INTERPOLATION_MODES, default="bilinear",
-        help="Interpolation that resizes images.",
+        help="Resize images with this interpolation.",
     )  # fmt: skip
     add_empty_prompts_argument(group)
     group.add_argument(
         "--vae_encode_batch_size", type=positive_int, default=1,
-        help="Number of samples that are encoded together; more are faster on a GPU, with 1 a sample's encoding has "
-        "the same bits in any batch.",
+        help="Encode this many samples together; more are faster on a GPU, with 1 a sample's encoding has the same "
+        "bits in any batch.",
     )  # fmt: skip
     return group
 
@@ -184,11 +204,12 @@ def add_student_arguments(parser):
     group = parser.add_argument_group("student and target")
     group.add_argument(
         "--unet_time_cond_proj_dim", type=positive_int, default=256,
-        help="Number of channels of the student's embedding of the guidance.",
+        help="Give the student's embedding of the guidance this many channels.",
     )  # fmt: skip
     group.add_argument(
-        "--ema_decay", type=unit_float, default=0.95, help="Decay of the target network's average at each step."
-    )
+        "--ema_decay", type=unit_float, default=0.95,
+        help="Average the target network with this decay at each step.",
+    )  # fmt: skip
     return group
 
 
@@ -196,22 +217,24 @@ def add_lora_arguments(parser, targets, rank=4, **defaults):
     """The LoRA layers that are trained, read by the LoRA jobs; `defaults` are those of other flags, with LoRA."""
     parser.set_defaults(**defaults)
     group = parser.add_argument_group("LoRA")
-    group.add_argument("--lora_rank", "--rank", type=positive_int, default=rank, help="Rank of the LoRA layers.")
+    group.add_argument("--lora_rank", "--rank", type=positive_int, default=rank, help="Add LoRA layers of this rank.")
     group.add_argument(
         "--lora_alpha", type=positive_float,
-        help="Alpha of the LoRA layers, whose output is scaled by alpha / rank; without it, the rank.",
+        help="Scale the output of the LoRA layers by this alpha / rank; without it, alpha is the rank.",
     )  # fmt: skip
     group.add_argument(
-        "--lora_dropout", type=unit_float, default=0.0, help="Dropout probability of the LoRA layers' input."
-    )
+        "--lora_dropout", type=unit_float, default=0.0,
+        help="Drop elements of the LoRA layers' input with this probability (dropout).",
+    )  # fmt: skip
     group.add_argument(
         "--lora_target_modules", default=targets, metavar="NAMES",
-        help="Layers that get LoRA: ends of their names, separated by commas.",
+        help="Add LoRA to the layers whose names end like this; separate several ends by commas.",
     )  # fmt: skip
     return group
 
 
 def add_kandinsky_lora_arguments(parser, targets):
-    """The same for the jobs of Kandinsky 2.2, with their defaults of other flags."""
+    """The same for the jobs of Kandinsky 2.2, with their defaults of other flags. Returns the parser."""
     defaults = {"output_dir": "kandi_2_2-model-finetuned-lora", "num_validation_images": 4, "validation_epochs": 1}
-    return add_lora_arguments(parser, targets, **defaults)
+    add_lora_arguments(parser, targets, **defaults)
+    return parser

@@ -7,22 +7,28 @@ def add_output_arguments(parser, output_dir):
     """What is written where, read by the loop."""
     group = parser.add_argument_group("output and checkpoints")
     add = group.add_argument
-    add("--output_dir", default=output_dir, metavar="DIR", help="Folder for checkpoints, logs and the result.")
+    add(
+        "--output_dir", default=output_dir, metavar="DIR",
+        help="Write checkpoints, logs and the result to this folder.",
+    )  # fmt: skip
     add(
         "--overwrite_output_dir", action=Flag,
         help="Replace the checkpoints and the result of an earlier run in output_dir; without it, the run is refused.",
     )  # fmt: skip
     add(
         "--save_format", choices=("ppdiffusers", "diffusers"), default="ppdiffusers",
-        help="Library that the result is written for.",
+        help="Write the result for this library.",
     )  # fmt: skip
     add(
         "--save_dtype", choices=("float32", "float16", "bfloat16"),
-        help="Dtype of all weights in the result; without it, trained weights are written in float32 and copied ones "
-        "keep theirs.",
+        help="Write all weights of the result in this dtype; without it, trained weights are written in float32 and "
+        "copied ones keep theirs.",
     )  # fmt: skip
     add("--checkpointing_steps", type=positive_int, default=500, help="Write a checkpoint every N optimizer steps.")
-    add("--checkpoints_total_limit", type=positive_int, help="Keep only the newest N checkpoints.")
+    add(
+        "--checkpoints_total_limit", type=positive_int,
+        help="Keep only the newest N checkpoints; without it, all are kept.",
+    )  # fmt: skip
     add(
         "--final_checkpoint", action=Flag, default=True,
         help="Write a checkpoint after the last step, too, from which the run can be continued with more steps.",
@@ -33,11 +39,12 @@ def add_output_arguments(parser, output_dir):
     )  # fmt: skip
     add(
         "--resume_from_checkpoint", metavar="DIR",
-        help="Resume from this checkpoint: a folder, the name of one in output_dir, or `latest`.",
+        help="Resume from this checkpoint: a folder, the name of one in output_dir, or `latest`; without it, the run "
+        "begins at step 0.",
     )  # fmt: skip
     add(
         "--stop_signal", choices=("USR1", "USR2"),
-        help="Signal of a scheduler's warning; it stops the run with a checkpoint, as SIGTERM does.",
+        help="Stop the run with a checkpoint at this signal, a scheduler's warning, as at SIGTERM.",
     )  # fmt: skip
     return group
 
@@ -48,11 +55,11 @@ def add_validation_arguments(parser, num_validation_images=1, validation_epochs=
     add = group.add_argument
     add(
         "--validation_prompts", "--validation_prompt", nargs="+", metavar="TEXT",
-        help="Generate images of these prompts during training.",
+        help="Generate images of these prompts during training; without them, no images are generated.",
     )  # fmt: skip
     add(
         "--num_validation_images", type=positive_int, default=num_validation_images,
-        help="Number of images per prompt.",
+        help="Generate this many images per prompt.",
     )  # fmt: skip
     add(
         "--validation_epochs", type=positive_int, default=validation_epochs,
@@ -64,7 +71,7 @@ def add_validation_arguments(parser, num_validation_images=1, validation_epochs=
     )  # fmt: skip
     add(
         "--validation_inference_steps", type=positive_int, default=25,
-        help="Number of denoising steps for a validation image.",
+        help="Generate validation images in this many denoising steps.",
     )  # fmt: skip
     return group
 
@@ -75,12 +82,15 @@ def add_reporting_arguments(parser):
     add = group.add_argument
     add(
         "--report_to", choices=("visualdl", "tensorboard", "wandb", "all", "none"), default="visualdl",
-        help="Tracker that metrics are logged to; `all` uses every one that is installed.",
+        help="Log metrics to this tracker; `all` uses every one that is installed.",
     )  # fmt: skip
-    add("--logging_dir", default="logs", metavar="DIR", help="Folder for logs, below output_dir.")
-    add("--tracker_project_name", default="text2image-fine-tune", help="Project name in wandb.")
+    add("--logging_dir", default="logs", metavar="DIR", help="Write logs to this folder, below output_dir.")
+    add("--tracker_project_name", default="text2image-fine-tune", help="Log to this project of wandb.")
     add("--debug_loss", action=Flag, help="Log the loss of each file as loss_for/<name>.")
     add("--push_to_hub", action=Flag, help="Upload the result to the hub when the run has ended.")
-    add("--hub_token", help="Token for the upload; it is safer in the environment variable HF_TOKEN.")
-    add("--hub_model_id", help="Repository to upload to; without it, one with the name of output_dir.")
+    add(
+        "--hub_token", metavar="TOKEN",
+        help="Upload with this token, which is safer in the environment variable HF_TOKEN.",
+    )  # fmt: skip
+    add("--hub_model_id", help="Upload to this repository; without it, to one with the name of output_dir.")
     return group

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 
-from ppdiffusers_train.launcher.last_word import print_after_launcher
+from ppdiffusers_train.launcher.final_message import print_after_launcher
 
 # Types of flags. argparse puts the message into one line that names the flag.
 
@@ -22,6 +22,7 @@ def _number(convert, accepts, expected):
             raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
         return number
 
+    parse.number = convert
     return parse
 
 
@@ -56,13 +57,21 @@ class Flag(argparse.Action):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Ends a flag's help with its default, if it has one; that of a `Flag` is on or off."""
+    """Ends a flag's help with its default, if it has one; that of a `Flag` is on or off. Calls a flag's value N if it
+    is a whole number, X if it is another number."""
+
+    def _get_default_metavar_for_optional(self, action):
+        value_type = getattr(action.type, "number", action.type)
+        return {int: "N", float: "X"}.get(value_type, "NAME")
 
     def _get_help_string(self, action):
         default = action.default
-        if default is None or default is argparse.SUPPRESS or not action.option_strings:
+        if isinstance(action, Flag):
+            text = "on" if default else "off"
+        elif default is None or default is argparse.SUPPRESS or not action.option_strings:
             return action.help
-        text = ("off", "on")[default] if isinstance(default, bool) else "%(default)s"
+        else:
+            text = "%(default)s"
         return f"{action.help.removesuffix('.')} (default: {text})."
 
 
@@ -77,8 +86,13 @@ class ArgumentParser(argparse.ArgumentParser):
         options.setdefault("formatter_class", HelpFormatter)
         super().__init__(allow_abbrev=False, **options)
         self.reads_config = config
+        if self.add_help:
+            self._option_string_actions["--help"].help = "Print this help and exit."
         if config:
-            self.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line wins.")
+            self.add_argument(
+                "--config", metavar="FILE",
+                help="Read flags from this YAML file; flags on the command line take precedence.",
+            )  # fmt: skip
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-HANDED_OVER = "PPDIFFUSERS_TRAIN_SECRETS"  # names the in-memory file of `hand_over`
+SECRETS_FILE = "PPDIFFUSERS_TRAIN_SECRETS"  # names the in-memory file of `pass_secrets`
 
 _SECRET = re.compile(r"(?i)(?:token|key|secret|passw(?:or)?d|credential)s?(?=_|$)(?!.*_(?:path|file|dir)$)")
 
@@ -17,7 +17,7 @@ def secrets_in(environment) -> dict:
     return {name: value for name, value in environment.items() if value and _SECRET.search(name)}
 
 
-def hand_over(environment: dict) -> None:
+def pass_secrets(environment: dict) -> None:
     """Move the secrets of another process's environment into a file in memory.
 
     The file exists as long as this process. Processes of the same user with its name in their environment can read it.
@@ -27,17 +27,17 @@ def hand_over(environment: dict) -> None:
     os.write(kept, json.dumps(found).encode())
     for name in found:
         del environment[name]
-    environment[HANDED_OVER] = f"/proc/{os.getpid()}/fd/{kept}"
+    environment[SECRETS_FILE] = f"/proc/{os.getpid()}/fd/{kept}"
 
 
-def take_over() -> None:
-    """Put the secrets of `hand_over` into this process's environment."""
-    file = os.environ.pop(HANDED_OVER, None)
+def receive_secrets() -> None:
+    """Put the secrets of `pass_secrets` into this process's environment."""
+    file = os.environ.pop(SECRETS_FILE, None)
     if file:
         os.environ.update(json.loads(Path(file).read_bytes()))
 
 
-def scrub_launcher_logs() -> None:
+def mask_launcher_logs() -> None:
     """Mask the secrets in the files of Paddle's launcher, which writes the whole environment to three files.
 
     Does nothing in a process that the launcher did not start. The secrets stay in this process's environment.

@@ -47,7 +47,7 @@ class Received:
     """What ranks have sent to a mailbox.
 
     `message` is the error message of the first rank that failed, or empty; `statuses` are the wait statuses of runs,
-    {process id of the stand-in (stand_in.py): status}.
+    {process id of the supervisor (supervisor.py): status}.
     """
 
     def __init__(self, mailbox: socket.socket):
@@ -146,13 +146,13 @@ def was_killed(status) -> bool:
     return status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) not in ASKED_TO_END
 
 
-def memory_kills() -> int:
+def count_memory_kills() -> int:
     """The number of processes that this machine has killed since its start because it was out of memory."""
     counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
     return int(counts.get("oom_kill", 0))
 
 
-def last_word(ends: list, message: str, memory_ran_out: bool) -> str:
+def final_message(ends: list, message: str, memory_ran_out: bool) -> str:
     """The last message of a run that has ended; empty if there is none.
 
     Args:
@@ -177,16 +177,16 @@ def last_word(ends: list, message: str, memory_ran_out: bool) -> str:
     return f"{text}; if not by a user, the machine was probably out of memory, which `dmesg` shows"
 
 
-def wait_for_last_word(launcher: int, received: Received) -> tuple:
+def wait_for_final_message(launcher: int, received: Received) -> tuple:
     """Wait for the end of a launcher and its ranks; returns (the run's last message, what `watch` returned)."""
-    kills = memory_kills()
+    kills = count_memory_kills()
     ends = watch(launcher, received)
-    return last_word(ends, received.message, memory_kills() > kills), ends
+    return final_message(ends, received.message, count_memory_kills() > kills), ends
 
 
 if __name__ == "__main__":
     for number in ASKED_TO_END:  # which may reach all processes of a job; this one ends with the launcher
         signal.signal(number, signal.SIG_IGN)
-    text, _ = wait_for_last_word(int(sys.argv[1]), Received(socket.socket(fileno=int(sys.argv[2]))))
+    text, _ = wait_for_final_message(int(sys.argv[1]), Received(socket.socket(fileno=int(sys.argv[2]))))
     if text:
         print(f"\n{text}", flush=True)  # the line before may have no end, if the launcher was killed

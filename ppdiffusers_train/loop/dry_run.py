@@ -26,19 +26,16 @@ from ppdiffusers_train.loop.memory_estimate import (
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.step import set_training_mode
 from ppdiffusers_train.module import choose_trainable, encode_batch
+from ppdiffusers_train.reporting.status_line import counted
 
-MEASURED = (
-    128,
-    192,
-    256,
-)  # heights and widths in pixels; below, gradients of weights hide the activations
+MEASURED = (128, 192, 256)  # heights and widths in pixels; below, gradients of weights hide the activations
 GPU_SIZES = (8, 12, 16, 24, 40, 80)  # GB
 
 
 def describe_run(plan: Plan) -> None:
     """Print what the run would do and how much memory it would need."""
     module, dataset, args = plan.module, plan.dataset, plan.run.args
-    print(f"{type(module).__name__}: a dry run, nothing is loaded, trained or written\n\nmodels")
+    print(f"{module.title}: a dry run, nothing is loaded, trained or written\n\nmodels")
     trainable = {id(parameter) for parameter in module.trainable_parameters()}
     for name, model in module.named_children():
         size = sum(parameter.size for parameter in model.parameters())
@@ -51,10 +48,10 @@ def describe_run(plan: Plan) -> None:
     inventory, options = inventory_of(module, first_row(dataset), args), options_of(args)
     captions = dataset.count_captions()
     entries = captions * args.cache_variants
-    print(f"\ndata\n  {len(dataset)} samples with {captions} captions")
+    print(f"\ndata\n  {counted(len(dataset), 'sample')} with {counted(captions, 'caption')}")
     print(
-        f"  {plan.total_steps} steps of {plan.run.samples_per_step} samples: "
-        f"{plan.total_steps / plan.steps_per_epoch:.1f} epochs of {plan.steps_per_epoch} steps"
+        f"  {counted(plan.total_steps, 'step')} of {counted(plan.run.samples_per_step, 'sample')}: "
+        f"{plan.total_steps / plan.steps_per_epoch:.1f} epochs of {counted(plan.steps_per_epoch, 'step')}"
     )
     print(
         f"  {captions} x {args.cache_variants} encoded samples of {human(inventory.encoded)}: "

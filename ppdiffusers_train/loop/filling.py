@@ -1,6 +1,7 @@
 """Filling the cache of encoded samples before the first step, by all ranks together."""
 
 import secrets
+import time
 from collections import deque
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def encode_dataset(plan: Plan, state: TrainingState) -> EncodedSamples:
             remove_leftovers(folder)
         if is_compiled:
             module.encode = CompiledEncode(module)
+        began = time.monotonic()
         state.bad_samples.add(fill(samples, missing, plan, state), run.log)
+        run.log(f"{root}: the cache is complete; encoding took {time.monotonic() - began:.0f} s")
     for name in module.encoders:
         setattr(module, name, None)
     return_free_memory()

@@ -236,6 +236,6 @@ def notices(args, precision: Precision, total_steps: int):
         yield precision.notice
     if args.to_static and not can_compile_models():
         yield "--to_static: no effect, it needs Paddle 3"
-    if args.local_rank != -1:
+    if args.local_rank is not None:
         yield f"--local_rank {args.local_rank}: no effect, paddle.distributed.launch sets the rank"
     yield from schedule.notices(args, total_steps)

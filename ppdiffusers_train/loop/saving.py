@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from ppdiffusers_train.errors import BadSampleError, RunError
-from ppdiffusers_train.launcher.last_word import print_after_launcher
-from ppdiffusers_train.launcher.signals import StopRequest, name_of
+from ppdiffusers_train.launcher.final_message import print_after_launcher
+from ppdiffusers_train.launcher.signals import StopRequest, signal_name
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.reports import StepReports
 from ppdiffusers_train.loop.state import OPTIMIZER, TrainingState
@@ -62,6 +62,7 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
                     raise OSError(next(filter(None, failures)))
                 record = {**plan.info, **state.record()}
                 write_checkpoint(output_dir, state.step, write, record, args.checkpoints_total_limit)
+                plan.run.log(f"step {state.step}: wrote checkpoint-{state.step}")
             except OSError as error:
                 message = f"checkpoint-{state.step} cannot be written to {str(output_dir)!r}: {error}"
                 if args.on_save_error == "stop":
@@ -148,7 +149,7 @@ def end_stopped(stop: StopRequest, plan: Plan, state: TrainingState, is_written:
     found = plan.run.ranks.gather_objects((stop.received, is_written))
     received = next(number for number, _ in found if number)
     written = f"wrote {checkpoint} {where}; resume with --resume_from_checkpoint latest"
-    message = f"{name_of(received)}: {written if found[0][1] else f'ended {where}, without a checkpoint'}"
+    message = f"{signal_name(received)}: {written if found[0][1] else f'ended {where}, without a checkpoint'}"
     print_after_launcher(message)
     print_line(message)
     raise SystemExit(128 + received)

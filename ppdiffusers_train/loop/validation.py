@@ -62,4 +62,5 @@ class ValidationImages:
         file = run.output_dir / "validation" / f"step-{state.step}.png"
         file.parent.mkdir(exist_ok=True)
         grid.save(file)
+        run.log(f"step {state.step}: wrote {file.relative_to(run.output_dir)}")
         self.trackers.image("validation", grid, state.step)

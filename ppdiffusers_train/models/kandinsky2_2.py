@@ -66,14 +66,22 @@ class KandinskyFolders:
                 "which embeddings are divided by; expected their standard deviation"
             )
 
-    def combined_pipeline(self, **own):
-        """The pipeline from prompt to image. Parts given by name are used; missing parts and None are loaded."""
-        return KandinskyV22CombinedPipeline(
-            **{
-                name: folder.load(part, part_class) if own.get(name) is None else own[name]
-                for name, (folder, part, part_class) in self._combined_parts().items()
-            }
-        )
+    def generate(self, own: dict, prompts, seeds, resolution: int, inference_steps: int) -> list:
+        """One PIL image per pair of prompt and seed, by prior and decoder as in inference. Parts that are not in `own`,
+        or None there, are loaded, and freed again.
+
+        Args:
+            own: {name in the combined pipeline: part to use}.
+            inference_steps: number of denoising steps of each of the two.
+        """
+        parts = {
+            name: folder.load(part, part_class) if own.get(name) is None else own[name]
+            for name, (folder, part, part_class) in self._combined_parts().items()
+        }
+        return generate_images(
+            KandinskyV22CombinedPipeline(**parts), prompts, seeds, resolution, inference_steps,
+            prior_num_inference_steps=max(inference_steps, 2),  # the prior's scheduler needs at least two
+        )  # fmt: skip
 
     def export_combined(self, directory, own: dict, save_format: str) -> None:
         """Write a folder for `KandinskyV22CombinedPipeline.from_pretrained`: `own` parts saved, the others unchanged.
@@ -98,9 +106,3 @@ def _with_classes(folder: PipelineFolder, parts: dict):
     """(part, (folder, part, its class)) of all `parts`."""
     for part, part_class in parts.items():
         yield part, (folder, part, part_class or getattr(schedulers, folder.class_name(part)))
-
-
-def generate_combined(pipeline, prompts, seeds, resolution: int, inference_steps: int) -> list:
-    """One PIL image per pair of prompt and seed; prior and decoder take `inference_steps` steps each."""
-    prior_steps = max(inference_steps, 2)  # its scheduler needs at least two
-    return generate_images(pipeline, prompts, seeds, resolution, inference_steps, prior_num_inference_steps=prior_steps)

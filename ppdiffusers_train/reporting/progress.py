@@ -26,7 +26,7 @@ class Progress(StatusLine):
     """
 
     def __init__(self, step: int, total_steps: int, visible: bool, peak_tflops=None):
-        super().__init__("training", "steps", total_steps, step, visible)
+        super().__init__("training", "steps", total_steps, step, visible, least_seconds=0)
         self.samples = 0
         self.peak_tflops, self.flops_per_sample = peak_tflops, None
 

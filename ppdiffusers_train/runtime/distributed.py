@@ -16,7 +16,7 @@ from paddle.distributed import fleet
 from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer import DygraphShardingOptimizer
 
 from ppdiffusers_train.errors import RunError, UserError
-from ppdiffusers_train.launcher.stand_in import is_left_alone
+from ppdiffusers_train.launcher.supervisor import has_lost_supervisor
 from ppdiffusers_train.runtime.groups import check_sharding_degree, connect_ranks, make_sharding_groups
 from ppdiffusers_train.runtime.start import all_ranks_needed
 from ppdiffusers_train.runtime.waiting import Absent, Failure, Meetings, add, start_signs_of_life
@@ -254,7 +254,7 @@ class Ranks:
             waiting, timeout = self._waiting, self.timeout
             if not waiting:
                 continue
-            if is_left_alone():
+            if has_lost_supervisor():
                 timeout = min(timeout, LEFT_ALONE_SECONDS)
             what, since = waiting
             absent = since if isinstance(since, Absent) else None

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 
-from ppdiffusers_train.launcher.last_word import PARENT, print_after_launcher
+from ppdiffusers_train.launcher.final_message import PARENT, print_after_launcher
 from ppdiffusers_train.launcher.watched_ranks import ended_ranks
 
 LOOK_SECONDS = 1.0

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from paddle.base import core
 
-from ppdiffusers_train.launcher.signals import STOP_SIGNALS, WARNINGS
+from ppdiffusers_train.launcher.signals import STOP_SIGNALS, WARNING_SIGNALS
 from ppdiffusers_train.runtime.processes import is_alive, this_machine
 
 BEAT_SECONDS = 0.5  # between two measurements of the work of this process
@@ -38,7 +38,7 @@ FAILED = 1 << 40  # added to the counters by a rank that has failed
 def store_thread() -> ThreadPoolExecutor:
     """The only thread of this process that talks to Paddle's store. It blocks signals, because the store mistakes an
     interrupted call for a broken connection."""
-    return ThreadPoolExecutor(1, "store", signal.pthread_sigmask, (signal.SIG_BLOCK, STOP_SIGNALS + WARNINGS))
+    return ThreadPoolExecutor(1, "store", signal.pthread_sigmask, (signal.SIG_BLOCK, STOP_SIGNALS + WARNING_SIGNALS))
 
 
 @functools.cache

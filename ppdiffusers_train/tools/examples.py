@@ -14,7 +14,7 @@ def add_examples_command(commands) -> None:
         description="Copy the training scripts of all families, their run.sh and guides, the photographs and the "
         "notebooks into a folder, to run and edit them there.",
     )  # fmt: skip
-    command.add_argument("output_dir", metavar="DIR", help="Folder to write, new or empty.")
+    command.add_argument("output_dir", metavar="DIR", help="Write to this folder, new or empty.")
     command.set_defaults(run=lambda args: copy_examples(args.output_dir))
 
 

@@ -17,9 +17,15 @@ from functools import partial
 from pathlib import Path
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.launcher.signals import WARNINGS, signal_at_parents_end
-from ppdiffusers_train.launcher.tokens import hand_over
-from ppdiffusers_train.launcher.watched_ranks import Received, address_of, open_mailbox, ranks_of, wait_for_last_word
+from ppdiffusers_train.launcher.signals import WARNING_SIGNALS, signal_at_parents_end
+from ppdiffusers_train.launcher.tokens import pass_secrets
+from ppdiffusers_train.launcher.watched_ranks import (
+    Received,
+    address_of,
+    open_mailbox,
+    ranks_of,
+    wait_for_final_message,
+)
 
 # Lines that the launcher and Paddle print about themselves, or about a failure, with the whole environment.
 NOISE = re.compile(
@@ -39,7 +45,10 @@ def add_launch_command(commands) -> None:
         "(--log_dir chooses another); no secret of the environment is written there. The exit status is that of the "
         "rank that failed.",
     )  # fmt: skip
-    command.add_argument("words", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="Training script and its flags.")
+    command.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="SCRIPT ...",
+        help="Name the training script, then its flags.",
+    )  # fmt: skip
 
     def run(args) -> int:
         if args.words[:1] in (["-h"], ["--help"]):
@@ -63,7 +72,7 @@ def launch(words: list) -> int:
     environment = initial_environment()
     if not any(word.split("=")[0] == "--log_dir" for word in flags) and "PADDLE_LOG_DIR" not in environment:
         flags += ["--log_dir", str(new_log_folder(output_folder(script[1:])))]
-    hand_over(environment)
+    pass_secrets(environment)
     launcher = subprocess.Popen(
         [sys.executable, "-u", "-m", "paddle.distributed.launch", *flags, *script],
         env=environment,
@@ -75,7 +84,7 @@ def launch(words: list) -> int:
     received = Received(open_mailbox(address_of(launcher.pid)))
     pass_signals_on(launcher)
     with ThreadPoolExecutor(3) as threads:
-        watching = threads.submit(wait_for_last_word, launcher.pid, received)
+        watching = threads.submit(wait_for_final_message, launcher.pid, received)
         for source, screen in ((launcher.stdout, sys.stdout), (launcher.stderr, sys.stderr)):
             threads.submit(copy_lines, source, screen.buffer, received)
         text, ends = watching.result()
@@ -159,7 +168,7 @@ def pass_signals_on(launcher) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
             signal.signal(number, to_launcher)
-    for number in WARNINGS:  # they would kill the launcher
+    for number in WARNING_SIGNALS:  # they would kill the launcher
         signal.signal(number, to_ranks)
 
 

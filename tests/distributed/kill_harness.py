@@ -189,15 +189,15 @@ def build_sdxl(folder: Path) -> None:
 
 
 def build_sd3(folder: Path) -> None:
-    from ppdiffusers_train.toy.models import sd3
+    from tests import toy_pipelines
 
-    sd3.build_sd3(folder / "sd3")
+    toy_pipelines.build_sd3(folder / "sd3")
 
 
 def build_sd(folder: Path) -> None:
-    from ppdiffusers_train.toy.models import sd
+    from tests import toy_pipelines
 
-    sd.build_sd(folder / "sd")
+    toy_pipelines.build_sd(folder / "sd")
 
 
 def encoded_folder(root: Path) -> list:

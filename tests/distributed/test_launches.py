@@ -89,7 +89,7 @@ def test_a_rank_that_hangs_is_told_by_the_one_that_waits(base_flags, tmp_path):
 
 
 @pytest.mark.once
-def test_the_rank_that_fails_ends_the_others_and_has_the_last_word(base_flags, tmp_path):
+def test_the_rank_that_fails_ends_the_others_and_has_the_final_message(base_flags, tmp_path):
     flags = [*base_flags, *TWO, f"--output_dir={tmp_path / 'out'}", "--max_train_steps=100000"]
     token = "not-even-like-a-token-of-the-hub"
     start = time.monotonic()

@@ -141,7 +141,7 @@ def test_two_machines_that_are_stopped_and_go_on_train_to_the_bits_of_one_with_t
 
 def test_only_rank_zero_speaks_and_writes(runs):
     said = (runs / "said").read_text()
-    assert said.count("KandinskyDecoderTrainingModule: ") == 1 and said.count("wrote the result to ") == len(JOBS) + 5
+    assert said.count("Kandinsky 2.2 decoder: ") == 1 and said.count("wrote the result to ") == len(JOBS) + 5
     assert "wrote" not in (runs / "two" / "log" / "workerlog.1").read_text()
 
 

@@ -59,7 +59,7 @@ def test_methods_of_a_job_that_are_named_exist(name):
     job = load_script(ROOT / "examples" / "your_own_job" / "train_text_to_image_sd.py")
     (table,) = [table for table in tables(name) if any("`preprocess(" in row[0] for row in table)]
     methods = [re.match(r"`(\w+)", row[0])[1] for row in table[2:]]
-    assert len(methods) == 13 and all(hasattr(job.SDTrainingModule, method) for method in methods)
+    assert len(methods) == 15 and all(hasattr(job.SDTrainingModule, method) for method in methods)
 
 
 @pytest.mark.parametrize("language", ("en", "zh"))

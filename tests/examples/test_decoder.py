@@ -15,7 +15,7 @@ from ppdiffusers import KandinskyV22CombinedPipeline, UNet2DConditionModel
 
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import Draws, RowDraws
-from ppdiffusers_train.job import run_job
+from ppdiffusers_train.job import job_main
 from ppdiffusers_train.models.recompute import recomputes_without_reentrance
 from tests.conftest import (
     DECODER_SCRIPT,
@@ -471,8 +471,7 @@ def test_what_another_run_wrote_while_this_one_loaded_is_not_overlooked(
         return build_dataset(args)
 
     flags = [*decoder_flags, "--resume_from_checkpoint=latest", "--max_train_steps=4"]
-    parser, module_class = decoder_job.build_parser(), decoder_job.KandinskyDecoderTrainingModule
-    run_job(parser, module_class, flags, build_dataset=build_dataset_slowly)
+    job_main(decoder_job.build_parser, decoder_job.KandinskyDecoderTrainingModule, build_dataset_slowly)(flags)
     said = capsys.readouterr().out
     assert "another run has written there meanwhile" in said and "checkpoint-3 at step 3" in said
 

@@ -14,7 +14,6 @@ from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.models.lora import lora_switched_off
 from ppdiffusers_train.runtime import precision
-from ppdiffusers_train.toy.models.sd import build_sd
 from tests.conftest import (
     builder,
     encode,
@@ -28,6 +27,7 @@ from tests.conftest import (
     tensors,
     weights,
 )
+from tests.toy_pipelines import build_sd
 
 FULL, LORA = ["sd", "sdxl"], ["lora_sd", "lora_sdxl"]
 LORA_FILES = ("paddle_lora_weights.safetensors", "pytorch_lora_weights.safetensors", "lora.safetensors")

@@ -203,7 +203,7 @@ def test_modules_learn_in_full_alone(train_sd3, sd3, capsys):
     said = capsys.readouterr().out
     assert "--trainable_modules: proj_out, 2,112 parameters, trained in full" in said
     assert "--trainable_modules: transformer_blocks.*.norm1, 12,672 parameters, trained in full" in said
-    assert "SD3TrainingModule: 14,784 trainable parameters" in said
+    assert "Stable Diffusion 3: 14,784 trainable parameters" in said
     before, after = weights(sd3, "transformer"), weights(out, "transformer")
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     blocks = [f"transformer_blocks.{block}.norm1.linear" for block in (0, 1)]

@@ -13,7 +13,6 @@ from ppdiffusers import StableDiffusionPipeline
 
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import RowDraws
-from ppdiffusers_train.toy.models.sd import build_sd
 from tests.conftest import (
     ROOT,
     builder,
@@ -26,6 +25,7 @@ from tests.conftest import (
     short_run,
     weights,
 )
+from tests.toy_pipelines import build_sd
 
 SCRIPT = ROOT / "examples" / "your_own_job" / "train_text_to_image_sd.py"
 

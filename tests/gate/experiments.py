@@ -13,10 +13,12 @@ from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet
 from ppdiffusers_train.toy.demo.demo import run_demo
 from ppdiffusers_train.toy.demo.jobs import DROPOUT, JOBS, LONGEST, MANY, SAMPLING, Job
 from ppdiffusers_train.toy.demo.running import generate_images, load_pipeline, train, write_pretrained
-from ppdiffusers_train.toy.world.judge import NAMES, accuracy, confusion_table, look_shares
+from ppdiffusers_train.toy.world.judge import NAMES, accuracy, look_shares
 from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.world.shapes_folder import write_shapes_folder
 from tests.conftest import held_out_prompts
+from tests.gate.confusion import confusion_table
+from tests.toy_pipelines import pretrained_sampling
 
 PROMPTS = held_out_prompts(200)
 THIRD = PROMPTS[::3]  # 67 with each content and each wording; a look or an option is seen in as many
@@ -37,7 +39,7 @@ def pretrained(family: str, folder: Path) -> dict:
     """How a shipped pipeline draws captions whose combination it has never seen."""
     job = JOBS[FAMILIES[family]]
     pipeline = load_pipeline(job, write_pretrained(job, folder / "pretrained" / family))
-    images = generate_images(pipeline, PROMPTS, **job.pretrained_sampling)
+    images = generate_images(pipeline, PROMPTS, **pretrained_sampling(job))
     enlarged = [image.resize((64, 64), Image.Resampling.NEAREST) for image in images[:100]]
     tiles = [Tile(enlarged[start : start + 20], []) for start in range(0, 100, 20)]
     contact_sheet(tiles, columns=1).image.save(folder / f"pretrained-{family}.png")

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ppdiffusers_train.launcher.signals import REPETITION_SECONDS, EndAtOnce, Patience, StopRequest
+from ppdiffusers_train.launcher.signals import REPETITION_SECONDS, ExitOnSignal, SignalClassifier, StopRequest
 from ppdiffusers_train.runtime.processes import is_alive
 from tests.conftest import ROOT
 
@@ -45,7 +45,7 @@ def test_signals_within_two_seconds_are_one_and_a_later_one_is_for_whoever_was_t
     assert heard_outside == [signal.SIGTERM, signal.SIGINT]
 
 
-def test_a_warning_asks_where_it_is_asked_for_and_what_it_announces_does_not_insist(heard_outside):
+def test_a_warning_stops_where_it_is_asked_for_and_what_it_announces_is_no_second_stop(heard_outside):
     with StopRequest() as stop:
         send(signal.SIGUSR1)
         assert stop.received is None and heard_outside == [signal.SIGUSR1]
@@ -59,7 +59,7 @@ def test_a_warning_asks_where_it_is_asked_for_and_what_it_announces_does_not_ins
 
 def test_a_worker_that_a_run_forks_ends_when_it_is_asked_to(heard_outside):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with EndAtOnce(), StopRequest():
+    with ExitOnSignal(), StopRequest():
         worker = os.fork()
         if not worker:
             time.sleep(10)
@@ -71,9 +71,9 @@ def test_a_worker_that_a_run_forks_ends_when_it_is_asked_to(heard_outside):
 
 def test_the_launcher_takes_longer_to_tell_more_ranks(monkeypatch):
     monkeypatch.setenv("PADDLE_LOCAL_SIZE", "8")
-    eight = Patience().seconds
+    eight = SignalClassifier().seconds
     monkeypatch.setenv("PADDLE_LOCAL_SIZE", "1")
-    assert Patience().seconds == REPETITION_SECONDS
+    assert SignalClassifier().seconds == REPETITION_SECONDS
     assert 7 * 0.6 + 0.4 < eight < 8 * 0.6 + 3, "its repetitions to the eighth are one; what follows 3 s later is not"
 
 
@@ -92,8 +92,8 @@ def ready():
     write("run", os.getpid())
 """
 SAVES = """
-from ppdiffusers_train.launcher.stand_in import ask_for_time
-ask_for_time()
+from ppdiffusers_train.launcher.supervisor import request_time_to_finish
+request_time_to_finish()
 with StopRequest("USR1") as stop:
     ready()
     while not stop.received: time.sleep(0.02)
@@ -224,12 +224,12 @@ def test_a_run_that_hears_nothing_and_has_nothing_to_finish_is_ended(started):
         ("raise UserError('why')", ["program.py: error: why", "status 2", "", "program.py: error: why"]),
     ],
 )
-def test_a_run_that_is_ending_keeps_its_status_and_its_last_word_whatever_comes(started, number, ending, said):
+def test_a_run_that_is_ending_keeps_its_status_and_its_final_message_whatever_comes(started, number, ending, said):
     """As a rank that is signalled when another one was before."""
     program = "import atexit\nfrom ppdiffusers_train.errors import UserError\n"
-    program += "from ppdiffusers_train.launcher.stand_in import ask_for_time\n"
+    program += "from ppdiffusers_train.launcher.supervisor import request_time_to_finish\n"
     program += "atexit.register(lambda: (ready(), time.sleep(1)))\n@one_line_errors\ndef main(argv=None):\n"
-    rank = started(f"{program}    ask_for_time()\n    with StopRequest('USR1'): {ending}\nmain()")
+    rank = started(f"{program}    request_time_to_finish()\n    with StopRequest('USR1'): {ending}\nmain()")
     rank.number("run")
     os.kill(rank.number("rank"), number)
     assert rank.end() == said
@@ -281,7 +281,7 @@ def test_a_run_stops_when_its_launcher_is_killed(started, tmp_path):
     assert (tmp_path / "saved").exists()
 
 
-def test_what_a_run_starts_has_no_stand_in(started, tmp_path):
+def test_what_a_run_starts_has_no_supervisor(started, tmp_path):
     rank = started(
         "code = 'import ppdiffusers_train, os; print(os.getppid())'\n"
         "print(subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': sys.path[0]},"

@@ -19,8 +19,8 @@ from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder, files_to_download
 from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.tensor_files import as_array, cast_files, read_tensors, size_in_bytes, write_tensors
-from ppdiffusers_train.toy.models.sd import build_vae
 from ppdiffusers_train.toy.models.sd3 import build_transformer
+from ppdiffusers_train.toy.models.sdxl import build_vae
 from ppdiffusers_train.toy.models.t5 import build_t5
 from tests.conftest import same
 

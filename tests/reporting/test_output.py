@@ -21,11 +21,13 @@ from tests.conftest import KANDINSKY, short_run
 FIGURES = r"loss=\d+\.\d{4} lr=1\.00e-03 \d+\.\d samples/s \d+\.\d GB"
 LEFT = r"(\d+:)?\d\d:\d\d left"
 OWN_LINES = [
-    r"KandinskyPriorTrainingModule: [\d,]+ trainable parameters, 7 samples; 4 steps of 2 samples, 4 per epoch; seed 0",
+    r"Kandinsky 2\.2 prior: [\d,]+ trainable parameters, 7 samples; 4 steps of 2 samples, 4 per epoch; seed 0",
     r".*/encoded/\w+: 7 of 7 samples are still to be encoded",
+    r".*/encoded: the cache is complete; encoding took \d+ s",
+    r"step [24]: wrote (checkpoint-[24]|validation/step-[24]\.png)",
     r"wrote the result to .*/out",
 ]
-LOG_LINES = [rf"encoding: \d/7 samples, {LEFT}", rf"training: \d/4 steps, {LEFT}, {FIGURES}"]
+LOG_LINES = [rf"encoding: 7/7 samples, {LEFT}", rf"training: \d/4 steps, {LEFT}, {FIGURES}"]
 if paddle.framework.use_pir_api():  # written in C++ while a model is traced; no Python filter sees it
     LOG_LINES.append(r"W.* Paddle static graph\(PIR\) not support input out tensor for now!!!!!")
 else:
@@ -61,10 +63,10 @@ def not_ours(lines, patterns):
     return [line for line in lines if line and not any(re.fullmatch(pattern, line) for pattern in patterns)]
 
 
-def terminal_output(run):
-    """All that `run(file)` writes to a file that is a terminal of 160 columns."""
+def terminal_output(run, columns=160):
+    """All that `run(file)` writes to a file that is a terminal of so many columns, 0 if unknown."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     written = b""
     with open(ours, "rb", buffering=0) as reader:
         with open(theirs, "w") as file:
@@ -98,7 +100,7 @@ def test_a_terminal_has_them_above_one_line_that_is_updated(command):
 
 
 def test_long_work_has_a_hundred_lines_and_its_end(capsys):
-    with StatusLine("training", "steps", total=1234, done=500) as status:
+    with StatusLine("training", "steps", total=1234, done=500, least_seconds=0) as status:
         for _ in range(734):
             status.advance(figures="loss=1")
     lines = capsys.readouterr().err.splitlines()
@@ -125,6 +127,26 @@ def test_time_that_is_no_work_does_not_count(monkeypatch, capsys):
     assert status.seconds == 20.0
     status.advance()
     assert capsys.readouterr().err == "training: 1/4 steps, 01:00 left\n"
+
+
+def test_short_work_has_its_last_line_only(capsys):
+    with StatusLine("encoding", "samples", total=4) as status:
+        for _ in range(4):
+            status.advance()
+    assert capsys.readouterr().err == "encoding: 4/4 samples, 00:00 left\n"
+
+
+@pytest.mark.parametrize("columns", [0, 80])
+def test_a_terminal_of_unknown_width_gets_lines(columns, monkeypatch):
+    def run(file):
+        monkeypatch.setattr(sys, "stderr", file)
+        with StatusLine("encoding", "samples", total=2) as status:
+            status.advance(2)
+
+    _, shown = terminal_output(run, columns)
+    assert shown.strip().split("\r")[-1].startswith("encoding: 2/2 samples, " if columns == 0 else "encoding: 100%|"), (
+        shown
+    )
 
 
 def test_a_message_stands_above_the_status_line(capsys):

@@ -9,7 +9,7 @@ import pytest
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.launcher.tokens import secrets_in
-from ppdiffusers_train.launcher.watched_ranks import last_word
+from ppdiffusers_train.launcher.watched_ranks import final_message
 from ppdiffusers_train.tools.launch import output_folder, place_of_script
 
 KILLED, STOPPED, FAILED = 9, 15, 2 << 8  # wait statuses
@@ -71,6 +71,6 @@ def test_secrets_are_known_by_their_names():
         ([(0, STOPPED), (1, STOPPED)], "", False, ""),
     ],
 )
-def test_the_last_word_is_of_the_rank_that_ended_first(ends, message, memory_ran_out, expected):
-    said = last_word(ends, message, memory_ran_out)
+def test_the_final_message_is_of_the_rank_that_ended_first(ends, message, memory_ran_out, expected):
+    said = final_message(ends, message, memory_ran_out)
     assert said.startswith(expected) and bool(said) == bool(expected)

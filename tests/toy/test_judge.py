@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.toy.world.judge import accuracy, confusion_table, judge, parse_caption
+from ppdiffusers_train.toy.world.judge import accuracy, judge, parse_caption
 from ppdiffusers_train.toy.world.looks import SIZES
 from ppdiffusers_train.toy.world.shapes import (
     BACKGROUNDS,
@@ -27,6 +27,7 @@ from ppdiffusers_train.toy.world.shapes import (
     render,
     sample,
 )
+from tests.gate.confusion import confusion_table
 
 pytestmark = pytest.mark.once  # no Paddle in it
 

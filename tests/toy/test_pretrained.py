@@ -40,6 +40,7 @@ from ppdiffusers_train.toy.world.shapes import (
 from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.world.words import vocabulary
 from tests.conftest import ROOT, held_out_prompts, tensors
+from tests.toy_pipelines import pretrained_sampling
 
 SEED = 7  # of pictures that no recipe has seen
 
@@ -203,7 +204,7 @@ def test_what_the_vision_tower_tells_of_seen_combinations_reads_the_same_of_unse
 def test_a_pretrained_pipeline_draws_what_it_has_never_seen_together(name, tmp_path):
     """A glance; `make gate` measures."""
     job, prompts = JOBS[name], held_out_prompts(20)
-    sampling = {**job.pretrained_sampling, "num_inference_steps": 25}
+    sampling = {**pretrained_sampling(job), "num_inference_steps": 25}
     shares = []
     for trained in (True, False):
         pipeline = load_pipeline(job, write_pretrained(job, tmp_path / str(trained), trained))

@@ -19,7 +19,6 @@ KANDINSKY_SAMPLING = {
     "prior_guidance_scale": 2.0,
 }
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 3.0}
-TEACHER_SAMPLING = {**SAMPLING, "num_inference_steps": 50}
 FEW_STEPS = 4
 FEW, SOME, MANY = 24, 480, 2000  # pictures
 
@@ -45,11 +44,6 @@ class Job:
     def distils(self) -> bool:
         """Whether it trains for fewer inference steps, not for a look."""
         return self.kind.startswith("student")
-
-    @property
-    def pretrained_sampling(self) -> dict:
-        """Arguments for a call of the pipeline that it starts from, with as many steps as that needs."""
-        return TEACHER_SAMPLING if self.distils else self.sampling
 
     @property
     def model_flags(self) -> tuple:

@@ -18,7 +18,7 @@ import paddle
 from paddle import nn
 from PIL import Image
 
-from ppdiffusers_train.job import run_job
+from ppdiffusers_train.job import job_main
 from ppdiffusers_train.models.text import tokenize
 from ppdiffusers_train.models.weights import FILES, load_in_place
 from ppdiffusers_train.module import DiffusionTrainingModule
@@ -172,9 +172,7 @@ def embedding_statistics(vision, image_processor) -> tuple:
     return embeddings.mean(0, keepdims=True), embeddings.std(0, keepdims=True)
 
 
-def main(argv=None):
-    run_job(build_parser(), CLIPTrainingModule, argv, recipe.build_shapes)
-
+main = job_main(build_parser, CLIPTrainingModule, recipe.build_shapes)
 
 if __name__ == "__main__":
     main()

@@ -20,7 +20,7 @@ from ppdiffusers_train.arguments import (
     add_validation_arguments,
 )
 from ppdiffusers_train.data.transforms import normalize_pixels
-from ppdiffusers_train.job import run_job
+from ppdiffusers_train.job import job_main
 from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.objectives.losses import mse_loss
@@ -92,9 +92,7 @@ class MoVQTrainingModule(DiffusionTrainingModule):
         write_weights(f"{directory}/{self.shipped_as}", {"": self.movq})
 
 
-def main(argv=None):
-    run_job(build_parser(), MoVQTrainingModule, argv)
-
+main = job_main(build_parser, MoVQTrainingModule)
 
 if __name__ == "__main__":
     main()

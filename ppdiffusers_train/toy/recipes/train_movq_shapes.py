@@ -8,7 +8,7 @@ It starts from the MoVQ of photographs, which already reconstructs colours and e
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
 from ppdiffusers_train.data.transforms import normalize_pixels
-from ppdiffusers_train.job import run_job
+from ppdiffusers_train.job import job_main
 from ppdiffusers_train.toy.models.movq import WEIGHTS
 from ppdiffusers_train.toy.models.shipped import load_weights
 from ppdiffusers_train.toy.recipes import recipe
@@ -41,9 +41,7 @@ class ShapesMoVQTrainingModule(MoVQTrainingModule):
         return {"pixel_values": normalize_pixels(row["image"])}
 
 
-def main(argv=None):
-    run_job(build_parser(), ShapesMoVQTrainingModule, argv, recipe.build_shapes)
-
+main = job_main(build_parser, ShapesMoVQTrainingModule, recipe.build_shapes)
 
 if __name__ == "__main__":
     main()

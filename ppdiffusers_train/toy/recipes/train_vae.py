@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 
 from ppdiffusers_train.data.transforms import normalize_pixels
-from ppdiffusers_train.job import run_job
+from ppdiffusers_train.job import job_main
 from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.objectives.losses import mse_loss
@@ -79,9 +79,7 @@ def latent_std(vae) -> float:
     return float(vae.encode(pixels).latent_dist.mode().std())
 
 
-def main(argv=None):
-    run_job(build_parser(), VAETrainingModule, argv, recipe.build_shapes)
-
+main = job_main(build_parser, VAETrainingModule, recipe.build_shapes)
 
 if __name__ == "__main__":
     main()

@@ -26,7 +26,7 @@ from paddle import nn
 from PIL import Image
 
 from ppdiffusers_train.draws import generator
-from ppdiffusers_train.job import run_job
+from ppdiffusers_train.job import job_main
 from ppdiffusers_train.models.weights import FILES, load_in_place
 from ppdiffusers_train.module import DiffusionTrainingModule, freeze
 from ppdiffusers_train.tensor_files import write_tensors
@@ -150,9 +150,7 @@ def share_of_variance(embeds, target):
     return (embeds - target).square().mean() / (target - target.mean(0)).square().mean()
 
 
-def main(argv=None):
-    run_job(build_parser(), VisionTrainingModule, argv, recipe.build_shapes)
-
+main = job_main(build_parser, VisionTrainingModule, recipe.build_shapes)
 
 if __name__ == "__main__":
     main()

@@ -17,7 +17,6 @@ from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.toy.world.shapes import BACKGROUNDS, CHINESE, COLOURS, LOOKS, SHAPES, Content, coverage
 
 NAMES = {"shape": SHAPES, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
-NOTHING = "nothing"  # stands for None in a confusion table
 SYNONYMS = {"grey": "gray", "粉红": "粉"}
 
 SIDE = 32  # pictures are judged at this size
@@ -94,14 +93,6 @@ def look_shares(pictures) -> dict:
     """Shares of pictures in each of `LOOKS`."""
     seen = [judge(picture).look for picture in pictures]
     return {look: seen.count(look) / len(seen) for look in LOOKS}
-
-
-def confusion_table(pictures, prompts, field: str) -> dict:
-    """Confusion table of one field of `Content`: {prompted: {recognised or "nothing": count}}."""
-    table = {name: dict.fromkeys([*NAMES[field], NOTHING], 0) for name in NAMES[field]}
-    for asked, seen in zip(*_asked_and_seen(pictures, prompts)):
-        table[getattr(asked, field)][getattr(seen, field) or NOTHING] += 1
-    return table
 
 
 def _asked_and_seen(pictures, prompts):

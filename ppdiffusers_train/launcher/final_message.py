@@ -1,4 +1,4 @@
-"""The last line on the screen after a failure under `paddle.distributed.launch`.
+"""The last message on the screen after a failure under `paddle.distributed.launch`.
 
 When a rank has failed, the launcher prints lines of its own: the command, the end of the rank's log, an exit code. The
 rank's error message is somewhere among them, and there is none of a rank that was killed. A small process that outlives
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ppdiffusers_train.launcher.watched_ranks import MESSAGE_BYTES, address_of, open_mailbox
 
-PARENT = os.getppid()  # also the parent of this process's stand-in (stand_in.py)
+PARENT = os.getppid()  # also the parent of this process's supervisor (supervisor.py)
 PROGRAM = Path(__file__).with_name("watched_ranks.py")
 SEND_SECONDS = 5.0  # a process that watches reads at once, unless it was stopped
 
@@ -59,7 +59,7 @@ def print_after_launcher(message: str) -> None:
     _send(message=message[: MESSAGE_BYTES // 8])  # characters, of up to six bytes in JSON
 
 
-def note_status(status: int) -> None:
+def send_status(status: int) -> None:
     """Send the run's wait status to the process that watches the launcher, if there is one."""
     _send(status=status)
 
