@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+from ppdiffusers_train.errors import one_line
+
 # Where there is no terminal:
 LINES = 100  # of a piece of work
 LEAST_SECONDS, MOST_SECONDS = 5, 60  # between two lines, unless one unit of the work takes longer
@@ -20,7 +22,7 @@ def counted(count: int, word: str) -> str:
 
 def print_line(text: str) -> None:
     """Print a line to standard output, above the status line if there is one."""
-    tqdm.write(text)
+    tqdm.write(one_line(text))
     sys.stdout.flush()
 
 
