@@ -22,7 +22,10 @@ class UserError(Exception):
 
 
 class BadSampleError(UserError):
-    """A sample of the data cannot be used. The message names the file or row and the reason."""
+    """A sample of the data cannot be used. The message names the file or row and the reason, on one line."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 class RunError(Exception):
