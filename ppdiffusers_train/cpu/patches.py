@@ -252,7 +252,7 @@ class CompiledEncode:
         with scratch_folder("compiled encoders") as folder, paddle.no_grad():
             file = folder / "encode"
             with writing("TMPDIR: compiled encoders", folder):
-                require_room(file, sum(parameter.nbytes for parameter in graph.state_dict().values()))
+                require_room(file, sum(tensor.size * tensor.element_size() for tensor in graph.state_dict().values()))
                 paddle.jit.save(paddle.jit.to_static(graph, input_spec=[spec], full_graph=True), str(file))
             self.names = graph.output_names
             for name in self.module.encoders:
@@ -281,7 +281,7 @@ class EncodeGraph(nn.Layer):
 def require_room(file: Path, size: int) -> None:
     """Raise an `OSError` if so many bytes have no room: `paddle.jit.save` (3.3.1) silently writes a part."""
     with open(file, "wb") as opened:
-        os.posix_fallocate(opened.fileno(), 0, size + 2**20)
+        os.posix_fallocate(opened.fileno(), 0, size + 2**24)
     file.unlink()
 
 

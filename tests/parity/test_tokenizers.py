@@ -124,7 +124,7 @@ def fed_by_pipeline(tokenizer, captions) -> np.ndarray:
 
 def test_what_paddlenlp_does_to_a_caption_before_t5_is_known(tmp_path):
     """PaddleNLP 2.8.1, and with it ppdiffusers' pipeline, makes one space of all white space and `"` of `` and '',
-    which transformers does not. When this fails, captions have become equal, and the pages need not say it any more."""
+    which transformers does not. When this fails, docs/architecture.md need not say it any more."""
     captions = odd_captions()
     own = build_t5_tokenizer(tmp_path, ["cat", "photo", "猫"])
     other = transformers.T5Tokenizer.from_pretrained(tmp_path)
