@@ -116,6 +116,27 @@ def one_line(text: str) -> str:
     return SPECIAL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+@contextlib.contextmanager
+def log_errors_ignored():
+    """A context for printing: what is printed is lost if the disk with the log file is full. A pipe that nobody reads
+    any more is still an error."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
+
+
+def drop_unwritten_output() -> None:
+    """Drop what standard output could not write. Python would try again at the end, and exit with status 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 SHORTEST_SECRET = 6  # characters; a shorter value may occur in any text
 
 
@@ -146,11 +167,14 @@ def one_line_errors(main):
                     return main(argv)
                 finally:
                     ignore_signals_from_now_on()
+                    drop_unwritten_output()
         except (UserError, RunError) as error:
             message = one_line(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}")
             message = hide_tokens(message)
             print_after_launcher(message)
-            print(message, file=sys.stderr)
+            with log_errors_ignored():
+                print(message, file=sys.stderr)
+            drop_unwritten_output()
             raise SystemExit(error.exit_status) from error
         except Exception as error:
             # The traceback goes to a log file.
