@@ -15,6 +15,7 @@ from ppdiffusers_train.data.image_index import index_images
 from ppdiffusers_train.data.loader import OnlineSamples
 from ppdiffusers_train.data.order import order_samples
 from ppdiffusers_train.data.rows import Rows
+from ppdiffusers_train.errors import writing
 from ppdiffusers_train.launcher.signals import StopRequest, signal_name
 from ppdiffusers_train.launcher.supervisor import ignore_signals_from_now_on, request_time_to_finish
 from ppdiffusers_train.loop.dry_run import describe_run
@@ -23,7 +24,7 @@ from ppdiffusers_train.loop.identity import job_code, public_arguments, public_c
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.reports import open_reports
 from ppdiffusers_train.loop.run import Run, choose_again, notices, resolve_run
-from ppdiffusers_train.loop.saving import end_stopped, remove_stale_shards, save_checkpoint, write_result
+from ppdiffusers_train.loop.saving import UNTOUCHED, end_stopped, remove_stale_shards, save_checkpoint, write_result
 from ppdiffusers_train.loop.state import TrainingState, build_training_state, check_schedule
 from ppdiffusers_train.loop.step import (
     add_gradients,
@@ -37,6 +38,7 @@ from ppdiffusers_train.loop.validation import save_validation_images
 from ppdiffusers_train.module import choose_trainable
 from ppdiffusers_train.reporting.status_line import counted, print_line
 from ppdiffusers_train.runtime.agreement import agree, model_digests
+from ppdiffusers_train.runtime.checkpoint import write_text
 from ppdiffusers_train.runtime.flops import FlopCounter
 from ppdiffusers_train.runtime.folder_lock import folder_held
 from ppdiffusers_train.runtime.tracing import compile_models
@@ -150,7 +152,8 @@ def prepare_folder(plan: Plan) -> None:
     if plan.run.ranks.is_main:
         remove_stale_shards(plan.run.output_dir)
         text = json.dumps(plan.info, indent=1, ensure_ascii=False)
-        (plan.run.output_dir / "training_args.json").write_text(text, encoding="utf-8")
+        with writing("--output_dir: training_args.json", plan.run.output_dir, UNTOUCHED):
+            write_text(plan.run.output_dir / "training_args.json", text)
 
 
 def online_samples(plan: Plan) -> OnlineSamples:

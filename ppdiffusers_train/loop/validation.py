@@ -4,6 +4,7 @@ import contextlib
 
 import paddle
 
+from ppdiffusers_train.errors import WriteError, writing
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import TrainingState
 from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet
@@ -41,7 +42,11 @@ def save_validation_images(plan: Plan, state: TrainingState, trackers) -> None:
                     plan.module, args.validation_prompts, args.num_validation_images, plan.order.seed
                 )
             file = run.output_dir / "validation" / f"step-{state.step}.png"
-            file.parent.mkdir(exist_ok=True)
-            grid.save(file)
-            run.log(f"step {state.step}: wrote {file.relative_to(run.output_dir)}")
+            try:
+                with writing("--output_dir: validation images", file.parent, "continuing without them"):
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    grid.save(file)
+                run.log(f"step {state.step}: wrote {file.relative_to(run.output_dir)}")
+            except WriteError as error:  # they are worth less than the steps since the last checkpoint
+                run.log(str(error))
             trackers.image("validation", grid, state.step)
