@@ -2,11 +2,9 @@
 
 import ppdiffusers_train  # noqa: F401
 
-import contextlib
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 
 from ppdiffusers_train.runtime.checkpoint import read_state
-from tests.conftest import optimizer_state, same, scalars, tensors, weights
+from tests.conftest import last_error, no_file_above, optimizer_state, same, scalars, tensors, weights
 
 
 @pytest.fixture
@@ -40,10 +38,6 @@ def breaking(train, kandinsky_jobs, monkeypatch):
             return train("prior", "--max_train_steps=5", *flags, out=out)
 
     return run
-
-
-def last_error(capsys):
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("how, what", [("loss", "the loss is nan"), ("gradient", "the norm of the gradients is nan")])
@@ -151,17 +145,6 @@ def test_bad_samples_are_found_while_encoding_too(train, data, tmp_path, capsys)
     with pytest.raises(SystemExit) as stopped:
         train("prior", *flags[:2], f"--encoded_cache_dir={tmp_path / 'cache'}", out="strict")
     assert stopped.value.code == 2 and "the image cannot be read" in last_error(capsys)
-
-
-@contextlib.contextmanager
-def no_file_above(size):
-    """What a full disk does to a write: the system refuses to let a file grow."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # The prior's weights take 0.5 MB, its optimizer's state 1 MB.

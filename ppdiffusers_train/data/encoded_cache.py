@@ -25,7 +25,7 @@ from ppdiffusers_train.data.loader import as_error, choose_caption
 from ppdiffusers_train.data.rows import with_one_caption
 from ppdiffusers_train.data.source_code import sources
 from ppdiffusers_train.draws import RowDraws
-from ppdiffusers_train.errors import BadSampleError
+from ppdiffusers_train.errors import BadSampleError, writing
 from ppdiffusers_train.runtime.checkpoint import sync
 from ppdiffusers_train.runtime.processes import is_alive, this_machine
 from ppdiffusers_train.tensor_files import write_tensors
@@ -41,7 +41,7 @@ def remove_leftovers(folder: Path) -> None:
     day.
     """
     for file in folder.glob("??/.*"):
-        with contextlib.suppress(FileNotFoundError):  # its writer has finished it, or another run has removed it
+        with contextlib.suppress(OSError):  # its writer has finished it, or another run has removed it
             machine, _, process = file.name.strip(".").removesuffix(".tmp").partition(".")[2].partition(".")
             if this_machine() and machine == f"{this_machine():x}" and process.isdigit():
                 is_left = not is_alive(int(process))
@@ -113,11 +113,12 @@ class Entry:
 
     def write(self, arrays: dict) -> None:
         """Write the entry to disk atomically."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.file.with_name(f".{self.file.stem}.{this_machine():x}.{os.getpid()}")
-        write_tensors(temporary, arrays, {})
-        sync(temporary)
-        os.replace(temporary, self.file)
+        with writing("--encoded_cache_dir: encoded samples", self.file.parent.parent, "those in it stay usable"):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(temporary, arrays, {})
+            sync(temporary)
+            os.replace(temporary, self.file)
 
 
 class Entries:

@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-from ppdiffusers_train.errors import BadSampleError, RunError
+from ppdiffusers_train.errors import BadSampleError, WriteError, writing
 from ppdiffusers_train.launcher.final_message import print_after_launcher
 from ppdiffusers_train.launcher.signals import StopRequest, signal_name
 from ppdiffusers_train.loop.plan import Plan
@@ -13,7 +13,7 @@ from ppdiffusers_train.loop.reports import StepReports
 from ppdiffusers_train.loop.state import OPTIMIZER, TrainingState
 from ppdiffusers_train.reporting.hub import push_to_hub
 from ppdiffusers_train.reporting.status_line import print_line
-from ppdiffusers_train.runtime.checkpoint import write_checkpoint
+from ppdiffusers_train.runtime.checkpoint import write_checkpoint, write_text
 from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.runtime.run_folder import (
     ARGUMENTS_FILE,
@@ -23,6 +23,7 @@ from ppdiffusers_train.runtime.run_folder import (
 )
 from ppdiffusers_train.tensor_files import cast_files
 
+UNTOUCHED = "the last checkpoint is untouched"
 SHARDS = ".shards-"  # prefix of the folder in which ranks collect their shards of a checkpoint
 
 
@@ -38,16 +39,17 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
     Returns:
         True on rank 0 if the checkpoint was written; False on other ranks.
     Raises:
-        RunError: it cannot be written, and `--on_save_error` is not `continue`.
+        WriteError: it cannot be written, and `--on_save_error` is not `continue`.
     """
     ranks, output_dir, args = plan.run.ranks, plan.run.output_dir, plan.run.args
     shards = output_dir / f"{SHARDS}{ranks.name}"
-    failures = [""]
+    consequence = "continuing" if args.on_save_error == "continue" else "earlier checkpoints are untouched"
+    failures = [()]
     if ranks.sharding_degree > 1:
         failure = write_shard(state, ranks, shards)
         failures = ranks.gather_objects(failure, "the others to write their shards of a checkpoint")
 
-    def write(folder):
+    def save(folder):
         state.save(folder)
         if ranks.sharding_degree == 1:
             state.save_optimizer(folder, OPTIMIZER)
@@ -58,16 +60,16 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
     with state.float32_weights(only_main=True), ranks.only_main("a checkpoint to be written") as is_main:
         if is_main:
             try:
-                if any(failures):
-                    raise OSError(next(filter(None, failures)))
-                record = {**plan.info, **state.record()}
-                write_checkpoint(output_dir, state.step, write, record, args.checkpoints_total_limit)
+                with writing(f"checkpoint-{state.step}", output_dir, consequence):
+                    if any(failures):
+                        raise OSError(*next(filter(None, failures)))
+                    record = {**plan.info, **state.record()}
+                    write_checkpoint(output_dir, state.step, save, record, args.checkpoints_total_limit)
                 plan.run.log(f"step {state.step}: wrote checkpoint-{state.step}")
-            except OSError as error:
-                message = f"checkpoint-{state.step} cannot be written to {str(output_dir)!r}: {error}"
+            except WriteError as error:
                 if args.on_save_error == "stop":
-                    raise RunError(f"{message}; earlier checkpoints are untouched") from error
-                plan.run.log(f"{message}; continuing")
+                    raise
+                plan.run.log(str(error))
                 return False
             finally:
                 shutil.rmtree(shards, ignore_errors=True)
@@ -87,27 +89,32 @@ def checkpoint_before_bad_sample(plan: Plan, state: TrainingState, reports: Step
         raise BadSampleError(f"{error}; wrote checkpoint-{state.step} before it") from error
 
 
-def write_shard(state: TrainingState, ranks: Ranks, folder: Path) -> str:
-    """Write this rank's shard of the optimizer's state, if it holds one; returns an error message, or an empty text."""
+def write_shard(state: TrainingState, ranks: Ranks, folder: Path) -> tuple:
+    """Write this rank's shard of the optimizer's state, if it holds one.
+
+    Returns:
+        (errno, reason) if it cannot be written, else an empty tuple.
+    """
     if not ranks.holds_a_shard:
-        return ""
+        return ()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         state.save_optimizer(folder, f"{OPTIMIZER}-{ranks.rank + 1:05d}-of-{ranks.sharding_degree:05d}")
     except OSError as error:
-        return f"rank {ranks.rank}: {error}"
-    return ""
+        return error.errno, f"rank {ranks.rank}: {error.strerror or error}"
+    return ()
 
 
 def claim_folder(plan: Plan, step: int) -> None:
     """Make the run's folder its own before the first step: what other runs, or this one, left there is put aside."""
     run = plan.run
-    remove_stale_shards(run.output_dir)
-    set_aside_later(run.output_dir, run.id, step, run.log)
-    if run.args.overwrite_output_dir:
-        remove_earlier_checkpoints(run.output_dir, run.id)
     text = json.dumps(plan.info, indent=1, ensure_ascii=False)
-    (run.output_dir / ARGUMENTS_FILE).write_text(text, encoding="utf-8")
+    with writing(f"--output_dir: {ARGUMENTS_FILE}", run.output_dir, UNTOUCHED):
+        remove_stale_shards(run.output_dir)
+        set_aside_later(run.output_dir, run.id, step, run.log)
+        if run.args.overwrite_output_dir:
+            remove_earlier_checkpoints(run.output_dir, run.id)
+        write_text(run.output_dir / ARGUMENTS_FILE, text)
 
 
 def write_result(plan: Plan, step: int) -> None:
@@ -119,13 +126,9 @@ def write_result(plan: Plan, step: int) -> None:
         if args.save_dtype:
             cast_files(folder, args.save_dtype)
 
-    try:
+    consequence = "the same command with --resume_from_checkpoint latest resumes from the last checkpoint"
+    with writing("the result", output_dir, consequence):
         replace_result(output_dir, plan.run.id, step, save)
-    except OSError as error:
-        raise RunError(
-            f"the result cannot be written to {str(output_dir)!r}: {error}; the same command with "
-            "--resume_from_checkpoint latest resumes from the last checkpoint"
-        ) from error
     plan.run.log(f"wrote the result to {output_dir}")
 
 

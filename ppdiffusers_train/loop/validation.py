@@ -4,6 +4,7 @@ import contextlib
 
 import paddle
 
+from ppdiffusers_train.errors import writing
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import TrainingState
 from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet
@@ -60,7 +61,8 @@ class ValidationImages:
                 self.plan.module, args.validation_prompts, args.num_validation_images, self.plan.order.seed
             )
         file = run.output_dir / "validation" / f"step-{state.step}.png"
-        file.parent.mkdir(exist_ok=True)
-        grid.save(file)
+        with writing("--output_dir: validation images", file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(file)
         run.log(f"step {state.step}: wrote {file.relative_to(run.output_dir)}")
         self.trackers.image("validation", grid, state.step)

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.errors import UserError, writing
 
 STATE_FILE = "state.json"
 FORMAT = 1
@@ -66,14 +66,24 @@ def replace_children(folder: Path, write) -> list:
     return names
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a text to disk atomically. Names of files in it, which need not be valid UTF-8, are escaped."""
+    temporary = file.with_name(f".{file.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        sync(temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)  # left after an error such as a full disk
+    sync(file.parent)
+
+
 def require_writable(folder: Path, flag: str) -> None:
     """Create `folder`; raise a `UserError` that names `flag` if nothing can be written there."""
-    try:
+    with writing(f"{flag}: files", folder, kind=UserError):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise UserError(f"{flag}: cannot write to {str(folder)!r}: {error.strerror}") from error
 
 
 def sync(path) -> None:
@@ -104,7 +114,7 @@ def write_checkpoint(output_dir: Path, step: int, write, state: dict, total_limi
         write(folder)
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         text = json.dumps({"format": FORMAT, "step": step, **state, "files": files}, indent=1, ensure_ascii=False)
-        (folder / STATE_FILE).write_text(text, encoding="utf-8")
+        (folder / STATE_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")  # paths may not be UTF-8
     if total_limit is not None:
         own = complete_checkpoints(output_dir, state.get("run", ""))
         for old in own[: own.index(target) + 1][:-total_limit]:

@@ -441,7 +441,7 @@ def test_mistakes_get_one_line_and_status_two(decoder_job, decoder_flags, kandin
         f"--pretrained_decoder_model_name_or_path={no_movq}": "has no part 'movq'",
         f"--pretrained_decoder_model_name_or_path={no_weights}": "has no weights in unet/",
         "--pretrained_decoder_model_name_or_path=/nowhere": "is not a folder; expected a pipeline's folder or a hub",
-        f"--output_dir={tmp_path / 'file' / 'out'}": "--output_dir: cannot write to",
+        f"--output_dir={tmp_path / 'file' / 'out'}": "--output_dir: files cannot be written to",
         f"--output_dir={photos / 'out'}": "/out' lies in --train_data_dir, so the run's own images would become",
         "--resume_from_checkpoint=checkpoint-9": "--resume_from_checkpoint: 'checkpoint-9' is neither a folder nor a",
         "--report_to=wandb": "--report_to wandb: not installed",

@@ -144,5 +144,5 @@ def test_replacing_never_writes_into_a_hard_link(tmp_path):
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--output_dir: cannot write to '.*file/out': Not a directory"):
+    with pytest.raises(UserError, match="--output_dir: files cannot be written to '.*file/out': Not a directory"):
         require_writable(tmp_path / "file" / "out", "--output_dir")
