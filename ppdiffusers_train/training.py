@@ -22,7 +22,7 @@ from ppdiffusers_train.loop.filling import encode_dataset
 from ppdiffusers_train.loop.identity import job_code, public_arguments, public_command, run_identity, versions
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.reports import open_reports
-from ppdiffusers_train.loop.resume_rules import announce_changes, changed_flags, refuse_other_models
+from ppdiffusers_train.loop.resume_rules import announce_changes, base_weights, changed_flags, refuse_other_weights
 from ppdiffusers_train.loop.run import Run, choose_again, notices, refuse_fewer_steps, resolve_run
 from ppdiffusers_train.loop.saving import (
     checkpoint_before_bad_sample,
@@ -114,7 +114,7 @@ def make_plan(module, dataset, run: Run) -> Plan:
         agree(run.ranks, job_code(module))
         agree_on_data(dataset, run.ranks)
         agree(run.ranks, digests)
-    refuse_other_models(run.checkpoint, run.saved.get("models", {}), digests)
+    refuse_other_weights(run.checkpoint, run.saved.get("weights", {}), base_weights(digests))
     for pattern, size in choose_trainable(module, args.trainable_modules).items():
         run.log(f"--trainable_modules: {pattern}, {size:,} parameters, trained in full")
     identity = run_identity(module, dataset, args, run.saved, run.samples_per_step)
@@ -132,7 +132,7 @@ def make_plan(module, dataset, run: Run) -> Plan:
         "arguments": public_arguments(args),
         "command": public_command(args),
         "versions": versions(),
-        "models": digests,
+        "weights": base_weights(digests),
     }
     return Plan(run, module, dataset, order, total_steps, steps_per_epoch, info)
 

@@ -45,17 +45,23 @@ FREE = {
 }
 
 
-def refuse_other_models(checkpoint, before: dict, now: dict) -> None:
+def base_weights(digests: dict) -> dict:
+    """{model: hash of its weights at the start of a run} of `agreement.model_digests`."""
+    start = "weights of "
+    return {name.removeprefix(start): digest for name, digest in digests.items() if name.startswith(start)}
+
+
+def refuse_other_weights(checkpoint, before: dict, now: dict) -> None:
     """Raise a `UserError` if a base model has other weights than when the run began.
 
     Args:
-        before, now: of `agreement.model_digests`; a model that one of them lacks is not compared.
+        before, now: of `base_weights`; a model that one of them lacks is not compared.
     """
     for name, digest in before.items():
-        if name.startswith("weights of ") and now.get(name, digest) != digest:
+        if now.get(name, digest) != digest:
             raise UserError(
-                f"--resume_from_checkpoint: {checkpoint} was trained from other {name}; expected the same base model, "
-                "or a new run in another folder"
+                f"--resume_from_checkpoint: {checkpoint} was trained from other weights of {name}; expected the same "
+                "base model, or a new run in another folder"
             )
 
 
