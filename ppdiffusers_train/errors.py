@@ -34,6 +34,12 @@ class RunError(Exception):
     exit_status = 1
 
 
+class MissingImagesError(RunError):
+    """The result is complete, but validation images could not be generated."""
+
+    exit_status = 3
+
+
 class WriteError(RunError):
     """A file cannot be written. The message names what it is, the folder, and what to do."""
 

@@ -24,6 +24,7 @@ WRITES = set(
     save_lora_weights save_weights save_optimizer write_plan write_shards Shard build_tokenizer
     build_t5_tokenizer export_combined export_prior sample_files require_room VisualDLTracker
     TensorBoardTracker build_kandinsky build_prior_pipeline build_sd build_sdxl build_sd3 write_weights
+    replace_result set_aside_later remove_earlier_checkpoints remove_folder
     write_pretrained write_kandinsky write_sd write_sdxl write_sd3""".split()
 )
 # These write where nobody loses a run: the launcher's logs are masked if possible, and toys are trained by developers.
@@ -110,10 +111,11 @@ def test_images_and_figures_that_cannot_be_written_do_not_end_a_run(
 
     monkeypatch.setattr(kandinsky_jobs["prior"].KandinskyPriorTrainingModule, "after_step", replace_folders)
     flags = ["--validation_prompts=a", "--validation_steps=1", "--validation_inference_steps=2", "--report_to=all"]
-    out = train("prior", *flags)
+    with pytest.raises(SystemExit) as ended:
+        train("prior", *flags)
     said = capsys.readouterr().out
-    assert weights(out, "prior") and "Traceback" not in said
-    images = "--output_dir: validation images cannot be written to '[^']*/out/validation': File exists .*; continuing"
+    assert ended.value.code == 3 and weights(tmp_path / "out", "prior") and "Traceback" not in said
+    images = "no validation images, WriteError: --output_dir: validation images cannot be written to '[^']*/validation'"
     assert len(re.findall(images, said)) == 2
     for name in ("visualdl", "tensorboard"):
         figures = f"--report_to {name}: figures cannot be written to '[^']*/out/logs': Not a directory .*; continuing"

@@ -1,17 +1,26 @@
 """What a run writes: checkpoints during training and when it is stopped, and the result."""
 
+import contextlib
+import json
 import shutil
 from pathlib import Path
 
-from ppdiffusers_train.errors import WriteError, writing
+from ppdiffusers_train.errors import BadSampleError, WriteError, writing
 from ppdiffusers_train.launcher.final_message import print_after_launcher
 from ppdiffusers_train.launcher.signals import StopRequest, signal_name
 from ppdiffusers_train.loop.plan import Plan
+from ppdiffusers_train.loop.reports import StepReports
 from ppdiffusers_train.loop.state import OPTIMIZER, TrainingState
 from ppdiffusers_train.reporting.hub import push_to_hub
 from ppdiffusers_train.reporting.status_line import print_line
-from ppdiffusers_train.runtime.checkpoint import replace_children, write_checkpoint
+from ppdiffusers_train.runtime.checkpoint import write_checkpoint, write_text
 from ppdiffusers_train.runtime.distributed import Ranks
+from ppdiffusers_train.runtime.run_folder import (
+    ARGUMENTS_FILE,
+    remove_earlier_checkpoints,
+    replace_result,
+    set_aside_later,
+)
 from ppdiffusers_train.tensor_files import cast_files
 
 UNTOUCHED = "the last checkpoint is untouched"
@@ -67,6 +76,19 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
     return ranks.is_main
 
 
+@contextlib.contextmanager
+def checkpoint_before_bad_sample(plan: Plan, state: TrainingState, reports: StepReports):
+    """A context in which a sample that ends the run leaves a checkpoint: no weight has changed since the last step."""
+    try:
+        yield
+    except BadSampleError as error:
+        if not state.step or not plan.run.args.final_checkpoint or plan.checkpoint_is_due(state):
+            raise  # there is nothing to lose
+        reports.fetch(0)  # a step that was NaN or inf ends the run without it
+        save_checkpoint(plan, state)
+        raise BadSampleError(f"{error}; wrote checkpoint-{state.step} before it") from error
+
+
 def write_shard(state: TrainingState, ranks: Ranks, folder: Path) -> tuple:
     """Write this rank's shard of the optimizer's state, if it holds one.
 
@@ -83,8 +105,20 @@ def write_shard(state: TrainingState, ranks: Ranks, folder: Path) -> tuple:
     return ()
 
 
-def write_result(plan: Plan) -> None:
-    """Write the result into the run's folder, and upload it if the flags say so."""
+def claim_folder(plan: Plan, step: int) -> None:
+    """Make the run's folder its own before the first step: what other runs, or this one, left there is put aside."""
+    run = plan.run
+    text = json.dumps(plan.info, indent=1, ensure_ascii=False)
+    with writing(f"--output_dir: {ARGUMENTS_FILE}", run.output_dir, UNTOUCHED):
+        remove_stale_shards(run.output_dir)
+        set_aside_later(run.output_dir, run.id, step, run.log)
+        if run.args.overwrite_output_dir:
+            remove_earlier_checkpoints(run.output_dir, run.id)
+        write_text(run.output_dir / ARGUMENTS_FILE, text)
+
+
+def write_result(plan: Plan, step: int) -> None:
+    """Write the result into the run's folder."""
     module, output_dir, args = plan.module, plan.run.output_dir, plan.run.args
 
     def save(folder):
@@ -94,11 +128,16 @@ def write_result(plan: Plan) -> None:
 
     consequence = "the same command with --resume_from_checkpoint latest resumes from the last checkpoint"
     with writing("the result", output_dir, consequence):
-        replace_children(output_dir, save)
+        replace_result(output_dir, plan.run.id, step, save)
     plan.run.log(f"wrote the result to {output_dir}")
-    if args.push_to_hub:
-        url = push_to_hub(output_dir, args.hub_model_id, args.hub_token, module.card_data(), args.validation_prompts)
-        plan.run.log(f"uploaded to {url}")
+
+
+def upload_result(plan: Plan) -> None:
+    """Upload the result, with a model card that shows the last validation images."""
+    args = plan.run.args
+    card = plan.module.card_data()
+    url = push_to_hub(plan.run.output_dir, args.hub_model_id, args.hub_token, card, args.validation_prompts)
+    plan.run.log(f"uploaded to {url}")
 
 
 def end_stopped(stop: StopRequest, plan: Plan, state: TrainingState, is_written: bool) -> None:

@@ -7,7 +7,7 @@ import huggingface_hub
 from ppdiffusers_train.errors import RunError, UserError, writing
 
 # Files of a run that are not part of its result.
-NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/*", "logs/*", "log/*", "validation/*", "encoded/*", ".*"]
+NOT_UPLOADED = ["*checkpoint-*", "*checkpoint-*/*", "logs/*", "log/*", "validation/*", "encoded/*", "result.json", ".*"]
 
 
 def check_hub_login(token) -> None:

@@ -27,6 +27,7 @@ from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.runtime.checkpoint import find_checkpoint
 from ppdiffusers_train.runtime.distributed import start_ranks
+from ppdiffusers_train.runtime.run_folder import run_of_folder
 
 GREY = (128, 128, 128)
 
@@ -81,7 +82,8 @@ def parse_flags(job, name: str, flags: list):
     compute_on_cpu()
     quiet_libraries()
     resumed = args.resume_from_checkpoint
-    saved = find_checkpoint(resumed, Path(args.output_dir))[1] if resumed else {}
+    output_dir = Path(args.output_dir)
+    saved = find_checkpoint(resumed, output_dir, run_of_folder(output_dir))[1] if resumed else {}
     return resolve_flags(args, saved, start_ranks())
 
 

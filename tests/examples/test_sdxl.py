@@ -377,7 +377,7 @@ def test_small_images_are_enlarged_and_counted_or_refused(train_sdxl, capsys, tm
     train_sdxl("sdxl", flag)
     said = capsys.readouterr().out
     assert "1 of 5 images are smaller than 64 pixels and are enlarged, for example " in said
-    message = refused(capsys, lambda: train_sdxl("sdxl", flag, "--min_image_size=45"))
+    message = refused(capsys, lambda: train_sdxl("sdxl", flag, "--min_image_size=45", out="refused"))
     assert "50 x 40 pixels, --min_image_size is 45" in message
     out = train_sdxl("sdxl", flag, "--min_image_size=45", "--max_bad_samples=1", out="skipped")
     assert len(list((out / "encoded").rglob("*.safetensors"))) == 4
