@@ -191,7 +191,7 @@ lock:
 	cd requirements && $(UV_COMPILE) paddle26.in -o paddle26.txt
 	cd requirements && $(UV_COMPILE) docs.in -o docs.txt
 	cd requirements && $(UV_COMPILE) parity.in -o parity.full
-	grep -Ev '^(nvidia|cuda|triton)' requirements/parity.full > requirements/parity.txt
+	grep -Ev '^(nvidia|cuda|triton|torchvision|timm)' requirements/parity.full > requirements/parity.txt
 	rm requirements/parity.full
 
 clean:

@@ -70,7 +70,13 @@ def jobs(root: Path) -> None:
 
     model = build_sdxl(root / "sdxl")
     common = [f"--pretrained_model_name_or_path={model}", "--resolution=64", f"--max_train_steps={STEPS}"]
-    common += ["--train_batch_size=4", "--seed=0", "--report_to=none", f"--cache_dir={root / 'downloads'}"]
+    common += [
+        "--train_batch_size=4",
+        "--seed=0",
+        "--report_to=none",
+        "--overwrite_output_dir",
+        f"--cache_dir={root / 'downloads'}",
+    ]
     data = {count: make_images(root / str(count), count) for count in COUNTS}
     flags = {
         count: [*common, f"--train_data_dir={data[count]}", f"--output_dir={root / f'out{count}'}"] for count in COUNTS

@@ -71,8 +71,8 @@ class Job:
         """A side that computes with Paddle."""
         script = ROOT / "examples" / f"{SCRIPTS[self.name]}.py"
         own = ["--script", script, "--samples", self.folder / "samples.npz", *(["--compile"] if compile else [])]
-        output = f"--output_dir={self.folder / 'out'}"
-        command = [sys.executable, HERE / "speed_paddle.py", what, *own, "--", *self.flags, output, *flags]
+        output = ["--overwrite_output_dir", f"--output_dir={self.folder / 'out'}"]
+        command = [sys.executable, HERE / "speed_paddle.py", what, *own, "--", *self.flags, *output, *flags]
         return Side([*command, f"--max_train_steps={steps}"], environment_of(**WITHOUT_TORCH, **(environment or {})))
 
     def torch(self) -> Side:

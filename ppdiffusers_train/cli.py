@@ -28,7 +28,7 @@ from ppdiffusers_train.arguments.parser import (
     non_negative_float,
     positive_int,
 )
-from ppdiffusers_train.errors import UserError, one_line_errors
+from ppdiffusers_train.errors import UserError, one_line, one_line_errors, writing
 from ppdiffusers_train.models.lora_libraries import FILES
 from ppdiffusers_train.tools.cache import add_cache_command
 from ppdiffusers_train.tools.examples import add_examples_command
@@ -82,7 +82,7 @@ def pack_data(args) -> int:
         source = open_named(args)
         plan = pack(
             source, written, args.shard_size, args.name, args.caption_column, processes,
-            log=lambda text: tqdm.write(printable(text)),
+            log=lambda text: tqdm.write(printable(one_line(text))),
         )  # fmt: skip
     result = {**summary(plan), "seconds": round(time.monotonic() - started, 3)}
     if args.json:
@@ -122,7 +122,8 @@ def convert_lora(args) -> None:
     if target.exists() and target.samefile(source):
         raise UserError(f"--output: {str(target)!r} is the file that is read; expected another one")
     updates = {layer: replace(update, up=scaled(update.up, args.scale)) for layer, update in read_lora(source).items()}
-    write_lora(target, updates, args.to)
+    with writing("--output: the LoRA", target.parent, kind=UserError):
+        write_lora(target, updates, args.to)
     ranks = sorted({update.rank for update in updates.values()})
     print(f"{target}: {len(updates)} layers of rank {', '.join(map(str, ranks))}, for {args.to}")
 

@@ -1,9 +1,13 @@
 """A mistake or a failed run becomes one line and an exit status, never a traceback."""
 
+import contextlib
+import errno
 import functools
 import os
 import re
 import sys
+import tempfile
+from pathlib import Path
 
 from ppdiffusers_train.launcher.final_message import print_after_launcher, watch_launcher
 from ppdiffusers_train.launcher.signals import ExitOnSignal
@@ -18,13 +22,125 @@ class UserError(Exception):
 
 
 class BadSampleError(UserError):
-    """A sample of the data cannot be used. The message names the file or row and the reason."""
+    """A sample of the data cannot be used. The message names the file or row and the reason, on one line."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 class RunError(Exception):
     """The run cannot continue, although its flags are right. The message names the step or file."""
 
     exit_status = 1
+
+
+class MissingImagesError(RunError):
+    """The result is complete, but validation images could not be generated."""
+
+    exit_status = 3
+
+
+class WriteError(RunError):
+    """A file cannot be written. The message names what it is, the folder, and what to do."""
+
+
+OTHER_FOLDER = "expected a folder in which files can be made"
+FAILED_DISK = {
+    errno.ENOSPC: "free space on that disk",
+    errno.EDQUOT: "free space in your quota",
+    errno.EFBIG: "the limit of `ulimit -f` or of the file system is too small",
+    errno.EIO: "the disk fails",
+    errno.ESTALE: "the network disk has lost the folder",
+}
+WAYS_OUT = {
+    **FAILED_DISK,
+    errno.ENOENT: "the folder is not there, or not any more",
+    errno.EROFS: "the disk can only be read",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR), OTHER_FOLDER),
+}
+LIBRARY_ERRNO = re.compile(r"\(os error (\d+)\)")  # as safetensors' writer says it
+
+
+@contextlib.contextmanager
+def writing(what: str, folder, consequence: str = "", kind=WriteError):
+    """A context in which files are written; every file that a run or a command writes is written in one.
+
+    Args:
+        what: what is written, and the flag that chose the place where there is one.
+        folder: where.
+        consequence: the end of the message: what becomes of the run, or how to go on.
+        kind: the class of the error, `UserError` where the folder may be the user's mistake; a full disk is none.
+    Raises:
+        WriteError, or `kind`: the system refused, with one line that says why.
+    """
+    try:
+        yield
+    except Exception as error:
+        number, reason = reason_of(error)
+        if not reason:
+            raise
+        ways = f" ({WAYS_OUT[number]})" if number in WAYS_OUT else ""
+        # The file is named if it is elsewhere: the error may be of something that is read meanwhile.
+        named = getattr(error, "filename", None)
+        is_named = isinstance(named, (str, bytes)) and number not in FAILED_DISK and not is_within(named, folder)
+        named = f": {named!r}" if is_named else ""
+        end = f"; {consequence}" if consequence else ""
+        kind = WriteError if number in FAILED_DISK else kind
+        raise kind(f"{what} cannot be written to {str(folder)!r}: {reason}{named}{ways}{end}") from error
+
+
+@contextlib.contextmanager
+def scratch_folder(what: str):
+    """A context with a temporary folder, for what the message calls `what` if there is no room."""
+    with writing(f"TMPDIR: {what}", os.environ.get("TMPDIR", "/tmp")):
+        folder = tempfile.TemporaryDirectory()
+    with folder as path:
+        yield Path(path)
+
+
+def reason_of(error: Exception) -> tuple:
+    """(errno or None, the reason) of an error of the system, also one that a library says; the reason of any other
+    error is empty."""
+    if isinstance(error, OSError):
+        return error.errno, error.strerror or str(error)
+    found = LIBRARY_ERRNO.search(str(error))
+    return (int(found[1]), os.strerror(int(found[1]))) if found else (None, "")
+
+
+def is_within(path, folder) -> bool:
+    """Whether a path is of a folder or of a file in it."""
+    folder = os.path.abspath(folder)
+    return os.path.commonpath([os.path.abspath(os.fsdecode(path)), folder]) == folder
+
+
+SPECIAL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def one_line(text: str) -> str:
+    """A text that stays on one line: control characters, ends of lines, marks that turn the direction of writing and
+    bytes that are no text, all of which names of files may have, are escaped as Python does."""
+    return SPECIAL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+@contextlib.contextmanager
+def log_errors_ignored():
+    """A context for printing: what is printed is lost if the disk with the log file is full. A pipe that nobody reads
+    any more is still an error."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
+
+
+def drop_unwritten_output() -> None:
+    """Drop what standard output could not write. Python would try again at the end, and exit with status 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 SHORTEST_SECRET = 6  # characters; a shorter value may occur in any text
@@ -57,10 +173,14 @@ def one_line_errors(main):
                     return main(argv)
                 finally:
                     ignore_signals_from_now_on()
+                    drop_unwritten_output()
         except (UserError, RunError) as error:
-            message = hide_tokens(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}")
+            message = one_line(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}")
+            message = hide_tokens(message)
             print_after_launcher(message)
-            print(message, file=sys.stderr)
+            with log_errors_ignored():
+                print(message, file=sys.stderr)
+            drop_unwritten_output()
             raise SystemExit(error.exit_status) from error
         except Exception as error:
             # The traceback goes to a log file.

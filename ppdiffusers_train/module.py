@@ -48,25 +48,31 @@ class DiffusionTrainingModule(nn.Layer):
         Args:
             stored: a `pipeline_folder.StoredModel`.
         """
-        vars(self).setdefault("stored", {})[name] = stored
+        vars(self).setdefault("_stored", {})[name] = stored
+
+    def stored(self) -> dict:
+        """`{name: StoredModel}` of all models that `load_later` got, whether they are loaded or not."""
+        return vars(self).get("_stored", {})
+
+    def not_loaded(self) -> list:
+        """The names of the models of `load_later` that have not been used yet."""
+        return [name for name in self.stored() if name not in self._sub_layers and name not in vars(self)]
 
     def load_rest(self) -> list:
         """Load the models of `load_later` that have not been used yet; returns their names."""
-        names = list(vars(self).get("stored", {}))
+        names = self.not_loaded()
         for name in names:
             getattr(self, name)
         return names
 
     def __getattr__(self, name):
-        stored = vars(self).get("stored", {})
-        if name in stored:
-            setattr(self, name, freeze(stored.pop(name).load()))
+        if name in vars(self).get("_stored", {}) and name not in self._sub_layers:
+            setattr(self, name, freeze(self._stored[name].load()))
         return super().__getattr__(name)
 
     def free_encoders(self) -> None:
         """Free the memory of the encoders; those that are not loaded never will be."""
         for name in self.encoders:
-            vars(self).get("stored", {}).pop(name, None)
             setattr(self, name, None)
 
     def encoding_settings(self):

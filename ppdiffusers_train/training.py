@@ -3,19 +3,19 @@
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
 import contextlib
-import json
 
 import paddle
 
 from ppdiffusers_train.cpu.kernel_repairs import repair_kernels
 from ppdiffusers_train.cpu.patches import COMPILE_FROM_ROWS, CompiledEncode, can_compile, patched_paddle
 from ppdiffusers_train.data.dataset import index_folder
-from ppdiffusers_train.data.encoders_key import unloaded_encoders
+from ppdiffusers_train.data.encoders_key import stored_digests
 from ppdiffusers_train.data.identity import agree_on_data
 from ppdiffusers_train.data.image_index import index_images
 from ppdiffusers_train.data.loader import OnlineSamples
 from ppdiffusers_train.data.order import order_samples
 from ppdiffusers_train.data.rows import Rows
+from ppdiffusers_train.errors import MissingImagesError
 from ppdiffusers_train.launcher.signals import StopRequest, signal_name
 from ppdiffusers_train.launcher.supervisor import ignore_signals_from_now_on, request_time_to_finish
 from ppdiffusers_train.loop.dry_run import describe_run
@@ -23,9 +23,18 @@ from ppdiffusers_train.loop.filling import encode_dataset
 from ppdiffusers_train.loop.identity import job_code, public_arguments, public_command, run_identity, versions
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.reports import open_reports
-from ppdiffusers_train.loop.run import Run, choose_again, notices, resolve_run
-from ppdiffusers_train.loop.saving import end_stopped, remove_stale_shards, save_checkpoint, write_result
-from ppdiffusers_train.loop.state import TrainingState, build_training_state, check_schedule
+from ppdiffusers_train.loop.resume_rules import announce_changes, base_weights, changed_flags, refuse_other_weights
+from ppdiffusers_train.loop.run import Run, choose_again, notices, refuse_fewer_steps, resolve_run
+from ppdiffusers_train.loop.saving import (
+    checkpoint_before_bad_sample,
+    claim_folder,
+    end_stopped,
+    save_checkpoint,
+    upload_result,
+    write_result,
+)
+from ppdiffusers_train.loop.schedule import check_schedule
+from ppdiffusers_train.loop.state import TrainingState, build_training_state
 from ppdiffusers_train.loop.step import (
     add_gradients,
     complete_gradients,
@@ -34,7 +43,7 @@ from ppdiffusers_train.loop.step import (
     seed_layers,
     set_training_mode,
 )
-from ppdiffusers_train.loop.validation import save_validation_images
+from ppdiffusers_train.loop.validation import ValidationImages
 from ppdiffusers_train.module import choose_trainable
 from ppdiffusers_train.reporting.status_line import counted, print_line
 from ppdiffusers_train.runtime.agreement import agree, model_digests
@@ -81,7 +90,8 @@ def train_job(module, dataset, run: Run) -> None:
             return
         state = build_state(plan)
         log_start(plan, state)
-        prepare_folder(plan)
+        if run.ranks.is_main:
+            claim_folder(plan, state.step)
         samples = encode_dataset(plan, state) if run.args.encoded_cache_dir else online_samples(plan)
         if plan.run.checkpoint:  # now, because it is large, and a cache has freed the encoders
             state.load_optimizer(plan.run.checkpoint)
@@ -102,20 +112,31 @@ def make_plan(module, dataset, run: Run) -> Plan:
     args = run.args
     if args.dry_run or not args.encoded_cache_dir:
         module.load_rest()
+    digests = {} if args.dry_run else {**model_digests(module), **stored_digests(module, index_folder(args))}
     if run.ranks.world_size > 1 and not args.dry_run:
         agree(run.ranks, job_code(module))
         agree_on_data(dataset, run.ranks)
-        unloaded = unloaded_encoders(module, index_folder(args))
-        files = {f"files of {name}": digest for name, digest in unloaded.items()}
-        agree(run.ranks, {**model_digests(module), **files})
+        agree(run.ranks, digests)
+    refuse_other_weights(run.checkpoint, run.saved.get("weights", {}), base_weights(digests))
     for pattern, size in choose_trainable(module, args.trainable_modules).items():
         run.log(f"--trainable_modules: {pattern}, {size:,} parameters, trained in full")
     identity = run_identity(module, dataset, args, run.saved, run.samples_per_step)
     order = order_samples(module, dataset, identity["seed"], run.samples_per_step, run.log)
     steps_per_epoch = order.steps_per_epoch(run.samples_per_step)
-    total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    check_schedule(args, total_steps)
-    info = {**identity, "arguments": public_arguments(args), "command": public_command(args), "versions": versions()}
+    # Epochs are counted in samples: after a resume, a step may have another number of them.
+    position, step = run.saved.get("position", 0), run.saved.get("step", 0)
+    left = order.steps_until(args.num_train_epochs, position, run.samples_per_step)
+    total_steps = args.max_train_steps or step + left
+    check_schedule(args, total_steps, run.samples_per_step)
+    refuse_fewer_steps(run, total_steps)
+    info = {
+        "run": run.id,
+        **identity,
+        "arguments": public_arguments(args),
+        "command": public_command(args),
+        "versions": versions(),
+        "weights": base_weights(digests),
+    }
     return Plan(run, module, dataset, order, total_steps, steps_per_epoch, info)
 
 
@@ -138,8 +159,8 @@ def log_start(plan: Plan, state: TrainingState) -> None:
     run = plan.run
     if run.checkpoint:
         run.log(f"resumed from {run.checkpoint} at step {state.step}")
-        if state.step > plan.total_steps:
-            run.log(f"step {state.step} is beyond the {plan.total_steps} steps of this run: its weights are the result")
+        if line := announce_changes(run.checkpoint, changed_flags(run.saved["arguments"], public_arguments(run.args))):
+            run.log(line)
     for line in [*run.remarks, *notices(run.args, state.precision, plan.total_steps)]:
         run.log(line)
     trained = sum(parameter.size for parameter in state.parameters.values())
@@ -148,14 +169,6 @@ def log_start(plan: Plan, state: TrainingState) -> None:
         f"{counted(plan.total_steps, 'step')} of {counted(run.samples_per_step, 'sample')}, "
         f"{plan.steps_per_epoch} per epoch; seed {plan.info['seed']}"
     )
-
-
-def prepare_folder(plan: Plan) -> None:
-    """Write the run's flags and versions into its folder, and remove what a killed run has left there."""
-    if plan.run.ranks.is_main:
-        remove_stale_shards(plan.run.output_dir)
-        text = json.dumps(plan.info, indent=1, ensure_ascii=False)
-        (plan.run.output_dir / "training_args.json").write_text(text, encoding="utf-8")
 
 
 def online_samples(plan: Plan) -> OnlineSamples:
@@ -169,6 +182,7 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
     """Take every step from the state's to the last, with checkpoints, validation images and the result."""
     ranks, args = plan.run.ranks, plan.run.args
     with open_reports(plan, state) as reports, StopRequest(args.stop_signal) as stop:
+        images = ValidationImages(plan, reports.trackers)
         request_time_to_finish()
         ranks.wait_for_all("the others to begin")  # rank 0 opens trackers, and some disks are slow
         for window, batches in load_steps(plan, state, samples):
@@ -179,13 +193,14 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
             reports.progress.counted(counter.total, sum(len(part.positions) for part in parts))
             missing, stopping = complete_gradients(state, parts, bool(stop.received))
             if missing:
-                count_bad_samples(plan, state, parts)
+                with checkpoint_before_bad_sample(plan, state, reports):
+                    count_bad_samples(plan, state, parts)
             loss = ranks.sum(sum((part.loss for part in parts), paddle.zeros([])))
             reports.add(state.take_step(window, loss, missing), parts)
+            is_last = state.step == plan.total_steps
             saves, validates = stopping or plan.checkpoint_is_due(state), plan.validation_is_due(state)
             # A step's figures are fetched while the device computes the next one, but before anything is written or
             # the run ends: they have to be finite.
-            is_last = state.step == plan.total_steps
             reports.fetch(0 if saves or validates or is_last or state.checks_before_update else 1)
             with reports.progress.paused() if saves or validates else contextlib.nullcontext():
                 is_written = saves and save_checkpoint(plan, state)
@@ -193,19 +208,25 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
                     reports.progress.close()
                     end_stopped(stop, plan, state, is_written)
                 if validates:
-                    save_validation_images(plan, state, reports.trackers)
+                    images.generate(state)
         reports.progress.close()
-        finish(plan, state, stop)
+        finish(plan, state, stop, images)
     ignore_signals_from_now_on()
+    if images.failures:
+        raise MissingImagesError(f"the result is complete, but validation images are missing: {images.failures[0]}")
 
 
-def finish(plan: Plan, state: TrainingState, stop: StopRequest) -> None:
-    """Write the result, and wait until all ranks are done."""
-    ranks = plan.run.ranks
-    with state.result_weights(), ranks.only_main("the result to be written") as is_turn:
-        if is_turn:
-            write_result(plan)
+def finish(plan: Plan, state: TrainingState, stop: StopRequest, images: ValidationImages) -> None:
+    """Write the result; then generate the last validation images, which may fail; then upload the result."""
+    run = plan.run
+    with state.result_weights(), run.ranks.only_main("the result to be written") as is_main:
+        if is_main:
+            write_result(plan, state.step)
+    if run.args.validation_prompts:
+        images.generate(state)
+    if run.args.push_to_hub and run.ranks.is_main:
+        upload_result(plan)
     if stop.received:
         name = signal_name(stop.received)
         print_line(f"{name}: received after the last step; the run has ended and its result is written")
-    ranks.gather_objects(None)  # the store is in rank 0's process, which must not end before the others are done
+    run.ranks.gather_objects(None)  # the store is in rank 0's process, which must not end before the others are done

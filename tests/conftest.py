@@ -2,11 +2,13 @@
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
+import contextlib
 import gc
 import importlib.util
 import io
 import json
 import os
+import resource
 import shutil
 import sys
 import tarfile
@@ -288,6 +290,22 @@ def train_decoder(train):
 def build(kandinsky_jobs, decoder_flags):
     """`build("prior_lora", *flags)` is that script's training module."""
     return builder(kandinsky_jobs, decoder_flags)
+
+
+def last_error(capsys):
+    """The last line that was printed to standard error."""
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+    """What a full disk does to a write: the system refuses to let a file grow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def encode(module, rows, indices):

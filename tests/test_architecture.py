@@ -20,7 +20,7 @@ SCRIPTS = [path for path in sorted((ROOT / "examples").glob("*/train_*.py"))]
 MAY_IMPORT = {
     "objectives": set(),
     "draws": set(),
-    "arguments": {"launcher"},
+    "arguments": {"errors", "launcher"},
     "cpu": {"errors"},
     "launcher": set(),
     "errors": {"launcher"},

@@ -30,7 +30,7 @@ def parser():
 @pytest.fixture
 def config(tmp_path):
     def write(text):
-        (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+        (tmp_path / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
         return f"--config={tmp_path / 'c.yaml'}"
 
     return write
@@ -90,14 +90,52 @@ def test_config_sets_flags_and_the_command_line_wins(parser, config):
         ("learning_rat: 1", "sets 'learning_rat', which is not a flag; did you mean --learning_rate?"),
         ("train_batch_size: many", "argument --train_batch_size: 'many' is not a whole number above 0"),
         ("use_ema: 3", "sets 'use_ema' to 3; expected true or false"),
-        ("seed: [1, 2]", "sets 'seed' to a list; expected one value"),
+        ("train-batch-size: 1", "sets 'train-batch-size', which is not a flag; did you mean --train_batch_size?"),
+        ("train_batch_size: ''", "argument --train_batch_size: '' is not a whole number above 0"),
+        ("lr_scheduler: --", "argument --lr_scheduler: invalid choice: '--'"),
+        ("seed: [1, 2]", "sets 'seed' to a list of 2; expected one value"),
+        ("seed: {a: 1}", "sets 'seed' to a group of names; expected one value"),
+        ("validation_prompts: [a, [b]]", "sets 'validation_prompts' to a list of lists; expected one value"),
+        ("validation_prompts: []", "sets 'validation_prompts' to a list of 0; expected at least one value"),
+        ("validation_prompts: [a, --seed=3]", "to '--seed=3'; expected values that do not begin with -"),
         ("- seed", "holds a list; expected lines of the form 'name: value'"),
-        ("a: b: c", "is not valid YAML"),
+        ("seed 3", "holds a text; expected lines of the form 'name: value'"),
+        ("? [a, b]\n: 3", "has a sequence as a name; expected the name of a flag"),
+        ("a: b: c", "is not valid YAML: mapping values are not allowed here"),
+        ("seed: 1\n\tuse_ema: true", "is not valid YAML: found character '\\t' that cannot start any token"),
+        ("seed: 1\x00", "is not valid YAML: it has the character '\\x00'"),
+        ("seed: *x", "is not valid YAML: found undefined alias 'x'"),
+        ("seed: 1 \n---\nseed: 2", "is not valid YAML: but found another document"),
+        ("<<: {seed: 1}", "sets '<<' to a group of names; expected one value"),
         ("config: other.yaml", "sets 'config', which is not a flag"),
+        ("seed: 1\n\nseed: 2", "line 3: sets 'seed', which line 1 has set already; expected it once"),
+        ("validation_prompt: a\nvalidation_prompts: b", "sets 'validation_prompts', which line 1 has set already"),
+        ("use_ema: true\nno_use_ema: true", "sets 'no_use_ema', which line 1 has set already"),
+        ("train_shards_path_or_url: ['pipe:touch it']", "to a command; pipe: is taken from the command line only"),
+        (
+            "seed: !!python/object/apply:os.system ['touch it']",
+            "to a value with the tag 'tag:yaml.org,2002:python/object",
+        ),
+        ("seed: !other 3", "sets 'seed' to a value with the tag '!other'; expected a plain value"),
+        (b"seed: 1\ntrain_data_dir: \xe9t\xe9", "line 2: is not UTF-8: "),
     ],
 )
-def test_a_mistake_in_the_config_gets_one_line(parser, capsys, config, text, expected):
-    assert expected in refusal(parser, capsys, config(text))
+def test_a_mistake_in_the_config_gets_one_line_with_its_place(parser, capsys, config, text, expected):
+    line = refusal(parser, capsys, config(text))
+    assert expected in line and re.search(r"--config: '.*c.yaml', line \d: ", line), line
+
+
+def test_a_config_of_lists_without_end_gets_one_line(parser, capsys, config):
+    assert "c.yaml': holds lists within lists; expected" in refusal(parser, capsys, config("seed: " + "[" * 10000))
+
+
+def test_a_value_of_the_config_is_the_text_that_is_written(parser, config):
+    """YAML 1.1 reads `no` as false, `1e-4` as a text, `12:30` as 750, `010` as 8, and changes the spelling of dates."""
+    text = "\ufeffvalidation_prompts: [no, 12:30, 2020-01-01, &x yes, *x, 1_0]\r\nlearning_rate: 1e-4\r\nseed: 010\r\n"
+    args = parser.parse_args([config(text)])
+    assert args.validation_prompts == ["no", "12:30", "2020-01-01", "yes", "yes", "1_0"]
+    assert (args.learning_rate, args.seed) == (1e-4, 10)
+    assert parser.parse_args([config("no_use_ema: false")]).use_ema
 
 
 NEEDS = {"output_dir": "out", "targets": "to_q"}  # arguments without a default

@@ -2,10 +2,9 @@
 
 import ppdiffusers_train  # noqa: F401
 
-import contextlib
 import json
 import os
-import resource
+import re
 import shutil
 import signal
 import sys
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 from ppdiffusers_train.runtime.checkpoint import read_state
-from tests.conftest import optimizer_state, same, scalars, tensors, weights
+from tests.conftest import last_error, no_file_above, optimizer_state, same, scalars, tensors, weights
 
 
 @pytest.fixture
@@ -39,10 +38,6 @@ def breaking(train, kandinsky_jobs, monkeypatch):
             return train("prior", "--max_train_steps=5", *flags, out=out)
 
     return run
-
-
-def last_error(capsys):
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("how, what", [("loss", "the loss is nan"), ("gradient", "the norm of the gradients is nan")])
@@ -152,17 +147,6 @@ def test_bad_samples_are_found_while_encoding_too(train, data, tmp_path, capsys)
     assert stopped.value.code == 2 and "the image cannot be read" in last_error(capsys)
 
 
-@contextlib.contextmanager
-def no_file_above(size):
-    """What a full disk does to a write: the system refuses to let a file grow."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 # The prior's weights take 0.5 MB, its optimizer's state 1 MB.
 BETWEEN = 800_000
 
@@ -217,7 +201,7 @@ def test_a_signal_after_the_last_step_costs_no_result(train, interrupting, capsy
     assert (
         "SIGTERM: received after the last step; the run has ended and its result is written" in capsys.readouterr().out
     )
-    assert weights(out, "prior") and not list(out.glob("checkpoint-*"))
+    assert weights(out, "prior") and read_state(out / "checkpoint-1")["step"] == 1
 
 
 @pytest.mark.once
@@ -228,6 +212,127 @@ def test_a_stop_without_a_checkpoint_does_not_claim_one(train, interrupting, cap
     said = capsys.readouterr().out
     assert stopped.value.code == 128 + signal.SIGTERM
     assert "SIGTERM: ended after step 1 of 2, without a checkpoint" in said and "SIGTERM: wrote" not in said
+
+
+@pytest.mark.once
+def test_a_finished_run_goes_on_with_more_steps_and_to_the_same_bits(train):
+    whole = train("prior", "--max_train_steps=4", out="whole")
+    flags = ["--checkpointing_steps=100", "--resume_from_checkpoint=latest"]
+    parts = train("prior", *flags, "--max_train_steps=2", out="parts")
+    assert [path.name for path in parts.glob("checkpoint-*")] == ["checkpoint-2"]
+    train("prior", *flags, "--max_train_steps=4", "--no_final_checkpoint", out="parts")
+    assert same(weights(whole, "prior"), weights(parts, "prior"))
+    assert [path.name for path in parts.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.once
+def test_a_changed_learning_rate_or_length_holds_from_the_first_step_after_a_resume(train):
+    cosine = ["--lr_scheduler=cosine", "--lr_warmup_steps=0", "--resume_from_checkpoint=latest"]
+    out = train("prior", *cosine, "--max_train_steps=2")
+    train("prior", *cosine, "--max_train_steps=4", "--learning_rate=2e-3")
+    rates = scalars(out, "train/learning_rate")
+    assert rates == pytest.approx([1e-3, 5e-4, 1e-3, 2.929e-4], rel=1e-3)
+
+
+@pytest.mark.once
+def test_epochs_are_counted_in_samples_when_the_batch_changes_at_a_resume(kandinsky_jobs, decoder_flags, tmp_path):
+    """One epoch of seven samples in steps of two, then two in steps of seven."""
+    flags = [flag for flag in decoder_flags if not flag.startswith("--max_train_steps")]
+    flags += [f"--output_dir={tmp_path / 'out'}", "--resume_from_checkpoint=latest"]
+    kandinsky_jobs["prior"].main([*flags, "--num_train_epochs=1", "--train_batch_size=2"])
+    kandinsky_jobs["prior"].main([*flags, "--num_train_epochs=3", "--train_batch_size=7"])
+    steps = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert steps == [4, 6] and read_state(tmp_path / "out" / "checkpoint-6")["position"] == 21
+
+
+@pytest.mark.once
+def test_a_change_that_would_mix_two_runs_is_refused_and_others_are_announced(train, kandinsky, tmp_path, capsys):
+    out = train("prior_lora", "--max_train_steps=1", "--lora_alpha=4")
+    other = shutil.copytree(kandinsky[0], tmp_path / "other")
+    file = next((other / "prior").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    flags = ["--lora_alpha=4", "--max_train_steps=2", "--resume_from_checkpoint=latest"]
+    cases = {
+        "--lora_alpha=8": "--lora_alpha: .*checkpoint-1 was trained with 4.*, now it is 8.*, which would mix two runs",
+        "--snr_gamma=5": "--snr_gamma: .* was trained with None, now it is 5.0",
+        f"--pretrained_prior_model_name_or_path={other}": "was trained from other weights of prior; expected the same",
+    }
+    for flag, message in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            train("prior_lora", *flags, flag)
+        error = last_error(capsys)
+        assert stopped.value.code == 2 and re.search(message, error), error
+    train("prior_lora", *flags, "--learning_rate=1e-5")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed since checkpoint-1, ")]
+    assert "--learning_rate 0.001 -> 1e-05" in line and "--max_train_steps 1 -> 2" in line
+    assert (out / "checkpoint-2").is_dir()
+
+
+@pytest.mark.once
+def test_a_bad_sample_that_ends_a_run_leaves_the_steps_before_it(train, photos, tmp_path, capsys):
+    """Its header can be read, so it is found when its turn comes."""
+    data = shutil.copytree(photos, tmp_path / "data")
+    file = data / "coffee.jpg"
+    good = file.read_bytes()
+    file.write_bytes(good[:3000])
+    flags = [f"--train_data_dir={data}", "--max_train_steps=7", "--train_batch_size=1"]
+    with pytest.raises(SystemExit) as stopped:
+        train("prior", *flags)
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    message = last_error(capsys)
+    assert stopped.value.code == 2 and f"; wrote {checkpoint.name} before it" in message and "coffee.jpg" in message
+    train("prior", *flags, "--resume_from_checkpoint=latest", "--max_bad_samples=1")
+    losses = scalars(train("prior", *flags, "--max_bad_samples=1", out="whole"))
+    assert scalars(tmp_path / "out") == losses and losses.count(0) == 1
+
+
+@pytest.mark.once
+def test_a_new_run_in_the_folder_of_another_is_refused_until_it_may_overwrite(train, capsys, tmp_path):
+    out = train("prior_lora", "--max_train_steps=2", "--trainable_modules=proj_in")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with pytest.raises(SystemExit) as stopped:
+        train("prior_lora", "--max_train_steps=1")
+    message = last_error(capsys)
+    assert stopped.value.code == 2 and "holds checkpoints up to checkpoint-2 and a result of an earlier run" in message
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    assert list(out.glob("trainable_modules*"))
+    train("prior_lora", "--max_train_steps=1", "--overwrite_output_dir")
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not list(out.glob("trainable_modules*")), "it would be taken for a part of the new result"
+
+
+@pytest.mark.once
+def test_a_run_that_goes_back_sets_its_later_checkpoints_aside(train, tmp_path, capsys):
+    flags = ["--checkpointing_steps=1", "--max_train_steps=3"]
+    out = train("prior", *flags)
+    train("prior", *flags, "--resume_from_checkpoint=checkpoint-1", "--checkpoints_total_limit=1")
+    assert "checkpoint-2 to checkpoint-3: set aside" in capsys.readouterr().out
+    assert sorted(path.name for path in out.glob("*checkpoint-*")) == [
+        "abandoned-checkpoint-2",
+        "abandoned-checkpoint-3",
+        "checkpoint-3",
+    ]
+    assert same(weights(out / "checkpoint-3", "prior"), weights(out / "abandoned-checkpoint-3", "prior"))
+
+
+@pytest.mark.once
+def test_validation_images_that_fail_cost_neither_the_run_nor_its_result(train, kandinsky_jobs, monkeypatch, capsys):
+    def fail(self, prompts, seeds):
+        raise MemoryError("out of\nmemory")
+
+    whole = train("prior", "--max_train_steps=2", out="whole")
+    monkeypatch.setattr(kandinsky_jobs["prior"].KandinskyPriorTrainingModule, "generate", fail)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train("prior", "--max_train_steps=2", "--validation_prompt=x", "--validation_steps=1")
+    output = capsys.readouterr()
+    assert stopped.value.code == 3 and output.out.count("no validation images, MemoryError: out of memory") == 2
+    message = output.err.splitlines()[-1]
+    assert "the result is complete, but validation images are missing: after step 1: MemoryError" in message
+    assert same(weights(whole, "prior"), weights(whole.parent / "out", "prior"))
+    assert (whole.parent / "out" / "checkpoint-2").is_dir()
 
 
 @pytest.mark.once

@@ -206,6 +206,15 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
         "--lr_warmup_steps", type=non_negative_int, default=500,
         help="Warm the learning rate up over this many optimizer steps.",
     )  # fmt: skip
+    add(
+        "--lr_num_cycles", type=positive_int, default=1,
+        help="Go through this many cosine cycles with `cosine_with_restarts`.",
+    )  # fmt: skip
+    add("--lr_power", type=positive_float, default=1.0, help="Use this exponent with `polynomial`.")
+    add(
+        "--lr_end", type=non_negative_float, default=1e-7,
+        help="End at this learning rate with `polynomial`.",
+    )  # fmt: skip
     add("--use_8bit_adam", action=Flag, help="Keep AdamW's moments in 8 bits, which takes a quarter of their memory.")
     add("--adam_beta1", type=unit_float, default=0.9, help="Use this decay rate for AdamW's first moment.")
     add("--adam_beta2", type=unit_float, default=0.999, help="Use this decay rate for AdamW's second moment.")

@@ -12,6 +12,10 @@ def add_output_arguments(parser, output_dir):
         help="Write checkpoints, logs and the result to this folder.",
     )  # fmt: skip
     add(
+        "--overwrite_output_dir", action=Flag,
+        help="Replace the checkpoints and the result of an earlier run in output_dir; without it, the run is refused.",
+    )  # fmt: skip
+    add(
         "--save_format", choices=("ppdiffusers", "diffusers"), default="ppdiffusers",
         help="Write the result for this library.",
     )  # fmt: skip
@@ -24,6 +28,10 @@ def add_output_arguments(parser, output_dir):
     add(
         "--checkpoints_total_limit", type=positive_int,
         help="Keep only the newest N checkpoints; without it, all are kept.",
+    )  # fmt: skip
+    add(
+        "--final_checkpoint", action=Flag, default=True,
+        help="Write a checkpoint after the last step, too, from which the run can be continued with more steps.",
     )  # fmt: skip
     add(
         "--on_save_error", choices=("stop", "continue"), default="stop",

@@ -7,6 +7,8 @@ import os
 import re
 import sys
 
+from ppdiffusers_train.arguments.config import read_entries
+from ppdiffusers_train.errors import one_line
 from ppdiffusers_train.launcher.final_message import print_after_launcher
 
 # Types of flags. argparse puts the message into one line that names the flag.
@@ -119,7 +121,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.error(f"unexpected argument {argument!r}; flags begin with --")
 
     def error(self, message):
-        message = f"{os.path.basename(self.prog)}: error: {' '.join(message.split())}"
+        message = one_line(f"{os.path.basename(self.prog)}: error: {' '.join(message.split())}")
         print_after_launcher(message)
         self.exit(2, f"{message}\n")
 
@@ -128,37 +130,42 @@ class ArgumentParser(argparse.ArgumentParser):
         return f"; did you mean {matches[0]}?" if matches else "; --help lists them"
 
     def _config_arguments(self, path):
-        import yaml  # here: most commands have no such file, and `--help` should be fast
-
-        try:
-            with open(path, encoding="utf-8") as file:
-                values = yaml.safe_load(file) or {}
-        except (OSError, UnicodeDecodeError) as error:
-            self.error(f"--config: cannot read {path!r}: {getattr(error, 'strerror', None) or error}")
-        except yaml.YAMLError as error:
-            self.error(f"--config: {path!r} is not valid YAML: {error}")
-        if not isinstance(values, dict):
-            self.error(f"--config: {path!r} holds a {type(values).__name__}; expected lines of the form 'name: value'")
-        arguments = []
-        for name, value in values.items():
-            action = self._option_string_actions.get(f"--{name}")
-            if action is None or name in ("config", "help"):
-                self.error(f"--config: {path!r} sets {name!r}, which is not a flag{self._nearest(f'--{name}')}")
-            if value is None:
-                continue
-            if str(value).startswith("pipe:"):  # a file from elsewhere must not run commands
-                self.error(f"--config: {path!r} sets {name!r} to a command; pipe: is taken from the command line only")
-            if isinstance(action, Flag):
-                if not isinstance(value, bool):
-                    self.error(f"--config: {path!r} sets {name!r} to {value!r}; expected true or false")
-                arguments.append(f"--{name}" if value else f"--no_{name}")
-            elif action.nargs is not None and isinstance(value, list):
-                arguments += [f"--{name}", *map(str, value)]
-            elif isinstance(value, (list, dict)):
-                self.error(f"--config: {path!r} sets {name!r} to a {type(value).__name__}; expected one value")
-            else:
-                arguments.append(f"--{name}={value}")
+        arguments, lines = [], {}
+        for entry in read_entries(path, self.error):
+            action = self._option_string_actions.get(f"--{entry.name}")
+            if action is None or entry.name in ("config", "help"):
+                entry.refuse(f"{entry.name!r}, which is not a flag{self._nearest(f'--{entry.name}')}")
+            if action.dest in lines:  # also by another spelling
+                entry.refuse(f"{entry.name!r}, which line {lines[action.dest]} has set already; expected it once")
+            lines[action.dest] = entry.line
+            if entry.values is not None:
+                arguments += self._as_typed(entry, action)
         return arguments
+
+    def _as_typed(self, entry, action) -> list:
+        """What a user would type for an entry of the config; a value is refused with its line."""
+        flag, shown = f"--{entry.name}", entry.values if entry.is_list else entry.values[0]
+        if any(value.startswith("pipe:") for value in entry.values):  # a file from elsewhere must not run commands
+            entry.refuse(f"{entry.name!r} to a command; pipe: is taken from the command line only")
+        if isinstance(action, Flag):
+            if not entry.is_bool:
+                entry.refuse(f"{entry.name!r} to {shown}; expected true or false")
+            half = len(action.option_strings) // 2
+            positive, negated = action.option_strings[:half], action.option_strings[half:]
+            is_on = (entry.values[0].lower() in ("true", "yes", "on")) == (flag in positive)
+            return [positive[0] if is_on else negated[0]]
+        if entry.is_list and (action.nargs is None or not entry.values):
+            expected = "one value" if action.nargs is None else "at least one value"
+            entry.refuse(f"{entry.name!r} to a list of {len(entry.values)}; expected {expected}")
+        dashed = [value for value in entry.values if action.nargs is not None and value.startswith("-")]
+        if dashed:
+            entry.refuse(f"{entry.name!r} to {dashed[0]!r}; expected values that do not begin with -")
+        try:
+            for value in entry.values:
+                self._check_value(action, self._get_value(action, value))
+        except argparse.ArgumentError as error:
+            entry.refuse(f"{entry.name!r}: argument {flag}: {error.message}")
+        return [flag, *entry.values] if action.nargs is not None else [f"{flag}={entry.values[0]}"]
 
 
 class CommandParser(ArgumentParser):

@@ -8,7 +8,6 @@ docs/performance.md has the gain of each.
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 import paddle
@@ -20,7 +19,7 @@ from ppdiffusers_train.cpu import onednn
 from ppdiffusers_train.cpu.environment import configured_threads, cpu_vendor
 from ppdiffusers_train.cpu.free_memory import return_free_memory
 from ppdiffusers_train.cpu.subnormals import flush_subnormals
-from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.errors import UserError, scratch_folder, writing
 
 VARIABLE = "PPDIFFUSERS_TRAIN_CPU_LEVERS"
 PATCHES = (
@@ -250,9 +249,11 @@ class CompiledEncode:
         spec = {name: paddle.static.InputSpec(x.shape, dtype_name(x), name) for name, x in batch.items()}
         graph = EncodeGraph(self.module)
         remove_patches()  # the patches are for the dynamic graph
-        with tempfile.TemporaryDirectory() as folder, paddle.no_grad():
-            file = Path(folder) / "encode"
-            paddle.jit.save(paddle.jit.to_static(graph, input_spec=[spec], full_graph=True), str(file))
+        with scratch_folder("compiled encoders") as folder, paddle.no_grad():
+            file = folder / "encode"
+            with writing("TMPDIR: compiled encoders", folder):
+                require_room(file, sum(tensor.size * tensor.element_size() for tensor in graph.state_dict().values()))
+                paddle.jit.save(paddle.jit.to_static(graph, input_spec=[spec], full_graph=True), str(file))
             self.names = graph.output_names
             for name in self.module.encoders:
                 setattr(self.module, name, None)
@@ -275,6 +276,13 @@ class EncodeGraph(nn.Layer):
         encoded = self.encode(batch)
         self.output_names = list(encoded)
         return [paddle.assign(encoded[name]) for name in encoded]  # Paddle would drop an output that is also an input
+
+
+def require_room(file: Path, size: int) -> None:
+    """Raise an `OSError` if so many bytes have no room: `paddle.jit.save` (3.3.1) silently writes a part."""
+    with open(file, "wb") as opened:
+        os.posix_fallocate(opened.fileno(), 0, size + 2**24)
+    file.unlink()
 
 
 def create_predictor(file: Path):

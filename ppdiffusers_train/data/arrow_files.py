@@ -57,7 +57,7 @@ def remove_leftovers(folder: Path) -> None:
     day.
     """
     for file in folder.glob(".*.*"):
-        with contextlib.suppress(FileNotFoundError):  # its writer has finished it, or another run has removed it
+        with contextlib.suppress(OSError):  # its writer has finished it, or another run has removed it
             machine, process = file.name.rsplit(".", 2)[1:]
             if this_machine() and machine == f"{this_machine():x}" and process.isdigit():
                 is_left = not is_alive(int(process))

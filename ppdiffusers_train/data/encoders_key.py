@@ -19,6 +19,7 @@ from ppdiffusers_train.data.inspection import TICK_SECONDS
 from ppdiffusers_train.data.rows import decode, stamp_of
 from ppdiffusers_train.data.source_code import code_of
 from ppdiffusers_train.draws import RowDraws
+from ppdiffusers_train.errors import writing
 from ppdiffusers_train.module import encode_alone
 
 FORMAT = 3  # of the cache's files and keys
@@ -47,8 +48,13 @@ def unloaded_encoders(module, index_dir: Path) -> dict:
     Args:
         index_dir: the folder of all indices.
     """
-    stored = vars(module).get("stored", {})
-    return {name: file_digest(stored[name].files, index_dir) for name in module.encoders if name in stored}
+    names = set(module.encoders) & set(module.not_loaded())
+    return {name: file_digest(module.stored()[name].files, index_dir) for name in sorted(names)}
+
+
+def stored_digests(module, index_dir: Path) -> dict:
+    """The same of all models that are loaded later, or were, with the names of `agreement.model_digests`."""
+    return {f"weights of {name}": file_digest(stored.files, index_dir) for name, stored in module.stored().items()}
 
 
 def encoders_digest(module, precision, unloaded: dict) -> str:
@@ -125,5 +131,6 @@ def describe_encoders(folder: Path, module, precision) -> None:
     """Write into the folder of these encoders what has encoded its samples."""
     about = {"job": type(module).__name__, "encoders": list(module.encoders)}
     text = json.dumps({**about, "settings": encoders_settings(module, precision)}, indent=1, ensure_ascii=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ABOUT).write_text(text + "\n", encoding="utf-8")
+    with writing("--encoded_cache_dir: encoded samples", folder, "those in it stay usable"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ABOUT).write_text(text + "\n", encoding="utf-8")

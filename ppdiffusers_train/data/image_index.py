@@ -114,7 +114,8 @@ class Index:
         places = np.unique(self.find(np.unique(stamps)))
         write_table(self.folder / FILE, taken(self.table, places[places >= 0]), IDENTITY)
         for part in self.parts:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
         remove_leftovers(self.folder)
         return (self.folder / FILE).exists()
 

@@ -72,6 +72,15 @@ class SampleOrder:
         """Optimizer steps of one epoch; the last one may have fewer samples."""
         return math.ceil(self.size / samples_per_step)
 
+    def steps_until(self, epochs: int, position: int, samples_per_step: int) -> int:
+        """Optimizer steps from `position` to the end of epoch `epochs`; 0 if that is past."""
+        finished, offset = divmod(position, self.size)
+        whole = epochs - finished - bool(offset)
+        if whole < 0:
+            return 0
+        rest = math.ceil((self.size - offset) / samples_per_step) if offset else 0
+        return rest + whole * self.steps_per_epoch(samples_per_step)
+
     def windows(self, position: int, samples_per_step: int):
         """Yield the range of positions of each optimizer step from `position` on, without end.
 

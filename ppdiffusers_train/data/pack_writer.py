@@ -16,7 +16,7 @@ import pyarrow
 
 from ppdiffusers_train.data.arrow_files import unfinished
 from ppdiffusers_train.data.packs import SUFFIX, VALUES, index_schema, open_packs
-from ppdiffusers_train.errors import RunError
+from ppdiffusers_train.errors import RunError, writing
 from ppdiffusers_train.runtime.checkpoint import sync
 
 PACK_SAMPLES, PACK_BYTES, PACK_SECONDS = 4096, 2 << 30, 120  # a pack is complete at the first of these
@@ -42,7 +42,8 @@ class PackWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="packs")
 
     def __enter__(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
         return self
 
     def add(self, key: bytes, arrays: dict) -> None:
@@ -66,7 +67,7 @@ class PackWriter:
     def _write(self, key: bytes, arrays: dict) -> None:
         if self._has_failed:
             return  # the caller is about to hear of it
-        with self._discarding():
+        with self.writing():
             self._pack = self._pack or UnfinishedPack(self.folder)
             self._pack.add(key, arrays)
         if self._pack.is_full():
@@ -74,22 +75,21 @@ class PackWriter:
 
     def _complete(self) -> None:
         if self._pack:
-            with self._discarding():
+            with self.writing():
                 self.written.append(self._pack.complete())
             self._pack = None
 
     @contextlib.contextmanager
-    def _discarding(self):
+    def writing(self):
         """A context that removes the unfinished pack at an error."""
-        try:
-            yield
-        except Exception as error:
-            if self._pack:
-                self._pack.discard()
-            self._pack, self._has_failed = None, True
-            if isinstance(error, OSError):
-                raise RunError(f"{self.folder}: a pack of the cache cannot be written, {error.strerror}") from error
-            raise
+        with writing("--encoded_cache_dir: encoded samples", self.folder, "those in it stay usable"):
+            try:
+                yield
+            except Exception:
+                if self._pack:
+                    self._pack.discard()
+                self._pack, self._has_failed = None, True
+                raise
 
 
 class UnfinishedPack:
@@ -168,8 +168,9 @@ def rewrite(folder: Path, packs: list, is_wanted) -> None:
         for pack, is_first in zip(packs, np.split(first, np.cumsum([len(pack) for pack in packs])[:-1])):
             for row in np.flatnonzero(is_first & is_wanted(pack.keys)).tolist():
                 writer.add(bytes(pack.keys[row]).ljust(16, b"\0"), pack.read(row))
-    for pack in packs:
-        Path(pack.file).unlink(missing_ok=True)
+    with writing("--encoded_cache_dir: encoded samples", folder, "those in it stay usable"):
+        for pack in packs:
+            Path(pack.file).unlink(missing_ok=True)
 
 
 def merge_small(folder: Path) -> None:

@@ -19,11 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
+from pyarrow.fs import LocalFileSystem
 
 from ppdiffusers_train.data.arrow_files import as_stamps
 
 SUFFIX = ".pack"
 VALUES = pyarrow.schema([("value", pyarrow.large_binary())])
+DISK = LocalFileSystem()
 OPEN_FILES = 256  # most systems allow a process 1024
 # What reading a damaged file raises: Arrow takes a size, an offset or a missing value from it as it is.
 DAMAGE = (OSError, ValueError, IndexError, TypeError, pyarrow.ArrowException)
@@ -122,7 +124,7 @@ class Batches:
     """
 
     def __init__(self, file: str):
-        self.reader, self.lock = pyarrow.ipc.open_file(pyarrow.OSFile(file)), threading.Lock()
+        self.reader, self.lock = pyarrow.ipc.open_file(DISK.open_input_file(file)), threading.Lock()
         if self.reader.schema != VALUES:
             raise ValueError("other columns")
 

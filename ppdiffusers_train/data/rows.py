@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from ppdiffusers_train.errors import BadSampleError
+from ppdiffusers_train.errors import BadSampleError, one_line
 
 VERSION = 1  # of what its functions give to encoded samples
 
@@ -284,5 +284,5 @@ def warn_of_small_images(dataset, size: int) -> None:
     if len(small):
         print(
             f"{len(small)} of {len(dataset)} images are smaller than {size} pixels and are enlarged, for example "
-            f"{dataset.name(int(small[0]))}"
+            f"{one_line(dataset.name(int(small[0])))}"
         )

@@ -76,18 +76,19 @@ def called_functions(function: FunctionType, module_class):
     """The functions that a function may call by the names in its code; of a class, all of its methods."""
     known = function.__globals__
     for name in names_in(function.__code__):
-        yield from own_functions(module_class, name)
+        if not name.startswith("__"):  # such as __init__, which is a call of another class
+            yield from own_functions(module_class, name)
         modules = (value for value in map(known.get, names_in(function.__code__)) if isinstance(value, ModuleType))
         for value in (known.get(name), *(getattr(module, name, None) for module in modules)):
             yield from functions_of(value)
 
 
 def functions_of(value):
-    """A function itself, and all methods of a class."""
+    """A function itself, and all methods of a class and its bases. Errors compute nothing."""
     if isinstance(value, FunctionType):
         yield value
-    elif inspect.isclass(value):
-        for name in vars(value):
+    elif inspect.isclass(value) and not issubclass(value, BaseException):
+        for name in set(chain(*map(vars, value.__mro__))):
             yield from own_functions(value, name)
 
 

@@ -36,15 +36,14 @@ class Plan:
 
     def checkpoint_is_due(self, state) -> bool:
         """Whether a checkpoint is to be written after the last step."""
-        return state.step % self.run.args.checkpointing_steps == 0
+        is_last = state.step == self.total_steps and self.run.args.final_checkpoint
+        return is_last or state.step % self.run.args.checkpointing_steps == 0
 
     def validation_is_due(self, state) -> bool:
-        """Whether validation images are to be generated after the last step."""
+        """Whether validation images are to be generated before the next step. The last ones follow the result."""
         args = self.run.args
-        if not args.validation_prompts:
+        if not args.validation_prompts or state.step == self.total_steps:
             return False
-        if state.step == self.total_steps:
-            return True
         if args.validation_steps:
             return state.step % args.validation_steps == 0
         return state.position % (len(self.dataset) * args.validation_epochs) == 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.loop import schedule
 from ppdiffusers_train.loop.identity import compared_code, compared_flags
 from ppdiffusers_train.loop.memory_estimate import compute_on_cpu
 from ppdiffusers_train.loop.state import check_optimizer
@@ -14,10 +15,11 @@ from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.status_line import print_line
 from ppdiffusers_train.reporting.trackers import tracker_names
 from ppdiffusers_train.runtime.agreement import agree, digest, ranks_elsewhere
-from ppdiffusers_train.runtime.checkpoint import STATE_FILE, checkpoints, find_checkpoint, read_state, require_writable
+from ppdiffusers_train.runtime.checkpoint import STATE_FILE, find_checkpoint, read_state, require_writable
 from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
 from ppdiffusers_train.runtime.folder_lock import wait_for_folder
 from ppdiffusers_train.runtime.precision import Precision, set_deterministic, set_tf32
+from ppdiffusers_train.runtime.run_folder import OLDER, new_run_id, refuse_used_folder, run_of_folder
 from ppdiffusers_train.runtime.teardown import release_tensors_at_exit
 from ppdiffusers_train.runtime.tracing import can_compile_models
 
@@ -31,6 +33,7 @@ class Run:
         ranks: the processes of the run.
         checkpoint: the folder to resume from, or None.
         saved: the contents of that folder's `state.json`, or {}.
+        id: of the run; a resumed run keeps it.
         remarks: lines about flags without effect.
     """
 
@@ -38,6 +41,7 @@ class Run:
     ranks: Ranks
     checkpoint: object
     saved: dict
+    id: str
     remarks: list
 
     @property
@@ -75,13 +79,13 @@ def resolve_run(args) -> Run:
     check_flags(args, ranks)
     if not args.dry_run:
         wait_for_folder(Path(args.output_dir), resumes=bool(args.resume_from_checkpoint))
-        remarks += earlier_checkpoints(args)
     checkpoint, saved = choose_checkpoint(args, ranks)
     args = resolve_flags(args, saved, ranks)
     if not args.dry_run:
         check_shared_folders(args, ranks, is_resumed=checkpoint is not None)
     ranks.share_optimizer_state(args.sharding_degree)
-    return Run(args, ranks, checkpoint, saved, remarks)
+    run_id = saved.get("run", OLDER) if checkpoint else ranks.broadcast_object(new_run_id())
+    return Run(args, ranks, checkpoint, saved, run_id, remarks)
 
 
 def resolve_flags(args, saved: dict, ranks: Ranks) -> argparse.Namespace:
@@ -109,6 +113,8 @@ def check_flags(args, ranks: Ranks) -> None:
             f"--output_dir: {str(output_dir)!r} lies in --train_data_dir, so the run's own images would become "
             "training data; expected another folder"
         )
+    if args.overwrite_output_dir and args.resume_from_checkpoint:
+        raise UserError("--overwrite_output_dir: there is --resume_from_checkpoint as well; expected one of them")
     require_writable(output_dir, "--output_dir")
     tracker_names(args.report_to)
     if args.push_to_hub and ranks.is_main:
@@ -120,16 +126,6 @@ def check_flags(args, ranks: Ranks) -> None:
         )
 
 
-def earlier_checkpoints(args) -> list:
-    """A line about the checkpoints that a new run finds in its folder, or none."""
-    found = [] if args.resume_from_checkpoint else checkpoints(Path(args.output_dir))
-    return [
-        f"--output_dir: {args.output_dir!r} holds checkpoints of an earlier run, up to {folder.name}; they are kept, "
-        "and `latest` is the one of the highest step, whichever run wrote it"
-        for folder in found[-1:]
-    ]
-
-
 def choose_again(run: Run) -> Run:
     """The run with the checkpoint to resume from as it is now, when no other run writes to the folder any more.
 
@@ -138,7 +134,17 @@ def choose_again(run: Run) -> Run:
     checkpoint, saved = choose_checkpoint(run.args, run.ranks, log=lambda line: None)
     if checkpoint != run.checkpoint:
         run.log(f"{run.output_dir}: another run has written there meanwhile")
-    return replace(run, checkpoint=checkpoint, saved=saved)
+    return replace(run, checkpoint=checkpoint, saved=saved, id=saved.get("run", OLDER) if checkpoint else run.id)
+
+
+def refuse_fewer_steps(run: Run, total_steps: int) -> None:
+    """Raise a `UserError` if the checkpoint is of a later step than the last one of the run."""
+    step = run.saved.get("step", 0)
+    if step > total_steps:
+        raise UserError(
+            f"--resume_from_checkpoint: {run.checkpoint} is of step {step}, but the run has {total_steps} steps; "
+            "expected more steps, or an earlier checkpoint"
+        )
 
 
 def choose_checkpoint(args, ranks: Ranks, log=print) -> tuple:
@@ -147,14 +153,13 @@ def choose_checkpoint(args, ranks: Ranks, log=print) -> tuple:
     Args:
         log: called on rank 0 with lines about checkpoints that are passed over.
     Raises:
-        UserError: the same on every rank: it is not a checkpoint, or another rank does not see it.
+        UserError: the same on every rank: it is not a checkpoint, another rank does not see it, or there is none and
+            the folder holds what another run has written.
     """
-    if not args.resume_from_checkpoint:
-        return None, {}
     output_dir, place, mistake = Path(args.output_dir), None, ""
     if ranks.is_main:
         try:
-            folder, _ = find_checkpoint(args.resume_from_checkpoint, output_dir, log)
+            folder = find_own_checkpoint(args, output_dir, log)
             place = folder and (folder.parent == output_dir, folder.name, str(folder))
         except UserError as error:
             mistake = str(error)
@@ -172,6 +177,20 @@ def choose_checkpoint(args, ranks: Ranks, log=print) -> tuple:
         found = f"{name}, which {str(error).removeprefix(f'{folder} ')}"
     agree(ranks, {f"--resume_from_checkpoint {args.resume_from_checkpoint}": found})
     return folder, saved
+
+
+def find_own_checkpoint(args, output_dir: Path, log):
+    """The checkpoint that `--resume_from_checkpoint` names, or None for a start at step 0.
+
+    Raises:
+        UserError: it is not a checkpoint, or the folder belongs to another run.
+    """
+    folder, run_id = None, run_of_folder(output_dir)
+    if args.resume_from_checkpoint:
+        folder, saved = find_checkpoint(args.resume_from_checkpoint, output_dir, run_id, log)
+    if folder is None or (folder.parent != output_dir and saved.get("run", OLDER) != run_id):
+        refuse_used_folder(output_dir, args.overwrite_output_dir)
+    return folder
 
 
 def check_shared_folders(args, ranks: Ranks, is_resumed: bool) -> None:
@@ -219,5 +238,4 @@ def notices(args, precision: Precision, total_steps: int):
         yield "--to_static: no effect, it needs Paddle 3"
     if args.local_rank is not None:
         yield f"--local_rank {args.local_rank}: no effect, paddle.distributed.launch sets the rank"
-    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= total_steps:
-        yield f"--lr_warmup_steps {args.lr_warmup_steps}: all of the run's {total_steps} steps are warm-up"
+    yield from schedule.notices(args, total_steps)

@@ -1,19 +1,29 @@
 """What a run writes: checkpoints during training and when it is stopped, and the result."""
 
+import contextlib
+import json
 import shutil
 from pathlib import Path
 
-from ppdiffusers_train.errors import RunError
+from ppdiffusers_train.errors import BadSampleError, WriteError, writing
 from ppdiffusers_train.launcher.final_message import print_after_launcher
 from ppdiffusers_train.launcher.signals import StopRequest, signal_name
 from ppdiffusers_train.loop.plan import Plan
+from ppdiffusers_train.loop.reports import StepReports
 from ppdiffusers_train.loop.state import OPTIMIZER, TrainingState
 from ppdiffusers_train.reporting.hub import push_to_hub
 from ppdiffusers_train.reporting.status_line import print_line
-from ppdiffusers_train.runtime.checkpoint import replace_children, write_checkpoint
+from ppdiffusers_train.runtime.checkpoint import write_checkpoint, write_text
 from ppdiffusers_train.runtime.distributed import Ranks
+from ppdiffusers_train.runtime.run_folder import (
+    ARGUMENTS_FILE,
+    remove_earlier_checkpoints,
+    replace_result,
+    set_aside_later,
+)
 from ppdiffusers_train.tensor_files import cast_files
 
+UNTOUCHED = "the last checkpoint is untouched"
 SHARDS = ".shards-"  # prefix of the folder in which ranks collect their shards of a checkpoint
 
 
@@ -29,16 +39,17 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
     Returns:
         True on rank 0 if the checkpoint was written; False on other ranks.
     Raises:
-        RunError: it cannot be written, and `--on_save_error` is not `continue`.
+        WriteError: it cannot be written, and `--on_save_error` is not `continue`.
     """
     ranks, output_dir, args = plan.run.ranks, plan.run.output_dir, plan.run.args
     shards = output_dir / f"{SHARDS}{ranks.name}"
-    failures = [""]
+    consequence = "continuing" if args.on_save_error == "continue" else "earlier checkpoints are untouched"
+    failures = [()]
     if ranks.sharding_degree > 1:
         failure = write_shard(state, ranks, shards)
         failures = ranks.gather_objects(failure, "the others to write their shards of a checkpoint")
 
-    def write(folder):
+    def save(folder):
         state.save(folder)
         if ranks.sharding_degree == 1:
             state.save_optimizer(folder, OPTIMIZER)
@@ -49,36 +60,65 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
     with state.float32_weights(only_main=True), ranks.only_main("a checkpoint to be written") as is_main:
         if is_main:
             try:
-                if any(failures):
-                    raise OSError(next(filter(None, failures)))
-                record = {**plan.info, **state.record()}
-                write_checkpoint(output_dir, state.step, write, record, args.checkpoints_total_limit)
+                with writing(f"checkpoint-{state.step}", output_dir, consequence):
+                    if any(failures):
+                        raise OSError(*next(filter(None, failures)))
+                    record = {**plan.info, **state.record()}
+                    write_checkpoint(output_dir, state.step, save, record, args.checkpoints_total_limit)
                 plan.run.log(f"step {state.step}: wrote checkpoint-{state.step}")
-            except OSError as error:
-                message = f"checkpoint-{state.step} cannot be written to {str(output_dir)!r}: {error}"
+            except WriteError as error:
                 if args.on_save_error == "stop":
-                    raise RunError(f"{message}; earlier checkpoints are untouched") from error
-                plan.run.log(f"{message}; continuing")
+                    raise
+                plan.run.log(str(error))
                 return False
             finally:
                 shutil.rmtree(shards, ignore_errors=True)
     return ranks.is_main
 
 
-def write_shard(state: TrainingState, ranks: Ranks, folder: Path) -> str:
-    """Write this rank's shard of the optimizer's state, if it holds one; returns an error message, or an empty text."""
+@contextlib.contextmanager
+def checkpoint_before_bad_sample(plan: Plan, state: TrainingState, reports: StepReports):
+    """A context in which a sample that ends the run leaves a checkpoint: no weight has changed since the last step."""
+    try:
+        yield
+    except BadSampleError as error:
+        if not state.step or not plan.run.args.final_checkpoint or plan.checkpoint_is_due(state):
+            raise  # there is nothing to lose
+        reports.fetch(0)  # a step that was NaN or inf ends the run without it
+        save_checkpoint(plan, state)
+        raise BadSampleError(f"{error}; wrote checkpoint-{state.step} before it") from error
+
+
+def write_shard(state: TrainingState, ranks: Ranks, folder: Path) -> tuple:
+    """Write this rank's shard of the optimizer's state, if it holds one.
+
+    Returns:
+        (errno, reason) if it cannot be written, else an empty tuple.
+    """
     if not ranks.holds_a_shard:
-        return ""
+        return ()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         state.save_optimizer(folder, f"{OPTIMIZER}-{ranks.rank + 1:05d}-of-{ranks.sharding_degree:05d}")
     except OSError as error:
-        return f"rank {ranks.rank}: {error}"
-    return ""
+        return error.errno, f"rank {ranks.rank}: {error.strerror or error}"
+    return ()
 
 
-def write_result(plan: Plan) -> None:
-    """Write the result into the run's folder, and upload it if the flags say so."""
+def claim_folder(plan: Plan, step: int) -> None:
+    """Make the run's folder its own before the first step: what other runs, or this one, left there is put aside."""
+    run = plan.run
+    text = json.dumps(plan.info, indent=1, ensure_ascii=False)
+    with writing(f"--output_dir: {ARGUMENTS_FILE}", run.output_dir, UNTOUCHED):
+        remove_stale_shards(run.output_dir)
+        set_aside_later(run.output_dir, run.id, step, run.log)
+        if run.args.overwrite_output_dir:
+            remove_earlier_checkpoints(run.output_dir, run.id)
+        write_text(run.output_dir / ARGUMENTS_FILE, text)
+
+
+def write_result(plan: Plan, step: int) -> None:
+    """Write the result into the run's folder."""
     module, output_dir, args = plan.module, plan.run.output_dir, plan.run.args
 
     def save(folder):
@@ -86,17 +126,18 @@ def write_result(plan: Plan) -> None:
         if args.save_dtype:
             cast_files(folder, args.save_dtype)
 
-    try:
-        replace_children(output_dir, save)
-    except OSError as error:
-        raise RunError(
-            f"the result cannot be written to {str(output_dir)!r}: {error}; the same command with "
-            "--resume_from_checkpoint latest resumes from the last checkpoint"
-        ) from error
+    consequence = "the same command with --resume_from_checkpoint latest resumes from the last checkpoint"
+    with writing("the result", output_dir, consequence):
+        replace_result(output_dir, plan.run.id, step, save)
     plan.run.log(f"wrote the result to {output_dir}")
-    if args.push_to_hub:
-        url = push_to_hub(output_dir, args.hub_model_id, args.hub_token, module.card_data(), args.validation_prompts)
-        plan.run.log(f"uploaded to {url}")
+
+
+def upload_result(plan: Plan) -> None:
+    """Upload the result, with a model card that shows the last validation images."""
+    args = plan.run.args
+    card = plan.module.card_data()
+    url = push_to_hub(plan.run.output_dir, args.hub_model_id, args.hub_token, card, args.validation_prompts)
+    plan.run.log(f"uploaded to {url}")
 
 
 def end_stopped(stop: StopRequest, plan: Plan, state: TrainingState, is_written: bool) -> None:

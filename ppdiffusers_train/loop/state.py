@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 
 import paddle
-from ppdiffusers.optimization import get_scheduler
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.loop.bad_samples import BadSamples
+from ppdiffusers_train.loop.schedule import build_schedule
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.runtime.adamw_8bit import AdamW8bit
 from ppdiffusers_train.runtime.distributed import Ranks
@@ -210,6 +210,7 @@ class TrainingState:
     def load_record(self, saved: dict) -> None:
         """Load what `record` returned."""
         self.lr_scheduler.set_state_dict(saved["lr_scheduler"])
+        self.lr_scheduler.step(self.lr_scheduler.last_epoch)  # the rate by the flags of now, which may have changed
         self.precision.loss_scale.load_state_dict(saved["scaler"])
         if self.ema:
             self.ema.updates = saved["ema_updates"]
@@ -236,14 +237,6 @@ def saved_tensors(folder: Path, prefix: str) -> dict:
     return {name: tensor for file in files for name, tensor in open_tensors(file)[0].items()}
 
 
-def check_schedule(args, total_steps: int) -> None:
-    """Raise a `UserError` for a learning rate schedule that is impossible with this number of steps."""
-    if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= total_steps:
-        raise UserError(
-            f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {total_steps} steps; expected fewer with polynomial"
-        )
-
-
 def check_optimizer(args) -> None:
     """Raise a `UserError` for flags of the optimizer that contradict each other."""
     check_sharding_degree(args.sharding_degree)
@@ -260,12 +253,7 @@ def build_training_state(module, args, total_steps: int, samples_per_step: int, 
     """Build optimizer, learning rate schedule, precision and average of the trainable parameters of `module`."""
     trained = {id(parameter) for parameter in module.trainable_parameters()}
     parameters = {name: parameter for name, parameter in module.named_parameters() if id(parameter) in trained}
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        learning_rate=args.learning_rate * (samples_per_step if args.scale_lr else 1),
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=total_steps,
-    )
+    lr_scheduler = build_schedule(args, total_steps, samples_per_step)
     optimizer_class = AdamW8bit if args.use_8bit_adam else paddle.optimizer.AdamW
     optimizer = optimizer_class(
         learning_rate=lr_scheduler,

@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import huggingface_hub
 import ppdiffusers
 
 from ppdiffusers_train.cpu.free_memory import return_free_memory
-from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.errors import UserError, scratch_folder, writing
 from ppdiffusers_train.models.own_type import compute_in_own_type
 from ppdiffusers_train.models.unloaded import build_unloaded
 from ppdiffusers_train.models.weight_files import (
@@ -182,12 +181,13 @@ class PipelineFolder:
 
     def _load_by_library(self, part, part_class, files):
         # paddlenlp writes a converted, pickled copy beside torch weights. In a temporary folder of links it may.
-        with tempfile.TemporaryDirectory() as links:
-            for source in self.folders[part].iterdir():
-                if not is_weights(source.name):
-                    os.symlink(source.resolve(), Path(links) / source.name)
-            files.link_plainly(Path(links), os.symlink)
-            return part_class.from_pretrained(links, from_diffusers=files.is_torch, **_float32(part_class))
+        with scratch_folder("converted weights") as links:
+            with writing("TMPDIR: converted weights", links):
+                for source in self.folders[part].iterdir():
+                    if not is_weights(source.name):
+                        os.symlink(source.resolve(), links / source.name)
+                files.link_plainly(links, os.symlink)
+            return part_class.from_pretrained(str(links), from_diffusers=files.is_torch, **_float32(part_class))
 
     def export(self, part: str, part_class, target: Path, save_format: str) -> None:
         """Make `target` an unchanged copy of a part for the library `save_format`.

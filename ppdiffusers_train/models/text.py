@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.errors import UserError, one_line
 
 VERSION = 1  # of what its functions give to encoded samples
 
@@ -45,7 +45,7 @@ def warn_of_long_captions(tokenizer, dataset) -> None:
     )
     cut = [row for row, caption in suspects if count_tokens(tokenizer, caption) > longest]
     if cut:
-        example = dataset.name(cut[0])
+        example = one_line(dataset.name(cut[0]))
         print(f"{len(cut)} captions are longer than {longest} tokens and are truncated, for example that of {example}")
 
 

@@ -4,13 +4,12 @@ import math
 import textwrap
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from ppdiffusers_train.reporting.lettering import Lettering
 
 GAP, SPACING = 8, 2  # pixels between tiles and between lines
 NARROWEST = 256  # pixels of a tile's width, so that text fits; smaller pictures are enlarged up to it
-# Pillow's own font has Latin letters only. For other texts the first of these fonts that the system has is used.
-FONTS = """NotoSansCJK-Regular.ttc NotoSansCJKsc-Regular.otf SourceHanSansSC-Regular.otf SourceHanSansCN-Regular.otf
-wqy-microhei.ttc wqy-zenhei.ttc DroidSansFallbackFull.ttf msyh.ttc simhei.ttf PingFang.ttc DejaVuSans.ttf""".split()
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Sheet:
 
 
 def contact_sheet(tiles: list, columns=None) -> Sheet:
-    """Lay out tiles in rows. Text that the available fonts cannot show never raises an error.
+    """Lay out tiles in rows. Letters that no font of the system has are shown as escapes.
 
     Args:
         columns: tiles per row; by default about as many as there are rows.
@@ -44,9 +43,9 @@ def contact_sheet(tiles: list, columns=None) -> Sheet:
     columns = columns or math.ceil(math.sqrt(len(tiles)))
     scale = max(1, NARROWEST // max(tile.size(1)[0] for tile in tiles))
     width = max(NARROWEST, *(tile.size(scale)[0] for tile in tiles))
-    texts, font = choose_font([tile.lines for tile in tiles], max(12, width // 40))
-    texts = [[part for line in lines for part in wrap(line, font, width)] for lines in texts]
-    line_height = sum(font.getmetrics()) + SPACING
+    font = Lettering([line for tile in tiles for line in tile.lines], max(12, width // 40))
+    texts = [[part for line in tile.lines for part in wrap(font.shown(line), font, width)] for tile in tiles]
+    line_height = font.height + SPACING
     heights = [tile.size(scale)[1] + line_height * len(text) for tile, text in zip(tiles, texts)]
     tops = [GAP]  # of the rows of tiles, and where the last one ends
     for start in range(0, len(tiles), columns):
@@ -64,26 +63,8 @@ def contact_sheet(tiles: list, columns=None) -> Sheet:
             left += enlarged.width + GAP
         places.append(here)
         for number, line in enumerate(text):
-            canvas.text((edge, top + tile.size(scale)[1] + SPACING + number * line_height), line, "black", font)
+            font.draw(canvas, edge, top + tile.size(scale)[1] + SPACING + number * line_height, line)
     return Sheet(sheet, places, scale)
-
-
-def choose_font(texts: list, size: int) -> tuple:
-    """A font of `size` pixels for lists of lines, and the lines without the letters that it lacks: (lines, font)."""
-    texts = [[" ".join(line.split()) for line in lines] for lines in texts]
-    if not all(is_latin(line) for lines in texts for line in lines):
-        for name in FONTS:
-            try:
-                return texts, ImageFont.truetype(name, size)
-            except OSError:
-                continue
-    latin = [[line.encode("latin-1", "replace").decode("latin-1") for line in lines] for lines in texts]
-    return latin, ImageFont.load_default(size)
-
-
-def is_latin(text: str) -> bool:
-    """Whether Pillow's own font has all letters of a text."""
-    return all(ord(letter) < 256 for letter in text)
 
 
 def wrap(line: str, font, width: int) -> list:

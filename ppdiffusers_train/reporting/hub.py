@@ -4,10 +4,10 @@ import shutil
 
 import huggingface_hub
 
-from ppdiffusers_train.errors import RunError, UserError
+from ppdiffusers_train.errors import RunError, UserError, writing
 
 # Files of a run that are not part of its result.
-NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/*", "logs/*", "log/*", "validation/*", "encoded/*", ".*"]
+NOT_UPLOADED = ["*checkpoint-*", "*checkpoint-*/*", "logs/*", "log/*", "validation/*", "encoded/*", "result.json", ".*"]
 
 
 def check_hub_login(token) -> None:
@@ -41,15 +41,16 @@ def push_to_hub(directory, repo_id, token, card_data: dict, prompts) -> str:
     """Write the model card into `directory` and upload it with the result. Returns the repository's address.
 
     Raises:
-        RunError: the hub refused; the result stays in `directory`.
+        RunError: the hub refused, or the model card cannot be written; the result stays in `directory`.
     """
     pictures = sorted((directory / "validation").glob("step-*.png"), key=lambda path: int(path.stem.split("-")[1]))
-    if pictures:
-        shutil.copyfile(pictures[-1], directory / "validation_grid.png")
     card = model_card(
         (repo_id or directory.resolve().name).split("/")[-1], card_data, prompts, pictures and "validation_grid.png"
     )
-    (directory / "README.md").write_text(card, encoding="utf-8")
+    with writing("--push_to_hub: the model card", directory, "the result is complete, but not uploaded"):
+        if pictures:
+            shutil.copyfile(pictures[-1], directory / "validation_grid.png")
+        (directory / "README.md").write_text(card, encoding="utf-8")
     api = huggingface_hub.HfApi(token=token)
     try:
         repository = api.create_repo(repo_id or directory.resolve().name, exist_ok=True)

@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+from ppdiffusers_train.errors import log_errors_ignored, one_line
+
 # Where there is no terminal:
 LINES = 100  # of a piece of work
 LEAST_SECONDS, MOST_SECONDS = 5, 60  # between two lines, unless one unit of the work takes longer
@@ -19,9 +21,13 @@ def counted(count: int, word: str) -> str:
 
 
 def print_line(text: str) -> None:
-    """Print a line to standard output, above the status line if there is one."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    """Print a line to standard output, above the status line if there is one.
+
+    If the disk with the log file is full, the line is lost, and not the run.
+    """
+    with log_errors_ignored():
+        tqdm.write(one_line(text))
+        sys.stdout.flush()
 
 
 class StatusLine:
@@ -81,7 +87,8 @@ class StatusLine:
         if self.prints_lines and count > 0 and is_due:
             left = self.seconds / (self.done - self.first) * (self.total - self.done)
             parts = f"{self.done}/{self.total} {self.unit}", f"{tqdm.format_interval(left)} left", figures
-            print(f"{self.work}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
+            with log_errors_ignored():
+                print(f"{self.work}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
             self.printed = time.monotonic()
 
     @contextlib.contextmanager

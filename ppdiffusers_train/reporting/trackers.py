@@ -1,12 +1,20 @@
-"""Trackers of a run's scalars and images: VisualDL, TensorBoard, Weights & Biases."""
+"""Trackers of a run's scalars and images: VisualDL, TensorBoard, Weights & Biases.
 
+A tracker that fails does not end the run, which is worth more: a line says so, and the run goes on without it.
+"""
+
+import contextlib
+import hashlib
 import importlib.util
+import re
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 
-from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.errors import UserError, WriteError, one_line, writing
+from ppdiffusers_train.reporting.event_files import PREFIX, EventFiles
+from ppdiffusers_train.reporting.status_line import print_line
 
 # The module that each tracker needs, and the package that has it.
 PACKAGES = {"visualdl": "visualdl", "tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -15,12 +23,14 @@ PACKAGES = {"visualdl": "visualdl", "tensorboard": "tensorboardX", "wandb": "wan
 class VisualDLTracker:
     """Writes for `visualdl --logdir`."""
 
-    def __init__(self, directory, project, config):
+    def __init__(self, directory, files, project, config):
         from visualdl import LogWriter
+        from visualdl.io.bfile import default_file_factory
 
+        default_file_factory.register_filesystem(PREFIX, files)
         # VisualDL shows only the newest file of a folder, so each start of a run gets its own folder.
         folders = (directory / "visualdl" / f"start-{number}" for number in count(1))
-        self.writer = LogWriter(logdir=str(next(folder for folder in folders if not folder.exists())))
+        self.writer = LogWriter(logdir=files.path_of(next(folder for folder in folders if not folder.exists())))
         self.writer.add_hparams(hparams_dict=config, metrics_list=["train/loss"])
 
     def scalars(self, values, step):
@@ -37,10 +47,12 @@ class VisualDLTracker:
 class TensorBoardTracker:
     """Writes for `tensorboard --logdir`."""
 
-    def __init__(self, directory, project, config):
+    def __init__(self, directory, files, project, config):
         from tensorboardX import SummaryWriter
+        from tensorboardX.record_writer import register_writer_factory
 
-        self.writer = SummaryWriter(str(directory / "tensorboard"))
+        register_writer_factory(PREFIX, files)
+        self.writer = SummaryWriter(files.path_of(directory / "tensorboard"))
         self.writer.add_hparams(config, {}, name="hparams")
 
     def scalars(self, values, step):
@@ -57,7 +69,7 @@ class TensorBoardTracker:
 class WandbTracker:
     """Writes to Weights & Biases, or with WANDB_MODE=offline into the folder."""
 
-    def __init__(self, directory, project, config):
+    def __init__(self, directory, files, project, config):
         import wandb
 
         self.wandb = wandb
@@ -93,36 +105,69 @@ def tracker_names(report_to: str) -> list:
 
 
 class Trackers:
-    """All trackers of a run as one; a context manager that closes them."""
+    """All trackers of a run as one; a context manager that closes them.
 
-    def __init__(self, trackers: list):
-        self.trackers = trackers
+    Args:
+        opened: {name: (tracker, its `EventFiles`)}.
+        directory: where they write.
+    """
+
+    def __init__(self, opened: dict, directory):
+        self.opened, self.directory = opened, directory
 
     def scalars(self, values: dict, step: int) -> None:
         """Report `{name: value}` of a step."""
-        for tracker in self.trackers:
-            tracker.scalars(values, step)
+        tags = {clean_tag(name): value for name, value in values.items()}
+        self._each(lambda tracker: tracker.scalars(tags, step))
 
     def image(self, name: str, image, step: int) -> None:
         """Report a PIL image."""
-        for tracker in self.trackers:
-            tracker.image(name, image, step)
+        self._each(lambda tracker: tracker.image(clean_tag(name), image, step))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for tracker in self.trackers:
-            tracker.close()
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, act) -> None:
+        for name, (tracker, files) in list(self.opened.items()):
+            try:
+                with writing(f"--report_to {name}: figures", self.directory, "continuing without them"):
+                    act(tracker)
+                    files.check()
+            except Exception as error:  # the libraries have errors of their own
+                is_said = isinstance(error, WriteError)
+                print_line(one_line(str(error) if is_said else f"--report_to {name}: {error!r}; continuing without it"))
+                del self.opened[name]
+                with contextlib.suppress(Exception):
+                    tracker.close()
+
+
+def clean_tag(name: str) -> str:
+    """A name as a tag that all trackers take: letters and digits of any script and `_`, `-`, `.` and `/`.
+
+    VisualDL refuses `%`; TensorBoard replaces what it does not take, so that two names may become one. Here a name that
+    had to be changed ends with a hash of it.
+    """
+    cleaned = re.sub(r"[^-/.\w]+", "_", name)
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+    return name if cleaned == name else f"{cleaned.rstrip('_')}-{digest}"
 
 
 def open_trackers(report_to: str, directory, project: str, config: dict) -> Trackers:
     """The trackers of a run, writing below `directory`. `config` holds plain values and no secrets."""
-    names = tracker_names(report_to)
-    if names:
-        directory.mkdir(parents=True, exist_ok=True)
-    simple = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in config.items()}
-    return Trackers([TRACKERS[name](directory, project, simple) for name in names])
+    opened = {}
+    simple = {
+        name: value if isinstance(value, (int, float)) else one_line(str(value)) for name, value in config.items()
+    }
+    for name in tracker_names(report_to):
+        with writing("--logging_dir: logs", directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            files = EventFiles()
+            opened[name] = TRACKERS[name](directory, files, project, simple), files
+            files.check()
+    return Trackers(opened, directory)
 
 
 def read_scalars(logs, tag: str) -> list:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import paddle
 
-from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.errors import UserError, writing
 from ppdiffusers_train.runtime.distributed import Ranks
 
 SHOWN = 80  # characters of a value in a message
@@ -113,7 +113,10 @@ def settings_of(part):
 def ranks_elsewhere(folder: Path, ranks: Ranks) -> list:
     """The ranks for which `folder` is another folder than for rank 0, even if it has the same name: they do not see a
     temporary file that rank 0 creates in it."""
-    with tempfile.TemporaryDirectory(prefix=".same-for-all-", dir=folder) if ranks.is_main else nullcontext("") as made:
+    with (
+        writing("a temporary file", folder),
+        tempfile.TemporaryDirectory(prefix=".same-for-all-", dir=folder) if ranks.is_main else nullcontext("") as made,
+    ):
         name = ranks.broadcast_object(os.path.basename(made))
         deadline = time.monotonic() + FILE_SECONDS
         while not (sees := (folder / name).exists()) and time.monotonic() < deadline:

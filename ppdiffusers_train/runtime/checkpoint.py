@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.errors import UserError, writing
 
 STATE_FILE = "state.json"
 FORMAT = 1
@@ -40,15 +40,20 @@ def atomic_folder(target: Path):
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def replace_children(folder: Path, write) -> None:
+def replace_children(folder: Path, write) -> list:
     """`write(path)` fills an empty folder; its files and folders then replace those of the same name in `folder`.
 
     Existing files are never opened for writing: they may be hard links to a base model.
+
+    Returns:
+        the names of what was written.
     """
     temporary = folder / ".result"
     with atomic_folder(temporary) as inside:
         write(str(inside))
-    for child in temporary.iterdir():
+    names = []
+    for child in sorted(temporary.iterdir()):
+        names.append(child.name)
         replaced = folder / f".{child.name}.old"
         if (folder / child.name).exists():
             os.rename(folder / child.name, replaced)
@@ -58,16 +63,27 @@ def replace_children(folder: Path, write) -> None:
         else:
             replaced.unlink(missing_ok=True)
     temporary.rmdir()
+    return names
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text to disk atomically. Names of files in it, which need not be valid UTF-8, are escaped."""
+    temporary = file.with_name(f".{file.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        sync(temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)  # left after an error such as a full disk
+    sync(file.parent)
 
 
 def require_writable(folder: Path, flag: str) -> None:
     """Create `folder`; raise a `UserError` that names `flag` if nothing can be written there."""
-    try:
+    with writing(f"{flag}: files", folder, kind=UserError):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise UserError(f"{flag}: cannot write to {str(folder)!r}: {error.strerror}") from error
 
 
 def sync(path) -> None:
@@ -87,34 +103,52 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_checkpoint(output_dir: Path, step: int, write, state: dict, total_limit=None) -> Path:
-    """Write `output_dir/checkpoint-<step>`, then delete the oldest beyond `total_limit`.
-
-    Checkpoints of later steps are another run's: they are kept, and do not count.
+    """Write `output_dir/checkpoint-<step>`, then delete the oldest complete ones of this run beyond `total_limit`.
 
     Args:
         write: `write(folder)` writes the files of tensors into a folder.
-        state: the rest of the checkpoint, as JSON.
+        state: the rest of the checkpoint, as JSON, with the id of the run in `run`.
     """
     target = output_dir / f"checkpoint-{step}"
     with atomic_folder(target) as folder:
         write(folder)
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         text = json.dumps({"format": FORMAT, "step": step, **state, "files": files}, indent=1, ensure_ascii=False)
-        (folder / STATE_FILE).write_text(text, encoding="utf-8")
+        (folder / STATE_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")  # paths may not be UTF-8
     if total_limit is not None:
-        own = checkpoints(output_dir)
+        own = complete_checkpoints(output_dir, state.get("run", ""))
         for old in own[: own.index(target) + 1][:-total_limit]:
-            # Renamed first: if the process is killed here, no incomplete folder looks like a checkpoint.
-            doomed = old.with_name(f".{old.name}.old")
-            os.rename(old, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove_folder(old)
     return target
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a checkpoint. It is renamed first, so that after a kill no part of it looks like a checkpoint."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(_NAME.fullmatch(checkpoint.name).group(1))
 
 
 def checkpoints(output_dir: Path) -> list:
     """The folders `checkpoint-<step>` of `output_dir`, oldest first, complete or not."""
     found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name).group(1)))
+    return sorted(found, key=step_of)
+
+
+def complete_checkpoints(output_dir: Path, run_id: str) -> list:
+    """The complete checkpoints of one run in `output_dir`, oldest first."""
+    found = []
+    for path in checkpoints(output_dir):
+        with contextlib.suppress(UserError):
+            if read_state(path).get("run", "") == run_id:
+                found.append(path)
+    return found
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -143,9 +177,11 @@ def read_state(checkpoint: Path) -> dict:
     return state
 
 
-def find_checkpoint(resume: str, output_dir: Path, log=print):
+def find_checkpoint(resume: str, output_dir: Path, run_id=None, log=print):
     """The checkpoint of `--resume_from_checkpoint`: (folder, state), or (None, None) for `latest` without a checkpoint.
 
+    Args:
+        run_id: `latest` is the newest checkpoint of this run; None if that is not known.
     Raises:
         UserError: the named folder does not exist or is not complete.
     """
@@ -161,8 +197,12 @@ def find_checkpoint(resume: str, output_dir: Path, log=print):
             raise UserError(f"--resume_from_checkpoint: {error}") from error
     for folder in reversed(checkpoints(output_dir)):
         try:
-            return folder, read_state(folder)
+            state = read_state(folder)
         except UserError as error:
             log(f"--resume_from_checkpoint latest: skipped, {error}")
+            continue
+        if run_id in (None, state.get("run", "")):
+            return folder, state
+        log(f"--resume_from_checkpoint latest: skipped, {folder} is of another run than the last one in this folder")
     log(f"--resume_from_checkpoint latest: no checkpoint in {str(output_dir)!r}, starting at step 0")
     return None, None

@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.errors import UserError, writing
 
 NAME = ".lock"
 POLL_SECONDS = 0.2
@@ -26,11 +26,14 @@ def folder_held(folder: Path, resumes: bool, log=print):
         UserError: a run has locked it, and this one does not resume.
     """
     path = folder / NAME
-    with lock(path, fcntl.LOCK_EX, resumes, log):
+    with writing("--output_dir: the run's lock", folder):
+        held = lock(path, fcntl.LOCK_EX, resumes, log)
+    with held:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # whoever finds it, can lock it
+                path.unlink(missing_ok=True)
 
 
 def wait_for_folder(folder: Path, resumes: bool, log=print) -> None:

@@ -17,7 +17,7 @@ from ppdiffusers_train.data.image_index import index_images
 from ppdiffusers_train.data.pack_writer import rewrite
 from ppdiffusers_train.data.packs import as_keys, open_packs
 from ppdiffusers_train.data.rows import Rows
-from ppdiffusers_train.errors import BadSampleError, UserError
+from ppdiffusers_train.errors import BadSampleError, UserError, writing
 from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.tools.source_flags import PLACES
 from ppdiffusers_train.tools.sources import open_source
@@ -64,18 +64,23 @@ class Encoded:
         return found if needed is None else {**found, "not_needed": int((~np.isin(self.keys, needed)).sum())}
 
     def prune(self, needed: np.ndarray) -> None:
-        """Remove what is not needed, and the folder if nothing is left."""
+        """Remove what is not needed, and the folder if nothing is left.
+
+        Raises:
+            RunError, OSError: something cannot be read, written or removed; nothing that is needed is lost.
+        """
         remove_leftovers(self.folder)
         packs = [pack for pack in self.packs if not np.isin(pack.keys, needed).all()]
         if packs:
             rewrite(self.folder, packs, lambda keys: np.isin(keys, needed))
-        for file in self.damaged + self.old:
-            file.unlink(missing_ok=True)
-        for part in {file.parent for file in self.old}:
-            part.rmdir()
-        if {file.name for file in self.folder.iterdir()} <= {ABOUT}:
-            (self.folder / ABOUT).unlink(missing_ok=True)
-            self.folder.rmdir()
+        with writing("--prune: the cache", self.folder, "what is needed is still there"):
+            for file in self.damaged + self.old:
+                file.unlink(missing_ok=True)
+            for part in {file.parent for file in self.old}:
+                part.rmdir()
+            if {file.name for file in self.folder.iterdir()} <= {ABOUT}:
+                (self.folder / ABOUT).unlink(missing_ok=True)
+                self.folder.rmdir()
 
 
 def list_encoded(root: Path) -> list:

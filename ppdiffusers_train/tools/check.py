@@ -14,7 +14,7 @@ from ppdiffusers_train.data.image_index import Decoded
 from ppdiffusers_train.data.inspection import Inspected
 from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.data.streams import LANES
-from ppdiffusers_train.errors import BadSampleError
+from ppdiffusers_train.errors import BadSampleError, one_line
 from ppdiffusers_train.tools.caption_length import LONGEST, fewest_tokens
 from ppdiffusers_train.tools.inspection import inspect_all
 from ppdiffusers_train.tools.sources import SHARDS, Source
@@ -142,7 +142,7 @@ class Report:
                 lines.append(f"{heading:>8}  {'what':<{column}}  training")
             for finding in found:
                 lines.append(f"{finding['count']:>8,}  {finding['title']:<{column}}  {finding['training']}")
-                lines += [f"{'':12}{text}" for text in finding["texts"][:SHOWN]]
+                lines += [f"{'':12}{one_line(text)}" for text in finding["texts"][:SHOWN]]
                 lines += [f"{'':12}…"] if finding["count"] > SHOWN else []
             lines += [""] if found else []
         sizes = ", ".join(f"{name} {width} x {height}" for name, (width, height) in self.sizes.items())

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.errors import UserError, writing
 from ppdiffusers_train.tools.example_files import EXAMPLES, example_files
 
 
@@ -25,15 +25,13 @@ def copy_examples(output_dir: str) -> None:
         UserError: the folder is not empty, or cannot be written.
     """
     files, target = example_files(EXAMPLES), Path(output_dir)
-    try:
+    with writing("DIR: the examples", output_dir, "those that were copied are incomplete", UserError):
         target.mkdir(parents=True, exist_ok=True)
         if any(target.iterdir()):
             raise UserError(f"DIR: {output_dir!r} is not empty; expected a new or an empty folder")
         for file in files:
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(EXAMPLES / file, target / file)
-    except OSError as error:
-        raise UserError(f"DIR: {output_dir!r} cannot be written ({error.strerror}); expected a folder") from error
     scripts = sum(file.suffix == ".py" for file in files)
     print(
         f"{output_dir}: {scripts} training scripts, photographs and notebooks. Begin with README.md; "

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.errors import UserError, writing
 from ppdiffusers_train.launcher.signals import WARNING_SIGNALS, signal_at_parents_end
 from ppdiffusers_train.launcher.tokens import pass_secrets
 from ppdiffusers_train.launcher.watched_ranks import (
@@ -139,16 +139,15 @@ def new_log_folder(output_dir: Path) -> Path:
         UserError: it cannot be made.
     """
     now = time.strftime("%Y%m%d-%H%M%S")
-    for name in (now, *(f"{now}-{number}" for number in range(2, 100))):
-        folder = output_dir / "log" / name
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue  # another node's, or another run's
-        except OSError as error:
-            raise UserError(f"launch: cannot make {str(folder)!r} for the logs: {error.strerror}") from error
-        print(f"logs of all ranks: {folder}", flush=True)
-        return folder
+    with writing("launch: logs", output_dir, kind=UserError):
+        for name in (now, *(f"{now}-{number}" for number in range(2, 100))):
+            folder = output_dir / "log" / name
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                continue  # another node's, or another run's
+            print(f"logs of all ranks: {folder}", flush=True)
+            return folder
     raise UserError(f"launch: {str(output_dir / 'log')!r} has 99 folders of this second")
 
 

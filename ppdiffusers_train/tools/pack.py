@@ -19,8 +19,8 @@ from tqdm import tqdm
 from ppdiffusers_train.data.inspection import Inspected
 from ppdiffusers_train.data.rows import content_digest, decode, read_stored, reading
 from ppdiffusers_train.data.tar_samples import LARGEST_TEXT
-from ppdiffusers_train.errors import BadSampleError, RunError, UserError
-from ppdiffusers_train.runtime.checkpoint import require_writable, sync
+from ppdiffusers_train.errors import BadSampleError, UserError, writing
+from ppdiffusers_train.runtime.checkpoint import require_writable, sync, write_text
 from ppdiffusers_train.tools.inspection import inspect_all
 from ppdiffusers_train.tools.sources import Source
 
@@ -46,7 +46,7 @@ def pack(source: Source, output_dir, shard_size: int, name: str, caption_field: 
         problems of samples that belong to no shard.
     Raises:
         UserError: the folder holds other files.
-        RunError: a shard cannot be written.
+        WriteError: a shard cannot be written.
     """
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"--name: {name!r} is not a valid beginning of a file name; expected a word such as photos")
@@ -63,15 +63,13 @@ def pack(source: Source, output_dir, shard_size: int, name: str, caption_field: 
     plan["left_out"] = [text for kind, text in source.problems if kind not in NO_SAMPLE_LOST]
     for text in plan["left_out"]:
         log(f"left out: {text}")
-    try:
+    with writing("OUTPUT_DIR: shards", folder, "the same command resumes"):
         write_plan(folder, plan)
         if plan["shards"]:
             log(f"{len(plan['shards'])} shards are complete, up to row {next_row(plan)} of {len(rows)}")
         if next_row(plan) < len(rows):
             write_shards(rows, folder, plan, processes, log)
             write_plan(folder, plan)
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written to: {error}; the same command resumes") from error
     return plan
 
 
@@ -141,12 +139,7 @@ def next_row(plan: dict) -> int:
 
 def write_plan(folder: Path, plan: dict) -> None:
     """Write the plan to disk atomically."""
-    temporary = folder / f".{PLAN_FILE}"
-    text = json.dumps(plan, indent=1, ensure_ascii=False) + "\n"
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may not be valid UTF-8
-    sync(temporary)
-    os.replace(temporary, folder / PLAN_FILE)
-    sync(folder)
+    write_text(folder / PLAN_FILE, json.dumps(plan, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_shards(rows, folder: Path, plan: dict, processes: int, log) -> None:

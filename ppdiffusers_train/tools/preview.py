@@ -5,6 +5,7 @@ import ppdiffusers_train  # noqa: F401  (before paddle)
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.encoded_cache import RunEntries
 from ppdiffusers_train.data.loader import ERROR_KEY, PreprocessedSamples, as_error
 from ppdiffusers_train.data.order import order_samples
-from ppdiffusers_train.errors import BadSampleError, UserError
+from ppdiffusers_train.errors import BadSampleError, UserError, one_line, writing
 from ppdiffusers_train.loop.memory_estimate import compute_on_cpu
 from ppdiffusers_train.loop.run import resolve_flags
 from ppdiffusers_train.models.text import read_tokens
@@ -26,6 +27,7 @@ from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.runtime.checkpoint import find_checkpoint
 from ppdiffusers_train.runtime.distributed import start_ranks
+from ppdiffusers_train.runtime.run_folder import run_of_folder
 
 GREY = (128, 128, 128)
 
@@ -60,7 +62,7 @@ def preview(words: list) -> tuple:
     if args.json:
         result = {"file": args.preview_output, "seed": args.seed, "scale": scale, "samples": shown}
         return json.dumps({**result, "status": status}, ensure_ascii=False), status
-    lines = [f"{sample['position']:>4}  {sample['name']}: {', '.join(text_of(sample))}" for sample in shown]
+    lines = [one_line(f"{sample['position']:>4}  {sample['name']}: {', '.join(text_of(sample))}") for sample in shown]
     notes = ", as the encoded cache keeps them" if args.encoded_cache_dir else ""
     notes += ", in the order of a run on one GPU" if module.buckets else ""
     lines.append(f"wrote {args.preview_output}: {len(shown)} samples of seed {args.seed}{notes}")
@@ -80,7 +82,8 @@ def parse_flags(job, name: str, flags: list):
     compute_on_cpu()
     quiet_libraries()
     resumed = args.resume_from_checkpoint
-    saved = find_checkpoint(resumed, Path(args.output_dir))[1] if resumed else {}
+    output_dir = Path(args.output_dir)
+    saved = find_checkpoint(resumed, output_dir, run_of_folder(output_dir))[1] if resumed else {}
     return resolve_flags(args, saved, start_ranks())
 
 
@@ -91,10 +94,8 @@ def save_sheet(shown: list, resolution: int, file: str) -> float:
         UserError: it cannot be written.
     """
     sheet = lay_out(shown, resolution)
-    try:
+    with writing(f"--preview_output: {os.path.basename(file)!r}", os.path.dirname(file) or ".", kind=UserError):
         sheet.image.save(file, "PNG")
-    except OSError as error:
-        raise UserError(f"--preview_output: cannot write {file!r}: {error.strerror}") from error
     for sample, places in zip(shown, sheet.places):
         sample["pictures"] = [
             {"name": name, "left": left, "top": top, "width": picture.width, "height": picture.height}

@@ -3,10 +3,8 @@
 Each command imports what it needs, so that `--help` is fast.
 """
 
-import tempfile
-from pathlib import Path
-
 from ppdiffusers_train.arguments.parser import Flag, byte_size, positive_int, seed
+from ppdiffusers_train.errors import scratch_folder
 from ppdiffusers_train.toy.demo.jobs import JOBS
 from ppdiffusers_train.toy.world.looks import LOOKS, SIZES
 
@@ -55,8 +53,8 @@ def toy_data(args) -> None:
 
     looks = LOOKS if args.look == MIXED else (args.look,)
     shapes = ShapesDataset(args.seed, args.count, args.size, looks, args.held_out)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, "shapes") if args.shard_size else args.output
+    with scratch_folder("pictures") as scratch:
+        folder = scratch / "shapes" if args.shard_size else args.output
         write_shapes_folder(folder, shapes)
         if args.shard_size:
             from ppdiffusers_train.tools.pack import pack

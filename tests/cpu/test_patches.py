@@ -27,9 +27,9 @@ from ppdiffusers_train.cpu.patches import (
     remove_patches,
 )
 from ppdiffusers_train.data.encoders_key import encoders_folder
-from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.errors import UserError, WriteError
 from ppdiffusers_train.module import encode_batch
-from tests.conftest import encode, weights
+from tests.conftest import encode, no_file_above, weights
 
 needs_pir = pytest.mark.skipif(not paddle.framework.use_pir_api(), reason="this Paddle's engine fails on the encoders")
 EPSILON = float(np.finfo(np.float32).eps)
@@ -357,6 +357,22 @@ def test_compiled_encoders_give_the_same_up_to_rounding(build, job):
 @pytest.mark.engine
 def test_those_of_sdxl_too(build_sdxl_module):
     assert_compiled_encodes_alike(build_sdxl_module("sdxl"))
+
+
+@needs_pir
+@pytest.mark.engine
+def test_a_full_disk_of_temporary_files_is_told(build):
+    """`paddle.jit.save` would write a part of the weights, and the engine compute with what is not there."""
+    from ppdiffusers_train.data.dataset import build_dataset
+
+    module = build("prior")
+    module.encode = CompiledEncode(module)
+    with (
+        no_file_above(100_000),
+        pytest.raises(WriteError, match="TMPDIR: compiled encoders cannot be .*: File too large"),
+    ):
+        encode(module, build_dataset(module.args), [0])
+    apply_patches()
 
 
 def assert_compiled_encodes_alike(module):

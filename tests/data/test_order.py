@@ -35,6 +35,19 @@ def test_windows_tile_an_epoch_and_only_the_last_is_short(size, samples_per_step
     assert len(windows) == order.steps_per_epoch(samples_per_step) == math.ceil(size / samples_per_step)
 
 
+@given(size=sizes, first=st.integers(1, 50), then=st.integers(1, 50), steps=st.integers(0, 9), epochs=st.integers(1, 4))
+def test_steps_until_the_end_of_an_epoch_are_those_that_windows_give(size, first, then, steps, epochs):
+    """Also when a step had another number of samples before a resume."""
+    order = SampleOrder(0, size)
+    position = [0, *(window.stop for _, window in zip(range(steps), order.windows(0, first)))][-1]
+    counted = 0
+    for window in order.windows(position, then):
+        if window.start >= epochs * size:
+            break
+        counted += 1
+    assert order.steps_until(epochs, position, then) == counted
+
+
 @given(size=sizes, samples_per_step=st.integers(1, 20), steps=st.integers(0, 10))
 def test_windows_go_on_from_any_step_as_if_nothing_had_happened(size, samples_per_step, steps):
     order = SampleOrder(0, size)

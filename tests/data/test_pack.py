@@ -259,7 +259,10 @@ def test_a_disk_that_is_full_costs_no_shard_and_the_same_command_goes_on(tmp_pat
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
-    assert re.search("shards cannot be written to: .*; the same command resumes$", done.stderr.splitlines()[-1])
+    assert re.search(
+        "OUTPUT_DIR: shards cannot be written to .*: File too large .*; the same command resumes$",
+        done.stderr.splitlines()[-1],
+    )
     assert [file.name for file in (tmp_path / "shards").iterdir()] == ["pack.json"], "the plan comes first"
     assert pack(PHOTOS, tmp_path / "shards", "--shard_size=300kB", "--name=a") == 0
     assert contents(tmp_path / "shards") == contents(tmp_path / "warm")
@@ -286,7 +289,9 @@ def test_a_plan_of_something_else_is_refused_with_one_line(tmp_path, capsys):
 def test_other_mistakes_are_one_line_too(tmp_path, capsys):
     folder = copy_photos(tmp_path / "photos", 1)
     assert "OUTPUT_DIR: " in refused(capsys, "pack", folder, folder / "shards") and not (folder / "shards").exists()
-    assert "OUTPUT_DIR: cannot write to" in refused(capsys, "pack", PHOTOS, folder / "metadata.jsonl" / "shards")
+    assert "OUTPUT_DIR: files cannot be written to" in refused(
+        capsys, "pack", PHOTOS, folder / "metadata.jsonl" / "shards"
+    )
     for name in ("a/b", ".a", ""):
         assert f"--name: {name!r} is not" in refused(capsys, "pack", folder, tmp_path / "shards", f"--name={name}")
     for size in ("much", "0", "-5MB", "5 apples"):

@@ -77,7 +77,7 @@ def told(base_flags, kandinsky, kandinsky_jobs, photos, tmp_path_factory):
         ("picture", "content of chelsea.jpg (row 2): rank 1 has "),
         ("base", "weights of prior: rank 1 has "),
         ("frozen", "weights of text_encoder: rank 1 has "),
-        ("cached frozen", "files of text_encoder: rank 1 has "),
+        ("cached frozen", "weights of text_encoder: rank 1 has "),
         ("settings", "settings of image_processor: rank 1 has "),
         ("sharded", "--output_dir: rank 1 has "),
         ("cache", "--encoded_cache_dir: rank 1 has "),

@@ -17,6 +17,7 @@ from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.models.lora import allow_text_encoder_lora, lora_parameters
 from ppdiffusers_train.models.sdxl import encode_prompts
 from ppdiffusers_train.models.stable_diffusion import encode_images
+from ppdiffusers_train.reporting.trackers import clean_tag
 from ppdiffusers_train.tensor_files import read_tensors
 from tests.conftest import (
     copy_photos,
@@ -378,7 +379,7 @@ def test_small_images_are_enlarged_and_counted_or_refused(train_sdxl, capsys, tm
     train_sdxl("sdxl", flag)
     said = capsys.readouterr().out
     assert "1 of 5 images are smaller than 64 pixels and are enlarged, for example " in said
-    message = refused(capsys, lambda: train_sdxl("sdxl", flag, "--min_image_size=45"))
+    message = refused(capsys, lambda: train_sdxl("sdxl", flag, "--min_image_size=45", out="refused"))
     assert "50 x 40 pixels, --min_image_size is 45" in message
     out = train_sdxl("sdxl", flag, "--min_image_size=45", "--max_bad_samples=1", out="skipped")
     assert len(encoded_samples(out / "encoded")) == 4
@@ -456,9 +457,12 @@ def test_the_result_has_the_type_that_is_asked_for_and_no_base_file_is_touched(t
 
 
 @pytest.mark.once
-def test_the_loss_of_each_file_is_reported_under_its_name(train_sdxl, photos):
-    out = train_sdxl("lora_sdxl", "--debug_loss", "--train_batch_size=1", "--gradient_accumulation_steps=7")
-    losses = {file.name: scalars(out, f"loss_for/{file} (row {row})") for row, file in enumerate(photo_files(photos))}
+def test_the_loss_of_each_file_is_reported_under_its_name(train_sdxl, photos, tmp_path):
+    photos = shutil.copytree(photos, tmp_path / "100 %\n猫")
+    flags = ["--debug_loss", "--train_batch_size=1", "--gradient_accumulation_steps=7", f"--train_data_dir={photos}"]
+    out = train_sdxl("lora_sdxl", *flags)
+    tags = {file: clean_tag(f"loss_for/{file} (row {row})") for row, file in enumerate(photo_files(photos))}
+    losses = {file.name: scalars(out, tag) for file, tag in tags.items()}
     assert all(len(values) == 2 for values in losses.values()) and len(losses) == 7
     means = np.mean(list(losses.values()), axis=0)
     assert means == pytest.approx(scalars(out), rel=1e-5), "the step's loss is their mean"

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from fontTools.ttLib import TTFont
 from PIL import Image, ImageFont
 
+from ppdiffusers_train.reporting import lettering
 from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet, wrap
+from ppdiffusers_train.reporting.lettering import Lettering, clusters, font_files, font_folders
 
 pytestmark = pytest.mark.once  # no Paddle in it
 
@@ -52,11 +55,33 @@ def below(sheet):
     return np.asarray(sheet.image)[sheet.places[0][0][1] + 8 * sheet.scale :]
 
 
-def test_chinese_text_is_shown_where_the_system_has_a_font_for_it(has_chinese_font):
+def test_letters_are_shown_where_the_system_has_a_font_for_them_and_else_as_codes(has_chinese_font, capsys):
+    lettering.SAID.clear()
     picture = Image.new("RGB", (30, 8), "white")
-    one, two = (contact_sheet([Tile([picture], [text])], columns=1) for text in ("一", "二"))
-    assert one.image.size == two.image.size and np.any(below(one) != 255)
-    assert np.any(below(one) != below(two)) == has_chinese_font, "without a font, both are a question mark"
+    one, two, code = (contact_sheet([Tile([picture], [text])], columns=1) for text in ("一", "二", "\\u4e8c"))
+    assert one.image.size == two.image.size and np.any(below(one) != 255) and np.any(below(one) != below(two))
+    assert np.array_equal(below(two), below(code)) != has_chinese_font
+    font = Lettering(["a 一三", "\x1b二"], 12)
+    assert font.shown("a 一三") == ("a 一\\u4e09" if has_chinese_font else "a \\u4e00\\u4e09")
+    assert font.shown("\x1b二").startswith("\\x1b")
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and f"such as \\u4e0{9 if has_chinese_font else 0};" in said[0], "once, of whatever sheet"
+
+
+def test_a_mark_stays_with_its_letter_and_joined_emoji_stay_one():
+    assert clusters("ae\u0301b👨\u200d👩❤\ufe0f") == ["a", "e\u0301", "b", "👨\u200d👩", "❤\ufe0f"]
+
+
+def test_every_letter_is_shown_that_a_font_of_this_machine_has():
+    files = [file for file in font_files(font_folders()) if lettering.load(file, 20)]
+    if not files:
+        pytest.skip("this machine has no fonts")
+    letters = "aéжΩ猫图한あقحहแა👍❤☺∑→\uf8ff"
+    tables = [TTFont(file, fontNumber=0, lazy=True).getBestCmap() for file in files]
+    expected = {letter for letter in letters if letter in "aé" or any(ord(letter) in table for table in tables)}
+    font = Lettering([letters], 20)
+    shown = {letter for letter in clusters(letters) if font.fonts[letter]}
+    assert shown == expected
 
 
 def test_any_text_can_be_laid_out(has_chinese_font):

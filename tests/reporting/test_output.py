@@ -154,3 +154,33 @@ def test_a_message_stands_above_the_status_line(capsys):
         status.advance()
         print_line("skipped step 1")
     assert capsys.readouterr().out == "skipped step 1\n"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("mistake, status", [("", 0), ("raise UserError('a mistake')", 2)])
+def test_a_full_disk_of_the_log_file_costs_lines_and_no_run(tmp_path, mistake, status):
+    code = f"""if True:
+        import sys
+        from ppdiffusers_train.errors import UserError, one_line_errors
+        from ppdiffusers_train.reporting.status_line import StatusLine, print_line
+
+        @one_line_errors
+        def main(argv=None):
+            for line in range(2000):
+                print_line(f"line {{line}} of a long log")
+            with StatusLine("training", "steps", 3) as status:
+                status.advance(3)
+            {mistake}
+            open(sys.argv[1], "w").close()
+
+        main()
+    """
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "done")], stdout=full, stderr=full)
+    assert done.returncode == status and (tmp_path / "done").exists() == (status == 0)
+
+
+@pytest.mark.once
+def test_a_line_stays_a_line_whatever_the_names_in_it(capsys):
+    print_line("used: a\nb\r\x1b[2J\u202egnp.exe\u2028\ud800 猫 👍🏽.png")
+    assert capsys.readouterr().out == "used: a\\nb\\r\\x1b[2J\\u202egnp.exe\\u2028\\ud800 猫 👍🏽.png\n"

@@ -104,7 +104,7 @@ def test_latest_skips_a_broken_checkpoint_and_says_why(tmp_path, how):
         write_checkpoint(tmp_path, step, write, {})
     spoil(tmp_path / "checkpoint-2", how)
     said = []
-    assert find_checkpoint("latest", tmp_path, said.append)[0] == tmp_path / "checkpoint-1"
+    assert find_checkpoint("latest", tmp_path, log=said.append)[0] == tmp_path / "checkpoint-1"
     assert len(said) == 1 and "skipped" in said[0] and how in said[0]
     with pytest.raises(UserError, match=how):
         find_checkpoint("checkpoint-2", tmp_path)
@@ -120,7 +120,7 @@ def test_a_checkpoint_is_named_by_path_or_by_name(tmp_path):
 
 def test_latest_of_nothing_starts_anew_and_says_so(tmp_path):
     said = []
-    assert find_checkpoint("latest", tmp_path, said.append) == (None, None)
+    assert find_checkpoint("latest", tmp_path, log=said.append) == (None, None)
     assert "starting at step 0" in said[0]
 
 
@@ -144,5 +144,5 @@ def test_replacing_never_writes_into_a_hard_link(tmp_path):
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--output_dir: cannot write to '.*file/out': Not a directory"):
+    with pytest.raises(UserError, match="--output_dir: files cannot be written to '.*file/out': Not a directory"):
         require_writable(tmp_path / "file" / "out", "--output_dir")

@@ -216,7 +216,11 @@ def test_mistakes_are_one_line(sdxl_flags, tmp_path, capsys):
         (SDXL_SCRIPT, *sdxl_flags, "--preview_sample=3"): "--preview_sample is not a flag of this script; did you mean "
         "--preview_samples?",
         (SDXL_SCRIPT, "--resolution=64"): "the following arguments are required: --pretrained_model_name_or_path",
-        (SDXL_SCRIPT, *sdxl_flags, f"--preview_output={tmp_path}/no/where.png"): "--preview_output: cannot write",
+        (
+            SDXL_SCRIPT,
+            *sdxl_flags,
+            f"--preview_output={tmp_path}/no/where.png",
+        ): "--preview_output: 'where.png' cannot be written to",
         (SDXL_SCRIPT, *sdxl_flags, "--train_data_dir=/nowhere"): "--train_data_dir: '/nowhere' is not a folder",
     }
     for argv, message in cases.items():

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ppdiffusers_train.arguments import ArgumentParser, add_data_arguments
 from ppdiffusers_train.data.dataset import build_dataset
+from ppdiffusers_train.errors import WriteError
 from ppdiffusers_train.toy.world import shapes_dataset, shapes_folder
 from ppdiffusers_train.toy.world.looks import SIZES
 from ppdiffusers_train.toy.world.shapes import (
@@ -255,7 +256,7 @@ def test_an_interrupted_command_leaves_no_folder(tmp_path, monkeypatch):
         return sample(seed, index, *options)
 
     monkeypatch.setattr(shapes_dataset, "sample", full_disk)
-    with pytest.raises(shapes_folder.UserError, match="cannot write to '.*shapes': No space left on device"):
+    with pytest.raises(WriteError, match="pictures cannot be written to '.*shapes': No space left on device"):
         shapes_folder.write_shapes_folder(tmp_path / "shapes", ShapesDataset(0, 4))
     assert not list(tmp_path.iterdir())
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ppdiffusers_train.errors import UserError, writing
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.trackers import read_scalars
 from ppdiffusers_train.tools.example_files import EXAMPLES, PACKED
@@ -36,7 +37,8 @@ def run_demo(name: str, output, *flags: str, pictures=None, label=None) -> Path:
     count = pictures or job.pictures
     data, result = output / f"{job.look}_{count}", output / (label or name)
     print(f"1/3  writing tiny pretrained pipelines and {count} {job.look} pictures", flush=True)
-    base = write_pretrained(job, output / "pretrained" / job.family)
+    with writing("--output_dir: pipelines", output, kind=UserError):
+        base = write_pretrained(job, output / "pretrained" / job.family)
     if not data.exists():
         write_shapes_folder(data, ShapesDataset(0, count, looks=(job.look,)))
     print(f"2/3  training: {job.script}", flush=True)
@@ -47,7 +49,8 @@ def run_demo(name: str, output, *flags: str, pictures=None, label=None) -> Path:
     figure = output / f"{result.name}.png"
     training_pictures = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))[:SHOWN]]
     losses = read_scalars(result / "logs", "train/loss")
-    plot_figure(training_pictures, {"before": before, "after": after}, losses).savefig(figure, dpi=100)
+    with writing("--output_dir: the figure", output):
+        plot_figure(training_pictures, {"before": before, "after": after}, losses).savefig(figure, dpi=100)
     for when, images in (("before", before), ("after", after)):
         right, shares = accuracy(images, PROMPTS)["all"], look_shares(images)
         print(f"     {when}: {right:.0%} show what the prompt says, {shares[job.look]:.0%} {job.look}")

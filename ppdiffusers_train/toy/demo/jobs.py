@@ -58,6 +58,7 @@ class Job:
             *(f"--{flag}={folder}" for flag, folder in base.items()),
             f"--train_data_dir={data}",
             f"--output_dir={result}",
+            "--overwrite_output_dir",
             f"--resolution={RESOLUTION}",
             "--seed=0",
             *self.flags,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.errors import UserError, writing
 from ppdiffusers_train.runtime.checkpoint import atomic_folder
 from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
 
@@ -19,7 +19,7 @@ def write_shapes_folder(folder, shapes: ShapesDataset) -> None:
         UserError: `folder` is not empty, or cannot be written.
     """
     target = Path(folder).resolve()
-    try:
+    with writing("pictures", folder, kind=UserError):
         if target.exists() and any(target.iterdir()):
             raise UserError(f"{str(folder)!r} is not empty; expected a new folder, or an empty one")
         with atomic_folder(target) as inside, open(inside / "metadata.jsonl", "w", encoding="utf-8") as metadata:
@@ -28,5 +28,3 @@ def write_shapes_folder(folder, shapes: ShapesDataset) -> None:
                 row = {"file_name": f"{index:06}.png", "text": sample.caption}
                 sample.image.save(inside / row["file_name"])
                 metadata.write(json.dumps(row, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error

@@ -1,0 +1,91 @@
+"""What happens to a run when a flag is changed between two of its parts: it is refused, honoured, or has no say.
+
+Each flag of every script is in one of the three sets. A flag of a job of a user's own is honoured.
+"""
+
+import json
+
+from ppdiffusers_train.errors import UserError
+
+REFUSED = {
+    # What is trained, and towards what: the weights of the checkpoint would become a mixture.
+    *("prediction_type", "lora_rank", "lora_alpha", "lora_target_modules", "trainable_modules", "train_text_encoder"),
+    *("snr_gamma", "noise_offset", "loss_type", "huber_c", "t5", "shift"),
+    *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "min_timestep_boundary", "max_timestep_boundary"),
+    *(f"timestep_bias_{name}" for name in ("strategy", "multiplier", "begin", "end", "portion")),
+    *("num_ddim_timesteps", "timestep_scaling_factor", "unet_time_cond_proj_dim", "w_min", "w_max"),
+    "aspect_ratio_buckets",  # the order of samples depends on it
+}
+HONOURED = {
+    *("learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "lr_end"),
+    *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "ema_decay", "lora_dropout"),
+    *("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps"),
+    *("resolution", "center_crop", "random_flip", "image_interpolation_mode", "interpolation_type", "min_image_size"),
+    *("use_fix_crop_and_size", "proportion_empty_prompts", "encoded_cache", "cache_variants", "cast_teacher_unet"),
+    *("mixed_precision", "amp_level", "allow_tf32", "max_bad_samples", "skip_nonfinite"),
+}
+FREE = {
+    # Data and models: their contents are compared, wherever they are.
+    *("train_data_dir", "dataset_name", "dataset_config_name", "train_shards_path_or_url", "image_column"),
+    *("caption_column", "max_train_samples", "stream_lanes", "seed", "revision", "teacher_revision", "variant"),
+    *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "pretrained_teacher_model"),
+    *("pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path"),
+    # `TrainingState.load_weights` compares these with what is in the checkpoint.
+    *("use_ema", "use_8bit_adam"),
+    # Where and how fast it is computed.
+    *("gradient_checkpointing", "enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"),
+    *("deterministic", "to_static", "sharding_degree", "sharding_stage", "collective_timeout", "local_rank"),
+    *("dataloader_num_workers", "vae_encode_batch_size", "peak_tflops", "cache_dir", "index_dir", "encoded_cache_dir"),
+    # What is written and logged.
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "config", "dry_run", "stop_signal"),
+    *("checkpointing_steps", "checkpoints_total_limit", "final_checkpoint", "on_save_error", "save_format"),
+    *("save_dtype", "validation_prompts", "num_validation_images", "validation_epochs", "validation_steps"),
+    *("validation_inference_steps", "report_to", "logging_dir", "tracker_project_name", "debug_loss"),
+    *("push_to_hub", "hub_token", "hub_model_id"),
+}
+
+
+def base_weights(digests: dict) -> dict:
+    """{model: hash of its weights at the start of a run} of `agreement.model_digests`."""
+    start = "weights of "
+    return {name.removeprefix(start): digest for name, digest in digests.items() if name.startswith(start)}
+
+
+def refuse_other_weights(checkpoint, before: dict, now: dict) -> None:
+    """Raise a `UserError` if a base model has other weights than when the run began.
+
+    Args:
+        before, now: of `base_weights`; a model that one of them lacks is not compared.
+    """
+    for name, digest in before.items():
+        if now.get(name, digest) != digest:
+            raise UserError(
+                f"--resume_from_checkpoint: {checkpoint} was trained from other weights of {name}; expected the same "
+                "base model, or a new run in another folder"
+            )
+
+
+def changed_flags(saved: dict, arguments: dict) -> dict:
+    """{flag: (value in the checkpoint, value now)} of all that differ and have a say. Flags that the version that wrote
+    the checkpoint did not have are not known to differ."""
+    now = json.loads(json.dumps(arguments, default=str))
+    names = [name for name in now if name in saved and name not in FREE and saved[name] != now[name]]
+    return {name: (saved[name], now[name]) for name in names}
+
+
+def announce_changes(checkpoint, changed: dict):
+    """A line about the flags that were changed, or None.
+
+    Raises:
+        UserError: one of them would make the run a mixture of two.
+    """
+    for name, (before, now) in changed.items():
+        if name in REFUSED:
+            raise UserError(
+                f"--{name}: {checkpoint} was trained with {before}, now it is {now}, which would mix two runs; "
+                f"expected --{name} {before}, or a new run in another folder"
+            )
+    if not changed:
+        return None
+    listed = ", ".join(f"--{name} {before} -> {now}" for name, (before, now) in changed.items())
+    return f"changed since {checkpoint.name}, from this step on: {listed}"

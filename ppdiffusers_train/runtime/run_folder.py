@@ -1,0 +1,124 @@
+"""Whose files a run's folder holds.
+
+Each run has an id, which a resumed run keeps. It stands in `training_args.json`, in the `state.json` of checkpoints and
+in `result.json`, which lists the files of the result. So checkpoints and results of several runs are never mixed.
+"""
+
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.runtime.checkpoint import (
+    STATE_FILE,
+    checkpoints,
+    complete_checkpoints,
+    remove_folder,
+    replace_children,
+    step_of,
+)
+
+ARGUMENTS_FILE, RESULT_FILE = "training_args.json", "result.json"
+WEIGHTS = (".safetensors", ".pdparams", ".bin")  # endings of files with weights
+OLDER = ""  # the id of runs of versions that gave none
+OTHER_FOLDERS = ("checkpoint-*", "abandoned-checkpoint-*", "encoded*", "logs", "validation")  # not of a result
+
+
+def new_run_id() -> str:
+    """A random id for a new run."""
+    return secrets.token_hex(8)
+
+
+def read_json(file: Path):
+    """The dictionary in a JSON file; None if there is no such file, or no dictionary in it."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def run_of_folder(folder: Path):
+    """The id of the run that wrote to a folder last; None if that is not known."""
+    arguments = read_json(folder / ARGUMENTS_FILE)
+    return None if arguments is None else arguments.get("run", OLDER)
+
+
+def refuse_used_folder(folder: Path, overwrites: bool) -> None:
+    """Raise a `UserError` if a new run would get mixed up with what is in its folder.
+
+    Args:
+        overwrites: whether the user allows to replace what an earlier run of this program has written.
+    """
+    found = [path.name for path in checkpoints(folder)]
+    result = read_json(folder / RESULT_FILE)
+    unknown = [] if result else weights_in(folder)
+    flag = f"--output_dir: {str(folder)!r} holds"
+    if unknown:
+        raise UserError(f"{flag} weights that no {RESULT_FILE} lists, such as {unknown[0]}; expected another folder")
+    if not overwrites and (found or result):
+        what = " and ".join([*([f"checkpoints up to {found[-1]}"] if found else []), *(["a result"] if result else [])])
+        raise UserError(
+            f"{flag} {what} of an earlier run; expected --resume_from_checkpoint latest to continue it, "
+            "--overwrite_output_dir to replace it, or another folder"
+        )
+
+
+def weights_in(folder: Path) -> list:
+    """Relative paths of files with weights that lie where a result lies: at the top, or in a folder of a model."""
+    ignored = {path for pattern in OTHER_FOLDERS for path in folder.glob(pattern)}
+    found = []
+    for path in sorted(folder.glob("*")):
+        if path.is_dir() and path not in ignored and not path.name.startswith("."):
+            found += [child for child in sorted(path.iterdir()) if child.suffix in WEIGHTS]
+        elif path.suffix in WEIGHTS:
+            found.append(path)
+    return [str(path.relative_to(folder)) for path in found]
+
+
+def set_aside_later(folder: Path, run_id: str, step: int, log) -> None:
+    """Rename this run's checkpoints of steps after `step` to `abandoned-checkpoint-<step>`: the run goes back."""
+    later = [path for path in complete_checkpoints(folder, run_id) if step_of(path) > step]
+    for path in later:
+        target, number = path.with_name(f"abandoned-{path.name}"), 2
+        while target.exists():
+            target, number = path.with_name(f"abandoned-{path.name}-{number}"), number + 1
+        os.rename(path, target)
+    if later:
+        log(
+            f"{later[0].name}{f' to {later[-1].name}' if later[1:] else ''}: set aside as abandoned-checkpoint-…, "
+            f"because the run resumes at step {step}"
+        )
+
+
+def remove_earlier_checkpoints(folder: Path, run_id: str) -> None:
+    """Delete the checkpoints of other runs than this one."""
+    for path in checkpoints(folder):
+        if (read_json(path / STATE_FILE) or {}).get("run", OLDER) != run_id:
+            remove_folder(path)
+
+
+def replace_result(folder: Path, run_id: str, step: int, write) -> None:
+    """Replace the result in a folder: files of the earlier result that are not written again are deleted.
+
+    Args:
+        write: `write(path)` fills an empty folder with the new result.
+    """
+
+    def write_with_list(inside):
+        write(inside)
+        found = [path for path in Path(inside).rglob("*") if path.is_file()]
+        files = {str(path.relative_to(inside)): path.stat().st_size for path in found}
+        text = json.dumps({"run": run_id, "step": step, "files": files}, indent=1, ensure_ascii=False)
+        (Path(inside) / RESULT_FILE).write_text(text, encoding="utf-8")
+
+    before = (read_json(folder / RESULT_FILE) or {}).get("files", {})
+    written = replace_children(folder, write_with_list)
+    for name in {Path(file).parts[0] for file in before} - set(written):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
