@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ppdiffusers_train.data.rows import content_digest, open_image, read_stamped, upright_size
+from ppdiffusers_train.data.pixels import open_image, read, upright_size
+from ppdiffusers_train.data.rows import content_digest, read_stamped
 
 NOTHING = bytes(16)
 TICK_SECONDS = 0.1  # two changes of a file within this time may leave it with the same times
@@ -24,6 +25,7 @@ class Inspected:
     height: int = 0
     format: str = ""  # Pillow's name of it, such as JPEG
     digest: bytes = NOTHING  # of its bytes
+    remarks: str = ""  # lines "kind: text" (see `pixels.read`) about what training changes of its pixels, once decoded
 
 
 def inspect(location, decode: bool = True) -> Inspected:
@@ -39,12 +41,10 @@ def inspect(location, decode: bool = True) -> Inspected:
             stamp = NOTHING
         digest = content_digest(content)
         with open_image(content) as file:
-            size = upright_size(file)
-            if decode:
-                file.load()
-                if file.mode != "RGB":
-                    file.convert("RGB")  # fails for some modes
-            return Inspected(stamp, "", False, decode, *size, file.format, digest)
+            seen = Inspected(stamp, "", False, decode, *upright_size(file), file.format, digest)
+        if decode:
+            seen.remarks = "\n".join(f"{kind}: {text}" for kind, text in read(content)[1].items())
+        return seen
     except Exception as error:  # as in `rows.reading`
         is_bomb = isinstance(error, Image.DecompressionBombError)
         return Inspected(stamp, str(error) or type(error).__name__, is_bomb, decode, digest=digest)

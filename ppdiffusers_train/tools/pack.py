@@ -17,7 +17,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ppdiffusers_train.data.inspection import Inspected
-from ppdiffusers_train.data.rows import content_digest, decode, read_stored, reading
+from ppdiffusers_train.data.pixels import read
+from ppdiffusers_train.data.rows import content_digest, read_stored, reading
 from ppdiffusers_train.data.tar_samples import LARGEST_TEXT
 from ppdiffusers_train.errors import BadSampleError, UserError, writing
 from ppdiffusers_train.runtime.checkpoint import require_writable, sync, write_text
@@ -34,7 +35,7 @@ def pack(source: Source, output_dir, shard_size: int, name: str, caption_field: 
     """Write the samples of a source into `<output_dir>/<name>-00000.tar` and so on. Unusable samples are left out.
 
     Images are stored as they are, byte for byte, under the extension of their format. Those of other formats than JPEG,
-    PNG and WebP become PNG files of the pixels that training sees.
+    PNG and WebP become PNG files of the pixels that training sees, with their transparency.
 
     Args:
         shard_size: largest size of a shard, in bytes, unless a single sample is larger.
@@ -167,7 +168,10 @@ def write_shards(rows, folder: Path, plan: dict, processes: int, log) -> None:
                     continue
                 if image.format not in EXTENSIONS and image.format not in converted:
                     converted.add(image.format)
-                    log(f"{image.format} images become PNG, without loss; the first: {rows.name(index)}")
+                    log(
+                        f"{image.format} images become PNG of the pixels that training sees (upright, 8 bits per "
+                        f"channel, sRGB, the first frame); the first: {rows.name(index)}"
+                    )
                 if shard and shard.size_with(files) > plan["shard_size"]:
                     finish(index)
                     shard = None
@@ -204,7 +208,7 @@ def sample_files(rows, index: int, image: Inspected, captions: list, caption_fie
         content = read_stored(rows.location(index))
         if image.format not in EXTENSIONS:
             file = io.BytesIO()
-            decode(content).save(file, "PNG")
+            read(content)[0].save(file, "PNG")
             content = file.getvalue()
     extension, text = caption_file(captions, caption_field)
     if len(text) > LARGEST_TEXT:
