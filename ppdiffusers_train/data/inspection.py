@@ -27,6 +27,10 @@ class Inspected:
     digest: bytes = NOTHING  # of its bytes
     remarks: str = ""  # lines "kind: text" (see `pixels.read`) about what training changes of its pixels, once decoded
 
+    def remarks_by_kind(self) -> dict:
+        """{kind: text}."""
+        return dict(line.split(": ", 1) for line in self.remarks.splitlines())
+
 
 def inspect(location, decode: bool = True) -> Inspected:
     """Look at the image at a `Rows.location`.
@@ -41,10 +45,11 @@ def inspect(location, decode: bool = True) -> Inspected:
             stamp = NOTHING
         digest = content_digest(content)
         with open_image(content) as file:
-            seen = Inspected(stamp, "", False, decode, *upright_size(file), file.format, digest)
-        if decode:
-            seen.remarks = "\n".join(f"{kind}: {text}" for kind, text in read(content)[1].items())
-        return seen
+            if not decode:
+                return Inspected(stamp, "", False, False, *upright_size(file), file.format, digest)
+            image, remarks = read(content)
+            remarks = "\n".join(f"{kind}: {text}" for kind, text in remarks.items())
+            return Inspected(stamp, "", False, True, *image.size, file.format, digest, remarks)
     except Exception as error:  # as in `rows.reading`
         is_bomb = isinstance(error, Image.DecompressionBombError)
         return Inspected(stamp, str(error) or type(error).__name__, is_bomb, decode, digest=digest)

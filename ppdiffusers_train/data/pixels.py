@@ -119,9 +119,9 @@ def why_unknown(stored) -> str:
         with open(stored, "rb") as file:
             head = file.read(32)
     if head[4:8] == b"ftyp":  # the container of HEIC, AVIF and films, followed by the names of what is in it
-        if b"avi" in head[8:]:
+        if b"avi" in head[8:] and "AVIF" not in Image.OPEN:
             return "it is an AVIF image; reading it needs the package pillow-avif-plugin"
-        if any(brand in head[8:] for brand in (b"hei", b"hev", b"mif1", b"msf1")):
+        if any(brand in head[8:] for brand in (b"hei", b"hev", b"mif1", b"msf1")) and "HEIF" not in Image.OPEN:
             return "it is a HEIC image; reading it needs the package pillow-heif<1"
     return "it is no image of a known format"
 
@@ -221,6 +221,8 @@ def to_srgb(image, profile) -> tuple:
             remarks["bad_profile"] = " ".join(str(error).split())
     elif image.mode == "CMYK":
         remarks["ink"] = "CMYK"
+    elif image.mode == "LAB":
+        remarks["profile"] = "Lab"
     return image.convert("RGB"), remarks
 
 

@@ -53,7 +53,7 @@ KINDS = {
     "large": Kind("images of more than {pixels:,} pixels", "uses them; each takes time and memory", error=False),
     "transparent": Kind("images with transparent pixels", "puts them on --background_color", error=False),
     "deep": Kind("images of more than 8 bits per channel", "scales them to 8 bits", error=False),
-    "profile": Kind("images with another colour profile than sRGB", "converts them to sRGB", error=False),
+    "profile": Kind("images in another colour space than sRGB", "converts them to sRGB", error=False),
     "bad_profile": Kind("images with a colour profile that cannot be used", "ignores the profile", error=False),
     "ink": Kind("CMYK images without a colour profile", "converts them by a formula, not exactly", error=False),
     "frames": Kind("files of several images (animation, pages)", "uses the first one", error=False),
@@ -197,8 +197,7 @@ def check(
             images.add(index, image)
             if min(image.width, image.height) < resolution:
                 findings.add_row("small", index, f"{image.width} x {image.height}")
-            for remark in image.remarks.splitlines():
-                kind, text = remark.split(": ", 1)
+            for kind, text in image.remarks_by_kind().items():
                 findings.add_row(kind, index, text)
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 findings.add_row("large", index, f"{image.width} x {image.height}")

@@ -27,6 +27,14 @@ from ppdiffusers_train.tools.sources import Source
 
 PLAN_FILE, FORMAT = "pack.json", 1
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # by Pillow's name of a format
+# What an image loses when its pixels are stored as training sees them, by the kind of remark (`check.KINDS`).
+LOSSES = {
+    "deep": "scaled to 8 bits",
+    "profile": "converted to sRGB",
+    "bad_profile": "without their colour profile",
+    "ink": "converted from CMYK to RGB",
+    "frames": "only the first of several",
+}
 NO_SAMPLE_LOST = ("refused", "other_split")  # kinds of problems that leave out no sample
 BLOCK, RECORD = 512, 10240  # bytes: a tar file consists of blocks, and ends with a full record
 
@@ -146,7 +154,7 @@ def write_plan(folder: Path, plan: dict) -> None:
 def write_shards(rows, folder: Path, plan: dict, processes: int, log) -> None:
     """Write the missing shards of a plan, and add each to it when it is complete."""
     start, digits = next_row(plan), max(6, len(str(len(rows))))
-    shard, left_out, converted = None, [], set()
+    shard, left_out, converted = None, [], {""}
 
     def finish(next_row: int) -> None:
         note = {"name": shard.name, "samples": shard.samples, "bytes": shard.finish()}
@@ -166,12 +174,10 @@ def write_shards(rows, folder: Path, plan: dict, processes: int, log) -> None:
                     left_out.append(str(error))
                     log(f"left out: {error}")
                     continue
-                if image.format not in EXTENSIONS and image.format not in converted:
-                    converted.add(image.format)
-                    log(
-                        f"{image.format} images become PNG of the pixels that training sees (upright, 8 bits per "
-                        f"channel, sRGB, the first frame); the first: {rows.name(index)}"
-                    )
+                change = conversion(image)
+                if change not in converted:
+                    converted.add(change)
+                    log(f"{change}; the first: {rows.name(index)}")
                 if shard and shard.size_with(files) > plan["shard_size"]:
                     finish(index)
                     shard = None
@@ -184,6 +190,14 @@ def write_shards(rows, folder: Path, plan: dict, processes: int, log) -> None:
             if shard:
                 shard.abandon()
     plan["left_out"] += left_out  # where there is no shard at all
+
+
+def conversion(image: Inspected) -> str:
+    """What becomes of a stored image that is not kept as it is; empty for one that is."""
+    if image.format in EXTENSIONS:
+        return ""
+    changes = [LOSSES[kind] for kind in image.remarks_by_kind() if kind in LOSSES]
+    return f"{image.format} images become PNG, {', '.join(changes) or 'without loss'}"
 
 
 def candidates(rows, start: int):
