@@ -91,9 +91,10 @@ class Stream:
             RunError: its shard cannot be read.
         """
         lane, number = self._find(position)
-        return self.decode(lane.sample(number))
+        return self.decode(lane.sample(number), self.background)
 
-    def decode(self, sample: TarSample) -> dict:
+    @staticmethod
+    def decode(sample: TarSample, background: str = WHITE) -> dict:
         """A sample as a row.
 
         Raises:
@@ -102,7 +103,7 @@ class Stream:
         if sample.problem:
             raise BadSampleError(f"{sample.name}: {sample.problem}")
         with reading(sample.name):
-            return decode_row(sample.image, sample.captions, sample.name, self.background)
+            return decode_row(sample.image, sample.captions, sample.name, background)
 
 
 class Lane:
