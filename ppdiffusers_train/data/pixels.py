@@ -119,12 +119,12 @@ def why_unknown(stored) -> str:
         with open(stored, "rb") as file:
             head = file.read(32)
     if head[4:8] == b"ftyp":  # the container of HEIC, AVIF and films, followed by the names of what is in it
-        if b"avi" in head[8:] and "AVIF" not in Image.OPEN:
-            return (
-                "it is an AVIF image; reading it needs the package pillow-avif-plugin (pip install pillow-avif-plugin)"
-            )
-        if any(brand in head[8:] for brand in (b"hei", b"hev", b"mif1", b"msf1")) and "HEIF" not in Image.OPEN:
-            return "it is a HEIC image; reading it needs the package pillow-heif (pip install 'pillow-heif<1')"
+        for name, plugin, brands in (
+            ("AVIF", "pillow-avif-plugin", (b"avif", b"avis")),
+            ("HEIF", "pillow-heif<1", (b"hei", b"hev", b"mif1", b"msf1")),
+        ):
+            if name not in Image.OPEN and any(brand in head[8:] for brand in brands):
+                return f"it is an image of the format {name}; reading it needs a package: pip install '{plugin}'"
     return "it is no image of a known format"
 
 

@@ -360,7 +360,7 @@ def formats_of_phones_name_the_package_that_reads_them(folder):
     brands = {"a.heic": b"heic", "b.jpg": b"mif1", "c.avif": b"avif", "d.heif": b"msf1"}
     for name, brand in brands.items():
         write(folder, name, struct.pack(">I", 24) + b"ftyp" + brand + bytes(4) + brand + b"miaf" + bytes(40))
-    heic, avif = "the package pillow-heif", "the package pillow-avif-plugin"
+    heic, avif = "pip install 'pillow-heif<1'", "pip install 'pillow-avif-plugin'"
     unknown = "no image of a known format"
     heic, avif = (unknown if form in Image.OPEN else text for form, text in (("HEIF", heic), ("AVIF", avif)))
     return expect(folder, {"a.heic": heic, "b.jpg": heic, "c.avif": avif, "d.heif": heic})
