@@ -210,21 +210,20 @@ def to_srgb(image, profile) -> tuple:
         profile: the bytes of its ICC profile, or None. One that is broken, or of another kind of image, is ignored, as
             browsers and viewers do.
     """
+    if image.mode == "LAB":  # whose meaning does not depend on a profile
+        return image.convert("RGB"), {"profile": "Lab"}
     remarks = {}
-    if profile and image.mode != "LAB":  # whose meaning does not depend on a profile
+    if profile:
         try:
             mode, transform, name = transform_of(profile)
             if (mode == "CMYK") != (image.mode == "CMYK") or (mode == "L" and image.mode not in ("1", "L", "LA")):
                 raise ValueError(f"{name!r} is for images of mode {mode}, and this is {image.mode}")
             if transform:
                 return transform.apply(image.convert(mode)), {"profile": name}
-            return image.convert("RGB"), {}
         except (OSError, KeyError, ValueError, ImageCms.PyCMSError) as error:
             remarks["bad_profile"] = " ".join(str(error).split())
     elif image.mode == "CMYK":
         remarks["ink"] = "CMYK"
-    elif image.mode == "LAB":
-        remarks["profile"] = "Lab"
     return image.convert("RGB"), remarks
 
 

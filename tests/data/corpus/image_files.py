@@ -70,10 +70,23 @@ def gamma_curve(gamma: float) -> bytes:
     return b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256))
 
 
-def rgb_profile(name: str, colours: np.ndarray, gamma: float) -> bytes:
-    """A profile of three colours (see `SRGB`) and a gamma."""
+def colour_profile(name: str, colours: np.ndarray, curve: bytes) -> bytes:
+    """A profile of three colours (see `SRGB`) and a curve."""
     tags = {part + b"XYZ": b"XYZ " + bytes(4) + fixed(*column) for part, column in zip((b"r", b"g", b"b"), colours.T)}
-    return profile(name, b"RGB ", {**tags, **{part + b"TRC": gamma_curve(gamma) for part in (b"r", b"g", b"b")}})
+    return profile(name, b"RGB ", {**tags, **{part + b"TRC": curve for part in (b"r", b"g", b"b")}})
+
+
+def rgb_profile(name: str, colours: np.ndarray, gamma: float) -> bytes:
+    """A profile of three colours and a gamma."""
+    return colour_profile(name, colours, gamma_curve(gamma))
+
+
+def srgb_profile() -> bytes:
+    """A profile of sRGB whose curve is a table, as that of cameras and scanners is."""
+    values = np.linspace(0, 1, 1024)
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    table = np.rint(65535 * linear).astype(">u2").tobytes()
+    return colour_profile("standard colours", SRGB, b"curv" + bytes(4) + struct.pack(">I", 1024) + table)
 
 
 def grey_profile(gamma: float) -> bytes:

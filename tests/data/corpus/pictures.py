@@ -8,6 +8,7 @@ import struct
 
 import numpy as np
 from PIL import Image
+from PIL.ImageCms import ImageCmsProfile, createProfile
 
 from tests.data.corpus import Expected, case
 from tests.data.corpus.files import pixels, save, write_jsonl
@@ -20,6 +21,7 @@ from tests.data.corpus.image_files import (
     ink_profile,
     png,
     rgb_profile,
+    srgb_profile,
     tiff,
 )
 
@@ -267,10 +269,17 @@ def greys_with_a_profile(folder):
 
 @case
 def a_profile_of_srgb_changes_no_pixel(folder):
-    from PIL import ImageCms
+    profiles = {"a.png": srgb_profile(), "b.png": ImageCmsProfile(createProfile("sRGB")).tobytes()}
+    return expect(
+        folder, {name: save(folder / name, pixels(11), icc_profile=value) for name, value in profiles.items()}
+    )
 
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    return expect(folder, {"a.png": save(folder / "a.png", pixels(11), icc_profile=profile)})
+
+@case
+def a_profile_that_is_near_srgb_is_followed(folder):
+    colours = pixels(11) // 8  # dark ones, where the curves differ
+    save(folder / "a.png", colours, icc_profile=rgb_profile("gamma 2.2", SRGB, 563 / 256))
+    return expect(folder, {"a.png": from_rgb(colours, SRGB, 563 / 256)}, tolerance=2)
 
 
 @case
@@ -308,9 +317,11 @@ def a_png_that_is_told_to_be_turned_after_its_pixels(folder):
 @case
 def malformed_exif_data(folder):
     flat = np.full((16, 16, 3), 90, np.uint8)
-    for number, data in enumerate((b"Exif\0\0nothing", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0")):
-        save(folder / f"{number}.jpg", flat, exif=data, quality=100)
-    return expect(folder, {f"{number}.jpg": flat for number in range(3)}, tolerance=1)
+    for number, data in enumerate((b"Exif\0\0nothing", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0MM\0*\0")):
+        for ending, options in (("jpg", {"quality": 100}), ("webp", {"lossless": True}), ("png", {})):
+            save(folder / f"{number}.{ending}", flat, exif=data, **options)
+    names = (f"{number}.{ending}" for number in range(3) for ending in ("jpg", "webp", "png"))
+    return expect(folder, dict.fromkeys(names, flat), tolerance=1)
 
 
 @case
