@@ -270,8 +270,9 @@ def greys_with_a_profile(folder):
 @case
 def a_profile_of_srgb_changes_no_pixel(folder):
     profiles = {"a.png": srgb_profile(), "b.png": ImageCmsProfile(createProfile("sRGB")).tobytes()}
+    colours = pixels(11, (64, 64))
     return expect(
-        folder, {name: save(folder / name, pixels(11), icc_profile=value) for name, value in profiles.items()}
+        folder, {name: save(folder / name, colours, icc_profile=profile) for name, profile in profiles.items()}
     )
 
 
