@@ -125,6 +125,8 @@ def why_unknown(stored) -> str:
         ):
             if name not in Image.OPEN and any(brand in head[8:] for brand in brands):
                 return f"it is an image of the format {name}; reading it needs a package: pip install '{plugin}'"
+    if head[:4] in (b"II*\0", b"MM\0*"):
+        return "it is a TIFF file of a kind that is not read; expected integers of 8 or 16 bits per channel"
     return "it is no image of a known format"
 
 

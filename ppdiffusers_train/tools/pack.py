@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ppdiffusers_train.data.inspection import Inspected
-from ppdiffusers_train.data.pixels import read
+from ppdiffusers_train.data.pixels import VERSION, read
 from ppdiffusers_train.data.rows import content_digest, read_stored, reading
 from ppdiffusers_train.data.tar_samples import LARGEST_TEXT
 from ppdiffusers_train.errors import BadSampleError, UserError, writing
@@ -63,6 +63,7 @@ def pack(source: Source, output_dir, shard_size: int, name: str, caption_field: 
     require_writable(folder, "OUTPUT_DIR")
     wanted = {
         "format": FORMAT,
+        "pixels": VERSION,
         "data": digest(rows),
         "shard_size": shard_size,
         "name": name,

@@ -189,8 +189,9 @@ def floating_point_is_refused_by_name(folder):
     save(folder / "a.png", pixels(0))
     Image.fromarray(np.ones((4, 4), np.float32)).save(folder / "b.tiff")
     write(folder, "c.pfm", b"Pf\n2 1\n-1.0\n" + bytes(8))
-    refused = "floating-point numbers"
-    return expect(folder, {"a.png": pixels(0), "b.tiff": refused, "c.pfm": refused})
+    write(folder, "d.tiff", tiff((2, 1), bytes(16), (64,), 1, t339=3))
+    refused, unknown = "floating-point numbers", "a TIFF file of a kind that is not read"
+    return expect(folder, {"a.png": pixels(0), "b.tiff": refused, "c.pfm": refused, "d.tiff": unknown})
 
 
 @case
