@@ -78,8 +78,6 @@ def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
     identity = {"job": type(module).__name__, "seed": args.seed, "rows": len(dataset)}
     if hasattr(dataset, "digest"):
         identity["data"] = dataset.digest()
-    if hasattr(dataset, "background"):
-        identity["background"] = dataset.background
     if hasattr(dataset, "lanes"):
         identity["lanes"] = len(dataset.lanes)
     if getattr(dataset, "facts", None):
@@ -90,13 +88,12 @@ def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
         "seed": "--seed",
         "rows": "number of samples",
         "data": "data (a hash of all captions, or of a stream's addresses)",
-        "background": "--background_color",
         "lanes": "--stream_lanes",
         "images": "images (a hash of the contents of all)",
         "samples_per_step": "number of samples per step",
     }
     for name, value in identity.items():
-        is_of_older_version = name in ("images", "lanes", "background") and name not in saved  # then it was not known
+        is_of_older_version = name in ("images", "lanes") and name not in saved  # then it was not known
         if saved and saved.get(name) != value and not is_of_older_version:
             raise UserError(
                 f"--resume_from_checkpoint: {args.resume_from_checkpoint!r} is of another run: its "
