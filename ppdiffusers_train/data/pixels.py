@@ -78,9 +78,8 @@ def read(stored) -> tuple:
             colours, alpha = grey_of_integers(file)
         else:
             colours, alpha = split_alpha(file, raw)
-        remarks = remarks_of(file, raw, alpha)
-        image, remark = to_srgb(colours, file.info.get("icc_profile"))
-    remarks.update(remark)
+        image, remarks = to_srgb(colours, file.info.get("icc_profile"))
+        remarks = {**remarks_of(file, raw, alpha), **remarks}  # last: to look for a second frame moves the file on
     if alpha:
         image.putalpha(alpha)
     image.info = {}  # a profile or a key of transparency that a file of these pixels must not have
