@@ -26,6 +26,7 @@ from ppdiffusers_train.arguments.output import (
 from ppdiffusers_train.arguments.parser import (
     ArgumentParser,
     Flag,
+    colour,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -86,6 +87,10 @@ def add_data_arguments(parser):
     add(
         "--cache_dir", metavar="DIR",
         help="Keep downloaded models and datasets in this folder; without it, in Hugging Face's cache.",
+    )  # fmt: skip
+    add(
+        "--background_color", type=colour, default="white", metavar="COLOR",
+        help="Put transparent pixels of images on this colour: a name of CSS, or #rrggbb (in quotes in --config).",
     )  # fmt: skip
     add(
         "--index_dir", metavar="DIR",

@@ -28,6 +28,7 @@ def build_dataset(args):
         raise UserError(
             "no data: expected --train_data_dir DIR, --dataset_name NAME or --train_shards_path_or_url SHARDS"
         )
+    dataset.background = args.background_color
     if isinstance(dataset, Rows) and args.max_train_samples is not None and args.max_train_samples < len(dataset):
         dataset = dataset.select(permutation(args.seed or 0, 0, len(dataset))[: args.max_train_samples])
     return dataset

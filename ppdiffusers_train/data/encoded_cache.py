@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 
 from ppdiffusers_train.cpu.patches import COMPILE_FROM_ROWS, can_compile
 from ppdiffusers_train.data.loader import as_error, choose_caption
+from ppdiffusers_train.data.pixels import VERSION, WHITE
 from ppdiffusers_train.data.rows import with_one_caption
 from ppdiffusers_train.data.source_code import sources
 from ppdiffusers_train.draws import RowDraws
@@ -51,24 +52,26 @@ def remove_leftovers(folder: Path) -> None:
                 file.unlink()
 
 
-def encoders_folder(root: Path, module, precision, rows: int) -> tuple:
+def encoders_folder(root: Path, module, precision, rows: int, background: str = WHITE) -> tuple:
     """(the cache's folder of these encoders, whether they are compiled for it).
 
     Compiled encoders round differently, so a cache keeps the kind that it was started with, also when its data grows.
     """
-    plain = root / encoders_digest(module, precision)
+    plain = root / encoders_digest(module, precision, background)
     compiled = plain.with_name(f"{plain.name}-compiled")
     if can_compile(module) and not plain.exists() and (compiled.exists() or rows >= COMPILE_FROM_ROWS):
         return compiled, True
     return plain, False
 
 
-def encoders_digest(module, precision) -> str:
-    """A hash of everything that an encoding depends on besides the sample: code, settings, precision, weights."""
+def encoders_digest(module, precision, background: str = WHITE) -> str:
+    """A hash of everything that an encoding depends on besides the sample: code, settings, precision, weights, and how
+    pixels come of its image, with `background` behind transparent ones."""
     digest = hashlib.blake2b(digest_size=16)
     for source in sources(type(module), "preprocess", "encode"):  # users edit scripts
         digest.update(source.encode())
     settings = {"precision": precision.mixed_precision if precision.enabled else "no", **module.encoding_settings()}
+    settings |= {"pixels": VERSION, "background": background}
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for name in module.encoders:
         for key, tensor in sorted(getattr(module, name).state_dict().items()):

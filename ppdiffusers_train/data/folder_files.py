@@ -1,6 +1,5 @@
 """The files of an image folder, found by a walk through it. None is opened."""
 
-import functools
 import hashlib
 import os
 import posixpath
@@ -8,19 +7,12 @@ from array import array
 from dataclasses import dataclass
 
 import pyarrow
-from PIL import Image
 
 from ppdiffusers_train.data.metadata import METADATA_FILES
+from ppdiffusers_train.data.pixels import extensions
 from ppdiffusers_train.data.rows import stamp_of
 
 AT_ONCE = 10_000  # names that are kept as Python objects
-
-
-@functools.cache
-def extensions() -> frozenset:
-    """The extensions of files that are images: all that Pillow can read."""
-    Image.init()
-    return frozenset(extension for extension, form in Image.EXTENSION.items() if form in Image.OPEN)
 
 
 def is_image(name: str) -> bool:

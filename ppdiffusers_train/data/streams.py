@@ -20,6 +20,7 @@ from pathlib import Path
 from webdataset.gopen import gopen
 
 from ppdiffusers_train.data.order import permutation
+from ppdiffusers_train.data.pixels import WHITE
 from ppdiffusers_train.data.rows import decode_row, reading
 from ppdiffusers_train.data.tar_samples import TarSample, read_samples
 from ppdiffusers_train.draws import generator
@@ -46,6 +47,7 @@ class Stream:
     """
 
     sequential = True
+    background = WHITE  # see `Rows`
 
     def __init__(self, shards: list, size: int, seed: int, caption_field: str, cache_folder: Path, lanes: int = LANES):
         self.shards, self.size, self.seed, self.caption_field = shards, size, seed, caption_field
@@ -89,10 +91,10 @@ class Stream:
             RunError: its shard cannot be read.
         """
         lane, number = self._find(position)
-        return self.decode(lane.sample(number))
+        return self.decode(lane.sample(number), self.background)
 
     @staticmethod
-    def decode(sample: TarSample) -> dict:
+    def decode(sample: TarSample, background: str = WHITE) -> dict:
         """A sample as a row.
 
         Raises:
@@ -101,7 +103,7 @@ class Stream:
         if sample.problem:
             raise BadSampleError(f"{sample.name}: {sample.problem}")
         with reading(sample.name):
-            return decode_row(sample.image, sample.captions, sample.name)
+            return decode_row(sample.image, sample.captions, sample.name, background)
 
 
 class Lane:

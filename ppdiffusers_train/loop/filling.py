@@ -15,6 +15,7 @@ from ppdiffusers_train.data.encoded_cache import (
     remove_leftovers,
 )
 from ppdiffusers_train.data.loader import iterate_batches
+from ppdiffusers_train.data.pixels import WHITE
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import TrainingState
 from ppdiffusers_train.module import encode_batch
@@ -30,7 +31,8 @@ def encode_dataset(plan: Plan, state: TrainingState) -> EncodedSamples:
     run, module, dataset = plan.run, plan.module, plan.dataset
     root = Path(run.args.encoded_cache_dir)
     require_writable(root, "--encoded_cache_dir")
-    folder, is_compiled = encoders_folder(root, module, state.precision, len(dataset))
+    background = getattr(dataset, "background", WHITE)
+    folder, is_compiled = encoders_folder(root, module, state.precision, len(dataset), background)
     if not folder.exists() and any(root.iterdir()):
         run.log(f"{root}: holds samples of other models, settings or code, which are kept but not used")
     run.ranks.wait_for_all("the others to hash their encoders")  # before anyone makes the folder

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ppdiffusers_train.data.image_index import Decoded
 from ppdiffusers_train.data.inspection import Inspected
+from ppdiffusers_train.data.pixels import EXTREME
 from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.data.streams import LANES
 from ppdiffusers_train.errors import BadSampleError, one_line
@@ -50,6 +51,13 @@ KINDS = {
     "long_caption": Kind("captions of more than {longest} tokens", "truncates them after {longest}", error=False),
     "small": Kind("images with a side below {resolution} pixels", "enlarges them", error=False),
     "large": Kind("images of more than {pixels:,} pixels", "uses them; each takes time and memory", error=False),
+    "transparent": Kind("images with transparent pixels", "puts them on --background_color", error=False),
+    "deep": Kind("images of more than 8 bits per channel", "scales them to 8 bits", error=False),
+    "profile": Kind("images in another colour space than sRGB", "converts them to sRGB", error=False),
+    "bad_profile": Kind("images with a colour profile that cannot be used", "ignores the profile", error=False),
+    "ink": Kind("CMYK images without a colour profile", "converts them by a formula, not exactly", error=False),
+    "frames": Kind("files of several images (animation, pages)", "uses the first one", error=False),
+    "long": Kind("images more than {extreme} times as long as wide", "enlarges and crops a part", error=False),
     "duplicate": Kind("copies of other images", "uses each copy", error=False),
 }
 
@@ -189,6 +197,8 @@ def check(
             images.add(index, image)
             if min(image.width, image.height) < resolution:
                 findings.add_row("small", index, f"{image.width} x {image.height}")
+            for kind, text in image.remarks_by_kind().items():
+                findings.add_row(kind, index, text)
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 findings.add_row("large", index, f"{image.width} x {image.height}")
         progress.update(len(rows) - progress.n)
@@ -196,7 +206,9 @@ def check(
         decoded.write()
     for index, first in images.repeated():
         findings.add_row("duplicate", index, f"the same file as {rows.name(first)}")
-    found = findings.listed(longest=tokens.longest, resolution=resolution, pixels=Image.MAX_IMAGE_PIXELS)
+    found = findings.listed(
+        longest=tokens.longest, resolution=resolution, pixels=Image.MAX_IMAGE_PIXELS, extreme=EXTREME
+    )
     notes = [tokens.note] if tokens.note else []
     seconds = round(time.monotonic() - started, 3)
     return Report(name, source.kind, len(rows), captions.count, images.sizes(), found, notes, seconds)

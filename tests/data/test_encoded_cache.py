@@ -16,6 +16,7 @@ import paddle
 import pytest
 from PIL import Image
 
+from ppdiffusers_train.data import encoded_cache
 from ppdiffusers_train.data.encoded_cache import EncodedSamples, Entry, encoders_digest, remove_leftovers
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.runtime.distributed import Ranks
@@ -252,6 +253,15 @@ def test_the_digest_of_the_encoders_follows(changed):
     digest = encoders_digest(changed(), Precision("no"))
     assert digest != encoders_digest(Cropping(), Precision("no"))
     assert digest == encoders_digest(changed(), Precision("no"))
+
+
+def test_the_digest_follows_how_pixels_come_of_an_image(monkeypatch):
+    def digest(*background):
+        return encoders_digest(Cropping(), Precision("no"), *background)
+
+    white, red = digest(), digest("#ff0000")
+    monkeypatch.setattr(encoded_cache, "VERSION", encoded_cache.VERSION + 1)
+    assert len({white, red, digest()}) == 3
 
 
 def test_the_digest_does_not_follow_what_encodes_nothing():

@@ -154,6 +154,35 @@ def test_extensions_are_those_of_the_content_and_other_formats_are_said_once(tmp
     assert list(members(tmp_path / "shards"))[::2] == ["000000.png", "000001.png", "000002.png"]
 
 
+def test_what_a_conversion_changes_is_said(tmp_path, capsys):
+    frames = [Image.new("L", (4, 4), colour) for colour in (0, 255)]
+    deep = Image.fromarray(np.full((4, 4), 1000, np.uint16))
+    files = {
+        "a.tif": deep,
+        "b.tif": deep,
+        "c.tif": Image.new("CMYK", (4, 4)),
+        "d.gif": frames[0],
+        "e.bmp": frames[1],
+        "f.tif": frames[1],
+    }
+    options = {"d.gif": {"save_all": True, "append_images": frames[1:]}, "f.tif": {"icc_profile": b"broken"}}
+    (tmp_path / "photos").mkdir()
+    for name, image in files.items():
+        image.save(tmp_path / "photos" / name, **options.get(name, {}))
+    make_folder(tmp_path / "photos", {}, map(row, files))
+    assert pack(tmp_path / "photos", tmp_path / "shards") == 0
+    said = [line.split("; ")[0] for line in capsys.readouterr().out.splitlines() if "PNG" in line]
+    assert said == [
+        "TIFF images become PNG, scaled to 8 bits", "TIFF images become PNG, converted from CMYK to RGB",
+        "GIF images become PNG, only the first of several", "BMP images become PNG, without loss",
+        "TIFF images become PNG, without their colour profile",
+    ]  # fmt: skip
+    stored = [
+        Image.open(io.BytesIO(content)) for name, content in members(tmp_path / "shards").items() if "png" in name
+    ]
+    assert len(stored) == 6 and not any("icc_profile" in image.info for image in stored)
+
+
 def test_a_dataset_of_the_hub_and_shards_can_be_packed(tmp_path, capsys):
     images = [Image.new("RGB", (20, 16), color) for color in ("red", "blue")]
     table = datasets.Dataset.from_dict({"picture": [*images, None], "words": [["one"], ["two", "three"], ["four"]]})

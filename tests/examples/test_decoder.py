@@ -492,6 +492,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(train_decoder,
     edit_json(other_job / "state.json", job="KandinskyPriorTrainingModule")
     cases = {
         (checkpoint, "--seed=1"): "is of another run: its --seed is 0, here it is 1",
+        (checkpoint, "--background_color=black"): "was trained with #ffffff, now it is #000000",
         (checkpoint, "--max_train_samples=3"): "its number of samples is 7, here it is 3",
         (checkpoint, f"--train_data_dir={other_data}"): "is of another run: its data (a hash of all captions",
         (checkpoint, f"--train_data_dir={other_image}"): "is of another run: its images (a hash of the contents of all",
