@@ -29,10 +29,10 @@ def look_into(folder: str, index_dir: Path) -> tuple:
         listing = list_files(folder)
         kind = kind_of(listing)
     if kind is None:
-        found = ", ".join(listing.others.values()) or "no files"
+        others = ", ".join(listing.others.values())
         raise UserError(
-            f"{folder!r} holds no data, but {found}; expected images with captions, tar shards (.tar), zip archives, "
-            f"or tables ({', '.join(TABLE_FORMATS)})"
+            f"{folder!r} holds no data{', but ' if others else ''}{others}; expected images with captions, tar shards, "
+            f"zip archives, or tables ({', '.join(TABLE_FORMATS)})"
         )
     return kind, folder, listing
 

@@ -214,7 +214,7 @@ def sample_files(rows, index: int, image: Inspected, captions: list, caption_fie
 
 def caption_file(captions: list, caption_field: str) -> tuple:
     """Extension and content of the file with a sample's captions: .txt, or .json where .txt would change them."""
-    if len(captions) == 1 and captions[0] == captions[0].strip():
+    if len(captions) == 1 and captions[0] == captions[0].strip() and not captions[0].startswith("\ufeff"):
         return "txt", captions[0].encode("utf-8")
     return "json", json.dumps({caption_field: captions}).encode("ascii")
 
