@@ -21,6 +21,7 @@ from ppdiffusers_train.data.rows import stamp_of
 from ppdiffusers_train.errors import UserError
 
 ARCHIVE = ".zip"
+UTF8_FLAG = 0x800  # of a file in an archive
 
 
 def is_archive(name: str) -> bool:
@@ -80,12 +81,24 @@ def unpack(archive: str, target: Path) -> None:
     """
     try:
         with zipfile.ZipFile(archive) as opened:
-            for member in opened.infolist():
+            members = opened.infolist()
+            for member in members:
+                member.filename = member_name(member)
                 if member.filename.startswith("/") or ".." in member.filename.split("/"):
                     raise UserError(f"{archive}: the name {member.filename!r} points outside the archive")
-            opened.extractall(target)
+            opened.extractall(target, members)
     except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
         raise UserError(f"{archive}: it cannot be unpacked: {error}") from error
+
+
+def member_name(member: zipfile.ZipInfo) -> str:
+    """The path of a file in an archive. Some programs write `\\`, or do not say that names are UTF-8 or GB 18030."""
+    name = member.filename.replace("\\", "/")
+    if not name.isascii() and not member.flag_bits & UTF8_FLAG:
+        for encoding in ("utf-8", "gb18030"):
+            with contextlib.suppress(UnicodeDecodeError):
+                return name.encode("cp437").decode(encoding)  # what `zipfile` takes all other names for
+    return name
 
 
 def link_files(folder: str, names: list, contents: dict, target: Path) -> None:

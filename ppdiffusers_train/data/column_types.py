@@ -31,7 +31,8 @@ def is_image(kind) -> bool:
         return is_binary(kind) or is_text(kind)
     fields = {field.name: field.type for field in kind}
     content, path = fields.get("bytes", pyarrow.null()), fields.get("path", pyarrow.null())
-    return ("bytes" in fields or "path" in fields) and (is_binary(content) or is_text(content)) and is_text(path)
+    is_content = is_binary(content) or types.is_null(content)
+    return ("bytes" in fields or "path" in fields) and is_content and is_text(path)
 
 
 def image_parts(column) -> tuple:

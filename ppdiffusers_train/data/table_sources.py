@@ -140,7 +140,7 @@ def look_into_archives(rows: ImageCaptionDataset, index_dir: Path) -> None:
 
 def refuse_addresses(rows: ImageCaptionDataset, source: str) -> None:
     """Raise a `UserError` if the first image is an address: nothing is downloaded while a run reads its samples."""
-    path = rows.path(0) if len(rows) else None
+    path = rows.path(0) if len(rows) and not rows.is_embedded(0) else None
     if path and path.startswith(ADDRESSES):
         raise UserError(
             f"--image_column: column {rows.image_column!r} of {source!r} holds addresses such as {path!r}; expected "

@@ -73,8 +73,12 @@ class ImageCaptionDataset(TableRows):
         return self._value(self.paths, index)
 
     def is_missing(self, index: int) -> bool:
-        """Whether a row has a path, but there is no file at it."""
-        return not self._value(self.contents, index) and bool(self.path(index)) and self._stat(index) is None
+        """Whether there is no file at the path that a row has for its image."""
+        return not self.is_embedded(index) and bool(self.path(index)) and self._stat(index) is None
+
+    def is_embedded(self, index: int) -> bool:
+        """Whether the bytes of a row's image are in the table."""
+        return bool(self._lengths[self.chosen[index]])
 
     def location(self, index: int):
         content, path = self._value(self.contents, index), self.path(index)

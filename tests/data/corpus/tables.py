@@ -142,6 +142,19 @@ def table_of_addresses(folder):
 
 
 @case
+def table_of_images_that_came_from_addresses(folder):
+    rows = [{"bytes": content, "path": f"https://example.org/{number}.png"} for number, content in enumerate(IMAGES)]
+    write_parquet(folder, rows, ["a", "b"])
+    return data(folder, BOTH)
+
+
+@case
+def table_of_texts_as_bytes(folder):
+    write_parquet(folder, [{"bytes": "iVBORw0KGgo=", "path": "a.png"}], ["a"])
+    return refused(data(folder), "does not hold images, but struct<bytes: string, path: string>; expected bytes, paths")
+
+
+@case
 def table_of_paths(folder):
     for number in (0, 1):
         save(folder / "photos" / f"{number}.png", pixels(number))
@@ -215,6 +228,26 @@ def table_of_paths_into_a_zip(folder):
     names = ["in/0.png", "zip://in/1.png::photos.zip", "photos.zip/in/1.png"]
     write_parquet(folder, names, ["a", "b", "c"])
     return data(folder, [*BOTH, (pixels(1), "c")])
+
+
+class NameOfBytes(zipfile.ZipInfo):
+    """A file of an archive, whose name is written without a word on its encoding."""
+
+    def _encodeFilenameFlags(self):
+        return self.written, self.flag_bits
+
+
+@case
+def zip_with_names_in_other_encodings(folder):
+    names = {"in\\照片.png": "gb18030", "in/图片.png": "utf-8"}
+    with zipfile.ZipFile(folder / "photos.zip", "w") as archive:
+        for (name, encoding), image in zip(names.items(), IMAGES):
+            member = NameOfBytes("x")
+            member.written = name.encode(encoding)
+            archive.writestr(member, image)
+    rows = [{"file_name": f"in/{name}.png", "text": text} for name, text in zip(("照片", "图片"), "ab")]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return data(folder, BOTH[::-1])
 
 
 @case

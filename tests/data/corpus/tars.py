@@ -72,6 +72,14 @@ BROKEN = {
         [*pair("photo.left"), *pair("photo")],
         [(RED, "a red square"), "photo.left.png: the name of a sample ends at its first dot"],
     ),
+    "dotted_number_without_a_text": (
+        [*pair("photo"), ("photo.2.png", picture())],
+        [(RED, "a red square"), "photo.2.png: the name of a sample ends at its first dot"],
+    ),
+    "dotted_images_without_a_plain_one": (
+        [("photo.left.png", picture()), ("photo.right.png", picture()), ("photo.txt", b"x")],
+        [f"photo.{side}.png: the name of a sample ends at its first dot" for side in ("left", "right")],
+    ),
     "twenty_dotted_pairs": (
         sum((pair(f"shot_0.{number:02d}_x") for number in range(20)), []),
         [f"shot_0.{number:02d}_x.png: the name of a sample ends at its first dot" for number in range(20)],
