@@ -1,5 +1,6 @@
 """Tables in files on this machine: which files of a folder belong to which split, and what is in them."""
 
+import contextlib
 import os
 import posixpath
 import re
@@ -15,6 +16,7 @@ from ppdiffusers_train.data.image_folder import usable_captions
 from ppdiffusers_train.data.metadata import Problems, read_lines
 from ppdiffusers_train.data.rows import content_digest, stamp_of
 from ppdiffusers_train.data.tables import ImageCaptionDataset
+from ppdiffusers_train.errors import UserError
 
 # The words of `datasets` for splits, at the beginning of the name of a file or of a folder.
 SPLITS = {
@@ -79,24 +81,45 @@ def open_files(files: list, columns: Columns, cache_dir, problems: Problems) -> 
 
 
 def mapped_table(files: list, columns: Columns):
-    """The two columns of Arrow files as they are on disk. Nothing is read or copied."""
+    """The two columns of Arrow files as they are on disk. Only what is compressed is read and copied."""
     tables = []
     for file in files:
-        mapped = pyarrow.memory_map(file)
-        try:
-            table = pyarrow.ipc.open_file(mapped).read_all()
-        except pyarrow.ArrowInvalid:  # it is a stream, as `datasets` writes it
-            mapped.seek(0)
-            table = pyarrow.ipc.open_stream(mapped).read_all()
+        with naming(file):
+            table = read_mapped(file)
         tables.append(table.select(columns.check(table.schema)))
     return pyarrow.concat_tables(tables, promote_options="permissive")
 
 
+def read_mapped(file: str):
+    """The table of an Arrow file or of a stream in a file, which is what `datasets` writes."""
+    mapped = pyarrow.memory_map(file)
+    try:
+        return pyarrow.ipc.open_file(mapped).read_all()
+    except pyarrow.ArrowInvalid:
+        mapped.seek(0)
+        return pyarrow.ipc.open_stream(mapped).read_all()
+
+
+@contextlib.contextmanager
+def naming(file: str):
+    """A context in which an error of reading is one that names the file."""
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{file}: it cannot be read: {' '.join(str(error).split())}") from error
+
+
 def parquet_table(files: list, columns: Columns, cache_dir):
     """The two columns of Parquet files. `datasets` writes them once into its cache, as files that can be mapped."""
-    schemas = [parquet.read_schema(file).remove_metadata() for file in files]
+    schemas, rows = [], 0
+    for file in files:
+        with naming(file), parquet.ParquetFile(file) as opened:
+            schemas.append(opened.schema_arrow.remove_metadata())
+            rows += opened.metadata.num_rows
     names = [columns.check(schema) for schema in schemas][0]
     whole = pyarrow.unify_schemas([readable(schema, names) for schema in schemas], promote_options="permissive")
+    if not rows:  # which `datasets` refuses
+        return whole.empty_table()
     options = {"columns": names, "features": datasets.Features.from_arrow_schema(whole), "batch_size": ROWS_AT_ONCE}
     table = datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir, split="train", **options)
     return table.data.table

@@ -115,6 +115,19 @@ def table_whose_first_file_has_no_captions(folder):
 
 
 @case
+def table_in_a_damaged_file(folder):
+    write_parquet(folder, IMAGES, ["a", "b"], "0.parquet")
+    (folder / "1.parquet").write_bytes(b"PAR1")
+    return refused(data(folder), "1.parquet: it cannot be read: Parquet file size is 4 bytes")
+
+
+@case
+def table_without_rows(folder):
+    write_parquet(folder, pyarrow.array([], pyarrow.binary()), pyarrow.array([], pyarrow.string()))
+    return data(folder, refused=("has no samples",))
+
+
+@case
 def table_with_numbers_as_captions(folder):
     write_parquet(folder, IMAGES, [1, 2])
     return refused(
