@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ppdiffusers_train.data.folder_files import walk
 from ppdiffusers_train.data.rows import stamp_of
-from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.errors import UserError, writing
 
 ARCHIVE = ".zip"
 UTF8_FLAG = 0x800  # of a file in an archive
@@ -45,13 +45,11 @@ def unpacked(folder: str, index_dir: Path) -> str:
         return str(target)
     if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
         print(f"{folder}: {len(stamps)} zip archives are unpacked into {place}; the first is {next(iter(stamps))}")
-    try:
+    with writing("--index_dir: unpacked archives", place, kind=UserError):
         for name, stamp in stamps.items():
             make_once(place / stamp, functools.partial(unpack, os.path.join(folder, name)))
         contents = {name: place / stamp for name, stamp in stamps.items()}
         make_once(target, functools.partial(link_files, folder, [name for name, _ in files], contents))
-    except OSError as error:
-        raise UserError(f"--index_dir: {error.filename or str(place)!r}: {error.strerror or error}") from error
     return str(target)
 
 

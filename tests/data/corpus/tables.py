@@ -271,6 +271,14 @@ def zip_with_names_that_are_there_already(folder):
 
 
 @case
+def zip_without_a_place_to_unpack_it(folder):
+    photo_zip(folder)
+    (folder / "file").write_text("")
+    said = ("--index_dir: unpacked archives cannot be written to", "expected a folder in which files can be made")
+    return refused(data(folder, None, "--index_dir", folder / "file" / "index"), *said)
+
+
+@case
 def zip_that_climbs(folder):
     write_zip(folder / "photos.zip", {"../0.png": IMAGES[0]})
     return refused(data(folder), "photos.zip: the name '../0.png' points outside the archive")
