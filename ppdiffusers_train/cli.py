@@ -44,7 +44,6 @@ def check_data(args) -> int:
     from ppdiffusers_train.data.inspection import processors
     from ppdiffusers_train.models.text import count_tokens, load_tokenizer
     from ppdiffusers_train.tools.check import Tokens, check, describe_shards
-    from ppdiffusers_train.tools.sources import LIST
 
     with stdout_for_result(args.json):
         tokenizer = load_tokenizer(args.tokenizer, "--tokenizer") if args.tokenizer else None
@@ -52,10 +51,6 @@ def check_data(args) -> int:
         if tokenizer:
             tokens = Tokens(lambda caption: count_tokens(tokenizer, caption), tokenizer.model_max_length, note="")
         source = open_named(args)
-        if source.kind == LIST:
-            raise UserError(
-                f"{args.source!r} is a list of files, which training cannot read; `pack` makes shards of it"
-            )
         options = {"kept": None} if args.json else {}
         processes = args.processes or processors()
         report = check(source, args.source, args.resolution, tokens, processes, index_folder(args), **options)
@@ -141,14 +136,15 @@ def open_named(args):
     """The `Source` that the flags of `add_source_arguments` name."""
     from ppdiffusers_train.tools.sources import open_source
 
-    places = {name: getattr(args, name) for name in ("dataset_config_name", "cache_dir", "index_dir")}
-    return open_source(args.source, args.image_column, args.caption_column, **places)
+    flags = {name: getattr(args, name) for name in ("dataset_config_name", "dataset_split", "cache_dir", "index_dir")}
+    return open_source(args.source, args.image_column, args.caption_column, **flags)
 
 
 def add_source_arguments(command, what: str) -> None:
     add = command.add_argument
     add("source", metavar="SOURCE", help=what)
     add("--dataset_config_name", help="Use this configuration of the dataset, if it has several.")
+    add("--dataset_split", default="train", metavar="SPLIT", help="Read this split of a table, such as validation.")
     add("--image_column", default="image", help="Read images from this column.")
     add(
         "--caption_column", default="text",

@@ -59,8 +59,9 @@ def add_data_arguments(parser):
     """Where the samples come from, read by `data.dataset.build_dataset`."""
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--dataset_name", help="Train on this dataset of the hub, or on a path that `datasets.load_dataset` accepts.")
+    add("--dataset_name", help="Train on this dataset of the hub, or on the tables of this folder or file.")
     add("--dataset_config_name", help="Use this configuration of the dataset, if it has several.")
+    add("--dataset_split", default="train", metavar="SPLIT", help="Train on this split of a table, such as validation.")
     add(
         "--train_data_dir", metavar="DIR",
         help="Train on the images of this folder, whose metadata.jsonl holds their captions.",

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from ppdiffusers_train.data.image_index import Decoded
 from ppdiffusers_train.data.inspection import Inspected
 from ppdiffusers_train.data.pixels import EXTREME
-from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.data.streams import LANES
 from ppdiffusers_train.errors import BadSampleError, one_line
 from ppdiffusers_train.tools.caption_length import LONGEST, fewest_tokens
@@ -47,6 +46,7 @@ KINDS = {
     "unreadable": Kind("images that cannot be read", SKIPPED),
     "bomb": Kind("images too large to be opened", SKIPPED),
     "other_split": Kind("images in other folders than train/", "does not use them", error=False),
+    "other_picture": Kind("more pictures of samples in shards", "uses the first of each sample", error=False),
     "empty_caption": Kind("empty captions", "uses them as they are", error=False),
     "long_caption": Kind("captions of more than {longest} tokens", "truncates them after {longest}", error=False),
     "small": Kind("images with a side below {resolution} pixels", "enlarges them", error=False),
@@ -185,11 +185,11 @@ def check(
     if not len(rows):
         findings.add("no_samples", name)
     captions = CaptionCheck(source, tokens, findings)
-    decoded = Decoded(rows, index_dir) if isinstance(rows, Rows) else None
+    decoded = Decoded(rows, index_dir)
     with tqdm(total=len(rows), desc="checking", unit="image") as progress:
         for index, image in inspect_all(known_or_located(captions.locations(), decoded), processes):
             progress.update(index + 1 - progress.n)
-            if decoded and not decoded.is_known[index]:
+            if not decoded.is_known[index]:
                 decoded.add(index, image)
             if image.problem:
                 findings.add_row("bomb" if image.is_bomb else "unreadable", index, image.problem)
@@ -202,8 +202,7 @@ def check(
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 findings.add_row("large", index, f"{image.width} x {image.height}")
         progress.update(len(rows) - progress.n)
-    if decoded:
-        decoded.write()
+    decoded.write()
     for index, first in images.repeated():
         findings.add_row("duplicate", index, f"the same file as {rows.name(first)}")
     found = findings.listed(
@@ -217,7 +216,7 @@ def check(
 def known_or_located(items, decoded):
     """Each (row, location), with what is known of the image in place of its location if it was decoded earlier."""
     for row, location in items:
-        yield row, decoded.known(row) if decoded and decoded.is_known[row] else location
+        yield row, decoded.known(row) if decoded.is_known[row] else location
 
 
 class CaptionCheck:

@@ -35,7 +35,7 @@ LOSSES = {
     "ink": "converted from CMYK to RGB",
     "frames": "only the first of several",
 }
-NO_SAMPLE_LOST = ("refused", "other_split")  # kinds of problems that leave out no sample
+NO_SAMPLE_LOST = ("refused", "other_split", "other_picture")  # kinds of problems that leave out no sample
 BLOCK, RECORD = 512, 10240  # bytes: a tar file consists of blocks, and ends with a full record
 
 
@@ -233,11 +233,8 @@ def sample_files(rows, index: int, image: Inspected, captions: list, caption_fie
 
 def caption_file(captions: list, caption_field: str) -> tuple:
     """Extension and content of the file with a sample's captions: .txt, or .json where .txt would change them."""
-    try:
-        if len(captions) == 1 and captions[0] == captions[0].strip():
-            return "txt", captions[0].encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can hold
-        pass
+    if len(captions) == 1 and captions[0] == captions[0].strip() and not captions[0].startswith("\ufeff"):
+        return "txt", captions[0].encode("utf-8")
     return "json", json.dumps({caption_field: captions}).encode("ascii")
 
 

@@ -129,8 +129,8 @@ def test_any_rows_come_out_of_the_shards_as_they_went_in(samples, shard_size):
 
 
 def test_captions_stand_where_other_readers_look_for_them(tmp_path):
-    texts = ["one", ["one", "two"], " one ", [""], "\ud800"]
-    files = {f"{number}.png": png(color=number) for number in range(5)}
+    texts = ["one", ["one", "two"], " one ", [""]]
+    files = {f"{number}.png": png(color=number) for number in range(4)}
     make_folder(tmp_path, files, [])
     lines = [json.dumps({"file_name": name, "words": text}) for name, text in zip(files, texts)]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
@@ -141,7 +141,6 @@ def test_captions_stand_where_other_readers_look_for_them(tmp_path):
         "000001.json": b'{"words": ["one", "two"]}',
         "000002.json": b'{"words": [" one "]}',
         "000003.txt": b"",
-        "000004.json": b'{"words": ["\\ud800"]}',
     }
 
 
