@@ -67,6 +67,7 @@ setup(
     extras_require={
         "cpu": CPU,
         "gpu": GPU,
+        "heif": ["pillow-heif<1", "pillow-avif-plugin"],  # HEIC and AVIF images
         "dev": [*CPU, *TESTS, "ruff", "tensorboardX"],
         "parity": [
             *CPU,

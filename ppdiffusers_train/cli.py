@@ -46,7 +46,6 @@ def check_data(args) -> int:
     from ppdiffusers_train.data.inspection import processors
     from ppdiffusers_train.models.text import count_tokens, load_tokenizer
     from ppdiffusers_train.tools.check import Tokens, check, describe_shards
-    from ppdiffusers_train.tools.sources import LIST
 
     with stdout_for_result(args.json):
         tokenizer = load_tokenizer(args.tokenizer, "--tokenizer") if args.tokenizer else None
@@ -54,10 +53,6 @@ def check_data(args) -> int:
         if tokenizer:
             tokens = Tokens(lambda caption: count_tokens(tokenizer, caption), tokenizer.model_max_length, note="")
         source = open_named(args)
-        if source.kind == LIST:
-            raise UserError(
-                f"{args.source!r} is a list of files, which training cannot read; `pack` makes shards of it"
-            )
         options = {"kept": None} if args.json else {}
         processes = args.processes or processors()
         report = check(source, args.source, args.resolution, tokens, processes, index_folder(args), **options)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs
 
 OWNER, COMMIT = "owner", "0123456789abcdef0123456789abcdef01234567"
 
@@ -80,6 +81,12 @@ class FakeHub:
             def do_POST(self):
                 body, path = self.body(), self.path.split("?")[0]
                 hub.requests.append((self.command, path))
+                if path.endswith("/paths-info/main"):  # a question that anybody may ask
+                    found = hub.files["/".join(path.split("/")[3:5])]
+                    names = [name for name in parse_qs(body.decode())["paths"] if name in found]
+                    return self.reply_json(
+                        [{"type": "file", "path": n, "size": len(found[n]), "oid": "0"} for n in names]
+                    )
                 if self.headers.get("Authorization") != f"Bearer {hub.token}":
                     return self.reply(401, b'{"error": "Invalid credentials"}')
                 self.reply_json(hub.post(path, body))
@@ -93,7 +100,7 @@ class FakeHub:
             def do_GET(self):
                 path = self.path.split("?")[0]
                 hub.requests.append((self.command, path))
-                if path.startswith("/api/models/"):
+                if path.startswith(("/api/models/", "/api/datasets/")):
                     repository = "/".join(path.split("/")[3:5])
                     if repository not in hub.files:
                         return self.reply(404, b'{"error": "not found"}', X_Error_Code="RepoNotFound")
@@ -104,7 +111,9 @@ class FakeHub:
                         )
                     siblings = [{"rfilename": name} for name in hub.files[repository]]
                     return self.reply_json({"id": repository, "sha": COMMIT, "siblings": siblings})
-                owner, name, resolve, revision, file = path[1:].split("/", 4)
+                if path == "/parquet":  # of the service that converts datasets
+                    return self.reply(404)
+                owner, name, resolve, revision, file = path.removeprefix("/datasets")[1:].split("/", 4)
                 content = hub.files[f"{owner}/{name}"][file]
                 etag = hashlib.sha256(content).hexdigest()
                 self.reply(200, content, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)

@@ -53,6 +53,8 @@ def refusal(parser, capsys, *flags):
         (["photos"], "unexpected argument 'photos'; flags begin with --"),
         (["--train_batch_size=0"], "argument --train_batch_size: '0' is not a whole number above 0"),
         (["--learning_rate=fast"], "argument --learning_rate: 'fast' is not a number from 0 on"),
+        (["--background_color=wite"], "'wite' is not a colour; expected a name such as white, or #rrggbb"),
+        (["--background_color=#ffffff80"], "'#ffffff80' is not a colour"),
         (["--learning_rate=nan"], "'nan' is not a number from 0 on"),
         (["--adam_beta1=1"], "'1' is not a number from 0 to below 1"),
         (["--seed=-1"], "'-1' is not a whole number from 0 to 2**63 - 1"),
@@ -75,6 +77,13 @@ def test_both_spellings_of_the_prompts_are_the_same_flag(parser):
     assert parser.parse_args(["--validation_prompts", "a", "b"]).validation_prompts == ["a", "b"]
 
 
+@pytest.mark.parametrize("text", ["tomato", "Tomato", "#ff6347", "#FF6347"])
+def test_a_colour_has_one_value_however_it_is_written(parser, config, text):
+    assert parser.parse_args([f"--background_color={text}"]).background_color == "#ff6347"
+    assert parser.parse_args([config(f"background_color: '{text}'")]).background_color == "#ff6347"
+    assert parser.parse_args([]).background_color == "#ffffff"
+
+
 def test_config_sets_flags_and_the_command_line_wins(parser, config):
     flag = config("learning_rate: 1e-5\nuse_ema: true\nseed: 0\nvalidation_prompts: [a cat, 一只猫]\ncache_dir: null\n")
     args = parser.parse_args([flag, "--learning_rate=2e-5"])
@@ -90,6 +99,7 @@ def test_config_sets_flags_and_the_command_line_wins(parser, config):
         ("learning_rat: 1", "sets 'learning_rat', which is not a flag; did you mean --learning_rate?"),
         ("train_batch_size: many", "argument --train_batch_size: 'many' is not a whole number above 0"),
         ("use_ema: 3", "sets 'use_ema' to 3; expected true or false"),
+        ("background_color: #ffffff", "sets 'background_color' to nothing; a text that begins with # needs quotes"),
         ("train-batch-size: 1", "sets 'train-batch-size', which is not a flag; did you mean --train_batch_size?"),
         ("train_batch_size: ''", "argument --train_batch_size: '' is not a whole number above 0"),
         ("lr_scheduler: --", "argument --lr_scheduler: invalid choice: '--'"),

@@ -23,8 +23,8 @@ WRITES = set(
     correct_size save_model export_pipeline export link_tree link_file link_plainly remove_weights write_lora save_lora
     save_lora_weights save_weights save_optimizer write_plan write_shards Shard build_tokenizer
     build_t5_tokenizer export_combined export_prior sample_files require_room VisualDLTracker
-    TensorBoardTracker build_kandinsky build_prior_pipeline build_sd build_sdxl build_sd3 write_weights
-    UnfinishedPack replace_result set_aside_later remove_earlier_checkpoints remove_folder
+    TensorBoardTracker build_kandinsky build_prior_pipeline build_sdxl write_weights replace_result set_aside_later
+    remove_earlier_checkpoints remove_folder make_once link_files UnfinishedPack
     write_pretrained write_kandinsky write_sd write_sdxl write_sd3""".split()
 )
 # These write where nobody loses a run: the launcher's logs are masked if possible, and toys are trained by developers.
@@ -78,6 +78,27 @@ def unguarded_writes(source: str) -> list:
 
     look(ast.parse(source), leaves=False)
     return found
+
+
+@pytest.mark.parametrize(
+    "line, count",
+    [
+        ("path.write_text('')", 1),
+        ("with open(path, 'w') as file: pass", 1),
+        ("with path.open(mode='ab') as file: pass", 1),
+        ("os.replace(path, other)", 1),
+        ("write_tensors(path, {}, {})", 1),
+        ("with writing('it', path): path.mkdir()", 0),
+        ("with writing('it', path), open(path, 'x') as file: pass", 0),
+        ("with suppress(OSError): path.unlink()", 0),
+        ("try: path.mkdir()\n    except OSError: path.mkdir()", 1),
+        ("try: path.mkdir()\n    except ValueError: pass", 1),
+        ("open(path).read() + open(path, 'rb').read() + 'a'.replace('w', 'x')", 0),
+    ],
+)
+def test_a_write_outside_the_wrapper_is_found(line, count):
+    assert len(unguarded_writes(f"def work(path):\n    {line}")) == count
+    assert not unguarded_writes(f"def save_model(path):\n    {line}"), "its callers are looked at"
 
 
 def test_every_write_is_in_the_wrapper():

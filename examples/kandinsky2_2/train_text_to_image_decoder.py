@@ -13,7 +13,7 @@ from PIL import Image
 from ppdiffusers import DDPMScheduler, UNet2DConditionModel, VQModel
 from ppdiffusers.transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels
+from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels, without_ends
 from ppdiffusers_train.job import FullTraining, job_main
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders
 from ppdiffusers_train.models.unet import save_memory
@@ -54,7 +54,7 @@ class KandinskyDecoderTrainingModule(FullTraining):
         """pixel_values [3, R, R] of the centred square; clip_pixel_values of the whole image, as CLIP crops it."""
         image, resolution = row["image"], self.args.resolution
         square = center_crop_square(image).resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=1)
-        clip_pixels = self.image_processor(image, return_tensors="np").pixel_values[0]
+        clip_pixels = self.image_processor(without_ends(image), return_tensors="np").pixel_values[0]
         if draws.bernoulli("drop_caption", self.args.proportion_empty_prompts):
             clip_pixels = np.zeros_like(clip_pixels)  # guidance uses the embedding of zeros for no image
         return {"pixel_values": normalize_pixels(square), "clip_pixel_values": clip_pixels}

@@ -16,6 +16,7 @@ from ppdiffusers.transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from ppdiffusers_train.data.transforms import without_ends
 from ppdiffusers_train.job import FullTraining, job_main
 from ppdiffusers_train.models.attention import announce_plain_attention
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders
@@ -75,7 +76,7 @@ class KandinskyPriorTrainingModule(FullTraining):
         """clip_pixel_values as CLIP crops them; input_ids and text_mask [L] of the caption."""
         dropped = draws.bernoulli("drop_caption", self.args.proportion_empty_prompts)
         input_ids, text_mask = tokenize(self.tokenizer, "" if dropped else row["caption"])
-        clip_pixels = self.image_processor(row["image"], return_tensors="np").pixel_values[0]
+        clip_pixels = self.image_processor(without_ends(row["image"]), return_tensors="np").pixel_values[0]
         return {"clip_pixel_values": clip_pixels, "input_ids": input_ids, "text_mask": text_mask}
 
     def encode(self, batch):

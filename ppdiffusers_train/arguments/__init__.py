@@ -26,6 +26,7 @@ from ppdiffusers_train.arguments.output import (
 from ppdiffusers_train.arguments.parser import (
     ArgumentParser,
     Flag,
+    colour,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -58,8 +59,9 @@ def add_data_arguments(parser):
     """Where the samples come from, read by `data.dataset.build_dataset`."""
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--dataset_name", help="Train on this dataset of the hub, or on a path that `datasets.load_dataset` accepts.")
+    add("--dataset_name", help="Train on this dataset of the hub, or on the tables of this folder or file.")
     add("--dataset_config_name", help="Use this configuration of the dataset, if it has several.")
+    add("--dataset_split", default="train", metavar="SPLIT", help="Train on this split of a table, such as validation.")
     add(
         "--train_data_dir", metavar="DIR",
         help="Train on the images of this folder, whose metadata.jsonl holds their captions.",
@@ -86,6 +88,10 @@ def add_data_arguments(parser):
     add(
         "--cache_dir", metavar="DIR",
         help="Keep downloaded models and datasets in this folder; without it, in Hugging Face's cache.",
+    )  # fmt: skip
+    add(
+        "--background_color", type=colour, default="white", metavar="COLOR",
+        help="Put transparent pixels of images on this colour: a name of CSS, or #rrggbb (in quotes in --config).",
     )  # fmt: skip
     add(
         "--index_dir", metavar="DIR",

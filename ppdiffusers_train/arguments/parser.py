@@ -36,6 +36,18 @@ non_negative_float = _number(float, lambda number: 0 <= number < math.inf, "a nu
 unit_float = _number(float, lambda number: 0 <= number < 1, "a number from 0 to below 1")
 
 
+def colour(text: str) -> str:
+    """A colour as #rrggbb, from its name in CSS or from #rgb or #rrggbb."""
+    from PIL import ImageColor  # here: `--help` should be fast
+
+    if re.fullmatch("[A-Za-z]+|#[0-9A-Fa-f]{3}|#[0-9A-Fa-f]{6}", text):
+        try:
+            return "#{:02x}{:02x}{:02x}".format(*ImageColor.getrgb(text))
+        except ValueError:
+            pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a colour; expected a name such as white, or #rrggbb")
+
+
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -138,6 +150,8 @@ class ArgumentParser(argparse.ArgumentParser):
             if action.dest in lines:  # also by another spelling
                 entry.refuse(f"{entry.name!r}, which line {lines[action.dest]} has set already; expected it once")
             lines[action.dest] = entry.line
+            if entry.values is None and isinstance(action.default, str):
+                entry.refuse(f"{entry.name!r} to nothing; a text that begins with # needs quotes")
             if entry.values is not None:
                 arguments += self._as_typed(entry, action)
         return arguments

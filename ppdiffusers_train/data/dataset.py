@@ -1,11 +1,13 @@
 """Opens the data that a run's flags name: a folder of images, a dataset of the hub, or tar shards."""
 
+import argparse
 import os
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
 
-from ppdiffusers_train.data.folder_files import list_files
+from ppdiffusers_train.data.folder_kinds import SHARDS, TABLES, look_into
+from ppdiffusers_train.data.hub_datasets import image_repository
 from ppdiffusers_train.data.image_folder import build_folder
 from ppdiffusers_train.data.order import permutation
 from ppdiffusers_train.data.rows import Rows
@@ -28,6 +30,7 @@ def build_dataset(args):
         raise UserError(
             "no data: expected --train_data_dir DIR, --dataset_name NAME or --train_shards_path_or_url SHARDS"
         )
+    dataset.background = args.background_color
     if isinstance(dataset, Rows) and args.max_train_samples is not None and args.max_train_samples < len(dataset):
         dataset = dataset.select(permutation(args.seed or 0, 0, len(dataset))[: args.max_train_samples])
     return dataset
@@ -35,14 +38,45 @@ def build_dataset(args):
 
 def build_images(args) -> Rows:
     """The samples of `--train_data_dir` or `--dataset_name`."""
-    folder = args.train_data_dir
-    if folder and not os.path.isdir(folder):
-        raise UserError(f"--train_data_dir: {folder!r} is not a folder; expected images with a metadata.jsonl")
-    if not args.dataset_name and not (listing := list_files(folder)).has_archives:
+    if not args.dataset_name and not os.path.isdir(args.train_data_dir):
+        table = "; --dataset_name takes files of tables" if os.path.isfile(args.train_data_dir) else ""
+        expected = f"expected images with a metadata.jsonl{table}"
+        raise UserError(f"--train_data_dir: {args.train_data_dir!r} is not a folder; {expected}")
+    kind, args, listing = look_at(args)
+    if kind == SHARDS and not len(listing.names):
+        raise UserError(f"{args.train_data_dir!r} holds tar shards; give it as --train_shards_path_or_url")
+    if kind != TABLES:
+        refuse_split(args, "a folder of images has none; --train_data_dir takes the folder of one split")
         return build_folder(args, listing, index_folder(args))
-    from ppdiffusers_train.data.tables import build_table  # only here: `datasets` takes a while to import
+    from ppdiffusers_train.data.table_sources import build_table  # only here: `datasets` takes a while to import
 
-    return build_table(args)
+    return build_table(args, index_folder(args))
+
+
+def look_at(args) -> tuple:
+    """(kind of the data that `--dataset_name` or `--train_data_dir` names, flags to read it, `Listing` of a folder).
+
+    The flags name another folder where the data have been downloaded or unpacked. A folder of images is always named by
+    `--train_data_dir`.
+    """
+    source = args.dataset_name or args.train_data_dir
+    if args.dataset_config_name or (args.dataset_name and args.train_data_dir) or os.path.isfile(source):
+        return TABLES, args, None
+    if not os.path.isdir(source):
+        source = image_repository(source, args.cache_dir)
+        if source is None:
+            return TABLES, args, None
+    kind, folder, listing = look_into(source, index_folder(args))
+    flags = {"dataset_name": None, "train_data_dir": folder}
+    if kind == TABLES and args.dataset_name:
+        flags = {"dataset_name": folder}
+    return kind, argparse.Namespace(**{**vars(args), **flags}), listing
+
+
+def refuse_split(args, reason: str) -> None:
+    """Raise a `UserError` if `--dataset_split` names another split than the default."""
+    if args.dataset_split != "train":
+        raise UserError(f"--dataset_split: {reason}")
 
 
 def index_folder(args) -> Path:
@@ -55,11 +89,12 @@ def build_shards(args):
     from webdataset.shardlists import expand_urls  # only here, too
 
     from ppdiffusers_train.data.shards import local_shards, open_shards
-    from ppdiffusers_train.data.streams import STREAMED, Stream, print_commands
+    from ppdiffusers_train.data.streams import STREAMED, Stream, print_commands, refuse_unreadable
 
     flag, source = "--train_shards_path_or_url", args.train_shards_path_or_url
     if args.train_data_dir or args.dataset_name:
         raise UserError(f"{flag}: there is --train_data_dir or --dataset_name as well; expected one of them")
+    refuse_split(args, f"shards have no splits; expected the shards of one split for {flag}")
     cache_folder = index_folder(args)
     addresses = expand_urls(source)
     streamed = [address for address in addresses if address.startswith(STREAMED)]
@@ -72,6 +107,7 @@ def build_shards(args):
             raise UserError(f"--{name}: needs shards in a local folder, because a stream cannot be read beforehand")
     if args.max_train_samples is None:
         raise UserError("--max_train_samples: missing; expected how many samples of the stream make an epoch")
+    refuse_unreadable(streamed)
     if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
         print_commands(streamed)
     return Stream(

@@ -16,7 +16,8 @@ import numpy as np
 from ppdiffusers_train.cpu.patches import COMPILE_FROM_ROWS, can_compile
 from ppdiffusers_train.data.arrow_files import unfinished
 from ppdiffusers_train.data.inspection import TICK_SECONDS
-from ppdiffusers_train.data.rows import decode, stamp_of
+from ppdiffusers_train.data.pixels import WHITE, decode
+from ppdiffusers_train.data.rows import stamp_of
 from ppdiffusers_train.data.source_code import code_of
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.errors import writing
@@ -57,17 +58,19 @@ def stored_digests(module, index_dir: Path) -> dict:
     return {f"weights of {name}": file_digest(stored.files, index_dir) for name, stored in module.stored().items()}
 
 
-def encoders_digest(module, precision, unloaded: dict) -> str:
+def encoders_digest(module, precision, unloaded: dict, background: str = WHITE) -> str:
     """A hash of everything that an encoding depends on besides the sample.
 
     Args:
         unloaded: the result of `unloaded_encoders`.
+        background: colour behind transparent pixels of images.
     """
     known = {
         "format": FORMAT,
         "code": code_of(type(module), METHODS, AROUND),
         "versions": {library: version(library) for library in LIBRARIES},
         "settings": encoders_settings(module, precision),
+        "background": background,
     }
     digest = hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16)
     for name in module.encoders:

@@ -1,6 +1,5 @@
 """The files of an image folder, found by a walk through it. None is opened."""
 
-import functools
 import hashlib
 import os
 import posixpath
@@ -8,19 +7,12 @@ from array import array
 from dataclasses import dataclass
 
 import pyarrow
-from PIL import Image
 
 from ppdiffusers_train.data.metadata import METADATA_FILES
+from ppdiffusers_train.data.pixels import extensions
 from ppdiffusers_train.data.rows import stamp_of
 
 AT_ONCE = 10_000  # names that are kept as Python objects
-
-
-@functools.cache
-def extensions() -> frozenset:
-    """The extensions of files that are images: all that Pillow can read."""
-    Image.init()
-    return frozenset(extension for extension, form in Image.EXTENSION.items() if form in Image.OPEN)
 
 
 def is_image(name: str) -> bool:
@@ -33,21 +25,21 @@ class Listing:
     """The files of a folder, in the order of their paths, which are relative to it.
 
     `names` (large_binary), `sizes` and `stamps` are of the images, `metadata` has the paths of metadata files,
-    `has_archives` is whether there are zip files. `digest` changes when any of these files does.
+    `others` has the first of the other files of each extension. `digest` changes when any of these files does.
     """
 
     names: object
     sizes: array
     stamps: bytearray
     metadata: list
-    has_archives: bool
+    others: dict
     digest: str
 
 
 def list_files(folder: str) -> Listing:
     """Walk through a folder: links are followed, hidden files and folders left out."""
     known, digest, chunks, names = extensions(), hashlib.blake2b(digest_size=16), [], []
-    listing = Listing(None, array("q"), bytearray(), [], False, "")
+    listing = Listing(None, array("q"), bytearray(), [], {}, "")
     for name, entry in walk(folder, "", ()):
         ending = posixpath.splitext(name)[1].lower()
         if ending in known:
@@ -63,7 +55,7 @@ def list_files(folder: str) -> Listing:
             listing.metadata.append(name)
             stamp = stamp_of(entry.stat())
         else:
-            listing.has_archives |= ending == ".zip"
+            listing.others.setdefault(ending, name)
             continue
         digest.update(os.fsencode(name) + stamp)
     chunks.append(pyarrow.array(names, pyarrow.large_binary()))

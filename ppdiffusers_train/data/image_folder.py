@@ -52,7 +52,9 @@ class FolderRows(Rows):
         return len(self.chosen)
 
     def select(self, indices):
-        return FolderRows(self.folder, self.table, self.caption_column, self.chosen[indices])
+        chosen = FolderRows(self.folder, self.table, self.caption_column, self.chosen[indices])
+        chosen.background = self.background
+        return chosen
 
     def _value(self, column: str, index: int):
         return self.table[column][int(self.chosen[index])].as_py()

@@ -27,6 +27,7 @@ from ppdiffusers_train.data.arrow_files import (
     write_table,
 )  # fmt: skip
 from ppdiffusers_train.data.inspection import NOTHING, Inspected, inspect
+from ppdiffusers_train.data.pixels import VERSION
 from ppdiffusers_train.data.rows import Rows, content_digest
 from ppdiffusers_train.errors import BadSampleError
 from ppdiffusers_train.reporting.status_line import StatusLine
@@ -40,7 +41,7 @@ THREADS = 4  # a network disk answers several requests as fast as one
 TYPES = {str: pyarrow.string(), bool: pyarrow.bool_(), int: pyarrow.int32(), bytes: pyarrow.binary(16)}
 SCHEMA = pyarrow.schema([(part.name, TYPES[part.type]) for part in fields(Inspected)])
 FOUND = pyarrow.schema([("row", pyarrow.int64()), *SCHEMA])
-IDENTITY = {"version": 1}  # of what is found out
+IDENTITY = {"version": 2, "pixels": VERSION}  # of what is found out
 
 
 @dataclass

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ppdiffusers_train.data.rows import content_digest, open_image, read_stamped, upright_size
+from ppdiffusers_train.data.pixels import open_image, read, upright_size
+from ppdiffusers_train.data.rows import content_digest, read_stamped
 
 NOTHING = bytes(16)
 TICK_SECONDS = 0.1  # two changes of a file within this time may leave it with the same times
@@ -24,6 +25,11 @@ class Inspected:
     height: int = 0
     format: str = ""  # Pillow's name of it, such as JPEG
     digest: bytes = NOTHING  # of its bytes
+    remarks: str = ""  # lines "kind: text" (see `pixels.read`) about what training changes of its pixels, once decoded
+
+    def remarks_by_kind(self) -> dict:
+        """{kind: text}."""
+        return dict(line.split(": ", 1) for line in self.remarks.splitlines())
 
 
 def inspect(location, decode: bool = True) -> Inspected:
@@ -39,12 +45,11 @@ def inspect(location, decode: bool = True) -> Inspected:
             stamp = NOTHING
         digest = content_digest(content)
         with open_image(content) as file:
-            size = upright_size(file)
-            if decode:
-                file.load()
-                if file.mode != "RGB":
-                    file.convert("RGB")  # fails for some modes
-            return Inspected(stamp, "", False, decode, *size, file.format, digest)
+            if not decode:
+                return Inspected(stamp, "", False, False, *upright_size(file), file.format, digest)
+            image, remarks = read(content)
+            remarks = "\n".join(f"{kind}: {text}" for kind, text in remarks.items())
+            return Inspected(stamp, "", False, True, *image.size, file.format, digest, remarks)
     except Exception as error:  # as in `rows.reading`
         is_bomb = isinstance(error, Image.DecompressionBombError)
         return Inspected(stamp, str(error) or type(error).__name__, is_bomb, decode, digest=digest)

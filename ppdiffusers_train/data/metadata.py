@@ -2,9 +2,11 @@
 
 import csv
 import json
+import os
 from dataclasses import dataclass, field
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclass
@@ -33,15 +35,39 @@ class Problems:
 
 def read_rows(file: str):
     """Yield (place, row as a dictionary, problem) of each row of a .jsonl or .csv. Blank lines are skipped."""
+    for place, row, problem in read_lines(file):
+        if not problem and not isinstance(row.get("file_name"), str):
+            problem = "it has no file_name"
+        yield place, row, problem
+
+
+def read_lines(file: str):
+    """As `read_rows`, for rows of any columns, also in a .tsv or in the list of a .json."""
+    ending = os.path.splitext(file)[1].lower()
     with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
-        for number, row, problem in _csv_rows(lines) if file.endswith(".csv") else _json_rows(lines):
-            if not problem and not isinstance(row.get("file_name"), str):
-                problem = "it has no file_name"
-            yield f"{file} line {number}", row, problem
+        if ending == ".json":
+            rows = _json_list(lines)
+        else:
+            rows = _csv_rows(lines, DELIMITERS[ending]) if ending in DELIMITERS else _json_rows(lines)
+        for number, row, problem in rows:
+            yield f"{file} {'row' if ending == '.json' else 'line'} {number}", row, problem
 
 
-def _csv_rows(lines):
-    reader = csv.DictReader(lines)
+def _json_list(lines):
+    try:
+        rows = json.load(lines)
+    except json.JSONDecodeError as error:
+        yield 1, {}, f"it is not JSON: {error}"
+        return
+    if not isinstance(rows, list):
+        yield 1, {}, "it is no list of rows"
+        return
+    for number, row in enumerate(rows, 1):
+        yield (number, row, "") if isinstance(row, dict) else (number, {}, "it is not a row such as {…}")
+
+
+def _csv_rows(lines, delimiter):
+    reader = csv.DictReader(lines, delimiter=delimiter)
     for row in reader:
         yield reader.line_num, {name: value or None for name, value in row.items()}, ""  # an empty field is no value
 

@@ -2,30 +2,18 @@
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from ppdiffusers_train.data.pixels import WHITE, decode, open_image, upright_size
 from ppdiffusers_train.errors import BadSampleError, one_line
 
 VERSION = 1  # of what its functions give to encoded samples
 
 ROWS_AT_ONCE = 1000
-ORIENTATION_TAG = 0x0112  # of EXIF
-# How an image with an EXIF orientation is turned upright; from 5 on, height and width are swapped.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class Rows:
@@ -39,6 +27,9 @@ class Rows:
 
     facts = None
     """What is known of the images, an `image_index.Facts`; None before `image_index.index_images`."""
+
+    background = WHITE
+    """The colour behind transparent pixels, as #rrggbb."""
 
     def __init__(self, caption_column: str):
         self.caption_column = caption_column
@@ -170,7 +161,7 @@ class Rows:
         """
         captions, name = self.captions(index), self.name(index)
         with reading(name):
-            return decode_row(self.stored_image(index), captions, name)
+            return decode_row(self.stored_image(index), captions, name, self.background)
 
 
 def as_captions(caption, name: str, column: str) -> list:
@@ -221,40 +212,16 @@ def content_digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def decode_row(stored, captions: list, name: str) -> dict:
+def decode_row(stored, captions: list, name: str, background: str = WHITE) -> dict:
     """A row from an image's bytes or path, and its captions."""
-    return {"image": decode(stored), "caption": captions if len(captions) > 1 else captions[0], "name": name}
-
-
-def decode(stored) -> Image.Image:
-    """The RGB pixels of an image's bytes or path, upright.
-
-    (`ImageOps.exif_transpose` also rewrites the EXIF data, which fails on photographs with malformed data.)
-    """
-    with open_image(stored) as file:
-        orientation = file.getexif().get(ORIENTATION_TAG)
-        image = file.convert("RGB")
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
-
-
-def upright_size(file) -> tuple:
-    """Width and height, after `decode`, of the image in Pillow's open `file`."""
-    orientation = file.getexif().get(ORIENTATION_TAG)
-    return (file.height, file.width) if orientation in TURNS and orientation >= 5 else file.size
+    caption = captions if len(captions) > 1 else captions[0]
+    return {"image": decode(stored, background), "caption": caption, "name": name}
 
 
 def with_one_caption(row: dict) -> dict:
     """A row with the first of its captions."""
     caption = row["caption"]
     return {**row, "caption": caption[0] if isinstance(caption, list) else caption}
-
-
-def open_image(stored):
-    """Open an image's bytes or path with Pillow. Only its header is read."""
-    try:
-        return Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
-    except UnidentifiedImageError:  # its message contains a memory address
-        raise UnidentifiedImageError("it is no image of a known format") from None
 
 
 @contextlib.contextmanager

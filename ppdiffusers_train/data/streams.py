@@ -20,15 +20,18 @@ from pathlib import Path
 from webdataset.gopen import gopen
 
 from ppdiffusers_train.data.order import permutation
+from ppdiffusers_train.data.pixels import WHITE
 from ppdiffusers_train.data.rows import decode_row, reading
 from ppdiffusers_train.data.tar_samples import TarSample, read_samples
 from ppdiffusers_train.draws import generator
-from ppdiffusers_train.errors import BadSampleError, RunError, hide_tokens
+from ppdiffusers_train.errors import BadSampleError, RunError, UserError, hide_tokens
 
 STREAMED = ("http://", "https://", "pipe:")
 LANES = 8
 BLOCK = 128  # samples of a lane that are shuffled together
 ATTEMPTS = 3
+VERSION = 2  # of how archives are read, on which the number of their samples depends
+UNREADABLE = (".zst", ".lz4", ".zip", ".7z", ".rar")
 
 
 class Stream:
@@ -46,10 +49,12 @@ class Stream:
     """
 
     sequential = True
+    background = WHITE  # see `Rows`
 
     def __init__(self, shards: list, size: int, seed: int, caption_field: str, cache_folder: Path, lanes: int = LANES):
         self.shards, self.size, self.seed, self.caption_field = shards, size, seed, caption_field
-        self.counts = Counts(cache_folder / f"stream-{self.digest()}.txt")
+        self.counts = Counts(cache_folder / f"stream-{VERSION}-{self.digest()}.txt")
+        self.told = False  # whether a line has named a picture that is not used
         lanes = min(lanes, len(shards))
         self.lanes = [Lane(self, lane, lanes, seed) for lane in range(lanes)]
 
@@ -89,10 +94,14 @@ class Stream:
             RunError: its shard cannot be read.
         """
         lane, number = self._find(position)
-        return self.decode(lane.sample(number))
+        sample = lane.sample(number)
+        if sample.others and not self.told:
+            self.told = True
+            print(f"not used: more pictures of samples, for example {sample.others[0]} beside {sample.name}")
+        return self.decode(sample, self.background)
 
     @staticmethod
-    def decode(sample: TarSample) -> dict:
+    def decode(sample: TarSample, background: str = WHITE) -> dict:
         """A sample as a row.
 
         Raises:
@@ -101,7 +110,7 @@ class Stream:
         if sample.problem:
             raise BadSampleError(f"{sample.name}: {sample.problem}")
         with reading(sample.name):
-            return decode_row(sample.image, sample.captions, sample.name)
+            return decode_row(sample.image, sample.captions, sample.name, background)
 
 
 class Lane:
@@ -210,6 +219,17 @@ def read_shard(address: str, caption_field: str):
         f"{shown} could not be read in {ATTEMPTS} attempts, the last time up to its sample {done}: "
         f"{failure}; resume with --resume_from_checkpoint latest"
     )
+
+
+def refuse_unreadable(addresses: list) -> None:
+    """Raise a `UserError` for an address of an archive that cannot be read as a stream."""
+    for address in addresses:
+        path = address.partition("?")[0]
+        if address.startswith("http") and path.endswith(UNREADABLE):
+            raise UserError(
+                f"--train_shards_path_or_url: {hide_tokens(path)} cannot be streamed, unlike .tar, .tar.gz, .tar.bz2 "
+                "and .tar.xz; uncompress it by a command, such as 'pipe:curl -sL ADDRESS | zstd -dc'"
+            )
 
 
 def print_commands(addresses: list) -> None:

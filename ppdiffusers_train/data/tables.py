@@ -1,90 +1,106 @@
-"""Images with captions from the hub or from files of tables, through `datasets`, whatever their columns are."""
+"""Images with captions in the columns of Arrow tables. What a column's type must be is in `column_types.py`."""
 
 import copy
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import datasets
 import numpy as np
 from pyarrow import compute
 
+from ppdiffusers_train.data.column_types import image_parts
 from ppdiffusers_train.data.rows import Rows, content_digest, stamp_of
-from ppdiffusers_train.errors import BadSampleError, UserError
+from ppdiffusers_train.errors import BadSampleError
 
 STAT_THREADS = 8
 
 
 class TableRows(Rows):
-    """Rows of a `datasets.Dataset`."""
+    """Rows of a table.
 
-    def __init__(self, table, caption_column: str):
+    Args:
+        table: a `pyarrow.Table`, which may be mapped from files.
+        chosen: which of its rows, an int64 array; None for all.
+    """
+
+    def __init__(self, table, caption_column: str, chosen=None):
         super().__init__(caption_column)
-        self._use(table)
-
-    def _use(self, table):
         self.table = table
-        self.texts = table.select_columns([self.caption_column])  # so that reading a caption reads no image
-        # A sample reads its row several times. Rows are kept for as many loading threads as there may be.
-        self.row = functools.lru_cache(maxsize=32)(table.__getitem__)
+        self.chosen = np.arange(len(table)) if chosen is None else chosen
 
     def __len__(self):
-        return len(self.table)
+        return len(self.chosen)
 
     def select(self, indices):
-        chosen = copy.copy(self)
-        chosen._use(self.table.select(indices))
-        return chosen
+        selected = copy.copy(self)
+        selected.chosen = self.chosen[indices]
+        return selected
 
     def stored_captions(self, start: int, stop: int) -> list:
-        return self.texts[start:stop][self.caption_column]
+        return self._values(self.table[self.caption_column], start, stop)
+
+    def _value(self, column, index: int):
+        return column[int(self.chosen[index])].as_py()
+
+    def _values(self, column, start: int, stop: int) -> list:
+        """The values of a column in rows `start` to `stop`. (Arrow's `take` would copy the whole column.)"""
+        places = self.chosen[start:stop]
+        if len(places) and np.array_equal(places, np.arange(places[0], places[0] + len(places))):
+            return column.slice(places[0], len(places)).to_pylist()
+        return [column[place].as_py() for place in places.tolist()]
 
 
 class ImageCaptionDataset(TableRows):
-    """The rows of a table of `datasets`.
+    """The images and captions in two columns of a table.
 
     Args:
-        table: a `datasets.Dataset`.
-        image_column, caption_column: names of the columns in the table.
+        image_column, caption_column: their names. An image is stored as its bytes, as a path, or as a struct of both.
+        fingerprint: names the table; another one has another.
+        bases: folders that paths may be relative to.
     """
 
-    def __init__(self, table, image_column: str, caption_column: str):
-        self.fingerprint = table._fingerprint  # a hash of what the table was made from
-        # Not decoded here: messages need the path of a broken file, and errors of decoding are caught elsewhere.
-        super().__init__(table.cast_column(image_column, datasets.Image(decode=False)), caption_column)
-        self.image_column = image_column
-
-    def _use(self, table):
-        super()._use(table)
-        self.arrow = table.with_format("arrow")
+    def __init__(self, table, image_column: str, caption_column: str, fingerprint: str, bases=("",), chosen=None):
+        super().__init__(table, caption_column, chosen)
+        self.image_column, self.fingerprint, self.bases = image_column, fingerprint, bases
+        self.contents, self.paths = image_parts(table[image_column])  # no image data is copied
 
     def name(self, index: int) -> str:
-        path = self._field("path", index, index + 1)[0].as_py()
+        path = self.path(index)
         return f"{path} (row {index})" if path else f"row {index}"
 
+    def path(self, index: int):
+        """The path of a row's image as it is stored, or None."""
+        return self._value(self.paths, index)
+
+    def is_missing(self, index: int) -> bool:
+        """Whether there is no file at the path that a row has for its image."""
+        return not self.is_embedded(index) and bool(self.path(index)) and self._stat(index) is None
+
+    def is_embedded(self, index: int) -> bool:
+        """Whether the bytes of a row's image are in the table."""
+        return bool(self._lengths[self.chosen[index]])
+
     def location(self, index: int):
-        stored = self._stored(index)
-        found = stored.get("bytes") or stored.get("path")
-        if not found:
+        content, path = self._value(self.contents, index), self.path(index)
+        if not content and not path:
             raise BadSampleError(f"{self.name(index)}: column {self.image_column!r} holds no image")
-        return found
+        return content or self._find(path, index)
 
     def stored_names(self, start: int, stop: int) -> list:
         folder = self._common_folder
-        paths = self._field("path", start, stop).to_pylist()
-        return [path and path.removeprefix(folder).lstrip("/") for path in paths]
+        return [path and path.removeprefix(folder).lstrip("/") for path in self._values(self.paths, start, stop)]
 
     def stored_sizes(self, start: int, stop: int) -> list:
-        sizes = compute.binary_length(self._field("bytes", start, stop)).to_pylist()
-        paths = self._field("path", start, stop).to_pylist()
-        parts = [range(first, len(paths), STAT_THREADS) for first in range(STAT_THREADS)]
+        sizes = [size or None for size in self._lengths[self.chosen[start:stop]].tolist()]
+        missing = [i for i in range(len(sizes)) if sizes[i] is None]
 
         def find(part):
             for i in part:
-                sizes[i] = sizes[i] or file_size(paths[i])
+                stat = self._stat(start + i)
+                sizes[i] = stat and stat.st_size
 
         with ThreadPoolExecutor(STAT_THREADS) as threads:  # a network file system answers many requests as fast as one
-            list(threads.map(find, parts))
+            list(threads.map(find, (missing[first::STAT_THREADS] for first in range(STAT_THREADS))))
         return sizes
 
     def source_digest(self) -> str:
@@ -92,76 +108,57 @@ class ImageCaptionDataset(TableRows):
 
     def stamps(self) -> np.ndarray:
         """Of embedded images the table's fingerprint and the row, of others their files' stamps."""
-        numbers = self.table._indices.column(0).to_pylist() if self.table._indices else range(len(self))
-        paths, found = self._field("path", 0, len(self)).to_pylist(), []
-        is_stored = self._field("bytes", 0, len(self)).is_valid().to_pylist()
-        for number, path, has_bytes in zip(numbers, paths, is_stored):
-            try:
-                found.append(
-                    content_digest(f"{self.fingerprint} {number}".encode()) if has_bytes else stamp_of(os.stat(path))
-                )
-            except (OSError, TypeError):
-                found.append(b"")
+        found = []
+        for index, (place, length) in enumerate(zip(self.chosen.tolist(), self._lengths[self.chosen].tolist())):
+            stat = None if length else self._stat(index)
+            embedded = content_digest(f"{self.fingerprint} {place}".encode()) if length else b""
+            found.append(stamp_of(stat) if stat else embedded)
         return np.array(found, "S16")
+
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        """How many bytes of each image of the table are embedded in it: int64 [n]."""
+        return compute.fill_null(compute.binary_length(self.contents), 0).to_numpy().astype(np.int64)
 
     @functools.cached_property
     def _common_folder(self) -> str:
         """The common folder of all paths: where this copy of the data is."""
-        extremes = compute.min_max(self._field("path", 0, len(self))).as_py()
+        extremes = compute.min_max(self.paths).as_py()
         return os.path.commonprefix([path or "" for path in extremes.values()]).rpartition("/")[0]
 
-    def _field(self, name: str, start: int, stop: int):
-        """The field `path` or `bytes` of the stored images of rows `start` to `stop`, without copying image data."""
-        return compute.struct_field(self.arrow[start:stop][self.image_column], name)
+    def _stat(self, index: int):
+        """What the file system knows of the file of a row's image, or None if there is no such file."""
+        try:
+            return os.stat(self.location(index))
+        except (OSError, ValueError, BadSampleError):
+            return None
 
-    def _stored(self, index: int) -> dict:
-        return self.row(index)[self.image_column] or {}
+    def _find(self, path: str, index: int) -> str:
+        """The file that a path of the table means; where there is none, the place where it is expected.
+
+        Raises:
+            BadSampleError: there are two.
+        """
+        expected = os.path.join(self.bases[0], path)
+        if len(self.bases) == 1 and os.path.exists(expected):
+            return expected
+        places = [os.path.join(base, spelling) for spelling in spellings(path) for base in self.bases]
+        found = {os.path.realpath(place): place for place in places if os.path.exists(place)}
+        if len(found) > 1:
+            raise BadSampleError(f"{self.name(index)}: the path may mean {' or '.join(found.values())}")
+        return next(iter(found.values()), expected)
 
 
-def file_size(path):
-    """Size of a file in bytes, or None where it does not exist."""
-    try:
-        return os.stat(path).st_size
-    except (OSError, TypeError):
-        return None
+def spellings(path: str) -> list:
+    """Ways to read the path of an image, relative to a folder whose archives are unpacked where they are.
 
-
-def build_table(args) -> ImageCaptionDataset:
-    """The samples that `--dataset_name` or `--train_data_dir` names.
-
-    Raises:
-        UserError: it cannot be loaded, or a column does not exist.
+    `a.png` in `b/c.zip` is `b/a.png`, for which tables have `zip://a.png::b/c.zip` or `b/c.zip/a.png`.
     """
-    flag = "--dataset_name" if args.dataset_name else "--train_data_dir"
-    source = args.dataset_name or args.train_data_dir
-    try:
-        if args.dataset_name:
-            tables = datasets.load_dataset(
-                args.dataset_name, args.dataset_config_name, data_dir=args.train_data_dir, cache_dir=args.cache_dir
-            )
-        else:
-            tables = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, cache_dir=args.cache_dir)
-    except Exception as error:  # `datasets` raises any error of its parts, wrapped or not; the root names the cause
-        root = error
-        while root.__cause__ is not None:
-            root = root.__cause__
-        raise UserError(f"{flag}: {source!r} cannot be loaded: {root or type(root).__name__}") from error
-    if "train" not in tables:
-        raise UserError(f"{flag}: {source!r} has the splits {', '.join(tables)}; expected one named train")
-    table = tables["train"]
-    for column_flag, column in (("--image_column", args.image_column), ("--caption_column", args.caption_column)):
-        if column not in table.column_names:
-            raise UserError(
-                f"{column_flag}: {source!r} has no column {column!r}; it has {', '.join(table.column_names)}"
-            )
-    if not isinstance(table.features[args.image_column], datasets.Image):
-        raise UserError(f"--image_column: column {args.image_column!r} of {source!r} does not hold images")
-    text = getattr(table.features[args.caption_column], "feature", table.features[args.caption_column])
-    if getattr(text, "dtype", None) not in ("string", "large_string", "null"):
-        raise UserError(
-            f"--caption_column: column {args.caption_column!r} of {source!r} holds {getattr(text, 'dtype', text)}; "
-            "expected texts or lists of texts"
-        )
-    if len(table) == 0:
-        raise UserError(f"{flag}: {source!r} has no samples")
-    return ImageCaptionDataset(table, args.image_column, args.caption_column)
+    found = [path.removeprefix("file://")]
+    if path.startswith("zip://"):
+        inner, _, archive = path.removeprefix("zip://").partition("::")
+        found = [os.path.join(os.path.dirname(archive), inner)]
+    elif ".zip/" in path:
+        archive, _, inner = path.partition(".zip/")
+        found.append(os.path.join(os.path.dirname(archive), inner))
+    return [*found, *(name.replace("\\", "/") for name in found if "\\" in name)]

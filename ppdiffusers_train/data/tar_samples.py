@@ -1,9 +1,10 @@
-"""Samples in the WebDataset format: the files of a tar archive whose names differ only in their extension.
+"""Samples in the WebDataset format: the files of a tar archive whose names are the same up to the first dot.
 
     000017.jpg  000017.txt  000017.json  000018.png  000018.txt  …
 
 Files of one sample are consecutive. Archives are not trusted: whatever is broken in one becomes a sample with a
-problem, named and counted like an image that cannot be read, and nothing is ever unpacked to disk.
+problem, named and counted like an image that cannot be read, and nothing is ever unpacked to disk. So does a picture
+that would be lost because of its name: `photo.v2.jpg` belongs to the sample `photo`, as in the library WebDataset.
 """
 
 import json
@@ -14,10 +15,17 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import PurePosixPath
 
-IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
+IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")  # the preferred one first
+OTHER_IMAGES = ("jfif", "bmp", "gif", "tif", "tiff", "ppm", "jp2", "avif", "heic", "heif")
+PICTURES = (*IMAGE_EXTENSIONS, *OTHER_IMAGES)
 CAPTION_EXTENSIONS = ("txt", "text", "caption")
 TEXT_EXTENSIONS = (*CAPTION_EXTENSIONS, "json")
 LARGEST_TEXT = 1 << 20  # bytes
+CONSECUTIVE = (
+    "the files of a sample must follow each other in the archive, as in one that `ppdiffusers-train pack` or "
+    "`tar --sort=name` writes"
+)
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
 
 
 @dataclass
@@ -31,18 +39,21 @@ class TarSample:
     problem: str = ""
     of_archive: bool = False  # whether the problem concerns the whole archive
     image: bytes = b""  # of a sequential archive
+    others: list = field(default_factory=list)  # names of more pictures in the sample, which are not used
 
 
 @dataclass
 class Member:
-    """A file in an archive."""
+    """A file in an archive: `a/photo.v2.jpg` has the key `a/photo`, the word `v2` and the extension `jpg`."""
 
     name: str
     key: str
+    word: str  # between the first and the last dot; mostly empty
     extension: str
     offset: int
     size: int
     content: bytes
+    problem: str  # why its content cannot be used
 
 
 def read_samples(file, caption_field: str, sequential: bool):
@@ -56,14 +67,15 @@ def read_samples(file, caption_field: str, sequential: bool):
     try:
         archive = tarfile.open(fileobj=file, mode="r|*" if sequential else "r:")  # reads the first header
     except (tarfile.TarError, EOFError) as error:
-        yield _damaged(f"it is no tar archive: {error}")
+        yield _damaged(f"it is no tar archive: {error}" if sequential else _no_archive(file, error))
         return
-    seen, damage = set(), []
-    for key, members in groupby(_members(archive, sequential, damage), lambda member: member.key):
-        sample = _sample(key, list(members), key in seen, caption_field)
-        if not (damage and sample.problem):  # else the sample is incomplete
-            yield sample
-        seen.add(key)
+    seen, damage = {}, []  # seen: whether the sample of a key lacked its caption
+    for key, group in groupby(_members(archive, sequential, damage), lambda member: member.key):
+        members = list(group)
+        for sample in _samples(key, members, seen, caption_field):
+            if not (damage and sample.problem):  # else the sample is incomplete
+                yield sample
+        seen[key] = seen.get(key, False) or not _texts(members)
     yield from damage
     if not seen and not damage:
         yield _damaged("it holds no samples")
@@ -74,6 +86,14 @@ def _damaged(problem: str) -> TarSample:
     return TarSample("the archive", problem=problem, of_archive=True)
 
 
+def _no_archive(file, error) -> str:
+    """What a file is that is no tar archive."""
+    file.seek(0)
+    head = file.read(8)
+    found = next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
+    return f"it is compressed ({found}); expected a plain tar archive" if found else f"it is no tar archive: {error}"
+
+
 def _members(archive, sequential: bool, damage: list):
     """Yield the files of an archive that can belong to samples. An error that ends it early is added to `damage`."""
     size = None if sequential else archive.fileobj.seek(0, os.SEEK_END)
@@ -81,18 +101,10 @@ def _members(archive, sequential: bool, damage: list):
     while member is not None:
         try:
             end = member.offset_data + member.size
-            if size is not None and end > size:
+            if size is not None and end > size and not member.issparse():
                 raise tarfile.ReadError("unexpected end of data")
-            path = PurePosixPath(member.name)
-            stem, _, extension = path.name.partition(".")
-            # Not a hidden file, a file without extension, or metadata of the format.
-            if member.isreg() and stem and extension and not stem.startswith("__"):
-                extension = extension.lower()
-                text = extension in TEXT_EXTENSIONS and member.size <= LARGEST_TEXT
-                wanted = text or (sequential and extension in IMAGE_EXTENSIONS)
-                content = archive.extractfile(member).read() if wanted else b""
-                key = str(path.with_name(stem))
-                yield Member(member.name, key, extension, member.offset_data, member.size, content)
+            if found := _member(archive, member, sequential):
+                yield found
             last = member.name
             # Not `archive.next`: it treats a damaged header as the end, and keeps all members in memory.
             archive.fileobj.seek(archive.offset)
@@ -104,20 +116,79 @@ def _members(archive, sequential: bool, damage: list):
             return
 
 
+def _member(archive, member, sequential: bool):
+    """A file of an archive, or None for what belongs to no sample."""
+    path = PurePosixPath(member.name)
+    stem, _, ending = path.name.partition(".")
+    # Not a hidden file, a file without extension, or metadata of the format.
+    if member.isdir() or not stem or not ending or stem.startswith("__"):
+        return None
+    word, _, extension = ending.lower().rpartition(".")
+    problem, content = "", b""
+    if member.issym() or member.islnk():
+        target = readable(member.linkname)
+        problem = f"it is a link to {target}, not a file; expected an archive of `tar -h --hard-dereference`"
+    elif not member.isreg():
+        problem = "it is no file, but a device or pipe"
+    elif member.issparse():
+        problem = "it is a sparse file; expected an archive of `tar` without `--sparse`"
+    elif (extension in TEXT_EXTENSIONS and member.size <= LARGEST_TEXT) or (sequential and extension in PICTURES):
+        content = archive.extractfile(member).read()
+    key = str(path.with_name(stem))
+    return Member(readable(member.name), key, word, extension, member.offset_data, member.size, content, problem)
+
+
+def readable(name: str) -> str:
+    """A name in which bytes that are not UTF-8 are written as `\\xff`."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _texts(members: list) -> list:
+    return [member for member in members if member.extension in TEXT_EXTENSIONS]
+
+
+def _samples(key: str, members: list, seen: dict, caption_field: str):
+    """Yield the sample of `members`, and one with a problem for each picture that would be lost because of its name.
+
+    Args:
+        seen: {key of an earlier sample: whether it had no text}.
+    """
+    plain, named = [[m for m in members if bool(m.word) == has_word] for has_word in (False, True)]
+    lost, others = [], []
+    with_text = {member.word for member in _texts(named)}
+    has_image = any(member.extension in PICTURES for member in plain)
+    for member in named:
+        if member.extension in PICTURES:
+            # The picture `mask.png` of a sample is another thing than a picture with a text or number of its own.
+            is_part = has_image and member.word.isalpha() and member.word not in with_text
+            (others if is_part else lost).append(member)
+    if has_image or not lost:
+        sample = _sample(key, plain or members, key in seen, caption_field)
+        sample.others += [member.name for member in others]
+        if not (seen.get(key) and not has_image):  # the texts of an image that has been counted
+            yield sample
+    for member in lost:
+        file = f"the file {member.word}.{member.extension} of the sample {readable(key)}"
+        problem = f"the name of a sample ends at its first dot, so this is {file}; expected a name without other dots"
+        yield TarSample(member.name, problem=problem)
+
+
 def _sample(key: str, members: list, seen: bool, caption_field: str) -> TarSample:
     """The sample of `members`, with its first problem."""
     files = {member.extension: member for member in reversed(members)}
-    image = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
-    sample = TarSample((image or members[0]).name)
+    image, *others = [files[extension] for extension in PICTURES if extension in files] or [None]
+    sample = TarSample((image or members[0]).name, others=[member.name for member in others])
     names = ", ".join(member.name for member in members)
     if ".." in PurePosixPath(key).parts or key.startswith("/"):
         sample.problem = "its name points outside the archive"
     elif seen:
-        sample.problem = "there was a sample of this name before"
+        sample.problem = f"there was a sample of this name before; {CONSECUTIVE}"
     elif len(files) < len(members):
         sample.problem = f"a file is there twice: {names}"
     elif image is None:
-        sample.problem = f"it has no image, only {names}; expected a .{', .'.join(IMAGE_EXTENSIONS)}"
+        sample.problem = f"it has no image, only {names}; expected a .{', .'.join(PICTURES)} beside it; {CONSECUTIVE}"
+    elif image.problem:
+        sample.problem = image.problem
     else:
         sample.offset, sample.size, sample.image = image.offset, image.size, image.content
         try:
@@ -136,17 +207,25 @@ def _captions(files: dict, caption_field: str) -> list:
     found = next((files[extension] for extension in TEXT_EXTENSIONS if extension in files), None)
     if found is None:
         expected = f"a .{', .'.join(CAPTION_EXTENSIONS)}, or a .json with {caption_field!r}"
-        raise ValueError(f"it has no caption, only .{', .'.join(files)}; expected {expected}")
+        raise ValueError(f"it has no caption, only .{', .'.join(files)}; expected {expected} beside it; {CONSECUTIVE}")
+    if found.problem:
+        raise ValueError(f"{found.name}: {found.problem}")
     if found.size > LARGEST_TEXT:
         raise ValueError(f"{found.name} has {found.size:,} bytes; expected a caption")
     try:
-        text = found.content.decode("utf-8")
-        captions = json.loads(text)[caption_field] if found.extension == "json" else text.strip()
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        text = found.content.decode("utf-8-sig")
+        content = json.loads(text) if found.extension == "json" else {caption_field: text.strip()}
+    except ValueError as error:
         raise ValueError(f"{found.name} cannot be read: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{found.name} has no {caption_field!r}") from error
+    if not isinstance(content, dict) or caption_field not in content:
+        fields = f"the fields {', '.join(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise ValueError(f"{found.name} has no {caption_field!r}, but {fields}; --caption_column names the field")
+    captions = content[caption_field]
     captions = captions if isinstance(captions, list) else [captions]
     if not captions or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{found.name} has {captions!r} for {caption_field!r}; expected a text or several")
+    try:
+        "".join(captions).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{found.name} holds half of a surrogate pair; expected valid Unicode") from error
     return captions

@@ -21,6 +21,7 @@ from ppdiffusers_train.data.encoders_key import describe_encoders, encoders_dige
 from ppdiffusers_train.data.loader import iterate_batches
 from ppdiffusers_train.data.pack_writer import PackWriter, merge_small
 from ppdiffusers_train.data.packs import Packs
+from ppdiffusers_train.data.pixels import WHITE
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import TrainingState
 from ppdiffusers_train.module import encode_alone
@@ -38,7 +39,8 @@ def encode_dataset(plan: Plan, state: TrainingState) -> EncodedSamples:
     run, module, dataset = plan.run, plan.module, plan.dataset
     root = Path(run.args.encoded_cache_dir)
     require_writable(root, "--encoded_cache_dir")
-    digest = encoders_digest(module, state.precision, unloaded_encoders(module, index_folder(run.args)))
+    background = getattr(dataset, "background", WHITE)
+    digest = encoders_digest(module, state.precision, unloaded_encoders(module, index_folder(run.args)), background)
     folder, is_compiled = encoders_folder(root, digest, module, len(dataset))
     if not folder.exists() and any(root.iterdir()):
         run.log(f"{root}: holds samples of other models, settings, code or versions, which are kept but not used")

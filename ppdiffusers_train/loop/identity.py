@@ -76,6 +76,8 @@ def public_command(args) -> str:
 def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
     """The identity of a run. A checkpoint to resume from must have the same: else samples would differ."""
     identity = {"job": type(module).__name__, "seed": args.seed, "rows": len(dataset)}
+    if hasattr(args, "dataset_split"):  # a job's own data may have no flags
+        identity["split"] = args.dataset_split
     if hasattr(dataset, "digest"):
         identity["data"] = dataset.digest()
     if hasattr(dataset, "lanes"):
@@ -86,6 +88,7 @@ def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
         identity["samples_per_step"] = samples_per_step
     words = {
         "seed": "--seed",
+        "split": "--dataset_split",
         "rows": "number of samples",
         "data": "data (a hash of all captions, or of a stream's addresses)",
         "lanes": "--stream_lanes",
@@ -93,7 +96,7 @@ def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
         "samples_per_step": "number of samples per step",
     }
     for name, value in identity.items():
-        is_of_older_version = name in ("images", "lanes") and name not in saved  # then it was not known
+        is_of_older_version = name in ("images", "lanes", "split") and name not in saved  # then it was not known
         if saved and saved.get(name) != value and not is_of_older_version:
             raise UserError(
                 f"--resume_from_checkpoint: {args.resume_from_checkpoint!r} is of another run: its "

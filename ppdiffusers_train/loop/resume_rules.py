@@ -14,6 +14,7 @@ REFUSED = {
     *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "min_timestep_boundary", "max_timestep_boundary"),
     *(f"timestep_bias_{name}" for name in ("strategy", "multiplier", "begin", "end", "portion")),
     *("num_ddim_timesteps", "timestep_scaling_factor", "unet_time_cond_proj_dim", "w_min", "w_max"),
+    "background_color",  # a part of the images, which are compared
     "aspect_ratio_buckets",  # the order of samples depends on it
 }
 HONOURED = {

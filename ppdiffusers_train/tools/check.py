@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ppdiffusers_train.data.image_index import Decoded
 from ppdiffusers_train.data.inspection import Inspected
-from ppdiffusers_train.data.rows import Rows
+from ppdiffusers_train.data.pixels import EXTREME
 from ppdiffusers_train.data.streams import LANES
 from ppdiffusers_train.errors import BadSampleError, one_line
 from ppdiffusers_train.tools.caption_length import LONGEST, fewest_tokens
@@ -46,10 +46,18 @@ KINDS = {
     "unreadable": Kind("images that cannot be read", SKIPPED),
     "bomb": Kind("images too large to be opened", SKIPPED),
     "other_split": Kind("images in other folders than train/", "does not use them", error=False),
+    "other_picture": Kind("more pictures of samples in shards", "uses the first of each sample", error=False),
     "empty_caption": Kind("empty captions", "uses them as they are", error=False),
     "long_caption": Kind("captions of more than {longest} tokens", "truncates them after {longest}", error=False),
     "small": Kind("images with a side below {resolution} pixels", "enlarges them", error=False),
     "large": Kind("images of more than {pixels:,} pixels", "uses them; each takes time and memory", error=False),
+    "transparent": Kind("images with transparent pixels", "puts them on --background_color", error=False),
+    "deep": Kind("images of more than 8 bits per channel", "scales them to 8 bits", error=False),
+    "profile": Kind("images in another colour space than sRGB", "converts them to sRGB", error=False),
+    "bad_profile": Kind("images with a colour profile that cannot be used", "ignores the profile", error=False),
+    "ink": Kind("CMYK images without a colour profile", "converts them by a formula, not exactly", error=False),
+    "frames": Kind("files of several images (animation, pages)", "uses the first one", error=False),
+    "long": Kind("images more than {extreme} times as long as wide", "enlarges and crops a part", error=False),
     "duplicate": Kind("copies of other images", "uses each copy", error=False),
 }
 
@@ -177,11 +185,11 @@ def check(
     if not len(rows):
         findings.add("no_samples", name)
     captions = CaptionCheck(source, tokens, findings)
-    decoded = Decoded(rows, index_dir) if isinstance(rows, Rows) else None
+    decoded = Decoded(rows, index_dir)
     with tqdm(total=len(rows), desc="checking", unit="image") as progress:
         for index, image in inspect_all(known_or_located(captions.locations(), decoded), processes):
             progress.update(index + 1 - progress.n)
-            if decoded and not decoded.is_known[index]:
+            if not decoded.is_known[index]:
                 decoded.add(index, image)
             if image.problem:
                 findings.add_row("bomb" if image.is_bomb else "unreadable", index, image.problem)
@@ -189,14 +197,17 @@ def check(
             images.add(index, image)
             if min(image.width, image.height) < resolution:
                 findings.add_row("small", index, f"{image.width} x {image.height}")
+            for kind, text in image.remarks_by_kind().items():
+                findings.add_row(kind, index, text)
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 findings.add_row("large", index, f"{image.width} x {image.height}")
         progress.update(len(rows) - progress.n)
-    if decoded:
-        decoded.write()
+    decoded.write()
     for index, first in images.repeated():
         findings.add_row("duplicate", index, f"the same file as {rows.name(first)}")
-    found = findings.listed(longest=tokens.longest, resolution=resolution, pixels=Image.MAX_IMAGE_PIXELS)
+    found = findings.listed(
+        longest=tokens.longest, resolution=resolution, pixels=Image.MAX_IMAGE_PIXELS, extreme=EXTREME
+    )
     notes = [tokens.note] if tokens.note else []
     seconds = round(time.monotonic() - started, 3)
     return Report(name, source.kind, len(rows), captions.count, images.sizes(), found, notes, seconds)
@@ -205,7 +216,7 @@ def check(
 def known_or_located(items, decoded):
     """Each (row, location), with what is known of the image in place of its location if it was decoded earlier."""
     for row, location in items:
-        yield row, decoded.known(row) if decoded and decoded.is_known[row] else location
+        yield row, decoded.known(row) if decoded.is_known[row] else location
 
 
 class CaptionCheck:

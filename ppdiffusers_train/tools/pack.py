@@ -17,7 +17,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ppdiffusers_train.data.inspection import Inspected
-from ppdiffusers_train.data.rows import content_digest, decode, read_stored, reading
+from ppdiffusers_train.data.pixels import VERSION, read
+from ppdiffusers_train.data.rows import content_digest, read_stored, reading
 from ppdiffusers_train.data.tar_samples import LARGEST_TEXT
 from ppdiffusers_train.errors import BadSampleError, UserError, writing
 from ppdiffusers_train.runtime.checkpoint import require_writable, sync, write_text
@@ -26,7 +27,15 @@ from ppdiffusers_train.tools.sources import Source
 
 PLAN_FILE, FORMAT = "pack.json", 1
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # by Pillow's name of a format
-NO_SAMPLE_LOST = ("refused", "other_split")  # kinds of problems that leave out no sample
+# What an image loses when its pixels are stored as training sees them, by the kind of remark (`check.KINDS`).
+LOSSES = {
+    "deep": "scaled to 8 bits",
+    "profile": "converted to sRGB",
+    "bad_profile": "without their colour profile",
+    "ink": "converted from CMYK to RGB",
+    "frames": "only the first of several",
+}
+NO_SAMPLE_LOST = ("refused", "other_split", "other_picture")  # kinds of problems that leave out no sample
 BLOCK, RECORD = 512, 10240  # bytes: a tar file consists of blocks, and ends with a full record
 
 
@@ -34,7 +43,7 @@ def pack(source: Source, output_dir, shard_size: int, name: str, caption_field: 
     """Write the samples of a source into `<output_dir>/<name>-00000.tar` and so on. Unusable samples are left out.
 
     Images are stored as they are, byte for byte, under the extension of their format. Those of other formats than JPEG,
-    PNG and WebP become PNG files of the pixels that training sees.
+    PNG and WebP become PNG files of the pixels that training sees, with their transparency.
 
     Args:
         shard_size: largest size of a shard, in bytes, unless a single sample is larger.
@@ -54,6 +63,7 @@ def pack(source: Source, output_dir, shard_size: int, name: str, caption_field: 
     require_writable(folder, "OUTPUT_DIR")
     wanted = {
         "format": FORMAT,
+        "pixels": VERSION,
         "data": digest(rows),
         "shard_size": shard_size,
         "name": name,
@@ -145,7 +155,7 @@ def write_plan(folder: Path, plan: dict) -> None:
 def write_shards(rows, folder: Path, plan: dict, processes: int, log) -> None:
     """Write the missing shards of a plan, and add each to it when it is complete."""
     start, digits = next_row(plan), max(6, len(str(len(rows))))
-    shard, left_out, converted = None, [], set()
+    shard, left_out, converted = None, [], {""}
 
     def finish(next_row: int) -> None:
         note = {"name": shard.name, "samples": shard.samples, "bytes": shard.finish()}
@@ -165,9 +175,10 @@ def write_shards(rows, folder: Path, plan: dict, processes: int, log) -> None:
                     left_out.append(str(error))
                     log(f"left out: {error}")
                     continue
-                if image.format not in EXTENSIONS and image.format not in converted:
-                    converted.add(image.format)
-                    log(f"{image.format} images become PNG, without loss; the first: {rows.name(index)}")
+                change = conversion(image)
+                if change not in converted:
+                    converted.add(change)
+                    log(f"{change}; the first: {rows.name(index)}")
                 if shard and shard.size_with(files) > plan["shard_size"]:
                     finish(index)
                     shard = None
@@ -180,6 +191,14 @@ def write_shards(rows, folder: Path, plan: dict, processes: int, log) -> None:
             if shard:
                 shard.abandon()
     plan["left_out"] += left_out  # where there is no shard at all
+
+
+def conversion(image: Inspected) -> str:
+    """What becomes of a stored image that is not kept as it is; empty for one that is."""
+    if image.format in EXTENSIONS:
+        return ""
+    changes = [LOSSES[kind] for kind in image.remarks_by_kind() if kind in LOSSES]
+    return f"{image.format} images become PNG, {', '.join(changes) or 'without loss'}"
 
 
 def candidates(rows, start: int):
@@ -204,7 +223,7 @@ def sample_files(rows, index: int, image: Inspected, captions: list, caption_fie
         content = read_stored(rows.location(index))
         if image.format not in EXTENSIONS:
             file = io.BytesIO()
-            decode(content).save(file, "PNG")
+            read(content)[0].save(file, "PNG")
             content = file.getvalue()
     extension, text = caption_file(captions, caption_field)
     if len(text) > LARGEST_TEXT:
@@ -214,11 +233,8 @@ def sample_files(rows, index: int, image: Inspected, captions: list, caption_fie
 
 def caption_file(captions: list, caption_field: str) -> tuple:
     """Extension and content of the file with a sample's captions: .txt, or .json where .txt would change them."""
-    try:
-        if len(captions) == 1 and captions[0] == captions[0].strip():
-            return "txt", captions[0].encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can hold
-        pass
+    if len(captions) == 1 and captions[0] == captions[0].strip() and not captions[0].startswith("\ufeff"):
+        return "txt", captions[0].encode("utf-8")
     return "json", json.dumps({caption_field: captions}).encode("ascii")
 
 

@@ -2,13 +2,14 @@
 
 from ppdiffusers_train.arguments.parser import Flag
 
-PLACES = ("dataset_config_name", "cache_dir", "index_dir")  # flags that `sources.open_source` takes
+PLACES = ("dataset_config_name", "dataset_split", "cache_dir", "index_dir")  # flags that `sources.open_source` takes
 
 
 def add_source_flags(command) -> None:
     """Add the flags that say how to read a data set, and how to print."""
     add = command.add_argument
     add("--dataset_config_name", help="Use this configuration of the dataset, if it has several.")
+    add("--dataset_split", default="train", metavar="SPLIT", help="Read this split of a table, such as validation.")
     add("--image_column", default="image", help="Read images from this column.")
     add(
         "--caption_column", default="text",

@@ -15,7 +15,7 @@ import paddle
 import pytest
 from PIL import Image
 
-from ppdiffusers_train.data import encoders_key
+from ppdiffusers_train.data import encoders_key, pixels
 from ppdiffusers_train.data.encoded_cache import EncodedSamples, Entry, RunEntries
 from ppdiffusers_train.data.encoders_key import encoders_digest, file_digest
 from ppdiffusers_train.data.loader import iterate_batches
@@ -280,6 +280,15 @@ def test_the_digest_of_the_encoders_follows(changed):
     digest = encoders_digest(changed(), Precision("no"), {})
     assert digest != encoders_digest(Cropping(), Precision("no"), {})
     assert digest == encoders_digest(changed(), Precision("no"), {})
+
+
+def test_the_digest_follows_how_pixels_come_of_an_image(monkeypatch):
+    def digest(*background):
+        return encoders_digest(Cropping(), Precision("no"), {}, *background)
+
+    white, red = digest(), digest("#ff0000")
+    monkeypatch.setattr(pixels, "VERSION", pixels.VERSION + 1)
+    assert len({white, red, digest()}) == 3
 
 
 def test_the_digest_does_not_follow_what_encodes_nothing():

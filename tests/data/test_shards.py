@@ -14,11 +14,9 @@ from hypothesis import strategies as st
 
 from ppdiffusers_train.arguments import ArgumentParser, add_data_arguments
 from ppdiffusers_train.data.dataset import build_dataset
-from ppdiffusers_train.data.shards import open_shards
-from ppdiffusers_train.data.streams import Stream, read_shard
 from ppdiffusers_train.data.tar_samples import read_samples
-from ppdiffusers_train.errors import BadSampleError, UserError
-from tests.data.make_shards import broken_shards, pair, picture, shards_of, write_tar
+from ppdiffusers_train.errors import UserError
+from tests.data.make_shards import shards_of, write_tar
 
 pytestmark = pytest.mark.once  # no Paddle in it
 
@@ -76,59 +74,6 @@ def test_every_sample_is_read_from_a_file_and_from_a_stream(samples, kind, text_
     assert [content[sample.offset : sample.offset + sample.size] for sample in found] == images
 
 
-def test_what_belongs_to_no_sample_is_passed_over(tmp_path):
-    others = [(".DS_Store", b"x"), ("._a.png", b"x"), ("__meta__.json", b"x"), ("README", b"x")]
-    tar = write_tar(tmp_path / "x.tar", [*others, *pair("a", "one")])
-    with tar.open("rb") as file:
-        assert [sample.captions for sample in read_samples(file, "text", False)] == [["one"]]
-
-
-def test_several_captions_stand_in_a_field_of_json(tmp_path, shards):
-    text = json.dumps({"label": ["a", "b"]}).encode()
-    write_tar(tmp_path / "x.tar", [("1.png", picture()), ("1.json", text), *pair("2", "c")])
-    rows = shards(tmp_path, "--caption_column=label")
-    assert [rows.captions(index) for index in range(2)] == [["a", "b"], ["c"]]
-    assert captions(rows) == [["a", "b"], "c"] and rows.count_captions() == 3
-
-
-def said_of(path, sequential):
-    """What is wrong with the samples of a shard, read as a file or as a stream."""
-    if sequential:
-        samples = list(read_shard(f"pipe:cat {path}", "text"))
-        rows = [(lambda sample=sample: Stream.decode(sample)) for sample in samples]
-    else:
-        shard = open_shards([path], "text", path.parent)
-        rows = [(lambda index=index: shard[index]) for index in range(len(shard))]
-    for row in rows:
-        try:
-            row()
-        except BadSampleError as error:
-            yield str(error)
-
-
-@pytest.mark.parametrize("sequential", [False, True])
-def test_what_is_broken_is_named_once_and_costs_no_other_sample(tmp_path, sequential):
-    for path, message in broken_shards(tmp_path).items():
-        (said,) = said_of(path, sequential)
-        assert f"{path}: {message}" in said
-        rows = open_shards([path], "text", tmp_path)
-        hopeless = path.name in ("empty.tar", "nothing.tar", "page.tar")
-        assert hopeless or rows[0]["caption"] == "a good one"
-
-
-def test_nothing_is_written_by_an_archive(tmp_path, shards):
-    folder = tmp_path / "deep" / "deeper"
-    broken_shards(folder)
-    rows = shards(folder)
-    for index in range(len(rows)):
-        try:
-            rows[index]
-        except BadSampleError:
-            pass
-    assert {path.name for path in tmp_path.iterdir()} == {"deep", "ppdiffusers_train"}, "the data and the index"
-    assert {path.suffix for path in folder.iterdir()} == {".tar"} and not Path("/etc/b.png").exists()
-
-
 def test_shards_are_a_folder_a_file_a_brace_pattern_or_a_glob(tmp_path, shards):
     shards_of(tmp_path / "s", [2, 3, 1])
     everything = ["0 0", "0 1", "1 0", "1 1", "1 2", "2 0"]
@@ -166,13 +111,6 @@ def test_an_index_is_made_once_and_anew_when_the_shard_has_changed(tmp_path, sha
     assert len(shards(tmp_path / "s")) == 3
     index.write_bytes(b"nonsense")
     assert len(shards(tmp_path / "s")) == 3
-
-
-def test_an_index_that_cannot_be_written_is_an_error_that_names_the_flag(tmp_path, shards):
-    shards_of(tmp_path / "s", [2])
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="^--index_dir: .*file/index"):
-        shards(tmp_path / "s", f"--index_dir={tmp_path}/file/index")
 
 
 def test_data_of_other_captions_has_another_digest(tmp_path, shards):

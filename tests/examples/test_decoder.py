@@ -490,12 +490,16 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(train_decoder,
     (other_image / "coffee.jpg").write_bytes((photos / "coffee.jpg").read_bytes() + b" ")
     other_job = shutil.copytree(checkpoint, tmp_path / "other_job")
     edit_json(other_job / "state.json", job="KandinskyPriorTrainingModule")
+    other_split = shutil.copytree(checkpoint, tmp_path / "other_split")
+    edit_json(other_split / "state.json", split="validation")
     cases = {
         (checkpoint, "--seed=1"): "is of another run: its --seed is 0, here it is 1",
+        (checkpoint, "--background_color=black"): "was trained with #ffffff, now it is #000000",
         (checkpoint, "--max_train_samples=3"): "its number of samples is 7, here it is 3",
         (checkpoint, f"--train_data_dir={other_data}"): "is of another run: its data (a hash of all captions",
         (checkpoint, f"--train_data_dir={other_image}"): "is of another run: its images (a hash of the contents of all",
         (other_job, "--seed=0"): "its job is KandinskyPriorTrainingModule, here it is KandinskyDecoderTrainingModule",
+        (other_split, "--seed=0"): "its --dataset_split is validation, here it is train",
         (checkpoint, "--use_ema"): "was written without --use_ema",
         (checkpoint, "--use_8bit_adam"): "was written without --use_8bit_adam",
     }

@@ -200,7 +200,7 @@ def test_a_folder_that_training_refuses_as_a_whole_is_looked_through_all_the_sam
 
 LOST = {
     "there is no file": ({"a.png": png()}, [row("a.png"), row("b.png")]),
-    "is no image to the loader": ({"a.png": png(), "b.avif": b"?"}, [row("a.png"), row("b.avif")]),
+    "is no image to the loader": ({"a.png": png(), "b.svg": b"?"}, [row("a.png"), row("b.svg")]),
     "has metadata that is nearer": (
         {"a/a.png": png(), "a/metadata.jsonl": json.dumps(row("a.png")).encode()}, [row("a/a.png")],
     ),
@@ -268,7 +268,7 @@ def test_every_problem_of_a_shard_is_one_that_training_has(tmp_path, capsys):
     bad = [
         ("2.png", png()), ("3.txt", b"no image"), ("4.png", png()), ("4.json", b"{}"), ("5.png", png()),
         ("5.txt", b"\xff"), ("6.png", b"broken"), ("6.txt", b"x"), ("../7.png", png()), ("../7.txt", b"x"),
-        ("0.png", png()), ("0.txt", b"again"), ("8.gif", b"?"), ("8.txt", b"x"),
+        ("0.png", png()), ("0.txt", b"again"), ("8.svg", b"?"), ("8.txt", b"x"),
     ]  # fmt: skip
     make_tar(shards / "p-000.tar", [*good, *bad])
     whole = make_tar(shards / "p-001.tar", [("9.png", png(color=2)), ("9.txt", b"x"), *good])
@@ -410,12 +410,10 @@ def test_each_kind_says_what_training_does():
 
 def test_mistakes_are_one_line(tmp_path, capsys, tokenizer_folder):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "list.jsonl").write_text(json.dumps(row("a.png")) + "\n")
     cases = {
         (tmp_path / "nowhere",): "there is nothing at '.*nowhere'; expected a folder of images",
         (tmp_path / "p-{0..2}.tar",): "there are no shards at '.*p-0.tar'",
-        (tmp_path / "empty",): "holds no data; expected images with a metadata.jsonl",
-        (tmp_path / "list.jsonl",): "is a list of files, which training cannot read; `pack` makes shards",
+        (tmp_path / "empty",): "holds no data; expected images with captions, tar shards",
         ("pipe:cat x.tar",): "is a stream, which cannot be inspected",
         (PHOTOS, "--tokenizer", tmp_path): "--tokenizer: '.*' has no vocab.json",
         (PHOTOS, "--resolutoin=5"): "--resolutoin is not a flag of this script; did you mean --resolution",
