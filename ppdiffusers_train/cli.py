@@ -5,6 +5,7 @@ ppdiffusers-train check my-photos
 ppdiffusers-train preview train_text_to_image_sdxl.py --pretrained_model_name_or_path sdxl --train_data_dir my-photos
 ppdiffusers-train pack my-photos shards --shard_size 500MB
 ppdiffusers-train launch --gpus 0,1 train_text_to_image_sdxl.py --train_data_dir my-photos --output_dir my-sdxl
+ppdiffusers-train cache my-sdxl/encoded --train_data_dir my-photos
 ppdiffusers-train convert-lora my-lora --to diffusers --output my-lora-for-torch
 ppdiffusers-train toy-data shapes --count 1000 --size 32
 ppdiffusers-train demo --job lcm-lora
@@ -23,15 +24,16 @@ from pathlib import Path
 from ppdiffusers_train.arguments.parser import (
     ArgumentParser,
     CommandParser,
-    Flag,
     byte_size,
     non_negative_float,
     positive_int,
 )
 from ppdiffusers_train.errors import UserError, one_line, one_line_errors, writing
 from ppdiffusers_train.models.lora_libraries import FILES
+from ppdiffusers_train.tools.cache import add_cache_command
 from ppdiffusers_train.tools.examples import add_examples_command
 from ppdiffusers_train.tools.launch import add_launch_command
+from ppdiffusers_train.tools.source_flags import PLACES, add_source_flags
 from ppdiffusers_train.toy.commands import add_toy_commands
 
 # Each command imports what it needs, so that `--help` is fast, and so are the processes that a command starts, which
@@ -136,27 +138,15 @@ def open_named(args):
     """The `Source` that the flags of `add_source_arguments` name."""
     from ppdiffusers_train.tools.sources import open_source
 
-    flags = {name: getattr(args, name) for name in ("dataset_config_name", "dataset_split", "cache_dir", "index_dir")}
-    return open_source(args.source, args.image_column, args.caption_column, **flags)
+    places = {name: getattr(args, name) for name in PLACES}
+    return open_source(args.source, args.image_column, args.caption_column, **places)
 
 
 def add_source_arguments(command, what: str) -> None:
     add = command.add_argument
     add("source", metavar="SOURCE", help=what)
-    add("--dataset_config_name", help="Use this configuration of the dataset, if it has several.")
-    add("--dataset_split", default="train", metavar="SPLIT", help="Read this split of a table, such as validation.")
-    add("--image_column", default="image", help="Read images from this column.")
-    add(
-        "--caption_column", default="text",
-        help="Read captions from this column, or from this field of a shard's .json files.",
-    )  # fmt: skip
-    add("--cache_dir", metavar="DIR", help="Keep downloads in this folder; without it, in Hugging Face's cache.")
-    add(
-        "--index_dir", metavar="DIR",
-        help="Keep indices of data sets in this folder; without it, in --cache_dir or the user's cache.",
-    )  # fmt: skip
+    add_source_flags(command)
     add("--processes", type=positive_int, help="Decode images in this many processes; without it, in one per CPU core.")
-    add("--json", action=Flag, help="Print the result as one JSON document.")
 
 
 def build_parser():
@@ -228,6 +218,8 @@ def build_parser():
     command.set_defaults(run=preview_training)
 
     add_launch_command(commands)
+
+    add_cache_command(commands)
 
     command = commands.add_parser(
         "convert-lora", help="rewrite a LoRA's file for another library",

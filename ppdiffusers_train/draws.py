@@ -11,6 +11,8 @@ from itertools import chain, pairwise
 
 import numpy as np
 
+VERSION = 1  # of what its functions give to encoded samples
+
 
 def generator(seed: int, position: int, name: str) -> np.random.Generator:
     """NumPy's generator of one draw; `position` is the sample's index in the run (or an epoch's number)."""

@@ -7,6 +7,8 @@ from paddle import nn
 
 from ppdiffusers_train.errors import UserError
 
+VERSION = 1  # of what its functions give to encoded samples
+
 
 class DiffusionTrainingModule(nn.Layer):
     """One training job. A subclass loads its models, freezes what is not trained, and implements the methods below.
@@ -37,6 +39,41 @@ class DiffusionTrainingModule(nn.Layer):
 
     buckets = ()
     """[(height, width)] of the aspect-ratio buckets; empty if all samples have the same size."""
+
+    def load_later(self, name: str, stored) -> None:
+        """Have a frozen model as attribute `name` that is loaded when it is first used.
+
+        Where all samples are in the cache, it never is.
+
+        Args:
+            stored: a `pipeline_folder.StoredModel`.
+        """
+        vars(self).setdefault("_stored", {})[name] = stored
+
+    def stored(self) -> dict:
+        """`{name: StoredModel}` of all models that `load_later` got, whether they are loaded or not."""
+        return vars(self).get("_stored", {})
+
+    def not_loaded(self) -> list:
+        """The names of the models of `load_later` that have not been used yet."""
+        return [name for name in self.stored() if name not in self._sub_layers and name not in vars(self)]
+
+    def load_rest(self) -> list:
+        """Load the models of `load_later` that have not been used yet; returns their names."""
+        names = self.not_loaded()
+        for name in names:
+            getattr(self, name)
+        return names
+
+    def __getattr__(self, name):
+        if name in vars(self).get("_stored", {}) and name not in self._sub_layers:
+            setattr(self, name, freeze(self._stored[name].load()))
+        return super().__getattr__(name)
+
+    def free_encoders(self) -> None:
+        """Free the memory of the encoders; those that are not loaded never will be."""
+        for name in self.encoders:
+            setattr(self, name, None)
 
     def encoding_settings(self):
         """Settings that `preprocess` and `encode` depend on besides the sample and the encoders' weights, as JSON."""
@@ -85,9 +122,19 @@ class DiffusionTrainingModule(nn.Layer):
         return [parameter for parameter in self.parameters() if not parameter.stop_gradient]
 
 
-@paddle.no_grad()
 def encode_batch(module, batch: dict) -> dict:
-    """Encode a batch with `module.encode`: `{name: [B, …]} -> {name: [B, …]}`, floats as float32.
+    """Encode a batch: `{name: [B, …]} -> {name: [B, …]}`, floats as float32."""
+    return as_float32(encode_alone(module, batch))
+
+
+def as_float32(encoded: dict) -> dict:
+    """An encoded batch with its floats as float32, which `forward` takes."""
+    return {name: value.astype("float32") if value.is_floating_point() else value for name, value in encoded.items()}
+
+
+@paddle.no_grad()
+def encode_alone(module, batch: dict) -> dict:
+    """Encode a batch with `module.encode`: `{name: [B, …]} -> {name: [B, …]}`, in the types that it computes.
 
     One sample at a time unless the module says otherwise: the rounding of a matrix product depends on its sizes, and a
     sample's encoding must not depend on the other samples of its batch, or a cache could not hold the same bits.
@@ -97,8 +144,7 @@ def encode_batch(module, batch: dict) -> dict:
         module.encode({name: value[start : start + together] for name, value in batch.items()})
         for start in range(0, size, together)
     ]
-    stacked = {name: paddle.concat([part[name] for part in parts]) for name in parts[0]}
-    return {name: value.astype("float32") if value.is_floating_point() else value for name, value in stacked.items()}
+    return {name: paddle.concat([part[name] for part in parts]) for name in parts[0]}
 
 
 def freeze(model: nn.Layer) -> nn.Layer:

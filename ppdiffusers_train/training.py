@@ -9,6 +9,7 @@ import paddle
 from ppdiffusers_train.cpu.kernel_repairs import repair_kernels
 from ppdiffusers_train.cpu.patches import COMPILE_FROM_ROWS, CompiledEncode, can_compile, patched_paddle
 from ppdiffusers_train.data.dataset import index_folder
+from ppdiffusers_train.data.encoders_key import stored_digests
 from ppdiffusers_train.data.identity import agree_on_data
 from ppdiffusers_train.data.image_index import index_images
 from ppdiffusers_train.data.loader import OnlineSamples
@@ -109,7 +110,9 @@ def index_dataset(dataset, run: Run) -> None:
 def make_plan(module, dataset, run: Run) -> Plan:
     """Choose what is trained and the order of samples; check that all ranks and the checkpoint agree on it."""
     args = run.args
-    digests = {} if args.dry_run else model_digests(module)
+    if args.dry_run or not args.encoded_cache_dir:
+        module.load_rest()
+    digests = {} if args.dry_run else {**model_digests(module), **stored_digests(module, index_folder(args))}
     if run.ranks.world_size > 1 and not args.dry_run:
         agree(run.ranks, job_code(module))
         agree_on_data(dataset, run.ranks)

@@ -356,6 +356,17 @@ def tensors(file):
     return load_file(file)
 
 
+def encoded_samples(cache):
+    """{(folder of the encoders, key): arrays} of all samples in a cache."""
+    from ppdiffusers_train.data.packs import open_packs
+
+    found = {}
+    for folder in filter(Path.is_dir, Path(cache).iterdir()):
+        for pack in open_packs(folder)[0]:
+            found |= {(folder.name, bytes(key)): pack.read(row) for row, key in enumerate(pack.keys)}
+    return found
+
+
 def scalars(output_dir, tag="train/loss", logging_dir="logs"):
     """The values of a scalar that a run reported to VisualDL, in order of steps, over all its starts."""
     from ppdiffusers_train.reporting.trackers import read_scalars

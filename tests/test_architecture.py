@@ -77,9 +77,9 @@ def test_models_and_pipelines_of_ppdiffusers_stay_in_models_and_toy():
 
 
 def test_one_place_knows_the_format_of_tensor_files():
-    """Besides the samples of the cache and the toys' shipped weights, which are small and wanted whole."""
+    """Besides the toys' shipped weights, which are small and wanted whole."""
     knowing = {path.name for path in LIBRARY + SCRIPTS if any(name.startswith("safetensors") for name in imports(path))}
-    assert knowing == {"tensor_files.py", "encoded_cache.py", "shipped.py"}
+    assert knowing == {"tensor_files.py", "shipped.py"}
 
 
 def test_jobs_leave_reading_and_writing_of_models_to_one_place():

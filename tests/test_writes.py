@@ -24,7 +24,7 @@ WRITES = set(
     save_lora_weights save_weights save_optimizer write_plan write_shards Shard build_tokenizer
     build_t5_tokenizer export_combined export_prior sample_files require_room VisualDLTracker
     TensorBoardTracker build_kandinsky build_prior_pipeline build_sdxl write_weights replace_result set_aside_later
-    remove_earlier_checkpoints remove_folder make_once link_files
+    remove_earlier_checkpoints remove_folder make_once link_files UnfinishedPack
     write_pretrained write_kandinsky write_sd write_sdxl write_sd3""".split()
 )
 # These write where nobody loses a run: the launcher's logs are masked if possible, and toys are trained by developers.
@@ -117,7 +117,7 @@ def test_a_disk_that_is_full_before_the_first_step_gets_one_line(train, tmp_path
         with no_file_above(size), pytest.raises(SystemExit) as stopped:
             train("prior", f"--encoded_cache_dir={tmp_path / 'cache'}", "--report_to=none")
         assert stopped.value.code == 1 and re.search(expected, last_error(capsys))
-    assert not list((tmp_path / "cache").rglob("*.safetensors")) and not list((tmp_path / "cache").rglob(".*"))
+    assert not list((tmp_path / "cache").rglob("*.pack")) and not list((tmp_path / "cache").rglob(".*"))
 
 
 def test_images_and_figures_that_cannot_be_written_do_not_end_a_run(

@@ -17,7 +17,6 @@ from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixe
 from ppdiffusers_train.job import FullTraining, job_main
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders
 from ppdiffusers_train.models.unet import save_memory
-from ppdiffusers_train.module import freeze
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
 from ppdiffusers_train.objectives.noise_schedule import add_noise
 
@@ -45,8 +44,8 @@ class KandinskyDecoderTrainingModule(FullTraining):
         self.folders.check_resolution(args.resolution)
         decoder, prior = self.folders.decoder, self.folders.prior
         self.image_processor = prior.load("image_processor", CLIPImageProcessor)
-        self.image_encoder = freeze(prior.load("image_encoder", CLIPVisionModelWithProjection))
-        self.movq = freeze(decoder.load("movq", VQModel))
+        self.load_later("image_encoder", prior.later("image_encoder", CLIPVisionModelWithProjection))
+        self.load_later("movq", decoder.later("movq", VQModel))
         self.unet = decoder.load("unet", UNet2DConditionModel)
         self.scheduler = decoder.load("scheduler", DDPMScheduler)
         save_memory(self.unet, args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention)

@@ -21,8 +21,8 @@ from ppdiffusers_train.job import FullTraining, job_main
 from ppdiffusers_train.models.attention import announce_plain_attention
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders
 from ppdiffusers_train.models.recompute import enable_block_recompute
-from ppdiffusers_train.models.text import tokenize, warn_of_long_captions
-from ppdiffusers_train.module import freeze, keep_frozen
+from ppdiffusers_train.models.text import as_computed, tokenize, warn_of_long_captions
+from ppdiffusers_train.module import keep_frozen
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
 from ppdiffusers_train.objectives.noise_schedule import add_noise
 
@@ -53,8 +53,8 @@ class KandinskyPriorTrainingModule(FullTraining):
             self.folders.check_resolution(args.resolution)  # only validation needs the decoder
         self.image_processor = folder.load("image_processor", CLIPImageProcessor)
         self.tokenizer = folder.load("tokenizer", CLIPTokenizer)
-        self.image_encoder = freeze(folder.load("image_encoder", CLIPVisionModelWithProjection))
-        self.text_encoder = freeze(folder.load("text_encoder", CLIPTextModelWithProjection))
+        self.load_later("image_encoder", folder.later("image_encoder", CLIPVisionModelWithProjection))
+        self.load_later("text_encoder", folder.later("text_encoder", CLIPTextModelWithProjection))
         self.prior = folder.load("prior", PriorTransformer)
         self.folders.check_clip_std(self.prior)
         keep_frozen(self.prior.clip_mean, self.prior.clip_std)  # statistics of the embeddings, stored as parameters
@@ -85,7 +85,7 @@ class KandinskyPriorTrainingModule(FullTraining):
         return {
             "image_embeds": self.image_encoder(batch["clip_pixel_values"]).image_embeds,
             "prompt_embeds": text.text_embeds,
-            "prompt_hidden_states": text.last_hidden_state,
+            "prompt_hidden_states": as_computed(self.text_encoder, text.last_hidden_state),
             "text_mask": batch["text_mask"],
         }
 

@@ -19,7 +19,6 @@ from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.recompute import enable_block_recompute
 from ppdiffusers_train.models.sd3 import SD3Folder, check_prompts, encode_captions, tokenize_caption
 from ppdiffusers_train.models.stable_diffusion import encode_images
-from ppdiffusers_train.module import freeze
 from ppdiffusers_train.objectives.flow_matching import interpolate, shifted_sigmas, timestep_weighting, velocity
 from ppdiffusers_train.objectives.losses import mse_loss
 
@@ -67,7 +66,7 @@ class SD3TrainingModule(FullTraining):
         check_prompts(args.validation_prompts, self.tokenizers)
         self.encoders = ("vae", *self.folder.text_encoders)
         for name in (*self.folder.text_encoders, "vae"):
-            setattr(self, name, freeze(self.folder.load(name)))
+            self.load_later(name, self.folder.later(name))
         self.transformer = self.folder.load("transformer")
         if args.gradient_checkpointing:
             enable_block_recompute(self.transformer.transformer_blocks)
@@ -97,7 +96,7 @@ class SD3TrainingModule(FullTraining):
         return {
             **{name: getattr(self.args, name) for name in [*names, "min_image_size", "t5"]},
             "buckets": self.buckets,
-            "scale": [self.vae.config.scaling_factor, self.vae.config.shift_factor],
+            "scale": [self.folder.vae.config("vae").get(name) for name in ("scaling_factor", "shift_factor")],
             "tokenizers": [tokenizer.get_vocab() for tokenizer in self.tokenizers],
         }
 

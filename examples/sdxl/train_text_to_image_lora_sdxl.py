@@ -15,7 +15,6 @@ from train_text_to_image_sdxl import build_parser as build_full_parser
 from ppdiffusers_train.job import LoRATraining, job_main
 from ppdiffusers_train.models.lora import ATTENTION_TARGETS, TEXT_ENCODER_TARGETS
 from ppdiffusers_train.models.sdxl import encode_captions
-from ppdiffusers_train.models.stable_diffusion import encode_images
 
 
 def build_parser():
@@ -37,13 +36,6 @@ class SDXLLoRATrainingModule(LoRATraining, SDXLTrainingModule):
             self.adapted = {name: getattr(self, name) for name in ("text_encoder", "text_encoder_2")}
             for encoder in self.adapted.values():
                 self.add_lora(encoder, TEXT_ENCODER_TARGETS)
-
-    def encode(self, batch):
-        """With trained text encoders, captions stay token ids: input_ids, input_ids_2 [B, L]; has_prompt [B]."""
-        if not self.adapted:
-            return super().encode(batch)
-        names = ("time_ids", "input_ids", "input_ids_2", "has_prompt")
-        return {"latents": encode_images(self.vae, batch["pixel_values"]), **{name: batch[name] for name in names}}
 
     def forward(self, encoded, draws):
         if self.adapted:

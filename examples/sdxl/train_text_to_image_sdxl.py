@@ -20,7 +20,6 @@ from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.sdxl import SDXLFolder, encode_captions, tokenize_caption
 from ppdiffusers_train.models.stable_diffusion import encode_images
 from ppdiffusers_train.models.unet import save_memory
-from ppdiffusers_train.module import freeze
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
 from ppdiffusers_train.objectives.noise_schedule import add_noise
 from ppdiffusers_train.objectives.timesteps import draw_timesteps, timestep_weights
@@ -67,7 +66,7 @@ class SDXLTrainingModule(FullTraining):
             )  # fmt: skip
         self.tokenizer, self.tokenizer_2 = self.folder.load("tokenizer"), self.folder.load("tokenizer_2")
         for name in ("text_encoder", "text_encoder_2", "vae"):
-            setattr(self, name, freeze(self.folder.load(name)))
+            self.load_later(name, self.folder.later(name))
         self.unet = self.folder.load("unet")
         save_memory(self.unet, args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention)
         if args.enable_npu_flash_attention:
@@ -97,14 +96,19 @@ class SDXLTrainingModule(FullTraining):
         return {
             **{name: getattr(self.args, name) for name in [*names, "min_image_size"]},
             "buckets": self.buckets,
-            "scaling_factor": self.vae.config.scaling_factor,
+            "scaling_factor": self.folder.vae.config("vae").get("scaling_factor"),
             "no_prompt_is_zeros": self.folder.no_prompt_is_zeros,
             "tokenizers": [self.tokenizer.get_vocab(), self.tokenizer_2.get_vocab()],
         }
 
     def encode(self, batch):
-        """latents [B, 4, h, w], scaled; prompt_embeds [B, L, D]; pooled_prompt_embeds [B, P]; time_ids [B, 6]."""
-        captions = encode_captions(self.text_encoder, self.text_encoder_2, batch)
+        """latents [B, 4, h, w], scaled; prompt_embeds [B, L, D]; pooled_prompt_embeds [B, P]; time_ids [B, 6].
+
+        Where text encoders are trained, captions stay token ids: input_ids, input_ids_2 [B, L]; has_prompt [B].
+        """
+        captions = {name: batch[name] for name in ("input_ids", "input_ids_2", "has_prompt")}
+        if "text_encoder" in self.encoders:
+            captions = encode_captions(self.text_encoder, self.text_encoder_2, captions)
         return {"latents": encode_images(self.vae, batch["pixel_values"]), **captions, "time_ids": batch["time_ids"]}
 
     def inspect_dataset(self, dataset):

@@ -16,7 +16,6 @@ from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder, encode_images, encode_prompt
 from ppdiffusers_train.models.text import tokenize
 from ppdiffusers_train.models.unet import save_memory
-from ppdiffusers_train.module import freeze
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
 from ppdiffusers_train.objectives.noise_schedule import add_noise
 
@@ -50,7 +49,8 @@ class SDTrainingModule(FullTraining):
         self.folder = StableDiffusionFolder(*names, "--pretrained_model_name_or_path", *where, weights=not args.dry_run)
         self.folder.check_resolution(args.resolution)
         self.scheduler = self.folder.load("scheduler", DDPMScheduler)
-        self.vae, self.text_encoder = (freeze(self.folder.load(name)) for name in self.encoders)
+        for name in self.encoders:
+            self.load_later(name, self.folder.later(name))
         self.tokenizer, self.unet = self.folder.load("tokenizer"), self.folder.load("unet")
         save_memory(self.unet, args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention)
 
@@ -65,7 +65,11 @@ class SDTrainingModule(FullTraining):
     def encoding_settings(self):
         names = ("resolution", "image_interpolation_mode", "center_crop", "random_flip", "proportion_empty_prompts")
         settings = {name: getattr(self.args, name) for name in names}
-        return {**settings, "scale": self.vae.config.scaling_factor, "tokenizer": self.tokenizer.get_vocab()}
+        return {
+            **settings,
+            "scale": self.folder.vae.config("vae").get("scaling_factor"),
+            "tokenizer": self.tokenizer.get_vocab(),
+        }
 
     def encode(self, batch):
         """latents [B, 4, r, r], scaled; prompt_embeds [B, L, D]."""

@@ -4,12 +4,16 @@ import contextlib
 import json
 import os
 import secrets
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 
+from ppdiffusers_train.runtime.processes import is_alive, this_machine
+
 IDENTITY = b"made from"
+OLD_SECONDS = 24 * 3600  # age of an unfinished file after which no process is still writing it
 
 
 def write_table(file: Path, table, identity: dict):
@@ -30,11 +34,8 @@ def write_table(file: Path, table, identity: dict):
 
 @contextlib.contextmanager
 def atomic_table(file: Path, schema):
-    """A context that gives a writer of batches. The file appears when all are written.
-
-    Its temporary name is random: processes of two containers may have the same number.
-    """
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
+    """A context that gives a writer of batches. The file appears when all are written."""
+    temporary = unfinished(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with pyarrow.OSFile(str(temporary), "wb") as target, pyarrow.ipc.new_file(target, schema) as writer:
@@ -42,6 +43,28 @@ def atomic_table(file: Path, schema):
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unfinished(file: Path) -> Path:
+    """A hidden name for a file that is being written: it says who writes it, for `remove_leftovers`."""
+    return file.with_name(f".{file.name}.{secrets.token_hex(8)}.{this_machine():x}.{os.getpid()}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove unfinished files of processes that were killed.
+
+    Whether a writer is alive is known on its own machine only. Files of other machines or containers are kept for a
+    day.
+    """
+    for file in folder.glob(".*.*"):
+        with contextlib.suppress(OSError):  # its writer has finished it, or another run has removed it
+            machine, process = file.name.rsplit(".", 2)[1:]
+            if this_machine() and machine == f"{this_machine():x}" and process.isdigit():
+                is_left = not is_alive(int(process))
+            else:
+                is_left = time.time() - file.stat().st_mtime > OLD_SECONDS
+            if is_left:
+                file.unlink()
 
 
 def read_table(file: Path):

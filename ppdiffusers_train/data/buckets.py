@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 
+VERSION = 1  # of what its functions give to encoded samples
+
 STEP, LARGEST_RATIO = 64, 4
 
 

@@ -17,7 +17,15 @@ import numpy as np
 import pyarrow
 from pyarrow import compute
 
-from ppdiffusers_train.data.arrow_files import as_stamps, is_written, read_table, taken, whole_stamp, write_table
+from ppdiffusers_train.data.arrow_files import (
+    as_stamps,
+    is_written,
+    read_table,
+    remove_leftovers,
+    taken,
+    whole_stamp,
+    write_table,
+)  # fmt: skip
 from ppdiffusers_train.data.inspection import NOTHING, Inspected, inspect
 from ppdiffusers_train.data.pixels import VERSION
 from ppdiffusers_train.data.rows import Rows, content_digest
@@ -109,6 +117,7 @@ class Index:
         for part in self.parts:
             with contextlib.suppress(OSError):
                 part.unlink()
+        remove_leftovers(self.folder)
         return (self.folder / FILE).exists()
 
 

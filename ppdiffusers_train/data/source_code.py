@@ -1,41 +1,95 @@
-"""The source code that methods of a training module run, as text, to detect changes of what they compute."""
+"""What code a training module's samples are prepared and encoded by, to notice changes of what it computes.
+
+Scripts are made to be edited, so their code counts as it is written. Files of this package that encodings reach have a
+number, VERSION, which is raised when their functions compute something else (tests/data/test_encoding_versions.py).
+"""
 
 import ppdiffusers_train
 
+import ast
 import inspect
 from itertools import chain
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
+import numpy as np
+
 PACKAGE = Path(ppdiffusers_train.__file__).parent
 
 
-def sources(module_class, *methods: str) -> list:
-    """The source of `methods` of a class and of all functions that they call, directly or not.
+def code_of(module_class, methods: tuple, also=()) -> list:
+    """What `methods` of a class, and the functions and classes `also`, run: one text for each function, sorted.
+
+    Of a file of the package that has a version, this is a text for the file: its name and that version. Of any other
+    function, it is its source, and the numbers and texts outside of it that it names.
+    """
+    return sorted({described(function, module_class) for function in reached(module_class, methods, also)})
+
+
+def reached(module_class, methods: tuple, also=()) -> set:
+    """`methods` of a class, the functions `also`, those of the classes `also`, and all functions that they call.
 
     Calls are found by name, among the names of the function's file, the class and its bases. Only functions of this
     package, or in a folder with one of the methods, are included; those of other libraries are not.
     """
     waiting = list(chain(*(own_functions(module_class, name) for name in methods)))
-    found, folders = {}, {Path(function.__code__.co_filename).parent for function in waiting}
+    folders = {file_of(function).parent for function in waiting}
+    waiting += chain(*map(functions_of, also))
+    found = set()
     while waiting:
         function = inspect.unwrap(waiting.pop())
-        file = Path(function.__code__.co_filename)
-        if function not in found and (file.is_relative_to(PACKAGE) or file.parent in folders):
-            found[function] = inspect.getsource(function)
+        if function not in found and (is_of_package(function) or file_of(function).parent in folders):
+            found.add(function)
             waiting += called_functions(function, module_class)
-    return sorted(found.values())
+    return found
+
+
+def described(function: FunctionType, module_class) -> str:
+    """What stands for a function in `code_of`."""
+    if is_of_package(function) and "VERSION" in function.__globals__:
+        return f"{file_of(function).relative_to(PACKAGE).as_posix()} {function.__globals__['VERSION']}"
+    return source_of(function, module_class)
+
+
+def source_of(function: FunctionType, module_class) -> str:
+    """The source of a function, and the numbers and texts that it takes from its file or its class by name."""
+    values = {}
+    for name in sorted(names_in(function.__code__)):
+        owners = [function.__globals__, *map(vars, module_class.__mro__)]
+        found = next((owner[name] for owner in owners if name in owner), None)
+        literal = repr(found.tolist() if isinstance(found, np.ndarray) else found)
+        if found is not None and is_literal(literal):
+            values[name] = literal
+    return "\n".join([inspect.getsource(function), *(f"{name} = {value}" for name, value in values.items())])
+
+
+def is_literal(text: str) -> bool:
+    """Whether the text of a value has all of it: numbers, texts, and tuples, lists, sets and dictionaries of them."""
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
+    return True
 
 
 def called_functions(function: FunctionType, module_class):
-    """The functions that a function may call by the names in its code."""
+    """The functions that a function may call by the names in its code; of a class, all of its methods."""
     known = function.__globals__
     for name in names_in(function.__code__):
-        yield from own_functions(module_class, name)
+        if not name.startswith("__"):  # such as __init__, which is a call of another class
+            yield from own_functions(module_class, name)
         modules = (value for value in map(known.get, names_in(function.__code__)) if isinstance(value, ModuleType))
         for value in (known.get(name), *(getattr(module, name, None) for module in modules)):
-            if isinstance(value, FunctionType):
-                yield value
+            yield from functions_of(value)
+
+
+def functions_of(value):
+    """A function itself, and all methods of a class and its bases. Errors compute nothing."""
+    if isinstance(value, FunctionType):
+        yield value
+    elif inspect.isclass(value) and not issubclass(value, BaseException):
+        for name in set(chain(*map(vars, value.__mro__))):
+            yield from own_functions(value, name)
 
 
 def own_functions(module_class, name: str):
@@ -51,3 +105,13 @@ def names_in(code: CodeType) -> set:
     """All names in a function's code, and in that of functions within it."""
     within = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return set(code.co_names).union(*map(names_in, within))
+
+
+def is_of_package(function: FunctionType) -> bool:
+    """Whether a function is defined in this package."""
+    return file_of(function).is_relative_to(PACKAGE)
+
+
+def file_of(function: FunctionType) -> Path:
+    """The file that defines a function."""
+    return Path(function.__code__.co_filename)

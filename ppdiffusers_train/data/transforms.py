@@ -7,6 +7,8 @@ from PIL import Image, ImageOps
 
 from ppdiffusers_train.data.pixels import EXTREME
 
+VERSION = 1  # of what its functions give to encoded samples
+
 
 def center_crop_square(image: Image.Image) -> Image.Image:
     """The largest centred square of an image, without resizing."""

@@ -118,6 +118,19 @@ def first_row(dataset) -> dict:
     raise UserError(f"none of the {len(dataset)} samples can be used; the last: {broken}")
 
 
+def stored_size(encoded: dict, batch: dict, mixed_precision: str) -> int:
+    """Bytes that the values of an encoded sample take in the cache.
+
+    Mixed precision halves all that models compute but latents, the values with height and width, which autoencoders
+    compute in float32. What `encode` takes from its batch as it is keeps its type.
+    """
+    halves = {name for name, value in encoded.items() if name not in batch and value.ndim < 4}
+    return sum(
+        value.numpy().nbytes // (2 if name in halves and mixed_precision != "no" else 1)
+        for name, value in encoded.items()
+    )
+
+
 def inventory_of(module, row: dict, args) -> Inventory:
     """What the job of `module` keeps in memory, at the resolution of `args`."""
     sizes = [args.resolution] if args.resolution <= MEASURED[-1] else list(MEASURED)
@@ -127,6 +140,7 @@ def inventory_of(module, row: dict, args) -> Inventory:
         changed = {"gradient_checkpointing": recompute, "aspect_ratio_buckets": False}
         small = argparse.Namespace(**{**vars(args), **changed})
         job = type(module)(small)
+        job.load_rest()
         choose_trainable(job, small.trainable_modules)
         set_training_mode(job)
         meter, peaks = StepMeter(job.trainable_parameters()), []
@@ -137,7 +151,7 @@ def inventory_of(module, row: dict, args) -> Inventory:
                     samples.append(encode_batch(job, batch))
                     around.mark()
                 encoding.append(around)
-                encoded.append([sum(tensor.numpy().nbytes for tensor in samples[-1].values())])
+                encoded.append([stored_size(samples[-1], batch, args.mixed_precision)])
             sample = samples[sizes.index(small.resolution)]
             peaks.append(meter.measure(lambda job=job, sample=sample: job(sample, Draws(0, [0]))))
         activations[recompute] = extrapolate_peak(sizes, peaks, args.resolution)

@@ -5,22 +5,30 @@ import time
 from collections import deque
 from pathlib import Path
 
+import numpy as np
+
 from ppdiffusers_train.cpu.free_memory import return_free_memory
 from ppdiffusers_train.cpu.patches import CompiledEncode
+from ppdiffusers_train.data.arrow_files import remove_leftovers
+from ppdiffusers_train.data.dataset import index_folder
 from ppdiffusers_train.data.encoded_cache import (
     EncodedSamples,
-    Entries,
+    RunEntries,
+    UnencodedSamples,
     draws_something,
-    encoders_folder,
-    remove_leftovers,
 )
+from ppdiffusers_train.data.encoders_key import describe_encoders, encoders_digest, encoders_folder, unloaded_encoders
 from ppdiffusers_train.data.loader import iterate_batches
+from ppdiffusers_train.data.pack_writer import PackWriter, merge_small
+from ppdiffusers_train.data.packs import Packs
 from ppdiffusers_train.data.pixels import WHITE
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import TrainingState
-from ppdiffusers_train.module import encode_batch
+from ppdiffusers_train.module import encode_alone
 from ppdiffusers_train.reporting.status_line import StatusLine
 from ppdiffusers_train.runtime.checkpoint import require_writable
+
+REFRESH_SECONDS = 10  # between two looks for packs of other runs that fill the same cache
 
 
 def encode_dataset(plan: Plan, state: TrainingState) -> EncodedSamples:
@@ -32,23 +40,27 @@ def encode_dataset(plan: Plan, state: TrainingState) -> EncodedSamples:
     root = Path(run.args.encoded_cache_dir)
     require_writable(root, "--encoded_cache_dir")
     background = getattr(dataset, "background", WHITE)
-    folder, is_compiled = encoders_folder(root, module, state.precision, len(dataset), background)
+    digest = encoders_digest(module, state.precision, unloaded_encoders(module, index_folder(run.args)), background)
+    folder, is_compiled = encoders_folder(root, digest, module, len(dataset))
     if not folder.exists() and any(root.iterdir()):
-        run.log(f"{root}: holds samples of other models, settings or code, which are kept but not used")
+        run.log(f"{root}: holds samples of other models, settings, code or versions, which are kept but not used")
     run.ranks.wait_for_all("the others to hash their encoders")  # before anyone makes the folder
-    samples = EncodedSamples(folder, dataset, plan.order, choose_variants(plan))
+    entries = RunEntries(dataset, plan.order, choose_variants(plan))
+    samples = EncodedSamples(Packs(folder, run.log), entries)
     missing = samples.missing(run.ranks)
-    run.log(f"{folder}: {sum(map(len, missing.values()))} of {samples.count} samples are still to be encoded")
-    if missing:
+    run.log(f"{folder}: {len(missing)} of {entries.count} samples are still to be encoded")
+    if len(missing):
         if run.ranks.is_main:
             remove_leftovers(folder)
+            describe_encoders(folder, module, state.precision)
+        for name in module.load_rest():
+            state.precision.cast_encoder(module, name)
         if is_compiled:
             module.encode = CompiledEncode(module)
         began = time.monotonic()
         state.bad_samples.add(fill(samples, missing, plan, state), run.log)
         run.log(f"{root}: the cache is complete; encoding took {time.monotonic() - began:.0f} s")
-    for name in module.encoders:
-        setattr(module, name, None)
+    module.free_encoders()
     return_free_memory()
     return samples
 
@@ -65,7 +77,7 @@ def choose_variants(plan: Plan) -> int:
     return variants
 
 
-def fill(samples: EncodedSamples, missing: dict, plan: Plan, state: TrainingState) -> dict:
+def fill(samples: EncodedSamples, missing: np.ndarray, plan: Plan, state: TrainingState) -> dict:
     """Encode the missing samples. Each rank takes the next row when it is free, so all finish at about the same time.
 
     Args:
@@ -73,32 +85,47 @@ def fill(samples: EncodedSamples, missing: dict, plan: Plan, state: TrainingStat
     Returns:
         {row: why it cannot be used}, on every rank.
     """
-    ranks, module = plan.run.ranks, plan.module
-    rows, taken, found, done = list(missing), deque(), {}, ranks.counter()
+    ranks, found, total = plan.run.ranks, {}, len(missing)
+    with StatusLine("encoding", "samples", total, visible=ranks.is_main) as status:
+        with PackWriter(samples.packs.folder) as writer:
+            for row, message in encode_missing(samples, missing, plan, state, writer, status):
+                found[row] = message
+        parts = ranks.gather_objects((found, writer.written), "the others to encode their last samples")
+        status.advance(total - status.done)
+    with ranks.only_main("small packs of the cache to be put together") as is_turn:
+        if is_turn:
+            merge_small(writer.folder)
+    samples.packs.refresh(name for _, names in parts for name in names)
+    return {row: message for part, _ in parts for row, message in part.items()}
+
+
+def encode_missing(samples: EncodedSamples, missing: np.ndarray, plan: Plan, state: TrainingState, writer, status):
+    """Encode this rank's share of the missing samples; yields (row, why it cannot be used)."""
+    ranks, module, packs = plan.run.ranks, plan.module, samples.packs
+    (rows, starts), taken, done = np.unique(missing[:, 0], return_index=True), deque(), ranks.counter()
+    numbers = np.split(missing[:, 1], starts[1:])
     # Another run may be filling the same cache: each starts at a random row, and skips what is already there.
-    start = ranks.broadcast_object(secrets.randbelow(len(rows)))
+    start, looked = ranks.broadcast_object(secrets.randbelow(len(rows))), time.monotonic()
 
     def take():
         for piece in ranks.pieces(len(rows)):
-            row = rows[(start + piece.start) % len(rows)]
-            entries = samples.entries(row)
-            for number in missing[row]:
+            place = (start + piece.start) % len(rows)
+            entries = samples.entries.of_row(int(rows[place]))
+            for number in numbers[place].tolist():
                 taken.append(entries[number])
                 yield [entries[number]]
 
-    entries = Entries(samples.dataset, module.preprocess)
-    batches = iterate_batches(entries, take(), plan.run.args.dataloader_num_workers)
-    total = sum(map(len, missing.values()))
-    with StatusLine("encoding", "samples", total, visible=ranks.is_main) as status:
-        for batch, errors in batches:
-            entry = taken.popleft()
-            if errors:
-                found[entry.row] = errors[0]
-            elif batch:  # empty if another run has encoded it by now
-                with state.precision.autocast():
-                    encoded = encode_batch(module, batch)
-                entry.write({name: tensor[0].numpy() for name, tensor in encoded.items()})
-            status.advance(done(1) - status.done)  # by all ranks
-        parts = ranks.gather_objects(found, "the others to encode their last samples")
-        status.advance(total - status.done)
-    return {row: message for part in parts for row, message in part.items()}
+    unencoded = UnencodedSamples(packs, samples.entries.dataset, module.preprocess)
+    batches = iterate_batches(unencoded, take(), plan.run.args.dataloader_num_workers)
+    for batch, errors in batches:
+        entry = taken.popleft()
+        if errors:
+            yield entry.row, errors[0]
+        elif batch:  # empty if another run has encoded it by now
+            with state.precision.autocast():
+                encoded = encode_alone(module, batch)
+            writer.add(entry.key, {name: tensor[0].numpy() for name, tensor in encoded.items()})
+        if time.monotonic() - looked > REFRESH_SECONDS:
+            packs.refresh()
+            looked = time.monotonic()
+        status.advance(done(1) - status.done)  # by all ranks

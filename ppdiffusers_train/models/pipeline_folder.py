@@ -9,6 +9,8 @@ import inspect
 import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
@@ -28,12 +30,26 @@ from ppdiffusers_train.models.weight_files import (
 )
 from ppdiffusers_train.models.weights import load_model, narrow_types, save_model, stored_tensors
 
+CONFIG = "config.json"
 TRANSFORMERS = {"ppdiffusers": "ppdiffusers.transformers", "diffusers": "transformers"}
 OTHER_WEIGHTS = (".msgpack", ".onnx", ".ckpt", ".pb")
 LIBRARY_VERSIONS = {
     "ppdiffusers": ppdiffusers.__version__,
     "diffusers": "0.29.2",
 }  # the versions whose files ours were compared with
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model that has not been loaded yet.
+
+    Args:
+        load: returns the model.
+        files: with its configuration and its weights.
+    """
+
+    load: Callable
+    files: tuple
 
 
 class PipelineFolder:
@@ -97,7 +113,7 @@ class PipelineFolder:
 
     def config(self, part: str) -> dict:
         """The JSON configuration of a part, without loading its weights."""
-        for name in ("config.json", "scheduler_config.json", "preprocessor_config.json"):
+        for name in (CONFIG, "scheduler_config.json", "preprocessor_config.json"):
             file = self.folders[part] / name
             if file.is_file():
                 return json.loads(file.read_text(encoding="utf-8"))
@@ -127,6 +143,14 @@ class PipelineFolder:
         files = self.weights(part)
         return files is not None and files.is_torch
 
+    def later(self, part: str, part_class) -> StoredModel:
+        """The part as an object that is loaded later. A `UserError` if it has no weights, or not all."""
+        files = [self.folders[part] / CONFIG]
+        if self.wants_weights:
+            weights = self._existing_weights(part)
+            files += [*weights.files, *weights.indices]
+        return StoredModel(lambda: self.load(part, part_class), tuple(files))
+
     def load(self, part: str, part_class):
         """The part as an object of `part_class`, its weights as float32.
 
@@ -138,9 +162,7 @@ class PipelineFolder:
             return part_class.from_pretrained(folder)
         if not self.wants_weights:
             return compute_in_own_type(build_unloaded(part_class, folder))
-        files = self.weights(part)
-        if files is None:
-            raise self._error(f"has no weights in {self.folders[part].name}/; expected {NAMES[0]}, {NAMES[1]}, …")
+        files = self._existing_weights(part)
         if files.is_pickled:
             print(f"{files.files[0]}: pickled weights; load them only from a source you trust")
         try:
@@ -150,6 +172,12 @@ class PipelineFolder:
         model.eval()
         return_free_memory()
         return compute_in_own_type(model)
+
+    def _existing_weights(self, part):
+        files = self.weights(part)
+        if files is None:
+            raise self._error(f"has no weights in {self.folders[part].name}/; expected {NAMES[0]}, {NAMES[1]}, …")
+        return files
 
     def _load_by_library(self, part, part_class, files):
         # paddlenlp writes a converted, pickled copy beside torch weights. In a temporary folder of links it may.

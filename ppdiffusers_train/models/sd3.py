@@ -9,8 +9,10 @@ from ppdiffusers.transformers import CLIPTextModelWithProjection, CLIPTokenizer,
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.attention import provide_joint_attention
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder
-from ppdiffusers_train.models.text import count_tokens, tokenize
+from ppdiffusers_train.models.text import as_computed, count_tokens, tokenize
 from ppdiffusers_train.module import keep_frozen
+
+VERSION = 1  # of what its functions give to encoded samples
 
 INPUT_IDS = ("input_ids", "input_ids_2", "input_ids_3")
 T5_PARTS = {"text_encoder_3": T5EncoderModel, "tokenizer_3": T5Tokenizer}
@@ -120,6 +122,6 @@ def encode_captions(text_encoders: list, tokens: dict, width: int) -> dict:
     if len(text_encoders) > 2:
         t5 = text_encoders[2](tokens["input_ids_3"])[0].astype(clip.dtype)
     return {
-        "prompt_embeds": paddle.concat([clip, t5], axis=1),
+        "prompt_embeds": as_computed(text_encoders[1], paddle.concat([clip, t5], axis=1)),
         "pooled_prompt_embeds": paddle.concat([first[0], second[0]], axis=-1),
     }

@@ -8,7 +8,9 @@ from ppdiffusers import StableDiffusionXLPipeline
 from ppdiffusers.transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder
-from ppdiffusers_train.models.text import tokenize
+from ppdiffusers_train.models.text import as_computed, tokenize
+
+VERSION = 1  # of what its functions give to encoded samples
 
 
 class SDXLFolder(StableDiffusionFolder):
@@ -63,7 +65,8 @@ def encode_prompts(text_encoder, text_encoder_2, input_ids, input_ids_2, has_pro
     """
     first = text_encoder(input_ids, output_hidden_states=True)
     second = text_encoder_2(input_ids_2, output_hidden_states=True)
-    embeds, pooled = paddle.concat([first.hidden_states[-2], second.hidden_states[-2]], axis=-1), second[0]
+    hidden = paddle.concat([first.hidden_states[-2], second.hidden_states[-2]], axis=-1)
+    embeds, pooled = as_computed(text_encoder_2, hidden), second[0]
     if has_prompt is None:
         return embeds, pooled
     has_prompt = has_prompt.astype(pooled.dtype)

@@ -5,6 +5,9 @@ from ppdiffusers.transformers import CLIPTextModel, CLIPTokenizer
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.pipeline_folder import ModelFolder, PipelineFolder, export_pipeline
+from ppdiffusers_train.models.text import as_computed
+
+VERSION = 1  # of what its functions give to encoded samples
 
 
 class StableDiffusionFolder:
@@ -42,6 +45,10 @@ class StableDiffusionFolder:
         """A part, as the pipeline's class or as `part_class`."""
         return self.folder(part).load(part, part_class or self.part_class(part))
 
+    def later(self, part: str):
+        """A model of the pipeline that is loaded when it is used."""
+        return self.folder(part).later(part, self.part_class(part))
+
     def part_class(self, part: str):
         """The class of a part in the pipeline."""
         return self.parts[part] or getattr(schedulers, self.base.class_name(part))
@@ -74,7 +81,7 @@ class StableDiffusionFolder:
 
 def encode_prompt(text_encoder, input_ids):
     """Token ids [B, L] -> prompt embeddings [B, L, D]: the last hidden states."""
-    return text_encoder(input_ids)[0]
+    return as_computed(text_encoder, text_encoder(input_ids)[0])
 
 
 def encode_images(vae, pixels):

@@ -55,8 +55,13 @@ class Precision:
             if is_trained_without_lora(model):
                 if self.level == "O2":
                     cast_trained(model, optimizer, dtype)
-            elif not keeps_float32(module, name, self.mixed_precision):
-                cast_frozen(model, dtype)
+            else:
+                self.cast_encoder(module, name)
+
+    def cast_encoder(self, module, name: str) -> None:
+        """Cast a frozen model to the low-precision dtype, unless it keeps float32."""
+        if self.enabled and not keeps_float32(module, name, self.mixed_precision):
+            cast_frozen(getattr(module, name), DTYPES[self.mixed_precision])
 
 
 def keeps_float32(module, name: str, mixed_precision: str) -> bool:

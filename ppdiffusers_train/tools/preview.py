@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ppdiffusers_train.arguments import Flag, positive_int
 from ppdiffusers_train.data.dataset import build_dataset
-from ppdiffusers_train.data.encoded_cache import EncodedSamples
+from ppdiffusers_train.data.encoded_cache import RunEntries
 from ppdiffusers_train.data.loader import ERROR_KEY, PreprocessedSamples, as_error
 from ppdiffusers_train.data.order import order_samples
 from ppdiffusers_train.errors import BadSampleError, UserError, one_line, writing
@@ -154,11 +154,11 @@ class PreviewedEntries:
 
     def __init__(self, dataset, preprocess, order, variants: int):
         self.dataset, self.preprocess = dataset, preprocess
-        self.encoded = EncodedSamples(Path(), dataset, order, variants)  # its files are not read
+        self.entries = RunEntries(dataset, order, variants)
 
     def __getitem__(self, position):
         try:
-            return self.encoded.entry(position).preprocessed(self.dataset, self.preprocess)
+            return self.entries.at(position).preprocessed(self.dataset, self.preprocess)
         except BadSampleError as error:
             return as_error(error)
 

@@ -26,10 +26,9 @@ from ppdiffusers_train.cpu.patches import (
     patched_paddle,
     remove_patches,
 )
-from ppdiffusers_train.data.encoded_cache import encoders_folder
+from ppdiffusers_train.data.encoders_key import encoders_folder
 from ppdiffusers_train.errors import UserError, WriteError
 from ppdiffusers_train.module import encode_batch
-from ppdiffusers_train.runtime.precision import Precision
 from tests.conftest import encode, no_file_above, weights
 
 needs_pir = pytest.mark.skipif(not paddle.framework.use_pir_api(), reason="this Paddle's engine fails on the encoders")
@@ -394,18 +393,18 @@ def assert_compiled_encodes_alike(module):
 
 @needs_pir
 def test_a_cache_goes_on_the_way_it_was_begun(build, tmp_path, monkeypatch):
-    module, precision = build("decoder"), Precision("no")
+    module = build("decoder")
     few, many = patches.COMPILE_FROM_ROWS - 1, patches.COMPILE_FROM_ROWS
-    plain, is_compiled = encoders_folder(tmp_path, module, precision, few)
+    plain, is_compiled = encoders_folder(tmp_path, "digest", module, few)
     assert not is_compiled
-    compiled, is_compiled = encoders_folder(tmp_path, module, precision, many)
+    compiled, is_compiled = encoders_folder(tmp_path, "digest", module, many)
     assert is_compiled and compiled != plain
     compiled.mkdir()
-    assert encoders_folder(tmp_path, module, precision, few) == (compiled, True)
+    assert encoders_folder(tmp_path, "digest", module, few) == (compiled, True)
     plain.mkdir()
-    assert encoders_folder(tmp_path, module, precision, many) == (plain, False)
+    assert encoders_folder(tmp_path, "digest", module, many) == (plain, False)
     monkeypatch.setenv(VARIABLE, "none")
-    assert encoders_folder(tmp_path / "other", module, precision, many)[1] is False
+    assert encoders_folder(tmp_path / "other", "digest", module, many)[1] is False
 
 
 def test_samples_of_several_shapes_or_together_are_not_compiled(build_sdxl_module, build):

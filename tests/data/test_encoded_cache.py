@@ -5,40 +5,48 @@ import ppdiffusers_train  # noqa: F401
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
 from PIL import Image
 
-from ppdiffusers_train.data import encoded_cache
-from ppdiffusers_train.data.encoded_cache import EncodedSamples, Entry, encoders_digest, remove_leftovers
-from ppdiffusers_train.module import DiffusionTrainingModule
+from ppdiffusers_train.data import encoders_key, pixels
+from ppdiffusers_train.data.encoded_cache import EncodedSamples, Entry, RunEntries
+from ppdiffusers_train.data.encoders_key import encoders_digest, file_digest
+from ppdiffusers_train.data.loader import iterate_batches
+from ppdiffusers_train.data.order import SampleOrder
+from ppdiffusers_train.data.pack_writer import PackWriter
+from ppdiffusers_train.data.packs import Packs
+from ppdiffusers_train.loop.bad_samples import BadSamples
+from ppdiffusers_train.loop.filling import encode_dataset
+from ppdiffusers_train.loop.plan import Plan
+from ppdiffusers_train.loop.run import Run
+from ppdiffusers_train.models.pipeline_folder import PipelineFolder
+from ppdiffusers_train.module import DiffusionTrainingModule, encode_batch
 from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.runtime.precision import Precision
 from ppdiffusers_train.runtime.processes import this_machine
-from ppdiffusers_train.tensor_files import Stored
-from tests.conftest import DECODER_SCRIPT, copy_photos, same, scalars, weights
+from tests.conftest import DECODER_SCRIPT, copy_photos, encoded_samples, same, scalars, weights
 
 
 @pytest.fixture
 def cached(train_decoder, tmp_path):
-    """Run the decoder's script with a cache in `tmp_path/cache`; returns (output folder, files in the cache)."""
+    """Run the decoder's script with a cache in `tmp_path/cache`; returns (output folder, samples in the cache)."""
 
     def train(*flags, out="cached"):
         output_dir = train_decoder(f"--encoded_cache_dir={tmp_path / 'cache'}", *flags, out=out)
-        return output_dir, files(tmp_path / "cache")
+        return output_dir, encoded_samples(tmp_path / "cache")
 
     return train
 
 
-def files(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+def packs_in(cache):
+    return {path: path.stat().st_mtime_ns for path in cache.rglob("*.pack")}
 
 
 def test_a_cached_run_ends_in_the_same_bits_as_one_that_encodes_online(train_decoder, cached):
@@ -49,15 +57,19 @@ def test_a_cached_run_ends_in_the_same_bits_as_one_that_encodes_online(train_dec
 
 
 @pytest.mark.once
-def test_a_second_run_encodes_nothing(cached, capsys):
-    entries = cached()[1]
+def test_a_second_run_encodes_nothing_and_loads_no_encoder(cached, capsys, tmp_path, monkeypatch):
+    cached()
+    packs, load, loaded = packs_in(tmp_path / "cache"), PipelineFolder.load, []
+    monkeypatch.setattr(PipelineFolder, "load", lambda self, part, of: loaded.append(part) or load(self, part, of))
     capsys.readouterr()
-    assert cached("--seed=5", out="again")[1] == entries
+    cached("--seed=5", out="again")
+    assert sorted(loaded) == ["image_processor", "scheduler", "unet"]
     assert "0 of 7 samples are still to be encoded" in capsys.readouterr().out
+    assert len(packs) == 1 and packs_in(tmp_path / "cache") == packs
 
 
 @pytest.mark.once
-def test_a_new_image_costs_one_encoding_and_a_changed_one_too(cached, tmp_path):
+def test_a_new_image_costs_one_encoding_and_a_changed_one_too(cached, tmp_path, capsys):
     data = copy_photos(tmp_path / "three", 3)
     before = cached(f"--train_data_dir={data}")[1]
     rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
@@ -65,21 +77,29 @@ def test_a_new_image_costs_one_encoding_and_a_changed_one_too(cached, tmp_path):
     (data / "metadata.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in [*rows, {"file_name": "new.png", "text": "red"}])
     )
+    capsys.readouterr()
     after = cached(f"--train_data_dir={data}", out="more")[1]
-    assert len(after) == 4 and before.items() <= after.items()
+    assert len(after) == 4 and set(before) < set(after)
     Image.new("RGB", (70, 90), "blue").save(data / "new.png")
     changed = cached(f"--train_data_dir={data}", out="changed")[1]
-    assert len(changed) == 5 and after.items() <= changed.items()
+    assert len(changed) == 5 and set(after) < set(changed)
+    assert capsys.readouterr().out.count(": 1 of 4 samples are still to be encoded") == 2
 
 
 @pytest.mark.once
 def test_another_resolution_or_encoder_never_meets_an_old_entry(cached, kandinsky, tmp_path):
     before = cached()[1]
     resized = cached("--resolution=32", out="small")[1]
-    assert len(resized) == 14 and before.items() <= resized.items()
+    assert len(resized) == 14 and set(before) < set(resized)
     other = shutil.copytree(kandinsky[1], tmp_path / "decoder")
     edit_weights(other / "movq" / "diffusion_paddle_model.safetensors")
+    file = other / "movq" / "diffusion_paddle_model.safetensors"
     assert len(cached(f"--pretrained_decoder_model_name_or_path={other}", out="other")[1]) == 21
+    stat = file.stat()
+    edit_weights(file)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_size == stat.st_size, "another file of the same size and time"
+    assert len(cached(f"--pretrained_decoder_model_name_or_path={other}", out="replaced")[1]) == 28
 
 
 def edit_weights(file):
@@ -94,28 +114,74 @@ def edit_weights(file):
 
 
 @pytest.mark.once
-def test_an_interrupted_cache_goes_on(cached, tmp_path):
-    entries = cached()[1]
-    lost = sorted(entries)[:3]
-    for file in lost:
-        file.unlink()
+def test_an_interrupted_cache_goes_on(cached, tmp_path, capsys):
+    """A pack is lost, and another one was not complete when its writer was killed."""
+    data = copy_photos(tmp_path / "data", 4)
+    cached(f"--train_data_dir={data}", out="four")
+    (kept,) = packs_in(tmp_path / "cache")
+    cached()
+    (lost,) = set(packs_in(tmp_path / "cache")) - {kept}
+    lost.unlink()
     ended = subprocess.Popen(["true"])
     ended.wait()
-    half = lost[0].parent / f".{lost[0].stem}.{this_machine():x}.{ended.pid}"
-    half.write_bytes(b"half a file")
-    kept = {file: time for file, time in entries.items() if file not in lost}
-    again = cached(out="again")[1]
-    assert kept.items() <= again.items() and set(entries) == set(again), "and the half file is gone"
+    half = lost.with_name(f".{lost.stem}.{this_machine():x}.{ended.pid}")
+    half.write_bytes(b"half a pack")
+    capsys.readouterr()
+    assert len(cached(out="again")[1]) == 7 and not half.exists() and kept.exists()
+    assert "3 of 7 samples are still to be encoded" in capsys.readouterr().out
+    assert same(weights(tmp_path / "cached"), weights(tmp_path / "again"))
+
+
+def cut(pack):
+    pack.write_bytes(pack.read_bytes()[:-100])
+
+
+def overwrite(pack):
+    pack.write_bytes(b"?")
+
+
+def damage_index(pack):
+    content = bytearray(pack.read_bytes())
+    content[content.index(b'"of"')] ^= 1
+    pack.write_bytes(content)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("harm", [cut, overwrite, damage_index])
+def test_a_pack_that_is_not_whole_is_named_and_encoded_again(cached, capsys, tmp_path, harm):
+    cached()
+    (pack,) = packs_in(tmp_path / "cache")
+    harm(pack)
+    cached(out="again")
+    said = capsys.readouterr().out
+    assert f"{pack}: is not used, " in said and said.count("7 of 7 samples are still to be encoded") == 2
     assert same(weights(tmp_path / "cached"), weights(tmp_path / "again"))
 
 
 @pytest.mark.once
-def test_a_damaged_entry_is_named(cached, capsys):
-    for file in cached()[1]:
-        file.write_bytes(b"?")
-    with pytest.raises(SystemExit) as stopped:
-        cached(out="again")
-    assert stopped.value.code == 2 and "delete it, and it will be encoded again" in capsys.readouterr().err
+def test_a_pack_of_other_encoders_is_named_and_not_read(cached, capsys, tmp_path):
+    cached()
+    (foreign,) = packs_in(tmp_path / "cache")
+    cached("--resolution=32", out="small")
+    (own,) = set(packs_in(tmp_path / "cache")) - {foreign}
+    shutil.copy(foreign, own.parent / foreign.name)
+    own.unlink()
+    cached("--resolution=32", out="again")
+    said = capsys.readouterr().out
+    assert f"{foreign.name}: is not used, it belongs to '{foreign.parent.name}'" in said
+    assert same(weights(tmp_path / "small"), weights(tmp_path / "again"))
+
+
+@pytest.mark.once
+def test_samples_of_an_older_version_are_left_alone(cached, tmp_path, capsys):
+    old = tmp_path / "cache" / "0123" / "ab" / "ab00.safetensors"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"old")
+    cached()
+    assert "holds samples of other models, settings, code or versions, which are kept but not used" in (
+        capsys.readouterr().out
+    )
+    assert old.read_bytes() == b"old"
 
 
 @pytest.mark.once
@@ -129,7 +195,7 @@ def test_two_processes_fill_one_cache_together(decoder_flags, tmp_path, train_de
     with ThreadPoolExecutor() as pool:
         done = list(pool.map(run, "ab"))
     assert [process.returncode for process in done] == [0, 0], "\n".join(process.stderr[-2000:] for process in done)
-    assert len(files(tmp_path / "cache")) == 7
+    assert len(encoded_samples(tmp_path / "cache")) == 7
     assert same(weights(tmp_path / "a"), weights(online)) and same(weights(tmp_path / "b"), weights(online))
 
 
@@ -141,52 +207,13 @@ def test_what_other_processes_have_written_is_not_missing(tmp_path):
         def __len__(self):
             return 100
 
-    samples = EncodedSamples(tmp_path, Pictures(), None, 1)
-    samples.entries(70)[0].write({"x": np.zeros(1)})
-    assert samples.missing(Ranks(0, 1)) == {row: [1] if row == 70 else [0, 1] for row in range(100)}
-
-
-@pytest.mark.once
-def test_unfinished_files_go_when_their_writers_have_ended(tmp_path):
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    entry, here = Entry(tmp_path, b"image", 0, "caption", 0), f"{this_machine():x}"
-    names = {
-        f".{entry.file.stem}.{here}.{ended.pid}": False,
-        f"..{entry.file.stem}.{here}.{ended.pid}.tmp": False,
-        f".{entry.file.stem}.{here}.{os.getpid()}": True,
-        f".{entry.file.stem}.{here}0.{ended.pid}": True,  # of another machine
-        f".{entry.file.stem}.{here}1.{ended.pid}": False,  # likewise, two days ago
-    }
-    entry.write({"x": np.zeros(1)})
-    for name in names:
-        entry.file.with_name(name).write_bytes(b"half")
-    long_ago = time.time() - 2 * 24 * 3600
-    os.utime(entry.file.with_name(list(names)[-1]), (long_ago, long_ago))
-    remove_leftovers(tmp_path)
-    kept = {file.name for file in entry.file.parent.iterdir()}
-    assert kept == {entry.file.name, *(name for name, is_kept in names.items() if is_kept)}
-
-
-@pytest.mark.once
-def test_a_process_that_is_killed_while_it_writes_leaves_what_the_next_fill_removes(tmp_path):
-    """The names that `Entry.write` gives, whatever they are."""
-
-    class HalfWritten(Stored):
-        def numpy(self):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    process = os.fork()
-    if not process:
-        try:
-            half = HalfWritten(None, np.dtype("float32"), [4], 0)
-            Entry(tmp_path, b"image", 0, "caption", 0).write({"x": half})
-        finally:
-            os._exit(1)
-    os.waitpid(process, 0)
-    assert len(files(tmp_path)) == 1
-    remove_leftovers(tmp_path)
-    assert not files(tmp_path)
+    samples = EncodedSamples(Packs(tmp_path), RunEntries(Pictures(), None, 1))
+    with PackWriter(tmp_path) as other:
+        other.add(samples.entries.of_row(70)[0].key, {"x": np.zeros(1)})
+    everything = [[row, number] for row in range(100) for number in (0, 1)]
+    assert samples.missing(Ranks(0, 1)).tolist() == everything
+    samples.packs.refresh()
+    assert samples.missing(Ranks(0, 1)).tolist() == [pair for pair in everything if pair != [70, 0]]
 
 
 def test_validation_loads_the_freed_encoders_and_draws_the_same(train_decoder, cached):
@@ -220,11 +247,11 @@ class Cropping(DiffusionTrainingModule):
 
 
 @pytest.mark.once
-def test_variants_differ_and_belong_to_the_content(tmp_path):
-    draws = [Entry(tmp_path, b"image", 0, "caption", variant).draws().uniform("crop_left") for variant in range(4)]
+def test_variants_differ_and_belong_to_the_content():
+    draws = [Entry(b"image", 0, "caption", variant).draws().uniform("crop_left") for variant in range(4)]
     assert len(set(draws)) == 4
-    assert draws[2] == Entry(tmp_path, b"image", 9, "caption", 2).draws().uniform("crop_left"), "any row"
-    assert draws[2] != Entry(tmp_path, b"another", 0, "caption", 2).draws().uniform("crop_left")
+    assert draws[2] == Entry(b"image", 9, "caption", 2).draws().uniform("crop_left"), "any row"
+    assert draws[2] != Entry(b"another", 0, "caption", 2).draws().uniform("crop_left")
 
 
 def edited_preprocess(self, row, draws):
@@ -250,20 +277,91 @@ def with_method(name, method):
     ids=["preprocess", "encode", "settings", "weights"],
 )
 def test_the_digest_of_the_encoders_follows(changed):
-    digest = encoders_digest(changed(), Precision("no"))
-    assert digest != encoders_digest(Cropping(), Precision("no"))
-    assert digest == encoders_digest(changed(), Precision("no"))
+    digest = encoders_digest(changed(), Precision("no"), {})
+    assert digest != encoders_digest(Cropping(), Precision("no"), {})
+    assert digest == encoders_digest(changed(), Precision("no"), {})
 
 
 def test_the_digest_follows_how_pixels_come_of_an_image(monkeypatch):
     def digest(*background):
-        return encoders_digest(Cropping(), Precision("no"), *background)
+        return encoders_digest(Cropping(), Precision("no"), {}, *background)
 
     white, red = digest(), digest("#ff0000")
-    monkeypatch.setattr(encoded_cache, "VERSION", encoded_cache.VERSION + 1)
+    monkeypatch.setattr(pixels, "VERSION", pixels.VERSION + 1)
     assert len({white, red, digest()}) == 3
 
 
 def test_the_digest_does_not_follow_what_encodes_nothing():
     edited = with_method("forward", lambda self, encoded, draws: encoded["crop"].sum())()
-    assert encoders_digest(edited, Precision("no")) == encoders_digest(Cropping(), Precision("no"))
+    assert encoders_digest(edited, Precision("no"), {}) == encoders_digest(Cropping(), Precision("no"), {})
+
+
+@pytest.mark.once
+def test_a_file_of_weights_is_read_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    file, read, digest_of = tmp_path / "model.safetensors", [], encoders_key.content_digest_of
+    monkeypatch.setattr(encoders_key, "content_digest_of", lambda opened: read.append(opened.name) or digest_of(opened))
+    monkeypatch.setattr(encoders_key, "TICK_SECONDS", 0)
+
+    def digest():
+        return file_digest([file], tmp_path / "index")
+
+    file.write_bytes(b"weights")
+    first = digest()
+    assert digest() == first and len(read) == 1
+    stat = file.stat()
+    file.write_bytes(b"WEIGHTS")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert digest() != first and len(read) == 2, "of the same size and time"
+    (tmp_path / "index" / "weights.json").write_text('{"half')
+    assert digest() != first and len(read) == 3
+    monkeypatch.setattr(encoders_key, "TICK_SECONDS", 3600)
+    file.write_bytes(b"written a moment ago")
+    assert digest() == digest() and len(read) == 5, "it may change once more within the same time"
+
+
+class Halves(Cropping):
+    """A module whose encoders compute in several types, as under autocast."""
+
+    def encode(self, batch):
+        found = {kind: (batch["crop"] * 0.3).astype(kind) for kind in ("float16", "bfloat16", "float32", "float64")}
+        return {**found, "length": batch["length"]}
+
+
+class Captions:
+    captions, image_digest = staticmethod(lambda row: [f"number {row}"]), staticmethod(lambda row: bytes([row]))
+    name = str
+
+    def __len__(self):
+        return 5
+
+    def count_captions(self):
+        return 5
+
+    def __getitem__(self, row):
+        return {"image": row, "caption": f"number {row}"}
+
+
+@pytest.mark.once
+def test_numbers_are_kept_in_the_type_in_which_they_were_computed(tmp_path):
+    module, state = Halves(), SimpleNamespace(precision=Precision("no"), bad_samples=BadSamples(0))
+    args = SimpleNamespace(
+        encoded_cache_dir=str(tmp_path / "cache"), cache_variants=1, dataloader_num_workers=1, index_dir=str(tmp_path)
+    )
+    plan = Plan(Run(args, Ranks(0, 1), None, {}, []), module, Captions(), SampleOrder(0, 5), 1, 1, {})
+    samples = encode_dataset(plan, state)
+    batches = iterate_batches(samples, [[0, 1], [2, 3, 4]], 1)
+    for positions, (batch, _) in zip(([0, 1], [2, 3, 4]), batches):
+        rows = [samples.entries.at(position) for position in positions]
+        inputs = [row.preprocessed(Captions(), module.preprocess) for row in rows]
+        online = encode_batch(
+            module, {name: paddle.to_tensor(np.stack([row[name] for row in inputs])) for name in inputs[0]}
+        )
+        encoded = samples.encode(batch)
+        assert list(encoded) == sorted(online)
+        for name, tensor in online.items():
+            assert encoded[name].dtype == tensor.dtype and encoded[name].shape == tensor.shape, name
+            assert np.array_equal(encoded[name].numpy(), tensor.numpy()), name
+    stored = next(iter(encoded_samples(tmp_path / "cache").values()))
+    assert {name: array.itemsize for name, array in stored.items()} == {
+        "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "length": 8,
+    }  # fmt: skip

@@ -4,8 +4,10 @@ from ppdiffusers_train import cli
 import csv
 import json
 import os
+import shutil
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import datasets
@@ -130,6 +132,25 @@ def test_a_file_that_was_written_a_moment_ago_is_not_trusted_later(tmp_path, mon
     folder, index = make_folder(tmp_path / "data", 2), tmp_path / "index"
     start(folder, index)
     assert len(opened_by(lambda: start(folder, index))[1]) == 2
+
+
+def test_where_the_clock_is_set_back_nothing_is_trusted(tmp_path, monkeypatch):
+    folder, index = make_folder(tmp_path / "data", 2), tmp_path / "index"
+    an_hour_ago = time.time() - 3600
+    monkeypatch.setattr(inspection.time, "time", lambda: an_hour_ago)
+    start(folder, index)
+    assert len(opened_by(lambda: start(folder, index))[1]) == 2
+
+
+def test_the_index_of_another_data_set_does_no_harm(tmp_path):
+    folders = [make_folder(tmp_path / "a", 3), make_folder(tmp_path / "b", 2)]
+    make_image(folders[1] / "0.png", 99, (5, 6))
+    own, other = (start(folder, tmp_path / f"index-{folder.name}") for folder in folders)
+    (kept,), (foreign,) = ((tmp_path / f"index-{folder.name}").iterdir() for folder in folders)
+    for file in foreign.iterdir():
+        shutil.copy(file, kept / file.name)
+    again, opened = opened_by(lambda: start(folders[0], tmp_path / "index-a"))
+    assert seen(again) == seen(own) and again.digest() == own.digest() and len(opened) == 3
 
 
 def test_an_image_that_changes_while_the_run_goes_on_is_a_bad_sample_and_one_that_is_only_touched_is_not(tmp_path):

@@ -3,13 +3,23 @@ import sys
 
 import pytest
 
-from ppdiffusers_train.data.source_code import sources
+from ppdiffusers_train.data import transforms
+from ppdiffusers_train.data.source_code import code_of
 
 pytestmark = pytest.mark.once  # no Paddle in it
 
 HELPERS = """
+import numpy as np
+MARGIN, MEANS, OTHER = 3, np.float32([0.5, 0.25]), 1
+
+class Padding:
+    width = 2
+
+    def apply(self, image):
+        return image * self.width
+
 def shrink(image):
-    return image[: half(len(image))]
+    return Padding().apply(image[MARGIN : half(len(image))] - MEANS)
 
 def half(number):
     return number // 2
@@ -58,7 +68,7 @@ def sources_of(tmp_path, monkeypatch):
             sys.modules.pop(name, None)
         importlib.invalidate_caches()
         importlib.import_module("linecache").clearcache()
-        return sources(importlib.import_module("job").Job, "preprocess", "encode")
+        return code_of(importlib.import_module("job").Job, ("preprocess", "encode"))
 
     yield find
     for name in ("helpers", "job"):
@@ -69,7 +79,10 @@ def sources_of(tmp_path, monkeypatch):
     "old, new",
     [
         ("number // 2", "number // 3"),  # called by a function that is called
-        ("image[: half", "image[1 : half"),
+        ("image[MARGIN", "image[1 + MARGIN"),
+        ("MEANS, OTHER = 3", "MEANS, OTHER = 4"),  # numbers and arrays of the file
+        ("0.25", "0.75"),
+        ("image * self", "image + self"),  # a method of a class that is used
         ("return self.prepared(row)", "return self.prepared(2 * row)"),  # overridden, and called by `super`
         ("        return row\n", "        return 2 * row\n"),
         ("return 7", "return 6"),
@@ -80,12 +93,18 @@ def test_an_edit_of_whatever_is_called_is_noticed(sources_of, old, new):
     assert sources_of() != sources_of(old, new)
 
 
-@pytest.mark.parametrize("old, new", [("return image\n", "return 2 * image\n"), ("return 0", "return 1")])
+@pytest.mark.parametrize(
+    "old, new", [("return image\n", "return 2 * image\n"), ("return 0", "return 1"), ("0.25]), 1", "0.25]), 2")]
+)
 def test_an_edit_of_what_is_not_called_is_not(sources_of, old, new):
     assert sources_of() == sources_of(old, new)
 
 
-def test_the_library_s_functions_belong_to_it_and_those_of_other_libraries_do_not(sources_of):
-    found = sources_of()
-    assert any(source.startswith("def normalize_pixels") for source in found)
-    assert sum(source.lstrip().startswith("def ") for source in found) + 2 == len(found), "a property, a static method"
+def test_files_of_the_library_count_by_their_version_and_other_libraries_do_not(sources_of, monkeypatch):
+    before = sources_of()
+    (versioned,) = (text for text in before if text.startswith("data/transforms.py "))
+    assert all("class" in text or "def " in text for text in before if text != versioned)
+    monkeypatch.setattr(transforms, "VERSION", transforms.VERSION + 1)
+    assert len(set(before) ^ set(sources_of())) == 2
+    monkeypatch.delattr(transforms, "VERSION")
+    assert any(text.startswith("def normalize_pixels") for text in sources_of()), "without a version, its source"

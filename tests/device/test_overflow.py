@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from tests.conftest import scalars, tensors
+from tests.conftest import encoded_samples, scalars, tensors
 from tests.device.files import differing, not_finite
 from tests.device.jobs import Jobs
 
@@ -138,5 +138,4 @@ def test_latents_are_encoded_in_float32_in_every_precision(names, jobs, on_devic
 
 def latents(out):
     """The bits of all latents in a run's cache."""
-    caches = [tensors(file) for file in (out / "encoded").rglob("*.safetensors")]
-    return {cache["latents"].astype("float32").tobytes() for cache in caches}
+    return {arrays["latents"].tobytes() for arrays in encoded_samples(out / "encoded").values()}

@@ -9,11 +9,13 @@ import ppdiffusers_train  # noqa: F401
 import json
 
 import numpy as np
+import paddle
 import pytest
 from PIL import Image
 
+from ppdiffusers_train.loop.dry_run import stored_size
 from ppdiffusers_train.runtime.precision import DTYPES
-from tests.conftest import scalars, tensors
+from tests.conftest import encoded_samples, scalars, tensors
 from tests.device.conftest import LOW
 from tests.device.files import differing, fits, low_tensors, not_finite
 from tests.device.jobs import COVERING, EVERYTHING, FAMILIES, FULL, LORA, Jobs, Setting, pairs
@@ -82,14 +84,38 @@ def test_so_they_do_in_every_script_and_precision(family, jobs, on_device):
 
 
 def check_recompute(cases, jobs, on_device):
-    """Two steps of each case with and without `--gradient_checkpointing`."""
+    check_same_bits(cases, jobs, on_device, [], ["--gradient_checkpointing"])
+
+
+@pytest.mark.once
+def test_encoded_samples_from_the_cache_are_those_of_online_encoders(jobs, on_device):
+    cases = [("prior", "fp16", "O1"), ("sdxl", "bf16", "O1"), ("lora_sdxl", "fp16", "O2"), ("sd3", "bf16", "O2")]
+    cases = [case for case in cases if DTYPES[case[1]] in LOW]
+    center = {name: ["--center_crop"] for name, *_ in cases if name != "prior"}
+    check_same_bits(cases, jobs, on_device, ["--encoded_cache"], ["--no_encoded_cache"], center)
+    for name, dtype, level in cases:
+        found = encoded_samples(jobs.folder / f"{name}-{dtype}-{level}" / "encoded").values()
+        sample = next(iter(found))
+        given = {"time_ids", "text_mask"} & set(sample)
+        full = {part for part, array in sample.items() if array.itemsize != 2}
+        assert full == given | ({"latents"} & set(sample)), (name, full)
+        in_dry_run = {
+            part: paddle.ones([1, *array.shape], "int64" if part == "text_mask" else "float32")
+            for part, array in sample.items()
+        }
+        counted = stored_size(in_dry_run, dict.fromkeys(given), dtype)
+        assert counted == sum(array.nbytes for array in sample.values()), name
+
+
+def check_same_bits(cases, jobs, on_device, first_flags, second_flags, of_jobs=()):
+    """Two steps of each case with some flags and with others. `of_jobs` has flags of single jobs."""
     outs = {}
     for case in cases:
         name, dtype, level = case
-        flags = ["--max_train_steps=2", "--checkpointing_steps=2", "--train_batch_size=2"]
+        flags = ["--max_train_steps=2", "--checkpointing_steps=2", "--train_batch_size=2", *dict(of_jobs).get(name, [])]
         flags += [f"--mixed_precision={dtype}", f"--amp_level={level}"]
         out = "-".join(case)
-        outs[case] = jobs.add(name, out, *flags), jobs.add(name, f"{out}-less", *flags, "--gradient_checkpointing")
+        outs[case] = jobs.add(name, out, *flags, *first_flags), jobs.add(name, f"{out}-less", *flags, *second_flags)
     failed = [report["error"] or report["said"] for report in on_device(jobs.list) if report["status"]]
     assert not failed, failed[0]
     wrong = [(case, first("", differing(*(out / "checkpoint-2" for out in pair)))) for case, pair in outs.items()]

@@ -5,12 +5,16 @@
 Every run is a process forked from one that has imported everything and computed nothing, so that it starts in no time.
 It is killed (SIGKILL) after a random time, while it starts, computes, saves, or writes its result. After each kill,
 every checkpoint that was complete before must still be; in the end, the result must be that of a run nobody has killed.
+
+Every other run is killed early. Before it, the index of the images or the encoded samples are taken away, in turns, and
+it is killed a moment after it has begun to write them again. What it has completed is read by the next ones.
 """
 
 import ppdiffusers_train  # noqa: F401
 
 import argparse
 import contextlib
+import glob
 import os
 import random
 import re
@@ -105,26 +109,44 @@ def complete(output_dir: Path) -> dict:
     return found
 
 
-def torture(job, flags: list, folder: Path, kills: int, ranks: int, longest: float, seed: int = 0) -> int:
+def take_away(folder: Path, pattern: str) -> int:
+    """Remove files of a cache; returns how many there were."""
+    found = list(folder.glob(pattern))
+    for file in found:
+        file.unlink()
+    return len(found)
+
+
+def torture(job, flags: list, folder: Path, kills: int, ranks: int, longest: float, seed: int = 0) -> tuple:
     """Kill a run `kills` times and let it end: within `longest` seconds, and, in every second run, only after it has
-    written its checkpoints. Returns how many of the kills found a run that had written one."""
-    chance, done, useful = random.Random(seed), 0, 0
+    written its checkpoints. Returns how many of the kills found a run that had written one, and how many an unfinished
+    pack or table."""
+    chance, done, useful, unfinished = random.Random(seed), 0, 0, 0
+    caches = [(folder.parent / "encoded", "*/*.pack"), (folder.parent / "cache" / "ppdiffusers_train", "*/*.arrow")]
     flags = [*flags, f"--output_dir={folder}", "--resume_from_checkpoint=latest", "--checkpointing_steps=1"]
     before = complete(folder)
     while done < kills:
         # However fast the machine: the run's steps last for all kills.
         share, more = folder / f"checkpoint-{STEPS_PER_KILL * (done + 1)}", chance.uniform(0, 0.1)
-        ended = end(
-            start(job, flags, ranks, folder.parent / "log"),
-            600 if done % 2 else chance.uniform(0.2, longest),
-            lambda share=share, more=more: share.exists() and not time.sleep(more),
-        )
+        cache, pattern = caches[done // 2 % 2]
+        writes = done % 2 == 0 and take_away(cache, pattern)
+
+        def is_enough(share=share, more=more, writes=writes, files=(cache / "*/.*", cache / pattern)):
+            begun = any(glob.glob(str(file)) for file in files) if writes else share.exists()
+            return begun and not time.sleep(more)
+
+        seconds = 600 if done % 2 or writes else chance.uniform(0.2, longest)
+        ended = end(start(job, flags, ranks, folder.parent / "log"), seconds, is_enough)
+        unfinished += writes and any(cache.glob("*/.*"))
         now = complete(folder)
         assert before.items() <= now.items(), f"kill {done}: a good checkpoint is gone or has changed"
         assert not ended, "the run came to its end before it was killed often enough; give it more steps"
         done, useful, before = done + 1, useful + (len(now) > len(before)), now
+    for cache, pattern in caches:
+        take_away(cache, pattern)
     assert end(start(job, flags, ranks, folder.parent / "log"), 600), (folder.parent / "log").read_text()[-2000:]
-    return useful
+    assert not [file for cache, _ in caches for file in cache.glob("*/.*")], "what killed runs have left is removed"
+    return useful, unfinished
 
 
 def main(argv=None):
@@ -137,14 +159,15 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as root:
         for kills, ranks in ((args.kills, 1), (args.double_kills, 2)):
             if kills:
-                useful = survive(args.job, Path(root) / str(ranks), kills, ranks, args.seed)
+                useful, unfinished = survive(args.job, Path(root) / str(ranks), kills, ranks, args.seed)
                 print(
-                    f"{args.job}: {kills} kills of {ranks} process(es), {useful} after a new checkpoint: the same bits",
+                    f"{args.job}: {kills} kills of {ranks} process(es), {useful} after a new checkpoint, {unfinished} "
+                    "within a pack or an index: the same bits",
                     flush=True,
                 )
 
 
-def survive(name: str, root: Path, kills: int, ranks: int, seed: int) -> int:
+def survive(name: str, root: Path, kills: int, ranks: int, seed: int) -> tuple:
     """Torture a job in `root` and compare it with a run that nobody kills."""
     script, build_models, data, learned = JOBS[name]
     flags = [*make_flags(root, build_models), *data(root), f"--max_train_steps={STEPS_PER_KILL * kills + 8}"]
@@ -153,11 +176,11 @@ def survive(name: str, root: Path, kills: int, ranks: int, seed: int) -> int:
     whole = [*flags, f"--output_dir={root / 'whole'}", "--checkpointing_steps=100000"]
     assert end(start(job, whole, ranks, root / "log"), 600)
     # However slow the machine: most runs are killed after they have begun to train.
-    useful = torture(job, flags, root / "killed", kills, ranks, time.monotonic() - began, seed)
+    counts = torture(job, flags, root / "killed", kills, ranks, time.monotonic() - began, seed)
     assert same(learned(root / "whole"), learned(root / "killed"))
     # 1 x 2 samples of each rank: that they have trained together, not each for itself.
     assert set(re.findall(r"steps of (\d+) samples", (root / "log").read_text())) == {str(2 * ranks)}
-    return useful
+    return counts
 
 
 def make_flags(root: Path, build_models) -> list:

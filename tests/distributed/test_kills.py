@@ -23,3 +23,5 @@ def test_kills_cost_no_bit_and_no_good_checkpoint(tmp_path, job, kills, double_k
     said = [line for line in done.stdout.splitlines() if line.endswith(": the same bits")]
     assert [line.split()[:2] for line in said] == [[f"{job}:", str(count)] for count in (kills, double_kills)]
     assert all(int(line.split(", ")[1].split()[0]) > 0 for line in said), "some kills come after a new checkpoint"
+    within = [int(line.split(", ")[2].split()[0]) for line in said]
+    assert any(within) or job != "prior", "some kills come while a pack or an index is written"

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from tests.conftest import encoded_samples
 from tests.distributed import waiting_worker
 from tests.distributed.kill_harness import start
 from tests.distributed.waiting_worker import LONGER
@@ -78,9 +79,6 @@ def test_a_rank_that_hangs_or_ends_is_named(tmp_path, scenario, survivor, told):
 
 
 def test_a_fill_is_shared_out_by_speed_to_the_same_bits(tmp_path):
-    def entries(folder):
-        return {file.name: file.read_bytes() for file in folder.rglob("*.safetensors")}
-
     alone, together = tmp_path / "alone", tmp_path / "together"
     for folder, ranks in ((alone, 1), (together, 2)):
         folder.mkdir()
@@ -92,4 +90,5 @@ def test_a_fill_is_shared_out_by_speed_to_the_same_bits(tmp_path):
     assert [part["bad"] for part in parts] == [[3], [3]]
     fast, slow = (part["encoded"] for part in parts)
     assert fast + slow == 38 and fast > 2 * slow, (fast, slow)
-    assert len(entries(alone / "cache")) == 38 and entries(alone / "cache") == entries(together / "cache")
+    entries = encoded_samples(alone / "cache")
+    assert len(entries) == 38 and entries == encoded_samples(together / "cache")

@@ -12,7 +12,17 @@ from ppdiffusers import KandinskyV22PriorPipeline
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.models.text import tokenize
-from tests.conftest import encode, guide_on_toys, kept_for_backward, optimizer_state, same, scalars, tensors, weights
+from tests.conftest import (
+    encode,
+    encoded_samples,
+    guide_on_toys,
+    kept_for_backward,
+    optimizer_state,
+    same,
+    scalars,
+    tensors,
+    weights,
+)
 
 JOBS = ["prior", "decoder_lora", "prior_lora"]  # the decoder has tests of its own
 LORA_FILE = "paddle_lora_weights.safetensors"
@@ -51,7 +61,7 @@ def test_validation_and_the_cache_change_no_number(train, name, tmp_path):
     )  # fmt: skip
     assert scalars(plain) == scalars(validated) and same(trained_weights(name, plain), trained_weights(name, validated))
     assert sorted(path.name for path in (validated / "validation").iterdir()) == ["step-2.png", "step-4.png"]
-    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 7
+    assert len(encoded_samples(tmp_path / "cache")) == 7
 
 
 @paddle.no_grad()
@@ -73,7 +83,7 @@ def test_a_dropped_caption_is_what_guidance_knows_as_none(build, photos, kandins
 def test_full_job_and_lora_share_one_cache(train, tmp_path):
     for name in ("prior", "prior_lora"):
         train(name, f"--encoded_cache_dir={tmp_path / 'cache'}", out=name)
-    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 7
+    assert len(encoded_samples(tmp_path / "cache")) == 7
 
 
 @pytest.mark.parametrize("name", ["prior", "prior_lora", "decoder_lora"])

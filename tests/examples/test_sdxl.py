@@ -23,6 +23,7 @@ from tests.conftest import (
     copy_photos,
     distance,
     encode,
+    encoded_samples,
     guide_on_toys,
     kept_for_backward,
     optimizer_state,
@@ -127,8 +128,8 @@ def test_the_cached_latents_are_those_of_the_crop_that_their_time_ids_name(
     cache = tmp_path / "cache"
     train_sdxl("sdxl", f"--encoded_cache_dir={cache}", "--cache_variants=2", "--image_interpolation_mode=bilinear")
     module, found = build_sdxl_module("sdxl"), set()
-    for file in cache.rglob("*.safetensors"):
-        entry = load_file(file)
+    entries = encoded_samples(cache)
+    for key, entry in entries.items():
         height, width, top, left = map(int, entry["time_ids"][:4])
         scale = 64 / min(width, height)
         for photo in photos.glob("*.jpg"):
@@ -139,8 +140,8 @@ def test_the_cached_latents_are_those_of_the_crop_that_their_time_ids_name(
             pixels = np.asarray(image.crop((left, top, left + 64, top + 64)), np.float32) / 127.5 - 1
             latents = encode_images(module.vae, paddle.to_tensor(pixels.transpose(2, 0, 1)[None])).numpy()[0]
             if np.allclose(latents, entry["latents"], atol=1e-5):
-                found.add(file)
-    assert len(found) == len(list(cache.rglob("*.safetensors"))) == 14
+                found.add(key)
+    assert len(found) == len(entries) == 14
 
 
 def test_prompts_are_encoded_as_the_pipeline_encodes_them(build_sdxl_module, sdxl):
@@ -195,11 +196,12 @@ def test_biased_timesteps_are_drawn_more_often(build_sdxl_module):
 
 @pytest.mark.once
 def test_without_anything_random_cached_and_online_runs_are_the_same_to_the_bit(train_sdxl, tmp_path):
-    flags = ["--center_crop", "--max_train_steps=4"]
+    """The jobs share a cache, since they encode alike."""
+    flags, cache = ["--center_crop", "--max_train_steps=4"], tmp_path / "cache"
     for name in JOBS:
-        cached = train_sdxl(name, *flags, out=f"{name}-cached")
+        cached = train_sdxl(name, *flags, f"--encoded_cache_dir={cache}", out=f"{name}-cached")
         online = train_sdxl(name, *flags, "--no_encoded_cache", out=f"{name}-online")
-        assert len(list((cached / "encoded").rglob("*.safetensors"))) == 7 and not (online / "encoded").exists()
+        assert len(encoded_samples(cache)) == 7 and not (online / "encoded").exists()
         assert scalars(cached) == scalars(online) and same(trained_weights(name, cached), trained_weights(name, online))
 
 
@@ -207,7 +209,7 @@ def test_without_anything_random_cached_and_online_runs_are_the_same_to_the_bit(
 def test_variants_keep_crops_and_flips_apart(train_sdxl, capsys):
     flags = ["--random_flip", "--proportion_empty_prompts=0.5", "--max_train_steps=1"]
     out = train_sdxl("sdxl", *flags, "--cache_variants=3")
-    assert len(list((out / "encoded").rglob("*.safetensors"))) == 21
+    assert len(encoded_samples(out / "encoded")) == 21
     assert "--cache_variants 1: each sample keeps one crop" not in capsys.readouterr().out
     train_sdxl("sdxl", *flags, out="one")
     assert "--cache_variants 1: each sample keeps one crop" in capsys.readouterr().out
@@ -225,7 +227,7 @@ def test_another_vae_never_meets_the_old_ones_latents(train_sdxl, sdxl, tmp_path
     cache = f"--encoded_cache_dir={tmp_path / 'cache'}"
     train_sdxl("sdxl", cache)
     out = train_sdxl("sdxl", cache, f"--pretrained_vae_model_name_or_path={vae}", out="other")
-    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 14
+    assert len(encoded_samples(tmp_path / "cache")) == 14
     assert same(weights(out, "vae"), arrays), "the result has the VAE that it was trained with"
 
 
@@ -380,7 +382,7 @@ def test_small_images_are_enlarged_and_counted_or_refused(train_sdxl, capsys, tm
     message = refused(capsys, lambda: train_sdxl("sdxl", flag, "--min_image_size=45", out="refused"))
     assert "50 x 40 pixels, --min_image_size is 45" in message
     out = train_sdxl("sdxl", flag, "--min_image_size=45", "--max_bad_samples=1", out="skipped")
-    assert len(list((out / "encoded").rglob("*.safetensors"))) == 4
+    assert len(encoded_samples(out / "encoded")) == 4
 
 
 # Aspect-ratio buckets.
@@ -480,7 +482,7 @@ def test_flags_without_effect_say_so(train_sdxl, capsys):
 def test_a_cache_of_other_models_is_named_and_left_alone(train_sdxl, tmp_path, capsys):
     cache = f"--encoded_cache_dir={tmp_path / 'cache'}"
     train_sdxl("sdxl", cache, "--max_train_steps=1")
-    line = "holds samples of other models, settings or code, which are kept but not used"
+    line = "holds samples of other models, settings, code or versions, which are kept but not used"
     assert line not in capsys.readouterr().out
     train_sdxl("sdxl", cache, "--max_train_steps=1", "--center_crop", out="other")
     assert capsys.readouterr().out.count(line) == 1

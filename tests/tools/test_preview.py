@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from ppdiffusers_train.data.dataset import build_dataset
-from ppdiffusers_train.data.encoded_cache import EncodedSamples, encoders_digest
+from ppdiffusers_train.data.encoded_cache import EncodedSamples, RunEntries
+from ppdiffusers_train.data.encoders_key import encoders_digest, unloaded_encoders
 from ppdiffusers_train.data.loader import PreprocessedSamples
 from ppdiffusers_train.data.order import SampleOrder, order_samples
+from ppdiffusers_train.data.packs import Packs
 from ppdiffusers_train.models.text import count_tokens
 from ppdiffusers_train.module import encode_batch
 from ppdiffusers_train.runtime.precision import Precision
@@ -86,14 +88,15 @@ def test_tiles_and_captions_are_those_of_preprocess_at_the_run_s_own_positions(p
 
 
 def test_with_the_encoded_cache_it_shows_what_the_cache_has_encoded(
-    preview, sdxl_flags, build_sdxl_module, train_sdxl, capsys
+    preview, sdxl_flags, build_sdxl_module, train_sdxl, capsys, tmp_path
 ):
     flags = ["--random_flip", "--proportion_empty_prompts=0.4", "--cache_variants=2"]
     out = train_sdxl("sdxl", *flags)
     capsys.readouterr()
     module = build_sdxl_module("sdxl", *flags)
     dataset, order = build_dataset(module.args), SampleOrder(0, 7)
-    trained = EncodedSamples(out / "encoded" / encoders_digest(module, Precision("no")), dataset, order, 2)
+    folder = out / "encoded" / encoders_digest(module, Precision("no"), unloaded_encoders(module, tmp_path))
+    trained = EncodedSamples(Packs(folder), RunEntries(dataset, order, 2))
     status, document, sheet = preview(SDXL_SCRIPT, *sdxl_flags, *flags, "--preview_samples=9")
     samples = PreviewedEntries(dataset, module.preprocess, order, 2)
     for position, tile in enumerate(tiles(document, sheet)):

@@ -1,0 +1,238 @@
+"""Packs: Arrow files of some thousand encoded samples, which are written once and read at any place.
+
+A batch of a pack's only column holds the values that a sample adds to it: equal values, such as the encodings of one
+caption, are stored once in a pack. The last batch holds the index, an Arrow table as a stream, and its hash. A pack is
+written under a hidden name, and gets its own name when it is complete and on disk. So several processes, runs and
+machines can fill one folder without a lock: each writes packs of its own, and finds those of the others when they are
+complete.
+
+Values keep the type in which they were computed. NumPy has no bfloat16: Paddle gives and takes its bits as uint16.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+from pyarrow.fs import LocalFileSystem
+
+from ppdiffusers_train.data.arrow_files import as_stamps
+
+SUFFIX = ".pack"
+VALUES = pyarrow.schema([("value", pyarrow.large_binary())])
+DISK = LocalFileSystem()
+OPEN_FILES = 256  # most systems allow a process 1024
+# What reading a damaged file raises: Arrow takes a size, an offset or a missing value from it as it is.
+DAMAGE = (OSError, ValueError, IndexError, TypeError, pyarrow.ArrowException)
+
+
+def as_keys(keys) -> np.ndarray:
+    """Keys of 16 bytes each as an array "S16" [n]."""
+    return np.frombuffer(b"".join(keys), "S16")
+
+
+def index_schema(description: dict):
+    """Of a pack's index: per sample its key, the number of its form, the checksum of its values, and their places,
+    (batch, row in the batch) one after the other.
+
+    Args:
+        description: `{"of": name of the folder, "forms": [[[name, type, shape] of each value] of each form]}`.
+    """
+    columns = {"key": pyarrow.binary(16), "form": pyarrow.int32(), "check": pyarrow.uint32()}
+    return pyarrow.schema(
+        [*columns.items(), ("places", pyarrow.list_(pyarrow.int32()))], {"description": json.dumps(description)}
+    )
+
+
+class Pack:
+    """A complete pack.
+
+    Args:
+        of: the name that its folder had when it was written.
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is incomplete, damaged, or of another folder.
+    """
+
+    def __init__(self, file: Path, of: str):
+        self.file, self.bytes = str(file), file.stat().st_size
+        table = pyarrow.ipc.open_stream(self._index()).read_all()
+        self.description = json.loads(table.schema.metadata[b"description"])
+        if self.description["of"] != of:
+            raise ValueError(f"it belongs to {self.description['of']!r}")
+        self.forms = [
+            [(name, np.dtype(kind), tuple(shape)) for name, kind, shape in form] for form in self.description["forms"]
+        ]
+        self.count, self.keys = len(table), as_stamps(table["key"])
+        self.form_of, self.checks = (table[name].to_numpy() for name in ("form", "check"))
+        places = table["places"].combine_chunks()
+        self.starts, self.places = np.asarray(places.offsets), np.asarray(places.values)
+
+    def _index(self) -> bytes:
+        try:
+            batches = Batches(self.file)
+            index, digest = batches.read(batches.reader.num_record_batches - 1).to_pylist()
+        except DAMAGE as error:
+            if getattr(error, "errno", None):
+                raise  # the disk's
+            raise ValueError("it is incomplete, or damaged") from error
+        if hashlib.blake2b(index or b"", digest_size=16).digest() != digest:
+            raise ValueError("its index is damaged")
+        return index
+
+    def __len__(self):
+        return self.count
+
+    def read(self, row: int) -> dict:
+        """Sample `row`, as `{name: array}`.
+
+        Raises:
+            OSError: it cannot be read, or is damaged; the message names the file.
+        """
+        try:
+            return self._read(row)
+        except DAMAGE as error:
+            raise OSError(
+                f"{self.file}: a sample in it cannot be read ({error}); delete the file, and its samples are encoded "
+                "again"
+            ) from error
+
+    def _read(self, row: int) -> dict:
+        batches, check, found, values = open_batches(self.file), 0, {}, {}
+        places = iter(self.places[self.starts[row] : self.starts[row + 1]].tolist())
+        for (name, kind, shape), batch, place in zip(self.forms[self.form_of[row]], places, places):
+            if batch not in values:
+                values[batch] = batches.read(batch)
+            value = values[batch][place].as_buffer()
+            check = zlib.crc32(value, check)
+            found[name] = np.ndarray(shape, kind, value)
+        if check != self.checks[row]:
+            raise ValueError("it is damaged")
+        return found
+
+
+class Batches:
+    """The batches of a pack, which is kept open.
+
+    A file that is read, not mapped: an error of a network disk is then an exception, where a mapped page would end the
+    process.
+    """
+
+    def __init__(self, file: str):
+        self.reader, self.lock = pyarrow.ipc.open_file(DISK.open_input_file(file)), threading.Lock()
+        if self.reader.schema != VALUES:
+            raise ValueError("other columns")
+
+    def read(self, number: int):
+        """The values of a batch.
+
+        Raises:
+            OSError, ValueError: it cannot be read, or is damaged.
+        """
+        with self.lock:  # the reader is for one thread at a time
+            values = self.reader.get_batch(number).column(0)
+        values.validate(full=True)  # else a damaged offset could lead anywhere
+        return values
+
+
+@lru_cache(OPEN_FILES)
+def open_batches(file: str) -> Batches:
+    """The batches of a pack; a reader that still has them keeps the file open when others take its place."""
+    return Batches(file)
+
+
+class Packs:
+    """All samples of a folder's packs, by key.
+
+    Args:
+        folder: it need not exist.
+        log: called with a line about a pack that cannot be used.
+    """
+
+    def __init__(self, folder: Path, log=print):
+        self.folder, self.log, self.refused = folder, log, set()
+        self._index = (np.empty(0, "S16"), np.empty(0, np.int64), [])  # sorted keys, their places, packs
+        self.refresh()
+
+    def __len__(self):
+        return len(self._index[0])
+
+    def refresh(self, names=()) -> None:
+        """Look for new packs. Other threads may read meanwhile.
+
+        Args:
+            names: of packs that are there, for a network disk that lists its folders late.
+        """
+        keys, places, packs = self._index
+        listed = {file.name for file in self.folder.glob(f"*{SUFFIX}")} | set(names)
+        unknown = listed - self.refused - {os.path.basename(pack.file) for pack in packs}
+        new = [pack for name in sorted(unknown) if (pack := self._open(name))]
+        if not new:
+            return
+        more = np.concatenate([pack.keys for pack in new])
+        rows = np.concatenate([(number << 32) + np.arange(len(pack)) for number, pack in enumerate(new, len(packs))])
+        order = np.argsort(more, kind="stable")
+        where = np.searchsorted(keys, more[order])  # before equal ones: `read` finds the newest pack
+        for pack in new:
+            pack.keys = None  # they are among those of all packs
+        self._index = (np.insert(keys, where, more[order]), np.insert(places, where, rows[order]), [*packs, *new])
+
+    def _open(self, name: str):
+        try:
+            return Pack(self.folder / name, self.folder.name)
+        except FileNotFoundError:
+            return None  # it has been put together with others
+        except (OSError, ValueError, KeyError) as error:
+            self.refused.add(name)
+            self.log(f"{self.folder / name}: is not used, {error}; its samples are encoded again")
+            return None
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """For each key, whether there is such a sample: bool [n]."""
+        known = self._index[0]
+        if not len(known):
+            return np.zeros(len(keys), bool)
+        return known[np.minimum(np.searchsorted(known, keys), len(known) - 1)] == keys
+
+    def read(self, key: bytes) -> dict:
+        """The sample of a key, as `{name: array}`.
+
+        Raises:
+            KeyError: there is none.
+            OSError: it cannot be read.
+        """
+        try:
+            return self._read(key)
+        except OSError:  # its pack has been put together with others, perhaps
+            self.refresh()
+            return self._read(key)
+
+    def _read(self, key: bytes) -> dict:
+        known, places, packs = self._index
+        (place,) = np.searchsorted(known, wanted := as_keys([key])).tolist()
+        if place == len(known) or known[place] != wanted[0]:
+            raise KeyError(key)
+        pack, row = divmod(int(places[place]), 1 << 32)
+        return packs[pack].read(row)
+
+
+def open_packs(folder: Path) -> tuple:
+    """([the packs of a folder], [files that are no packs of it]).
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    packs, others = [], []
+    for file in sorted(folder.glob(f"*{SUFFIX}")):
+        try:
+            packs.append(Pack(file, folder.name))
+        except FileNotFoundError:
+            continue  # it has been put together with others
+        except (ValueError, KeyError):
+            others.append(file)
+    return packs, others
