@@ -6,7 +6,6 @@ number, VERSION, which is raised when their functions compute something else (te
 
 import ppdiffusers_train
 
-import ast
 import inspect
 from itertools import chain
 from pathlib import Path
@@ -53,23 +52,32 @@ def described(function: FunctionType, module_class) -> str:
 
 def source_of(function: FunctionType, module_class) -> str:
     """The source of a function, and the numbers and texts that it takes from its file or its class by name."""
-    values = {}
+    lines = [inspect.getsource(function)]
     for name in sorted(names_in(function.__code__)):
         owners = [function.__globals__, *map(vars, module_class.__mro__)]
-        found = next((owner[name] for owner in owners if name in owner), None)
-        literal = repr(found.tolist() if isinstance(found, np.ndarray) else found)
-        if found is not None and is_literal(literal):
-            values[name] = literal
-    return "\n".join([inspect.getsource(function), *(f"{name} = {value}" for name, value in values.items())])
+        text = text_of(next((owner[name] for owner in owners if name in owner), None))
+        if text:
+            lines.append(f"{name} = {text}")
+    return "\n".join(lines)
 
 
-def is_literal(text: str) -> bool:
-    """Whether the text of a value has all of it: numbers, texts, and tuples, lists, sets and dictionaries of them."""
-    try:
-        ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return False
-    return True
+def text_of(value) -> str:
+    """A number or text, or an array, tuple, list, set or dictionary of them, in writing; empty for anything else.
+
+    Sets have another order in each process, so theirs is that of their elements' texts.
+    """
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, (bool, int, float, complex, str, bytes)):
+        return repr(value)
+    if isinstance(value, dict):
+        parts = [text_of(part) for pair in value.items() for part in pair]
+    elif isinstance(value, (tuple, list, set, frozenset)):
+        parts = [text_of(part) for part in value]
+    else:
+        return ""
+    parts = sorted(parts) if isinstance(value, (set, frozenset)) else parts
+    return f"{type(value).__name__} {', '.join(parts)}" if all(parts) else ""
 
 
 def called_functions(function: FunctionType, module_class):

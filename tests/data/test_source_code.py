@@ -1,16 +1,18 @@
 import importlib
 import sys
 
+import numpy as np
 import pytest
 
 from ppdiffusers_train.data import transforms
-from ppdiffusers_train.data.source_code import code_of
+from ppdiffusers_train.data.source_code import code_of, text_of
 
 pytestmark = pytest.mark.once  # no Paddle in it
 
 HELPERS = """
 import numpy as np
 MARGIN, MEANS, OTHER = 3, np.float32([0.5, 0.25]), 1
+NAMES = {"a", "b", "c", "d", "e", "f", "g"}
 
 class Padding:
     width = 2
@@ -19,6 +21,7 @@ class Padding:
         return image * self.width
 
 def shrink(image):
+    assert NAMES
     return Padding().apply(image[MARGIN : half(len(image))] - MEANS)
 
 def half(number):
@@ -82,6 +85,7 @@ def sources_of(tmp_path, monkeypatch):
         ("image[MARGIN", "image[1 + MARGIN"),
         ("MEANS, OTHER = 3", "MEANS, OTHER = 4"),  # numbers and arrays of the file
         ("0.25", "0.75"),
+        ('"g"', '"h"'),
         ("image * self", "image + self"),  # a method of a class that is used
         ("return self.prepared(row)", "return self.prepared(2 * row)"),  # overridden, and called by `super`
         ("        return row\n", "        return 2 * row\n"),
@@ -108,3 +112,10 @@ def test_files_of_the_library_count_by_their_version_and_other_libraries_do_not(
     assert len(set(before) ^ set(sources_of())) == 2
     monkeypatch.delattr(transforms, "VERSION")
     assert any(text.startswith("def normalize_pixels") for text in sources_of()), "without a version, its source"
+
+
+def test_the_text_of_a_value_is_the_same_in_every_process():
+    """A set's order is not, and an object's address is no part of it."""
+    assert text_of({"b": {"y", "x", 3}, "a": (1, 2.5, True)}) == "dict 'b', set 'x', 'y', 3, 'a', tuple 1, 2.5, True"
+    assert text_of(np.float32([0.5, 1])) == "list 0.5, 1.0" and text_of(b"x") == "b'x'"
+    assert text_of(object()) == text_of([1, object()]) == text_of(None) == ""
