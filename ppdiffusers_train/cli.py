@@ -20,6 +20,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from ppdiffusers_train.arguments import add_caption_arguments
 from ppdiffusers_train.arguments.parser import (
     ArgumentParser,
     CommandParser,
@@ -27,6 +28,7 @@ from ppdiffusers_train.arguments.parser import (
     byte_size,
     non_negative_float,
     positive_int,
+    repeats,
 )
 from ppdiffusers_train.errors import UserError, one_line, one_line_errors, writing
 from ppdiffusers_train.models.lora_libraries import FILES
@@ -134,9 +136,9 @@ def printable(text: str) -> str:
 
 def open_named(args):
     """The `Source` that the flags of `add_source_arguments` name."""
-    from ppdiffusers_train.tools.sources import open_source
+    from ppdiffusers_train.tools.sources import FLAGS, open_source
 
-    flags = {name: getattr(args, name) for name in ("dataset_config_name", "dataset_split", "cache_dir", "index_dir")}
+    flags = {name: getattr(args, name, None) for name in FLAGS}
     return open_source(args.source, args.image_column, args.caption_column, **flags)
 
 
@@ -150,6 +152,7 @@ def add_source_arguments(command, what: str) -> None:
         "--caption_column", default="text",
         help="Read captions from this column, or from this field of a shard's .json files.",
     )  # fmt: skip
+    add_caption_arguments(command)
     add("--cache_dir", metavar="DIR", help="Keep downloads in this folder; without it, in Hugging Face's cache.")
     add(
         "--index_dir", metavar="DIR",
@@ -179,10 +182,14 @@ def build_parser():
         "is wrong.",
     )  # fmt: skip
     add_source_arguments(
-        command, "Read a folder of images with a metadata.jsonl, tar shards (a folder, a file, a pattern such as "
+        command, "Read a folder of images with captions, tar shards (a folder, a file, a pattern such as "
         "photos-{000..031}.tar), or a dataset of the hub.",
     )  # fmt: skip
     add = command.add_argument
+    add(
+        "--repeats", nargs="+", type=repeats, metavar="N",
+        help="Report how many samples an epoch has with these --repeats of a training script.",
+    )  # fmt: skip
     add(
         "--resolution", type=positive_int, default=512,
         help="Report images whose shorter side has fewer pixels than this.",
@@ -205,7 +212,7 @@ def build_parser():
         "resumes an interrupted one. Exit status 1: unusable samples were left out. Status 2: the command is wrong.",
     )  # fmt: skip
     add_source_arguments(
-        command, "Read a folder of images with a metadata.jsonl, a .jsonl file whose rows have a file_name relative to "
+        command, "Read a folder of images with captions, a .jsonl file whose rows have a file_name relative to "
         "it, tar shards, or a dataset of the hub.",
     )  # fmt: skip
     add = command.add_argument
