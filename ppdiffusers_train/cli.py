@@ -27,13 +27,14 @@ from ppdiffusers_train.arguments.parser import (
     byte_size,
     non_negative_float,
     positive_int,
+    repeats,
 )
 from ppdiffusers_train.errors import UserError, one_line, one_line_errors, writing
 from ppdiffusers_train.models.lora_libraries import FILES
 from ppdiffusers_train.tools.cache import add_cache_command
 from ppdiffusers_train.tools.examples import add_examples_command
 from ppdiffusers_train.tools.launch import add_launch_command
-from ppdiffusers_train.tools.source_flags import PLACES, add_source_flags
+from ppdiffusers_train.tools.source_flags import FLAGS, add_source_flags
 from ppdiffusers_train.toy.commands import add_toy_commands
 
 # Each command imports what it needs, so that `--help` is fast, and so are the processes that a command starts, which
@@ -138,8 +139,8 @@ def open_named(args):
     """The `Source` that the flags of `add_source_arguments` name."""
     from ppdiffusers_train.tools.sources import open_source
 
-    places = {name: getattr(args, name) for name in PLACES}
-    return open_source(args.source, args.image_column, args.caption_column, **places)
+    flags = {name: getattr(args, name, None) for name in FLAGS}
+    return open_source(args.source, args.image_column, args.caption_column, **flags)
 
 
 def add_source_arguments(command, what: str) -> None:
@@ -169,10 +170,14 @@ def build_parser():
         "is wrong.",
     )  # fmt: skip
     add_source_arguments(
-        command, "Read a folder of images with a metadata.jsonl, tar shards (a folder, a file, a pattern such as "
+        command, "Read a folder of images with captions, tar shards (a folder, a file, a pattern such as "
         "photos-{000..031}.tar), or a dataset of the hub.",
     )  # fmt: skip
     add = command.add_argument
+    add(
+        "--repeats", nargs="+", type=repeats, metavar="N",
+        help="Report how many samples an epoch has with these --repeats of a training script.",
+    )  # fmt: skip
     add(
         "--resolution", type=positive_int, default=512,
         help="Report images whose shorter side has fewer pixels than this.",
@@ -195,7 +200,7 @@ def build_parser():
         "resumes an interrupted one. Exit status 1: unusable samples were left out. Status 2: the command is wrong.",
     )  # fmt: skip
     add_source_arguments(
-        command, "Read a folder of images with a metadata.jsonl, a .jsonl file whose rows have a file_name relative to "
+        command, "Read a folder of images with captions, a .jsonl file whose rows have a file_name relative to "
         "it, tar shards, or a dataset of the hub.",
     )  # fmt: skip
     add = command.add_argument

@@ -18,6 +18,7 @@ from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.errors import MissingImagesError
 from ppdiffusers_train.launcher.signals import StopRequest, signal_name
 from ppdiffusers_train.launcher.supervisor import ignore_signals_from_now_on, request_time_to_finish
+from ppdiffusers_train.loop.bad_samples import BadSamples
 from ppdiffusers_train.loop.dry_run import describe_run
 from ppdiffusers_train.loop.filling import encode_dataset
 from ppdiffusers_train.loop.identity import job_code, public_arguments, public_command, run_identity, versions
@@ -102,9 +103,17 @@ def train_job(module, dataset, run: Run) -> None:
 
 
 def index_dataset(dataset, run: Run) -> None:
-    """Look at the images of which the index knows nothing yet; a dry run, and a stream, do without."""
+    """Look at the images of which the index knows nothing yet, and print what is used; a dry run, and a stream, do
+    without.
+
+    Raises:
+        BadSampleError: more samples are known to be bad than may be skipped.
+    """
     if isinstance(dataset, Rows) and not dataset.facts and not run.args.dry_run:
         index_images(dataset, run.ranks, index_folder(run.args), run.log)
+        if summary := dataset.summary():
+            run.log(summary)
+        BadSamples(run.args.max_bad_samples, run.saved.get("bad_rows", ())).refuse_known(dataset)
 
 
 def make_plan(module, dataset, run: Run) -> Plan:
@@ -151,6 +160,8 @@ def build_state(plan: Plan) -> TrainingState:
     state.precision.cast_models(module, state.optimizer)
     if run.checkpoint:
         state.load_record(run.saved)
+    if isinstance(plan.dataset, Rows):
+        state.bad_samples.add_known(plan.dataset, run.log)
     return state
 
 
@@ -165,7 +176,7 @@ def log_start(plan: Plan, state: TrainingState) -> None:
         run.log(line)
     trained = sum(parameter.size for parameter in state.parameters.values())
     run.log(
-        f"{plan.module.title}: {trained:,} trainable parameters, {counted(len(plan.dataset), 'sample')}; "
+        f"{plan.module.title}: {trained:,} trainable parameters, {counted(plan.order.size, 'sample')}; "
         f"{counted(plan.total_steps, 'step')} of {counted(run.samples_per_step, 'sample')}, "
         f"{plan.steps_per_epoch} per epoch; seed {plan.info['seed']}"
     )

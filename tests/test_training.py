@@ -96,15 +96,40 @@ def data(photos, tmp_path):
     return folder
 
 
+def with_text_files(folder, target):
+    """A copy of a folder with a text file beside each image instead of the metadata."""
+    shutil.copytree(folder, target)
+    for row in map(json.loads, (target / "metadata.jsonl").read_text().splitlines()):
+        (target / row["file_name"]).with_suffix(".txt").write_text(f"{row['text']}\n")
+    (target / "metadata.jsonl").unlink()
+    return target
+
+
 @pytest.mark.once
-def test_bad_samples_are_named_once_counted_and_skipped_alike_with_any_number_of_workers(train, data, capsys):
-    flags = [f"--train_data_dir={data}", "--max_train_steps=8", "--max_bad_samples=2", "--checkpointing_steps=8"]
-    runs = [train("prior", *flags, f"--dataloader_num_workers={count}", out=str(count)) for count in (0, 3)]
+def test_bad_samples_are_named_once_counted_and_skipped_alike_with_any_number_of_workers_and_any_kind_of_captions(
+    train, data, tmp_path, capsys
+):
+    flags = ["--max_train_steps=8", "--max_bad_samples=2", "--checkpointing_steps=8"]
+    folders = {0: data, 3: with_text_files(data, tmp_path / "texts")}
+    runs = [
+        train("prior", *flags, f"--train_data_dir={folder}", f"--dataloader_num_workers={count}", out=str(count))
+        for count, folder in folders.items()
+    ]
     said = capsys.readouterr().out
+    for folder, origin in zip(folders.values(), ("metadata", "text files")):
+        unused = f"not used: 2 unreadable, for example {sorted(folder.glob('*.jpg'))[1]}"
+        assert f"{folder}: 7 images; captions: 7 of {origin}; {unused}\n" in said
     assert said.count("skipped, 1 of at most 2 bad samples: ") == said.count("skipped, 2 of at most 2") == 2
     assert "the image cannot be read" in said
     assert same(*(weights(run, "prior") for run in runs))
     assert read_state(runs[0] / "checkpoint-8")["bad_rows"] == [1, 2]
+    with pytest.raises(SystemExit):
+        train("prior", *flags, f"--train_data_dir={data}", "--repeats=2", "--resume_from_checkpoint=latest", out="0")
+    assert "another run: its --repeats is not given, here it is for 14 samples per epoch" in last_error(capsys)
+    resumed = ["--max_train_steps=9", "--resume_from_checkpoint=latest", "--checkpointing_steps=9"]
+    train("prior", *flags, f"--train_data_dir={data}", *resumed, out="0")
+    assert "skipped, " not in capsys.readouterr().out
+    assert read_state(runs[0] / "checkpoint-9")["bad_rows"] == [1, 2]
 
 
 def test_the_loss_is_the_mean_over_the_samples_that_came_and_the_order_of_the_others_stays(train, data):
@@ -138,10 +163,12 @@ def test_one_bad_sample_too_many_ends_the_run_with_its_name(train, data, capsys)
 
 @pytest.mark.once
 def test_bad_samples_are_found_while_encoding_too(train, data, tmp_path, capsys):
-    flags = [f"--train_data_dir={data}", "--max_train_steps=8", "--max_bad_samples=2"]
+    flags = [f"--train_data_dir={data}", "--max_train_steps=8", "--max_bad_samples=2", "--repeats=3"]
     online = train("prior", *flags, out="online")
+    assert "21 samples; 8 steps of 2 samples, 11 per epoch" in capsys.readouterr().out
     cached = train("prior", *flags, f"--encoded_cache_dir={tmp_path / 'cache'}", out="cached")
     assert same(weights(online, "prior"), weights(cached, "prior"))
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 5, "a repeated sample is encoded once"
     with pytest.raises(SystemExit) as stopped:
         train("prior", *flags[:2], f"--encoded_cache_dir={tmp_path / 'cache'}", out="strict")
     assert stopped.value.code == 2 and "the image cannot be read" in last_error(capsys)

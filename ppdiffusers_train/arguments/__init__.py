@@ -31,7 +31,10 @@ from ppdiffusers_train.arguments.parser import (
     non_negative_int,
     positive_float,
     positive_int,
+    repeats,
     seed,
+    separator,
+    text,
     unit_float,
 )
 
@@ -64,7 +67,13 @@ def add_data_arguments(parser):
     add("--dataset_split", default="train", metavar="SPLIT", help="Train on this split of a table, such as validation.")
     add(
         "--train_data_dir", metavar="DIR",
-        help="Train on the images of this folder, whose metadata.jsonl holds their captions.",
+        help="Train on the images of this folder, whose captions are in a metadata.jsonl, in text files beside them, "
+        "or in --caption.",
+    )  # fmt: skip
+    add(
+        "--repeats", nargs="+", type=repeats, metavar="N",
+        help="Use each image of --train_data_dir this many times per epoch, or those of a sub-folder, such as cats=10 "
+        "dogs=2; without it, once.",
     )  # fmt: skip
     add(
         "--train_shards_path_or_url", metavar="SHARDS",
@@ -81,6 +90,7 @@ def add_data_arguments(parser):
         "--caption_column", default="text",
         help="Read captions from this column, or from this field of a shard's .json files.",
     )  # fmt: skip
+    add_caption_arguments(group)
     add(
         "--max_train_samples", type=positive_int,
         help="Train on this many samples, chosen at random by --seed; without it, on all.",
@@ -121,6 +131,17 @@ def add_data_arguments(parser):
         help="Load images in this many threads; with 0, the main thread loads them.",
     )  # fmt: skip
     return group
+
+
+def add_caption_arguments(group):
+    """Captions of a folder beside those of metadata, read by `data.image_folder`, for tools as well."""
+    add = group.add_argument
+    add("--caption", type=text, metavar="TEXT", help="Give this caption to the images of a folder that have no other.")
+    add(
+        "--caption_separator", type=separator, metavar="TEXT",
+        help="Split text files into several captions at this text, such as \\n for one in each line; without it, each "
+        "file is one caption.",
+    )  # fmt: skip
 
 
 def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):

@@ -36,6 +36,28 @@ non_negative_float = _number(float, lambda number: 0 <= number < math.inf, "a nu
 unit_float = _number(float, lambda number: 0 <= number < 1, "a number from 0 to below 1")
 
 
+def repeats(text: str) -> str:
+    """A value of `--repeats`, which is a number or FOLDER=NUMBER."""
+    positive_int(text.rpartition("=")[2])
+    return text
+
+
+def text(value: str) -> str:
+    """A value that can be written as UTF-8: bytes of other encodings come as surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{value!r} is no valid text; expected UTF-8") from None
+    return value
+
+
+def separator(value: str) -> str:
+    """A text that is not empty."""
+    if not value:
+        raise argparse.ArgumentTypeError("'' is empty; expected a text")
+    return text(value)
+
+
 def colour(text: str) -> str:
     """A colour as #rrggbb, from its name in CSS or from #rgb or #rrggbb."""
     from PIL import ImageColor  # here: `--help` should be fast

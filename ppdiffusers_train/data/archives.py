@@ -35,9 +35,9 @@ def unpacked(folder: str, index_dir: Path) -> str:
     Raises:
         UserError: an archive cannot be used, two files have one name, or the cache cannot be written.
     """
-    files = list(walk(folder, "", ()))
-    stamps = {name: stamp_of(entry.stat()).hex() for name, entry in files if is_archive(name)}
-    identity = (os.path.realpath(folder), [name for name, _ in files], stamps)
+    files = list(walk(folder))
+    stamps = {name: stamp_of(os.stat(os.path.join(folder, name))).hex() for name in files if is_archive(name)}
+    identity = (os.path.realpath(folder), files, stamps)
     digest = hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
     place = index_dir / "unpacked"
     target = place / digest / os.path.basename(identity[0])
@@ -49,7 +49,7 @@ def unpacked(folder: str, index_dir: Path) -> str:
         for name, stamp in stamps.items():
             make_once(place / stamp, functools.partial(unpack, os.path.join(folder, name)))
         contents = {name: place / stamp for name, stamp in stamps.items()}
-        make_once(target, functools.partial(link_files, folder, [name for name, _ in files], contents))
+        make_once(target, functools.partial(link_files, folder, files, contents))
     return str(target)
 
 
@@ -110,13 +110,13 @@ def link_files(folder: str, names: list, contents: dict, target: Path) -> None:
     """
     links = {name: (name, os.path.join(os.path.realpath(folder), name)) for name in names if name not in contents}
     for archive, content in contents.items():
-        for inner, entry in walk(str(content), "", ()):
+        for inner in walk(str(content)):
             name = posixpath.join(posixpath.dirname(archive), inner)
             if is_archive(name):
                 raise UserError(f"{archive}: it holds another archive, {inner}; unpack it")
             if name in links:
                 raise UserError(f"{folder}: {name} is in {archive} and in {links[name][0]}; expected one of them")
-            links[name] = (archive, entry.path)
+            links[name] = (archive, os.path.join(str(content), inner))
     for name, (_, path) in links.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).symlink_to(os.path.abspath(path))

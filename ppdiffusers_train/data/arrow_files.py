@@ -100,6 +100,25 @@ def whole_stamp(value) -> bytes:
     return bytes(value).ljust(16, b"\0")
 
 
+class StampIndex:
+    """Finds stamps among others.
+
+    Args:
+        stamps: "S16" [n], as of `as_stamps`.
+    """
+
+    def __init__(self, stamps: np.ndarray):
+        self.order = np.argsort(stamps, kind="stable")
+        self.sorted = stamps[self.order]
+
+    def find(self, stamps: np.ndarray) -> np.ndarray:
+        """The last place of each stamp, or -1: int64 [m]. A stamp of zeros stands for none."""
+        if not len(self.sorted):
+            return np.full(len(stamps), -1)
+        places = np.searchsorted(self.sorted, stamps, "right") - 1
+        return np.where((self.sorted[places] == stamps) & (stamps != b""), self.order[places], -1)
+
+
 def taken(table, places: np.ndarray):
     """The rows of a table at these places; the table itself, uncopied, if these are all."""
     whole = len(places) == len(table) and np.array_equal(places, np.arange(len(places)))

@@ -8,7 +8,7 @@ from huggingface_hub.constants import HF_HOME
 
 from ppdiffusers_train.data.folder_kinds import SHARDS, TABLES, look_into
 from ppdiffusers_train.data.hub_datasets import image_repository
-from ppdiffusers_train.data.image_folder import build_folder
+from ppdiffusers_train.data.image_folder import THREE_WAYS, build_folder
 from ppdiffusers_train.data.order import permutation
 from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.errors import UserError
@@ -40,14 +40,14 @@ def build_images(args) -> Rows:
     """The samples of `--train_data_dir` or `--dataset_name`."""
     if not args.dataset_name and not os.path.isdir(args.train_data_dir):
         table = "; --dataset_name takes files of tables" if os.path.isfile(args.train_data_dir) else ""
-        expected = f"expected images with a metadata.jsonl{table}"
-        raise UserError(f"--train_data_dir: {args.train_data_dir!r} is not a folder; {expected}")
+        raise UserError(f"--train_data_dir: {args.train_data_dir!r} is not a folder; {THREE_WAYS}{table}")
     kind, args, listing = look_at(args)
     if kind == SHARDS and not len(listing.names):
         raise UserError(f"{args.train_data_dir!r} holds tar shards; give it as --train_shards_path_or_url")
     if kind != TABLES:
         refuse_split(args, "a folder of images has none; --train_data_dir takes the folder of one split")
         return build_folder(args, listing, index_folder(args))
+    refuse_folder_flags(args)
     from ppdiffusers_train.data.table_sources import build_table  # only here: `datasets` takes a while to import
 
     return build_table(args, index_folder(args))
@@ -79,6 +79,13 @@ def refuse_split(args, reason: str) -> None:
         raise UserError(f"--dataset_split: {reason}")
 
 
+def refuse_folder_flags(args) -> None:
+    """Raise a `UserError` for a flag that has no effect on other data than a folder of images."""
+    for name in ("caption", "caption_separator", "repeats"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name}: has an effect only on a folder of images, as of --train_data_dir")
+
+
 def index_folder(args) -> Path:
     """Where indices of data sets are kept: never beside the data."""
     return Path(args.index_dir or Path(args.cache_dir or HF_HOME) / "ppdiffusers_train")
@@ -95,6 +102,7 @@ def build_shards(args):
     if args.train_data_dir or args.dataset_name:
         raise UserError(f"{flag}: there is --train_data_dir or --dataset_name as well; expected one of them")
     refuse_split(args, f"shards have no splits; expected the shards of one split for {flag}")
+    refuse_folder_flags(args)
     cache_folder = index_folder(args)
     addresses = expand_urls(source)
     streamed = [address for address in addresses if address.startswith(STREAMED)]

@@ -4,83 +4,160 @@ import hashlib
 import os
 import posixpath
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow
 
 from ppdiffusers_train.data.metadata import METADATA_FILES
 from ppdiffusers_train.data.pixels import extensions
+from ppdiffusers_train.data.problems import Problems
 from ppdiffusers_train.data.rows import stamp_of
+from ppdiffusers_train.errors import UserError
 
 AT_ONCE = 10_000  # names that are kept as Python objects
+TEXT_ENDINGS = (".txt", ".caption")  # of files with captions, the preferred one first
+SCHEMA = pyarrow.schema(
+    {
+        "name": pyarrow.large_binary(),  # relative to the folder, with "/"; a name may be no valid text
+        "size": pyarrow.int64(),
+        "stamp": pyarrow.binary(16),
+    }
+)
 
 
 def is_image(name: str) -> bool:
     """Whether a file is taken for an image, by its extension."""
-    return posixpath.splitext(name)[1].lower() in extensions()
+    return ending_of(name) in extensions()
+
+
+def ending_of(name: str) -> str:
+    """A file's extension, in lower case."""
+    return posixpath.splitext(name)[1].lower()
+
+
+class Files:
+    """Collects names, sizes and stamps of files in little memory."""
+
+    def __init__(self):
+        self.names, self.chunks, self.sizes, self.stamps = [], [], array("q"), bytearray()
+
+    def add(self, name: str, size: int, stamp: bytes) -> None:
+        """Add a file."""
+        self.names.append(os.fsencode(name))
+        self.sizes.append(size)
+        self.stamps += stamp
+        if len(self.names) == AT_ONCE:
+            self._compact()
+
+    def table(self):
+        """A table with the columns of `SCHEMA`."""
+        self._compact()
+        stamps = pyarrow.FixedSizeBinaryArray.from_buffers(
+            pyarrow.binary(16), len(self.sizes), [None, pyarrow.py_buffer(self.stamps)]
+        )
+        names = pyarrow.chunked_array(self.chunks).combine_chunks()
+        return pyarrow.Table.from_arrays([names, pyarrow.array(np.asarray(self.sizes)), stamps], schema=SCHEMA)
+
+    def _compact(self) -> None:
+        self.chunks.append(pyarrow.array(self.names, pyarrow.large_binary()))
+        self.names = []
 
 
 @dataclass
 class Listing:
     """The files of a folder, in the order of their paths, which are relative to it.
 
-    `names` (large_binary), `sizes` and `stamps` are of the images, `metadata` has the paths of metadata files,
-    `others` has the first of the other files of each extension. `digest` changes when any of these files does.
+    `images` and `texts` (files that may hold captions) are tables with the columns of `SCHEMA`, `metadata` has the
+    paths of metadata files, `others` the first of the other files of each extension, texts included. `digest` changes
+    when images, texts or metadata do, or the names of others; `newest` is when captions changed last, in s.
     """
 
-    names: object
-    sizes: array
-    stamps: bytearray
-    metadata: list
-    others: dict
-    digest: str
+    problems: Problems
+    images: object = None
+    texts: object = None
+    metadata: list = field(default_factory=list)
+    others: dict = field(default_factory=dict)
+    newest: float = 0.0
+    digest: str = ""
+
+    @property
+    def names(self):
+        """The names of the images."""
+        return self.images["name"].combine_chunks()
 
 
-def list_files(folder: str) -> Listing:
-    """Walk through a folder: links are followed, hidden files and folders left out."""
-    known, digest, chunks, names = extensions(), hashlib.blake2b(digest_size=16), [], []
-    listing = Listing(None, array("q"), bytearray(), [], {}, "")
-    for name, entry in walk(folder, "", ()):
-        ending = posixpath.splitext(name)[1].lower()
-        if ending in known:
-            stat = entry.stat()
-            stamp = stamp_of(stat)
-            names.append(os.fsencode(name))
-            listing.sizes.append(stat.st_size)
-            listing.stamps += stamp
-            if len(names) == AT_ONCE:
-                chunks.append(pyarrow.array(names, pyarrow.large_binary()))
-                names = []
-        elif entry.name in METADATA_FILES:
-            listing.metadata.append(name)
-            stamp = stamp_of(entry.stat())
-        else:
+def list_files(folder: str, kept=3) -> Listing:
+    """Walk through a folder: links are followed, hidden files and folders left out.
+
+    Args:
+        kept: how many texts of each kind of problem to keep; None for all.
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    known, digest, images, texts = extensions(), hashlib.blake2b(digest_size=16), Files(), Files()
+    listing = Listing(Problems(kept))
+    for name in walk(folder):
+        path, ending = os.path.join(folder, name), ending_of(name)
+        is_metadata = posixpath.basename(name) in METADATA_FILES
+        if not is_metadata and ending not in known:
             listing.others.setdefault(ending, name)
+        if not is_metadata and ending not in known and ending not in TEXT_ENDINGS:
+            listing.problems.add("other_file", path)
+            digest.update(os.fsencode(name))  # because they are counted
             continue
+        try:
+            stat = os.stat(path)
+        except OSError:  # also of a file that was removed meanwhile
+            listing.problems.add("dead_link", path)
+            digest.update(os.fsencode(name))
+            continue
+        stamp = stamp_of(stat)
         digest.update(os.fsencode(name) + stamp)
-    chunks.append(pyarrow.array(names, pyarrow.large_binary()))
-    listing.names, listing.digest = pyarrow.chunked_array(chunks).combine_chunks(), digest.hexdigest()
+        if ending in known:
+            images.add(name, stat.st_size, stamp)
+            continue
+        listing.newest = max(listing.newest, stat.st_ctime)
+        if is_metadata:
+            listing.metadata.append(name)
+        else:
+            texts.add(name, stat.st_size, stamp)
+    listing.images, listing.texts, listing.digest = images.table(), texts.table(), digest.hexdigest()
     return listing
 
 
-def walk(folder: str, prefix: str, above: tuple):
-    """Yield (relative path, `os.DirEntry`) of the files in a folder and below, sorted by path.
+def walk(folder: str, prefix: str = "", above: tuple = ()):
+    """Yield the paths of the files in a folder and below, sorted, and of links that lead nowhere.
 
     Args:
         prefix: relative path of this folder, ending in "/" unless it is empty.
         above: (device, inode) of the folders around it: a link to one of them is not followed.
+    Raises:
+        UserError: a folder cannot be read.
     """
-    stat = os.stat(folder)
-    above = (*above, (stat.st_dev, stat.st_ino))
-    with os.scandir(folder) as entries:
-        found = [(entry.name + "/" if entry.is_dir() else entry.name, entry) for entry in entries]
-    for name, entry in sorted(found, key=lambda pair: pair[0]):
-        if name.startswith("."):
-            continue
-        if not name.endswith("/"):
-            if entry.is_file():  # false for a link that leads nowhere
-                yield prefix + name, entry
-        elif not name.startswith("__"):
-            target = entry.stat()
-            if (target.st_dev, target.st_ino) not in above:
-                yield from walk(entry.path, prefix + name, above)
+    try:
+        stat = os.stat(folder)
+        with os.scandir(folder) as entries:
+            names = sorted(name for entry in entries if (name := entry_name(entry)))
+    except OSError as error:
+        raise UserError(f"the folder {folder!r} cannot be read: {error.strerror}") from error
+    if (stat.st_dev, stat.st_ino) in above:
+        return
+    for name in names:
+        if name.endswith("/"):
+            yield from walk(os.path.join(folder, name[:-1]), prefix + name, (*above, (stat.st_dev, stat.st_ino)))
+        else:
+            yield prefix + name
+
+
+def entry_name(entry) -> str:
+    """The name of an `os.DirEntry`, with "/" behind a folder's; empty if it is left out."""
+    if entry.name.startswith("."):
+        return ""
+    try:
+        is_folder, is_file = entry.is_dir(), entry.is_file()
+    except OSError:  # links in a circle
+        is_folder = is_file = False
+    if is_folder:
+        return "" if entry.name.startswith("__") else entry.name + "/"
+    return entry.name if is_file or entry.is_symlink() else ""

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from ppdiffusers_train.data.archives import ARCHIVE, unpacked
+from ppdiffusers_train.data.folder_captions import match_texts
 from ppdiffusers_train.data.folder_files import Listing, list_files
 from ppdiffusers_train.errors import UserError
 
@@ -24,7 +25,7 @@ def look_into(folder: str, index_dir: Path) -> tuple:
         return TABLES, folder, None
     listing = list_files(folder)
     kind = kind_of(listing)
-    if ARCHIVE in listing.others and kind in (FOLDER, None):
+    if ARCHIVE in listing.others and kind in (FOLDER, None) and not has_captions_beside(listing):
         folder = unpacked(folder, index_dir)
         listing = list_files(folder)
         kind = kind_of(listing)
@@ -53,6 +54,11 @@ def kind_of(listing: Listing):
     if has_images:
         return FOLDER
     return TABLES if any(ending in others for ending in TEXT_FORMATS) else None
+
+
+def has_captions_beside(listing: Listing) -> bool:
+    """Whether there are text files beside images: archives among these are copies, or something else."""
+    return bool((match_texts(listing.names, listing.texts["name"].combine_chunks()) >= 0).any())
 
 
 def is_saved(folder: str) -> bool:

@@ -18,6 +18,7 @@ import pyarrow
 from pyarrow import compute
 
 from ppdiffusers_train.data.arrow_files import (
+    StampIndex,
     as_stamps,
     is_written,
     read_table,
@@ -99,16 +100,7 @@ class Index:
         tables += [table.select(SCHEMA.names) for table in more]
         # A single table stays mapped: nothing of it is copied.
         self.table = tables[0] if len(tables) == 1 else pyarrow.concat_tables([SCHEMA.empty_table(), *tables])
-        stamps = as_stamps(self.table["stamp"])
-        self.order = np.argsort(stamps, kind="stable")
-        self.sorted = stamps[self.order]
-
-    def find(self, stamps: np.ndarray) -> np.ndarray:
-        """The place in the table of each stamp, the newest one, or -1: int64 [n]."""
-        if not len(self.sorted):
-            return np.full(len(stamps), -1)
-        places = np.searchsorted(self.sorted, stamps, "right") - 1
-        return np.where((self.sorted[places] == stamps) & (stamps != b""), self.order[places], -1)
+        self.find = StampIndex(as_stamps(self.table["stamp"])).find  # the newest place of each stamp in the table
 
     def write(self, stamps: np.ndarray) -> bool:
         """Write the facts about these stamps into one file, remove the parts; returns whether that was possible."""

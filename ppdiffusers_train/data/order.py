@@ -39,14 +39,19 @@ class SampleOrder:
 
     Args:
         seed: the run's seed.
-        size: number of rows in the dataset.
+        size: number of rows in the dataset. The attribute is the number of samples of an epoch.
         buckets: the bucket of every row, where samples have different sizes.
         samples_per_step: number of consecutive samples that share a bucket.
         sequential: whether the data has a fixed order, in which the row is the position.
+        times: how often an epoch has each row, int64 [size]; None if it has each once.
     """
 
-    def __init__(self, seed: int, size: int, buckets=None, samples_per_step: int = 1, sequential: bool = False):
-        self.seed, self.size, self.samples_per_step = seed, size, samples_per_step
+    def __init__(
+        self, seed: int, size: int, buckets=None, samples_per_step: int = 1, sequential: bool = False, times=None
+    ):
+        self.repeated = None if times is None else np.repeat(np.arange(size), times)
+        self.size = size if times is None else len(self.repeated)
+        self.seed, self.samples_per_step = seed, samples_per_step
         self.buckets = None if buckets is None else np.asarray(buckets)
         self.sequential = sequential
         self._permutation = (None, None)  # (epoch, rows) of the last call
@@ -59,6 +64,8 @@ class SampleOrder:
         known_epoch, rows = self._permutation
         if known_epoch != epoch:
             rows = permutation(self.seed, epoch, self.size)
+            if self.repeated is not None:
+                rows = self.repeated[rows]
             if self.buckets is not None:
                 rows = grouped(rows, self.buckets, self.samples_per_step)
             self._permutation = (epoch, rows)  # in one assignment, because several loader threads call this
@@ -109,8 +116,9 @@ def order_samples(module, dataset, seed: int, samples_per_step: int, log) -> Sam
     Args:
         log: called with the line to print.
     """
+    times, is_sequential = getattr(dataset, "times", None), getattr(dataset, "sequential", False)
     buckets = None
     if module.buckets:
         buckets = assign_buckets(module.buckets, dataset)
         log(describe_buckets(module.buckets, buckets))
-    return SampleOrder(seed, len(dataset), buckets, samples_per_step, getattr(dataset, "sequential", False))
+    return SampleOrder(seed, len(dataset), buckets, samples_per_step, is_sequential, times)

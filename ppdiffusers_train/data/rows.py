@@ -28,6 +28,9 @@ class Rows:
     facts = None
     """What is known of the images, an `image_index.Facts`; None before `image_index.index_images`."""
 
+    times = None
+    """How often an epoch uses each row, int64 [n]; None if each is used once."""
+
     background = WHITE
     """The colour behind transparent pixels, as #rrggbb."""
 
@@ -106,7 +109,16 @@ class Rows:
     def count_captions(self) -> int:
         """Number of captions of all rows."""
         captions = (caption for block in self.blocks() for caption in self.stored_captions(*block))
-        return sum(len(caption) if isinstance(caption, list) else 1 for caption in captions)
+        return sum(len(caption) if isinstance(caption, list) else caption is not None for caption in captions)
+
+    def summary(self, unreadable=None) -> str:
+        """A line that says what of the data is used and what is not, or nothing. `unreadable` are the rows whose images
+        cannot be read, by default those of which the index knows it."""
+        return ""
+
+    def without_captions(self):
+        """The rows that are known to have no usable caption, in order: a sequence of numbers."""
+        return ()
 
     def digest(self) -> str:
         """A hash of all captions in their order, which identifies the data."""

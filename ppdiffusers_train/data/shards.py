@@ -107,7 +107,7 @@ def local_shards(paths: list) -> list:
     shards = []
     for path in paths:
         if os.path.isdir(path):
-            files = [Path(entry.path) for _, entry in walk(path, "", ())]
+            files = [Path(path, name) for name in walk(path)]
             found = sorted(file for file in files if file.name.lower().endswith((".tar", *COMPRESSED)))
             expected = "a folder with *.tar in it"
         else:

@@ -12,8 +12,9 @@ from pyarrow import parquet, types
 from ppdiffusers_train.data.column_types import Columns
 from ppdiffusers_train.data.folder_files import walk
 from ppdiffusers_train.data.folder_kinds import TABLE_FORMATS, TEXT_FORMATS
-from ppdiffusers_train.data.image_folder import usable_captions
-from ppdiffusers_train.data.metadata import Problems, read_lines
+from ppdiffusers_train.data.folder_metadata import usable_captions
+from ppdiffusers_train.data.metadata import read_lines
+from ppdiffusers_train.data.problems import Problems
 from ppdiffusers_train.data.rows import content_digest, stamp_of
 from ppdiffusers_train.data.tables import ImageCaptionDataset
 from ppdiffusers_train.errors import UserError
@@ -45,7 +46,7 @@ def split_of(file: str) -> str:
 def table_files(folder: str) -> dict:
     """{split: paths of its files}, of one format. The files of other formats are not used, which is printed."""
     found = {}
-    for name, _ in walk(folder, "", ()):
+    for name in walk(folder):
         if is_table(name):
             found.setdefault(posixpath.splitext(name)[1].lower(), []).append(name)
     chosen = next(ending for ending in TABLE_FORMATS if ending in found)
@@ -144,11 +145,11 @@ def text_table(files: list, columns: Columns, problems: Problems):
     for file in files:
         for place, row, problem in read_lines(file):
             problems.columns.update(dict.fromkeys(row))
-            image, caption = columns.image_in(row), row.get(columns.caption)
-            texts, wrong = usable_captions(caption, columns.caption)
+            image = columns.image_in(row)
+            texts, wrong = usable_captions(row.get(columns.caption), columns.caption)
             if problem or not is_path(row.get(image)):
                 problem = problem or f"column {image!r} holds {row.get(image)!r}; expected the path of an image"
-            elif wrong and caption is not None:  # a missing one makes a bad sample
+            elif wrong:  # a missing caption is none: it makes a bad sample
                 problem = wrong
             if problem:
                 problems.add("bad_metadata", f"{place}: {problem}")

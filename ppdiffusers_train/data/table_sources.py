@@ -10,7 +10,7 @@ from ppdiffusers_train.data.column_types import Columns
 from ppdiffusers_train.data.folder_files import walk
 from ppdiffusers_train.data.folder_kinds import TABLE_FORMATS, has_configurations, is_saved
 from ppdiffusers_train.data.hub_datasets import download
-from ppdiffusers_train.data.metadata import Problems
+from ppdiffusers_train.data.problems import Problems
 from ppdiffusers_train.data.table_files import is_table, open_files, table_files
 from ppdiffusers_train.data.tables import ImageCaptionDataset
 from ppdiffusers_train.errors import UserError
@@ -133,7 +133,7 @@ def is_any_missing(rows: ImageCaptionDataset) -> bool:
 def look_into_archives(rows: ImageCaptionDataset, index_dir: Path) -> None:
     """Where images are missing and there are archives beside the table, unpack these: the images may be there."""
     root = rows.bases[0]
-    if root and is_any_missing(rows) and any(is_archive(name) for name, _ in walk(root, "", ())):
+    if root and is_any_missing(rows) and any(map(is_archive, walk(root))):
         folder = unpacked(root, index_dir)
         rows.bases += tuple(os.path.join(folder, os.path.relpath(base, root)) for base in rows.bases)
 

@@ -1,6 +1,25 @@
 """Samples that cannot be used: logged once, counted, and skipped up to the limit that the user sets."""
 
+from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.errors import BadSampleError
+
+NAMED = 20  # of the samples that are known to be bad before the first step
+
+
+def known_bad(dataset: Rows) -> list:
+    """The rows that cannot be used, as far as it is known before the first step, in order."""
+    return sorted({*map(int, dataset.without_captions()), *dataset.facts.problems})
+
+
+def why_bad(dataset: Rows, row: int) -> str:
+    """The message about one of these rows."""
+    try:
+        dataset.captions(row)
+        dataset.location(row)
+        dataset.image_size(row)
+    except BadSampleError as error:
+        return str(error)
+    raise AssertionError(f"row {row} can be used")
 
 
 class BadSamples:
@@ -28,3 +47,24 @@ class BadSamples:
                 allowed = f" ({len(self.rows)} bad samples, --max_bad_samples is {self.limit})" if self.limit else ""
                 raise BadSampleError(message + allowed)
             log(f"skipped, {len(self.rows)} of at most {self.limit} bad samples: {message}")
+
+    def refuse_known(self, dataset: Rows) -> None:
+        """Raise a `BadSampleError` if there are more rows than the limit of which it is known, before the first step,
+        that they cannot be used, or if all are such."""
+        known = known_bad(dataset)
+        count = len(self.rows.union(known))
+        if count > self.limit or len(known) == len(dataset):
+            first = next((row for row in known if row not in self.rows), known[0])
+            more = f" (and {len(known) - 1:,} more)" if len(known) > 1 else ""
+            raise BadSampleError(
+                f"{len(known):,} of {len(dataset):,} samples cannot be used ({count} bad samples, --max_bad_samples is "
+                f"{self.limit}): {why_bad(dataset, first)}{more}; --max_bad_samples {count} leaves them out"
+            )
+
+    def add_known(self, dataset: Rows, log) -> None:
+        """Count these rows, and log the first of them."""
+        new = [row for row in known_bad(dataset) if row not in self.rows]
+        self.add({row: why_bad(dataset, row) for row in new[:NAMED]}, log)
+        self.rows.update(new)
+        if len(new) > NAMED:
+            log(f"skipped, {len(self.rows)} of at most {self.limit} bad samples: {len(new) - NAMED:,} more like these")

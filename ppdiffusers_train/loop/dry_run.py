@@ -11,7 +11,7 @@ from dataclasses import replace
 import paddle.distributed as dist
 
 from ppdiffusers_train.data.loader import stack
-from ppdiffusers_train.data.rows import with_one_caption
+from ppdiffusers_train.data.rows import Rows, with_one_caption
 from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.errors import BadSampleError, UserError
 from ppdiffusers_train.loop.memory_estimate import (
@@ -58,6 +58,9 @@ def describe_run(plan: Plan) -> None:
         f"{human(entries * inventory.encoded)} on disk "
         + (f"in {args.encoded_cache_dir}" if options.cached else "with --encoded_cache")
     )
+
+    if isinstance(dataset, Rows) and (summary := dataset.summary()):
+        print(f"  {summary}")
 
     print("\nmemory per GPU")
     for name, size in inventory.memory(options).items():

@@ -80,6 +80,8 @@ def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
         identity["split"] = args.dataset_split
     if hasattr(dataset, "digest"):
         identity["data"] = dataset.digest()
+    identity["repeats"] = describe_repeats(getattr(dataset, "times", None))
+    saved = {"repeats": describe_repeats(None), **saved} if saved else saved  # older versions had no such flag
     if hasattr(dataset, "lanes"):
         identity["lanes"] = len(dataset.lanes)
     if getattr(dataset, "facts", None):
@@ -92,6 +94,7 @@ def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
         "rows": "number of samples",
         "data": "data (a hash of all captions, or of a stream's addresses)",
         "lanes": "--stream_lanes",
+        "repeats": "--repeats",
         "images": "images (a hash of the contents of all)",
         "samples_per_step": "number of samples per step",
     }
@@ -103,6 +106,11 @@ def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
                 f"{words.get(name, name)} is {saved.get(name)}, here it is {value}"
             )
     return identity
+
+
+def describe_repeats(times) -> str:
+    """How often an epoch uses each row, in words that are others for other numbers."""
+    return "not given" if times is None else f"for {times.sum()} samples per epoch ({digest(times.tobytes())})"
 
 
 def versions() -> dict:

@@ -46,4 +46,4 @@ class Plan:
             return False
         if args.validation_steps:
             return state.step % args.validation_steps == 0
-        return state.position % (len(self.dataset) * args.validation_epochs) == 0
+        return state.position % (self.order.size * args.validation_epochs) == 0

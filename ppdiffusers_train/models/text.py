@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ppdiffusers_train.errors import UserError, one_line
+from ppdiffusers_train.errors import BadSampleError, UserError, one_line
 
 VERSION = 1  # of what its functions give to encoded samples
 
@@ -40,13 +40,21 @@ def warn_of_long_captions(tokenizer, dataset) -> None:
     suspects = (
         (row, caption)
         for row in range(len(dataset))
-        for caption in dataset.captions(row)
+        for caption in usable_captions(dataset, row)
         if len(caption.encode()) > longest - 2
     )
     cut = [row for row, caption in suspects if count_tokens(tokenizer, caption) > longest]
     if cut:
         example = one_line(dataset.name(cut[0]))
         print(f"{len(cut)} captions are longer than {longest} tokens and are truncated, for example that of {example}")
+
+
+def usable_captions(dataset, row: int) -> list:
+    """The captions of a row; none if it is a bad sample."""
+    try:
+        return dataset.captions(row)
+    except BadSampleError:
+        return []
 
 
 def load_tokenizer(folder, flag: str):

@@ -19,7 +19,7 @@ from ppdiffusers_train.data.packs import as_keys, open_packs
 from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.errors import BadSampleError, UserError, writing
 from ppdiffusers_train.runtime.distributed import Ranks
-from ppdiffusers_train.tools.source_flags import PLACES
+from ppdiffusers_train.tools.source_flags import FLAGS
 from ppdiffusers_train.tools.sources import open_source
 
 FOLDER = re.compile(r"[0-9a-f]{32}(-compiled)?")
@@ -137,8 +137,8 @@ def samples_of(name: str, args):
     Raises:
         UserError: it is no data that can be trained on.
     """
-    places = {place: getattr(args, place) for place in PLACES}
-    source = open_source(name, args.image_column, args.caption_column, **places)
+    flags = {name: getattr(args, name, None) for name in FLAGS}
+    source = open_source(name, args.image_column, args.caption_column, **flags)
     refused = [text for kind, text in source.problems if kind == "refused"]
     if refused or not isinstance(source.rows, Rows) or not len(source.rows):
         raise UserError(f"--train_data_dir: {refused[0] if refused else f'{name!r} holds no samples for training'}")

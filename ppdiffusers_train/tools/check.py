@@ -37,9 +37,7 @@ LEFT_OUT = "leaves them out, and prints how many"
 KINDS = {
     "refused": Kind("the data cannot be loaded", REFUSED),
     "no_samples": Kind("there are no samples", REFUSED),
-    "no_metadata": Kind("there is no metadata with captions", REFUSED),
     "bad_metadata": Kind("rows of metadata that cannot be read", REFUSED),
-    "unmentioned": Kind("images without a row of metadata", REFUSED),
     "lost_row": Kind("rows of metadata without an image", LEFT_OUT),
     "bad_sample": Kind("samples in shards that cannot be used", SKIPPED),
     "bad_caption": Kind("captions that are missing or no text", SKIPPED),
@@ -179,7 +177,7 @@ def check(
         RunError: a process was killed.
     """
     started, rows = time.monotonic(), source.rows
-    findings, images = Findings(rows, kept), Images()
+    findings, images, unreadable = Findings(rows, kept), Images(), []
     for kind, text in source.problems:
         findings.add(kind, text)
     if not len(rows):
@@ -192,6 +190,7 @@ def check(
             if not decoded.is_known[index]:
                 decoded.add(index, image)
             if image.problem:
+                unreadable.append(index)
                 findings.add_row("bomb" if image.is_bomb else "unreadable", index, image.problem)
                 continue
             images.add(index, image)
@@ -208,7 +207,7 @@ def check(
     found = findings.listed(
         longest=tokens.longest, resolution=resolution, pixels=Image.MAX_IMAGE_PIXELS, extreme=EXTREME
     )
-    notes = [tokens.note] if tokens.note else []
+    notes = [note for note in (tokens.note, rows.summary(unreadable)) if note]
     seconds = round(time.monotonic() - started, 3)
     return Report(name, source.kind, len(rows), captions.count, images.sizes(), found, notes, seconds)
 

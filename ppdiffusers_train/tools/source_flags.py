@@ -1,8 +1,12 @@
 """The flags of tools that say how to read a data set."""
 
+from ppdiffusers_train.arguments import add_caption_arguments
 from ppdiffusers_train.arguments.parser import Flag
 
-PLACES = ("dataset_config_name", "dataset_split", "cache_dir", "index_dir")  # flags that `sources.open_source` takes
+FLAGS = (  # those that `sources.open_source` takes
+    *("dataset_config_name", "dataset_split", "cache_dir", "index_dir"),
+    *("caption", "caption_separator", "repeats"),
+)
 
 
 def add_source_flags(command) -> None:
@@ -15,6 +19,7 @@ def add_source_flags(command) -> None:
         "--caption_column", default="text",
         help="Read captions from this column, or from this field of a shard's .json files.",
     )  # fmt: skip
+    add_caption_arguments(command)
     add("--cache_dir", metavar="DIR", help="Keep downloads in this folder; without it, in Hugging Face's cache.")
     add(
         "--index_dir", metavar="DIR",

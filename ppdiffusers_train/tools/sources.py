@@ -9,14 +9,17 @@ import glob
 import os
 from dataclasses import dataclass, field
 
-from ppdiffusers_train.data.dataset import index_folder, look_at, refuse_split
+from ppdiffusers_train.data.dataset import index_folder, look_at, refuse_folder_flags, refuse_split
 from ppdiffusers_train.data.folder_kinds import FOLDER, SHARDS, TABLES
 from ppdiffusers_train.data.image_folder import open_folder, refuse
-from ppdiffusers_train.data.metadata import Problems
+from ppdiffusers_train.data.problems import Problems
 from ppdiffusers_train.data.shards import local_shards, open_shards
 from ppdiffusers_train.data.table_files import is_table
 from ppdiffusers_train.data.table_sources import open_table
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.tools.source_flags import FLAGS
+
+MISTAKES = ("bad_metadata", "lost_row", "other_split")  # kinds of a folder's `Problems` that are kinds of `check.KINDS`
 
 
 @dataclass
@@ -38,17 +41,18 @@ def open_source(source: str, image_column="image", caption_column="text", **flag
 
     Args:
         image_column, caption_column: of a table; `caption_column` is also the field of .json files in shards.
-        flags: `dataset_config_name`, `dataset_split`, `cache_dir` and `index_dir`, as of
-            `arguments.add_data_arguments`.
+        flags: others of `arguments.add_data_arguments`, those of `FLAGS`.
     Raises:
         UserError: it does not exist, or cannot be used.
     """
-    flags = {"dataset_config_name": None, "dataset_split": "train", "cache_dir": None, "index_dir": None, **flags}
+    flags = {**dict.fromkeys(FLAGS), "dataset_split": "train", **flags}
     args = argparse.Namespace(
         image_column=image_column, caption_column=caption_column, dataset_name=source, train_data_dir=None, **flags
     )
     index_dir = index_folder(args)
     kind, args, listing = (SHARDS, args, None) if are_shards(source) else look_at(args)
+    if kind in (SHARDS, TABLES):
+        refuse_folder_flags(args)
     if kind == SHARDS:
         refuse_split(args, "shards have no splits")
         shards = local_shards(expand(source))
@@ -63,10 +67,11 @@ def open_source(source: str, image_column="image", caption_column="text", **flag
 
 def open_image_folder(args, listing) -> Source:
     """The samples of a folder, also of one that training refuses, and all that is wrong with it."""
-    rows, problems = open_folder(args.train_data_dir, args.caption_column, Problems(kept=None), listing)
-    found = listed(problems)
+    listing.problems.kept = None
+    rows, columns = open_folder(args, listing, index_folder(args))
+    found = [problem for problem in listed(rows.unused) if problem[0] in MISTAKES]
     try:
-        refuse(args.train_data_dir, args.image_column, rows, problems)
+        refuse(args, rows, columns)
     except UserError as error:
         found.insert(0, ("refused", str(error)))
     return Source(FOLDER, rows, found)

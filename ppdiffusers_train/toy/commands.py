@@ -27,6 +27,7 @@ def add_toy_commands(commands) -> None:
         help="Write tar shards of at most this size, such as 1MB; without it, a folder of images.",
     )  # fmt: skip
     add("--seed", type=seed, default=0, help="Choose the pictures at random by this seed.")
+    add("--text_files", action=Flag, help="Write captions to text files beside the pictures, not to a metadata.jsonl.")
     add("--held_out", action=Flag, help="Write only combinations of shape, colour and background kept out of training.")
     command.set_defaults(run=toy_data)
 
@@ -55,7 +56,7 @@ def toy_data(args) -> None:
     shapes = ShapesDataset(args.seed, args.count, args.size, looks, args.held_out)
     with scratch_folder("pictures") as scratch:
         folder = scratch / "shapes" if args.shard_size else args.output
-        write_shapes_folder(folder, shapes)
+        write_shapes_folder(folder, shapes, args.text_files)
         if args.shard_size:
             from ppdiffusers_train.tools.pack import pack
             from ppdiffusers_train.tools.sources import open_source

@@ -5,13 +5,17 @@ import argparse
 import importlib
 import pkgutil
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ppdiffusers_train.arguments import add_data_arguments
-from ppdiffusers_train.data.dataset import build_dataset
+from ppdiffusers_train.data.dataset import build_dataset, index_folder
+from ppdiffusers_train.data.image_index import index_images
 from ppdiffusers_train.errors import BadSampleError, UserError
+from ppdiffusers_train.runtime.distributed import Ranks
+from ppdiffusers_train.training import index_dataset
 from tests.data import corpus
 
 pytestmark = pytest.mark.once  # no Paddle in it
@@ -20,12 +24,19 @@ for module in pkgutil.iter_modules(corpus.__path__):
     importlib.import_module(f"{corpus.__name__}.{module.name}")
 
 
-def open_data(flags):
+def open_data(flags, may_have_bad_samples):
+    """The data as a run has it before its first step."""
     parser = argparse.ArgumentParser()
     add_data_arguments(parser)
     args = parser.parse_args(list(map(str, flags)))
-    args.seed = 0
-    return build_dataset(args)
+    args.seed, args.dry_run = 0, False
+    rows = build_dataset(args)
+    if may_have_bad_samples:
+        index_images(rows, Ranks(0, 1), index_folder(args))
+        print(rows.summary())
+    else:
+        index_dataset(rows, SimpleNamespace(args=args, ranks=Ranks(0, 1), log=print, saved={}))
+    return rows
 
 
 def status_of(*argv):
@@ -65,11 +76,12 @@ def test_training_sees_what_it_must_or_refuses_it_in_one_line_and_check_agrees(n
     places = ["--cache_dir", tmp_path / "cache"]
     if expected.samples is None:
         with pytest.raises(UserError) as refused:
-            open_data([*expected.flags, *places])
+            open_data([*expected.flags, *places], may_have_bad_samples=False)
         message = str(refused.value)
         assert "\n" not in message and all(part in message for part in expected.refused), message
     else:
-        rows = open_data([*expected.flags, *places])
+        bad = any(isinstance(sample, str) for sample in expected.samples)
+        rows = open_data([*expected.flags, *places], may_have_bad_samples=bad)
         rows_read = [read(rows, index) for index in range(len(rows))]
         assert len(rows_read) == len(expected.samples), [
             row if isinstance(row, str) else row["name"] for row in rows_read

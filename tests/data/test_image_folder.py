@@ -135,8 +135,9 @@ def test_a_row_without_an_image_is_named(tmp_path):
 
 
 def test_a_caption_that_is_no_text_is_named(tmp_path):
-    folder = copy_photos(tmp_path / "photos", 1)
-    (folder / "metadata.jsonl").write_text('{"file_name": "astronaut.jpg", "text": null}\n')
+    folder = copy_photos(tmp_path / "photos", 2)
+    rows = ({"file_name": "astronaut.jpg", "text": None}, {"file_name": "chelsea.jpg", "text": "x"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(BadSampleError, match=r"astronaut.jpg \(row 0\): column 'text' holds None; expected a text"):
         captions(dataset_of("--train_data_dir", folder))
 
@@ -150,7 +151,7 @@ def test_what_is_missing_is_named(tmp_path):
         (
             "--train_data_dir",
             tmp_path / "bare",
-        ): "--train_data_dir: '.*bare' has no metadata.jsonl; expected one line per",
+        ): "--train_data_dir: '.*bare' has no captions; expected a metadata.jsonl with a line per",
         (
             "--train_data_dir",
             PHOTOS,

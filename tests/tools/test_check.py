@@ -172,11 +172,11 @@ def test_empty_and_long_captions_and_copies_are_remarks(tmp_path, capsys):
     assert status == 0 and not bad_samples(training_data("--train_data_dir", folder))
     assert found(document)["duplicate"] == [f"{folder}/c.png (row 2): the same file as {folder}/a.png (row 0)"]
     assert set(found(document)) == {"empty_caption", "long_caption", "duplicate"}
-    assert len(document["notes"]) == 1 and "a lower bound" in document["notes"][0]
+    assert "a lower bound" in document["notes"][0]
+    assert document["notes"][1:] == [f"{folder}: 3 images; captions: 3 of metadata"]
 
 
 FOLDERS = {
-    "unmentioned": ({"a.png": png(), "b.png": png(color=1)}, [row("a.png")], "b.png: no row of the metadata in"),
     "bad_metadata": ({"a.png": png()}, [row("a.png"), "{broken"], "metadata.jsonl line 2: it is not JSON"),
     "bad_metadata, unnamed": ({"a.png": png()}, [row("a.png"), {"text": "b"}], "line 2: it has no file_name"),
     "bad_metadata, a list": ({"a.png": png()}, [row("a.png"), "[1]"], "line 2: it is not a row such as"),
@@ -222,14 +222,15 @@ def test_metadata_of_subfolders_and_in_csv_is_read_as_training_reads_it(tmp_path
     (folder / "metadata.jsonl").rename(folder / "metadata.csv")
     (folder / "metadata.csv").write_text("file_name,text\na.png,one\n")
     (folder / "s" / "metadata.csv").write_text('file_name,text\nb.png,"two,\nthree"\nt/c.png,\n')
-    bad = {"bad_caption": [f"{folder}/s/t/c.png (row 2): column 'text' holds None; expected a text or several"]}
+    bad = [f"{folder}/s/t/c.png (row 2): column 'text' holds None; expected a text or several"]
     status, document = run(capsys, folder, "--resolution=16")
-    assert (status, document["samples"], document["captions"], found(document)) == (1, 3, 2, bad)
-    (folder / "s" / "d.png").write_bytes(png(color=3))  # now training refuses it, and this reads the metadata itself
+    assert (status, document["samples"], document["captions"], found(document)) == (1, 3, 2, {"bad_caption": bad})
+    (folder / "s" / "d.png").write_bytes(png(color=3))
     document = run(capsys, folder, "--resolution=16")[1]
-    assert (document["samples"], document["captions"]) == (3, 2)
-    texts = found(document)
-    assert texts.pop("refused") and texts.pop("unmentioned") and texts == bad
+    bad = [f"{folder}/s/d.png (row 2): it has no caption: no row of metadata is about it, and no text file beside it "
+           "has its name", bad[0].replace("row 2", "row 3")]  # fmt: skip
+    assert (document["samples"], document["captions"], found(document)) == (4, 2, {"bad_caption": bad})
+    assert document["notes"][1].endswith(f"not used: 2 without caption, for example {folder}/s/d.png")
 
 
 def test_images_that_training_takes_for_other_splits_are_named(tmp_path, capsys):
@@ -333,7 +334,7 @@ def test_with_a_tokenizer_tokens_are_counted_exactly(tmp_path, capsys, tokenizer
     assert run(capsys, folder, "--resolution=16")[1]["findings"] == []
     for place in (tokenizer_folder, tokenizer_folder / "tokenizer"):
         status, document = run(capsys, folder, "--resolution=16", f"--tokenizer={place}")
-        assert status == 0 and document["notes"] == []
+        assert status == 0 and len(document["notes"]) == 1
         assert found(document) == {
             "long_caption": [f"{folder}/1.png (row 1): 78 tokens", f"{folder}/2.png (row 2): 80 tokens"]
         }
@@ -400,8 +401,10 @@ def test_people_get_a_table_and_a_line_that_sums_it_up(tmp_path, capsys):
     assert lines[2].strip().startswith(f"{folder}/chelsea.jpg (row 2): it is no image of a known format")
     assert " ".join(lines[5].split()) == "6 images with a side below 512 pixels enlarges them"
     assert [line.strip() for line in lines[6:10]][-1] == "…" and lines[10] == ""
-    assert "a lower bound" in lines[11] and len(lines) == 13
-    assert lines[12].startswith(f"{folder}: image folder, 7 samples, 7 captions; images: smallest 384 x 384, median")
+    assert "a lower bound" in lines[11] and len(lines) == 14
+    unused = f"not used: 1 unreadable, for example {folder}/chelsea.jpg"
+    assert lines[12] == f"{folder}: 7 images; captions: 7 of metadata; {unused}"
+    assert lines[13].startswith(f"{folder}: image folder, 7 samples, 7 captions; images: smallest 384 x 384, median")
 
 
 def test_each_kind_says_what_training_does():
@@ -413,7 +416,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, tokenizer_folder):
     cases = {
         (tmp_path / "nowhere",): "there is nothing at '.*nowhere'; expected a folder of images",
         (tmp_path / "p-{0..2}.tar",): "there are no shards at '.*p-0.tar'",
-        (tmp_path / "empty",): "holds no data; expected images with captions, tar shards",
+        (tmp_path / "empty",): "holds no data; expected images with captions, tar",
         ("pipe:cat x.tar",): "is a stream, which cannot be inspected",
         (PHOTOS, "--tokenizer", tmp_path): "--tokenizer: '.*' has no vocab.json",
         (PHOTOS, "--resolutoin=5"): "--resolutoin is not a flag of this script; did you mean --resolution",

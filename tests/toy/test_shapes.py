@@ -207,12 +207,18 @@ def test_the_folder_holds_the_samples_and_training_reads_it(tmp_path, capsys):
     samples = [sample(3, index, 64, "striped", held_out=True) for index in range(5)]
     assert [row["text"] for row in rows] == [one.caption for one in samples]
 
+    texts = tmp_path / "texts"
+    cli.main(
+        ["toy-data", str(texts), "--count=5", "--size=64", "--look=striped", "--seed=3", "--held_out", "--text_files"]
+    )
+    assert sorted(file.suffix for file in texts.iterdir()) == [".png"] * 5 + [".txt"] * 5
     parser = ArgumentParser()
     add_data_arguments(parser)
-    dataset = build_dataset(parser.parse_args([f"--train_data_dir={folder}", f"--cache_dir={tmp_path / 'cache'}"]))
-    for index, one in enumerate(samples):
-        assert dataset[index]["caption"] == one.caption
-        assert dataset[index]["image"].tobytes() == one.image.tobytes()
+    for data in (folder, texts):
+        dataset = build_dataset(parser.parse_args([f"--train_data_dir={data}", f"--cache_dir={tmp_path / 'cache'}"]))
+        for index, one in enumerate(samples):
+            assert dataset[index]["caption"] == one.caption
+            assert dataset[index]["image"].tobytes() == one.image.tobytes()
 
 
 def test_mixed_looks_come_in_turn_and_shards_hold_what_a_folder_holds(tmp_path, capsys):
