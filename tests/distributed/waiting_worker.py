@@ -155,9 +155,10 @@ class Encoding(DiffusionTrainingModule):
 def fill(ranks, folder):
     module, bad = Encoding(ranks.rank), BadSamples(1)
     args = SimpleNamespace(
-        output_dir=folder, encoded_cache_dir=str(folder / "cache"), cache_variants=1, dataloader_num_workers=1
-    )
-    plan = Plan(Run(args, ranks, None, {}, []), module, Numbers(), None, 1, 1, {})
+        output_dir=folder, encoded_cache_dir=str(folder / "cache"), index_dir=str(folder / "index"), cache_variants=1,
+        dataloader_num_workers=1,
+    )  # fmt: skip
+    plan = Plan(Run(args, ranks, None, {}, "run", []), module, Numbers(), None, 1, 1, {})
     encode_dataset(plan, SimpleNamespace(precision=Precision("no"), bad_samples=bad))
     told = {"encoded": module.encoded, "bad": sorted(bad.rows)}
     (folder / f"rank {ranks.rank} of {ranks.world_size}").write_text(json.dumps(told))
