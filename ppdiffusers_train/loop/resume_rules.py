@@ -27,9 +27,9 @@ HONOURED = {
 }
 FREE = {
     # Data and models: their contents are compared, wherever they are.
-    *("train_data_dir", "dataset_name", "dataset_config_name", "train_shards_path_or_url", "image_column"),
-    *("caption_column", "caption", "caption_separator", "repeats", "max_train_samples", "stream_lanes"),
-    *("seed", "revision", "teacher_revision", "variant"),
+    *("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column"),
+    *("train_shards_path_or_url", "caption_column", "caption", "caption_separator", "repeats"),
+    *("max_train_samples", "stream_lanes", "seed", "revision", "teacher_revision", "variant"),
     *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "pretrained_teacher_model"),
     *("pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path"),
     # `TrainingState.load_weights` compares these with what is in the checkpoint.

@@ -24,7 +24,7 @@ for module in pkgutil.iter_modules(corpus.__path__):
     importlib.import_module(f"{corpus.__name__}.{module.name}")
 
 
-def open_data(flags, may_have_bad_samples):
+def open_data(flags, may_have_bad_samples=False):
     """The data as a run has it before its first step."""
     parser = argparse.ArgumentParser()
     add_data_arguments(parser)
