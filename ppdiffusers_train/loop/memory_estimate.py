@@ -129,6 +129,7 @@ def adamw_state_bytes(size: int) -> int:
 
 def take_inventory(module, activations: dict, encoding: int, encoded: int) -> Inventory:
     """Count a `DiffusionTrainingModule`'s parameters and buffers."""
+    module.load_rest()
     trained = {id(parameter): parameter.size for parameter in module.trainable_parameters()}
     models, without_lora = dict(module.named_children()), {}
     frozen = {

@@ -69,6 +69,7 @@ def test_every_script_says_what_it_would_do_without_any_weights(jobs, name, tmp_
     job.main([*bare, "--dry_run", "--num_train_epochs=5"])
     said = capsys.readouterr().out
     real = module_class(job)(job.build_parser().parse_args(flags))
+    real.load_rest()
     trainable = {id(parameter) for parameter in real.trainable_parameters()}
     for child, model in real.named_children():
         size, trained = (
