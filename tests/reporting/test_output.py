@@ -21,6 +21,7 @@ from tests.conftest import KANDINSKY, short_run
 FIGURES = r"loss=\d+\.\d{4} lr=1\.00e-03 \d+\.\d samples/s \d+\.\d GB"
 LEFT = r"(\d+:)?\d\d:\d\d left"
 OWN_LINES = [
+    r".*/photos: 7 images; captions: 7 of metadata",
     r"Kandinsky 2\.2 prior: [\d,]+ trainable parameters, 7 samples; 4 steps of 2 samples, 4 per epoch; seed 0",
     r".*/encoded/\w+: 7 of 7 samples are still to be encoded",
     r".*/encoded: the cache is complete; encoding took \d+ s",
