@@ -94,7 +94,7 @@ def set_aside_later(folder: Path, run_id: str, step: int, log) -> None:
 
 
 def remove_earlier_checkpoints(folder: Path, run_id: str) -> None:
-    """Delete the checkpoints of other runs than this one."""
+    """Delete the checkpoints of all runs but this one."""
     for path in checkpoints(folder):
         if (read_json(path / STATE_FILE) or {}).get("run", OLDER) != run_id:
             remove_folder(path)
