@@ -11,7 +11,7 @@ from itertools import chain, pairwise
 
 import numpy as np
 
-VERSION = 1  # of what its functions give to encoded samples
+VERSION = 1  # raised when its functions change encoded samples
 
 
 def generator(seed: int, position: int, name: str) -> np.random.Generator:

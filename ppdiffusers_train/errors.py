@@ -49,16 +49,16 @@ FAILED_DISK = {
     errno.ENOSPC: "free space on that disk",
     errno.EDQUOT: "free space in your quota",
     errno.EFBIG: "the limit of `ulimit -f` or of the file system is too small",
-    errno.EIO: "the disk fails",
-    errno.ESTALE: "the network disk has lost the folder",
+    errno.EIO: "the disk is failing",
+    errno.ESTALE: "the folder is gone from the network disk",
 }
 WAYS_OUT = {
     **FAILED_DISK,
-    errno.ENOENT: "the folder is not there, or not any more",
-    errno.EROFS: "the disk can only be read",
+    errno.ENOENT: "the folder does not exist, or no longer does",
+    errno.EROFS: "the disk is read-only",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR), OTHER_FOLDER),
 }
-LIBRARY_ERRNO = re.compile(r"\(os error (\d+)\)")  # as safetensors' writer says it
+LIBRARY_ERRNO = re.compile(r"\(os error (\d+)\)")  # as in the messages of safetensors
 
 
 @contextlib.contextmanager
@@ -66,12 +66,13 @@ def writing(what: str, folder, consequence: str = "", kind=WriteError):
     """A context in which files are written; every file that a run or a command writes is written in one.
 
     Args:
-        what: what is written, and the flag that chose the place where there is one.
-        folder: where.
-        consequence: the end of the message: what becomes of the run, or how to go on.
-        kind: the class of the error, `UserError` where the folder may be the user's mistake; a full disk is none.
+        what: what is written, and the flag that chose the folder, if there is one.
+        folder: the folder that is written to.
+        consequence: the end of the message: what happens to the run, or how to continue it.
+        kind: the class of the error, `UserError` if the folder may be the user's mistake. A failing or full disk is
+            always a `WriteError`.
     Raises:
-        WriteError, or `kind`: the system refused, with one line that says why.
+        WriteError, or `kind`: the system refused; the message is one line with the reason.
     """
     try:
         yield
@@ -80,7 +81,7 @@ def writing(what: str, folder, consequence: str = "", kind=WriteError):
         if not reason:
             raise
         ways = f" ({WAYS_OUT[number]})" if number in WAYS_OUT else ""
-        # The file is named if it is elsewhere: the error may be of something that is read meanwhile.
+        # The file is named if it is in another folder: the error may come from a file that was being read.
         named = getattr(error, "filename", None)
         is_named = isinstance(named, (str, bytes)) and number not in FAILED_DISK and not is_within(named, folder)
         named = f": {named!r}" if is_named else ""
@@ -91,7 +92,7 @@ def writing(what: str, folder, consequence: str = "", kind=WriteError):
 
 @contextlib.contextmanager
 def scratch_folder(what: str):
-    """A context with a temporary folder, for what the message calls `what` if there is no room."""
+    """A context with a temporary folder. If it cannot be written, the error message calls its contents `what`."""
     with writing(f"TMPDIR: {what}", os.environ.get("TMPDIR", "/tmp")):
         folder = tempfile.TemporaryDirectory()
     with folder as path:
@@ -99,8 +100,8 @@ def scratch_folder(what: str):
 
 
 def reason_of(error: Exception) -> tuple:
-    """(errno or None, the reason) of an error of the system, also one that a library says; the reason of any other
-    error is empty."""
+    """(errno or None, the reason) of an error of the system, whether raised by Python or quoted in a library's message;
+    the reason of any other error is empty."""
     if isinstance(error, OSError):
         return error.errno, error.strerror or str(error)
     found = LIBRARY_ERRNO.search(str(error))
@@ -108,7 +109,7 @@ def reason_of(error: Exception) -> tuple:
 
 
 def is_within(path, folder) -> bool:
-    """Whether a path is of a folder or of a file in it."""
+    """Whether a path is a folder itself or lies below it."""
     folder = os.path.abspath(folder)
     return os.path.commonpath([os.path.abspath(os.fsdecode(path)), folder]) == folder
 
@@ -117,8 +118,8 @@ SPECIAL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069
 
 
 def one_line(text: str) -> str:
-    """A text that stays on one line: control characters, ends of lines, marks that turn the direction of writing and
-    bytes that are no text, all of which names of files may have, are escaped as Python does."""
+    """A text on one line: control characters, line breaks, marks that change the writing direction, and bytes that are
+    not valid text, all of which file names may contain, are escaped as in Python."""
     return SPECIAL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 

@@ -7,7 +7,7 @@ from paddle import nn
 
 from ppdiffusers_train.errors import UserError
 
-VERSION = 1  # of what its functions give to encoded samples
+VERSION = 1  # raised when its functions change encoded samples
 
 
 class DiffusionTrainingModule(nn.Layer):

@@ -105,8 +105,8 @@ def add_data_arguments(parser):
     )  # fmt: skip
     add(
         "--index_dir", metavar="DIR",
-        help="Keep what is known of the images (sizes, content hashes) in this folder, so that each is looked at "
-        "once; without it, in --cache_dir or the user's cache.",
+        help="Keep an index of the images (sizes, content hashes) in this folder, so that each image is read only "
+        "once for it; without it, in --cache_dir or the user's cache.",
     )  # fmt: skip
     add(
         "--encoded_cache", action=Flag, default=None,

@@ -99,7 +99,10 @@ def add_flow_matching_arguments(parser):
         type=lambda name: name.replace("_", "-"),
         help="Sample timesteps with this density; bell samples uniformly and weights losses most in the middle.",
     )  # fmt: skip
-    add("--logit_mean", type=float, default=0.0, help="Use this mean of the logit-normal density; more favours noise.")
+    add(
+        "--logit_mean", type=float, default=0.0,
+        help="Use this mean of the logit-normal density; a mean above 0 favours noise.",
+    )  # fmt: skip
     add("--logit_std", type=float, default=1.0, help="Use this standard deviation of the logit-normal density.")
     add(
         "--mode_scale", type=float, default=1.29,
@@ -165,9 +168,9 @@ def add_distillation_arguments(parser):
     add = parser.add_argument_group("distillation").add_argument
     add(
         "--w_min", type=float, default=5.0,
-        help="Draw the guidance w, a pipeline's guidance scale minus 1, from this value on.",
+        help="Draw the guidance w, a pipeline's guidance scale minus 1, uniformly between this value and --w_max.",
     )  # fmt: skip
-    add("--w_max", type=float, default=15.0, help="Draw the guidance w up to this value.")
+    add("--w_max", type=float, default=15.0, help="Use this upper limit of the guidance w.")
     add(
         "--num_ddim_timesteps", type=positive_int, default=50,
         help="Divide the path of the teacher's DDIM solver into this many steps.",
@@ -193,7 +196,7 @@ def add_distillation_arguments(parser):
     add_empty_prompts_argument(group)
     group.add_argument(
         "--vae_encode_batch_size", type=positive_int, default=1,
-        help="Encode this many samples together; more are faster on a GPU, with 1 a sample's encoding has the same "
+        help="Encode this many samples together: more are faster on a GPU; with 1, a sample's encoding has the same "
         "bits in any batch.",
     )  # fmt: skip
     return group

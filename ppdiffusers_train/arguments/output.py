@@ -44,7 +44,7 @@ def add_output_arguments(parser, output_dir):
     )  # fmt: skip
     add(
         "--stop_signal", choices=("USR1", "USR2"),
-        help="Stop the run with a checkpoint at this signal, a scheduler's warning, as at SIGTERM.",
+        help="Treat this signal, which a scheduler sends as a warning, like SIGTERM: stop the run with a checkpoint.",
     )  # fmt: skip
     return group
 

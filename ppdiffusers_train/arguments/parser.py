@@ -47,7 +47,7 @@ def text(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{value!r} is no valid text; expected UTF-8") from None
+        raise argparse.ArgumentTypeError(f"{value!r} is not valid text; expected UTF-8") from None
     return value
 
 

@@ -54,7 +54,7 @@ def unpacked(folder: str, index_dir: Path) -> str:
 
 
 def make_once(target: Path, fill) -> None:
-    """Make a folder, if there is none, by `fill(new folder)`. It appears when that has ended."""
+    """Make a folder, if there is none, by `fill(new folder)`. It appears under its name only when complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / f".{target.name}.lock", "w") as lock:
         with contextlib.suppress(OSError):  # where files cannot be locked, each process makes a folder

@@ -90,7 +90,7 @@ def is_written(file: Path, identity: dict) -> bool:
 def as_stamps(column) -> np.ndarray:
     """An Arrow column of 16 bytes each as an array "S16" [n], without copying it."""
     whole = column.combine_chunks() if isinstance(column, pyarrow.ChunkedArray) else column
-    if isinstance(whole, pyarrow.ChunkedArray):  # an empty one, in older versions
+    if isinstance(whole, pyarrow.ChunkedArray):  # an empty column, in older versions of pyarrow
         return np.empty(0, "S16")
     return np.frombuffer(whole.buffers()[1] or b"", "S16")[whole.offset : whole.offset + len(whole)]
 

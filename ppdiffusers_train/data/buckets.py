@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-VERSION = 1  # of what its functions give to encoded samples
+VERSION = 1  # raised when its functions change encoded samples
 
 STEP, LARGEST_RATIO = 64, 4
 

@@ -74,13 +74,13 @@ def look_at(args) -> tuple:
 
 
 def refuse_split(args, reason: str) -> None:
-    """Raise a `UserError` if `--dataset_split` names another split than the default."""
+    """Raise a `UserError` if `--dataset_split` names a split other than the default."""
     if args.dataset_split != "train":
         raise UserError(f"--dataset_split: {reason}")
 
 
 def refuse_folder_flags(args) -> None:
-    """Raise a `UserError` for a flag that has no effect on other data than a folder of images."""
+    """Raise a `UserError` for a flag that only has an effect on a folder of images, for other data."""
     for name in ("caption", "caption_separator", "repeats"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name}: has an effect only on a folder of images, as of --train_data_dir")

@@ -1,4 +1,4 @@
-"""What a cache of encoded samples knows its encoders by: code, settings, precision, versions and weights.
+"""The key of the encoders in a cache of encoded samples: code, settings, precision, versions and weights.
 
 Jobs that encode alike have the same key, so they share samples.
 """
@@ -106,7 +106,7 @@ def file_digest(files, index_dir: Path) -> str:
             stat = os.fstat(opened.fileno())
             stamp = stamp_of(stat).hex()
             digests.append(known.get(stamp) or content_digest_of(opened))
-        if time.time() - stat.st_ctime > TICK_SECONDS:  # else it may change once more within the same time
+        if time.time() - stat.st_ctime > TICK_SECONDS:  # else it may change again without getting another time stamp
             new[stamp] = digests[-1]
     if new.items() - known.items():
         write_record(record, {**known, **new})

@@ -1,5 +1,5 @@
-"""The images of a folder that are trained, and the captions of each: from metadata, else from a text file beside it,
-else the one of `--caption`."""
+"""The images of a folder that are trained on, and the captions of each: from metadata, else from a text file beside
+it, else from `--caption`."""
 
 import os
 import unicodedata
@@ -16,8 +16,8 @@ from ppdiffusers_train.data.folder_files import TEXT_ENDINGS, Listing
 from ppdiffusers_train.data.folder_metadata import match_metadata
 from ppdiffusers_train.data.text_files import as_caption_rows, read_texts
 
-SPLITS = ("train", "validation", "test")  # folders at the top that stand for splits; the first one is trained
-NOTHING, METADATA, TEXT, FLAG = range(4)  # where an image's caption is from
+SPLITS = ("train", "validation", "test")  # folders at the top that are splits; only the first one is trained on
+NOTHING, METADATA, TEXT, FLAG = range(4)  # where an image's caption comes from
 SCHEMA = pyarrow.schema(
     [
         *folder_files.SCHEMA,
@@ -39,7 +39,7 @@ class CaptionFlags:
 
 
 def captioned_images(folder: str, flags: CaptionFlags, listing: Listing, kept_texts: Path) -> tuple:
-    """The images of a folder that are trained, with their captions.
+    """The images of a folder that are trained on, with their captions.
 
     Args:
         kept_texts: see `read_texts`.
@@ -86,7 +86,7 @@ def other_rows(flags: CaptionFlags):
 
 
 def trained_images(folder: str, names, problems) -> np.ndarray:
-    """Whether each image is trained, by the folder at the top that it is in: bool [n]."""
+    """Whether each image is trained on, which depends on its folder at the top: bool [n]."""
 
     def within(split):
         return np.asarray(compute.starts_with(names, f"{split}/"), bool)

@@ -15,11 +15,11 @@ from ppdiffusers_train.data.problems import Problems
 from ppdiffusers_train.data.rows import stamp_of
 from ppdiffusers_train.errors import UserError
 
-AT_ONCE = 10_000  # names that are kept as Python objects
-TEXT_ENDINGS = (".txt", ".caption")  # of files with captions, the preferred one first
+AT_ONCE = 10_000  # names that are held as Python objects at a time
+TEXT_ENDINGS = (".txt", ".caption")  # extensions of files with captions, the preferred one first
 SCHEMA = pyarrow.schema(
     {
-        "name": pyarrow.large_binary(),  # relative to the folder, with "/"; a name may be no valid text
+        "name": pyarrow.large_binary(),  # relative to the folder, with "/"; a name need not be valid text
         "size": pyarrow.int64(),
         "stamp": pyarrow.binary(16),
     }
@@ -108,7 +108,7 @@ def list_files(folder: str, kept=3) -> Listing:
             continue
         try:
             stat = os.stat(path)
-        except OSError:  # also of a file that was removed meanwhile
+        except OSError:  # also if the file has just been removed
             listing.problems.add("dead_link", path)
             digest.update(os.fsencode(name))
             continue

@@ -18,10 +18,10 @@ SCHEMA = pyarrow.schema(
     {
         "name": pyarrow.large_binary(),  # of the image, relative to the folder
         "captions": pyarrow.large_list(pyarrow.large_string()),
-        "problem": pyarrow.large_string(),  # why the row's value is no caption; null as well as captions: no value
+        "problem": pyarrow.large_string(),  # why the row's value is not a caption; if both are null, there is no value
     }
 )
-ROWS_AT_ONCE, TEXT_AT_ONCE = 10_000, 1 << 26  # rows, and characters, that are kept as Python objects
+ROWS_AT_ONCE, TEXT_AT_ONCE = 10_000, 1 << 26  # rows and characters that are held as Python objects at a time
 
 
 def match_metadata(folder: str, listing: Listing, caption_column: str) -> tuple:
@@ -69,7 +69,7 @@ def read_metadata(folder: str, listing: Listing, caption_column: str, columns: d
 
 
 def usable_captions(value, column: str) -> tuple:
-    """(list of captions, None), or (None, why the value is no caption); (None, None) if there is no value."""
+    """(list of captions, None), or (None, why the value is not a caption); (None, None) if there is no value."""
     if value is None:
         return None, None
     try:

@@ -1,4 +1,4 @@
-"""Datasets of the hub whose images are files or in zip archives become folders here, read like any other folder."""
+"""Downloads datasets of the hub whose images are files or in zip archives; they are then read like any other folder."""
 
 import os
 
@@ -10,10 +10,10 @@ from ppdiffusers_train.data.folder_kinds import ARROW_FORMATS, has_configuration
 
 
 def image_repository(name: str, cache_dir):
-    """The folder of a dataset of the hub, downloaded, or None for what `datasets` loads: tables that hold their images.
+    """The folder of a downloaded dataset of the hub, or None for a dataset that the library `datasets` has to load.
 
-    So does a dataset whose README says what its files are, and one that cannot be reached, which `datasets` may have in
-    its own cache.
+    That is one of tables that hold their images, one whose README lists its files, and one that cannot be reached,
+    which `datasets` may have in its own cache.
     """
     try:
         files = huggingface_hub.HfApi().list_repo_files(name, repo_type="dataset")
@@ -34,7 +34,7 @@ def download(name: str, cache_dir, **options) -> str:
 
 
 def downloaded_before(name: str, cache_dir):
-    """The folder of a dataset that `image_repository` has downloaded at an earlier time, or None."""
+    """The folder of a dataset that `image_repository` has downloaded before, or None."""
     try:
         folder = huggingface_hub.snapshot_download(
             name, repo_type="dataset", cache_dir=cache_dir, local_files_only=True

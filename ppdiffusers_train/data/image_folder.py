@@ -26,10 +26,10 @@ from ppdiffusers_train.data.rows import Rows, content_digest
 from ppdiffusers_train.data.text_files import wait_until_changes_show
 from ppdiffusers_train.errors import BadSampleError, UserError, one_line
 
-VERSION = 2  # of what the table holds
+VERSION = 2  # of the table's contents
 UNUSED_KEY = b"unused"
 ORIGINS = {METADATA: "metadata", TEXT: "text files", FLAG: "--caption"}
-UNUSED = {  # kinds of `Problems`, as the summary of a folder calls one and several of them
+UNUSED = {  # kinds of `Problems` as the summary of a folder calls them, singular and plural
     "other_split": ("in a folder that is not trained",) * 2,
     "lost_row": ("row of metadata", "rows of metadata"),
     "mask": ("mask", "masks"),

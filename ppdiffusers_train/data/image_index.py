@@ -42,7 +42,7 @@ THREADS = 4  # a network disk answers several requests as fast as one
 TYPES = {str: pyarrow.string(), bool: pyarrow.bool_(), int: pyarrow.int32(), bytes: pyarrow.binary(16)}
 SCHEMA = pyarrow.schema([(part.name, TYPES[part.type]) for part in fields(Inspected)])
 FOUND = pyarrow.schema([("row", pyarrow.int64()), *SCHEMA])
-IDENTITY = {"version": 2, "pixels": VERSION}  # of what is found out
+IDENTITY = {"version": 2, "pixels": VERSION}  # of the facts; other values make an index outdated
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Facts:
     problems: dict
 
     def has_changed(self, row: int, stamp: bytes, content: bytes) -> bool:
-        """Whether a row's image, which has now this stamp and content, is another than when it was looked at."""
+        """Whether a row's image, which now has this stamp and content, has changed since it was indexed."""
         return whole_stamp(self.stamps[row]) != stamp and self._digest(row) != content_digest(content)
 
     def digest(self, row: int, name) -> bytes:
@@ -94,7 +94,7 @@ class Index:
         self.folder, self.parts = folder, sorted(folder.glob(PARTS))
         tables = []
         for file in (folder / FILE, *self.parts):
-            with contextlib.suppress(OSError, pyarrow.ArrowInvalid):  # damaged, or removed meanwhile
+            with contextlib.suppress(OSError, pyarrow.ArrowInvalid):  # damaged, or just removed by another process
                 if is_written(file, IDENTITY):
                     tables.append(read_table(file))
         tables += [table.select(SCHEMA.names) for table in more]
@@ -154,7 +154,7 @@ class Decoded:
         self.index, self.new, self.tables = Index(self.folder), [], []
         self.places = self.index.find(self.stamps)
         is_decoded = np.asarray(self.index.table["is_decoded"], bool)
-        self.is_known = self.places >= 0  # of which rows; the others are to be decoded
+        self.is_known = self.places >= 0  # per row; the others are to be decoded
         self.is_known[self.is_known] = is_decoded[self.places[self.is_known]]
 
     def known(self, row: int) -> Inspected:

@@ -31,7 +31,7 @@ def read_lines(file: str):
     """As `read_rows`, for rows of any columns, also in a .tsv or in the list of a .json."""
     ending = os.path.splitext(file)[1].lower()
     try:
-        # Bytes that are no UTF-8 come as surrogates, so that `_lines` can name their line.
+        # Bytes that are not UTF-8 come as surrogates, so that `_lines` can name their line.
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as content:
             if ending == ".json":
                 rows = _json_list(content)
@@ -57,7 +57,7 @@ def _json_list(content):
         yield 1, {}, problem
         return
     if not isinstance(rows, list):
-        yield 1, {}, "it is no list of rows"
+        yield 1, {}, "it is not a list of rows"
         return
     for number, row in enumerate(rows, 1):
         yield (number, row, "") if isinstance(row, dict) else (number, {}, "it is not a row such as {…}")
@@ -69,7 +69,7 @@ def _name_problem(name) -> str:
     try:
         os.fsencode(name)
     except UnicodeEncodeError:
-        return f"its file_name {name!r} is no valid text"
+        return f"its file_name {name!r} is not valid text"
     return ""
 
 

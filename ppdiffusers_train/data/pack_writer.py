@@ -21,7 +21,7 @@ from ppdiffusers_train.runtime.checkpoint import sync
 
 PACK_SAMPLES, PACK_BYTES, PACK_SECONDS = 4096, 2 << 30, 120  # a pack is complete at the first of these
 AHEAD = 64  # samples that may wait to be written
-SMALL_SAMPLES, MANY_SMALL = 1000, 16  # packs smaller than that are put together where there are more
+SMALL_SAMPLES, MANY_SMALL = 1000, 16  # packs of fewer samples are merged if there are more of them
 
 
 class PackWriter:
@@ -33,7 +33,7 @@ class PackWriter:
     At the end, also after an error, the last pack is completed.
 
     Raises:
-        RunError: by one of the next calls, or at the end: nothing can be written. Complete packs are kept.
+        RunError: nothing can be written; raised by one of the next calls, or at the end. Complete packs are kept.
     """
 
     def __init__(self, folder: Path):
@@ -66,7 +66,7 @@ class PackWriter:
 
     def _write(self, key: bytes, arrays: dict) -> None:
         if self._has_failed:
-            return  # the caller is about to hear of it
+            return  # one of the caller's next calls raises the error
         with self.writing():
             self._pack = self._pack or UnfinishedPack(self.folder)
             self._pack.add(key, arrays)

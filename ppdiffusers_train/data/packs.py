@@ -1,4 +1,4 @@
-"""Packs: Arrow files of some thousand encoded samples, which are written once and read at any place.
+"""Packs: Arrow files of some thousand encoded samples, which are written once and read in any order.
 
 A batch of a pack's only column holds the values that a sample adds to it: equal values, such as the encodings of one
 caption, are stored once in a pack. The last batch holds the index, an Arrow table as a stream, and its hash. A pack is
@@ -32,13 +32,13 @@ DAMAGE = (OSError, ValueError, IndexError, TypeError, pyarrow.ArrowException)
 
 
 def as_keys(keys) -> np.ndarray:
-    """Keys of 16 bytes each as an array "S16" [n]."""
+    """Keys of 16 bytes each, as an array "S16" [n]."""
     return np.frombuffer(b"".join(keys), "S16")
 
 
 def index_schema(description: dict):
-    """Of a pack's index: per sample its key, the number of its form, the checksum of its values, and their places,
-    (batch, row in the batch) one after the other.
+    """The schema of a pack's index. It has for each sample its key, the number of its form (names, dtypes and shapes),
+    the checksum of its values, and their places: batch and row of each value, one after the other.
 
     Args:
         description: `{"of": name of the folder, "forms": [[[name, type, shape] of each value] of each form]}`.
@@ -79,7 +79,7 @@ class Pack:
             index, digest = batches.read(batches.reader.num_record_batches - 1).to_pylist()
         except DAMAGE as error:
             if getattr(error, "errno", None):
-                raise  # the disk's
+                raise  # an error of the disk, not of the file's contents
             raise ValueError("it is incomplete, or damaged") from error
         if hashlib.blake2b(index or b"", digest_size=16).digest() != digest:
             raise ValueError("its index is damaged")

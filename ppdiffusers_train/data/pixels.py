@@ -1,7 +1,7 @@
 """From a stored image to the pixels that training sees: 8-bit sRGB, upright, on a background where it is transparent.
 
-`read` is the only function that decodes an image, whatever its format and mode, and `upright_size` tells its size from
-the header alone.
+`read` is the only function that decodes an image, whatever its format and mode. `upright_size` reads its size from the
+header alone.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ import warnings
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-VERSION = 1  # of the pixels that come of an image: another one makes encoded samples and facts about images outdated
+VERSION = 1  # of the decoded pixels: another version makes encoded samples and facts about images outdated
 WHITE = "#ffffff"
-EXTREME = 8  # one side of an image is more than so many times the other
-ORIENTATION_TAG = 0x0112  # of EXIF
+EXTREME = 8  # an image has an extreme shape if one side is more than this many times the other
+ORIENTATION_TAG = 0x0112  # in EXIF data
 # How an image with an EXIF orientation is turned upright; from 5 on, height and width are swapped.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -28,15 +28,15 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 PLUGINS = ("pillow_heif.HeifImagePlugin", "pillow_avif")  # optional; importing one teaches Pillow its format
-MORE_EXTENSIONS = {".heic", ".heif", ".avif"}  # of images also without the plugins, so that they are named, not lost
-NO_PICTURES = {"BUFR", "FITS", "GRIB", "HDF5", "MCIDAS", "MPEG"}  # measurements and films
-PHOTOMETRIC, BITS, SAMPLE_FORMAT = 262, 258, 339  # tags of TIFF
-WHITE_IS_ZERO, SIGNED = 0, 2  # values of the first and the last
+MORE_EXTENSIONS = {".heic", ".heif", ".avif"}  # of images even without the plugins, so that these files are reported
+NO_PICTURES = {"BUFR", "FITS", "GRIB", "HDF5", "MCIDAS", "MPEG"}  # scientific data and videos
+PHOTOMETRIC, BITS, SAMPLE_FORMAT = 262, 258, 339  # TIFF tags
+WHITE_IS_ZERO, SIGNED = 0, 2  # values of the first and the last of these tags
 GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}  # by which Pillow multiplies greys of 1, 2 and 4 bits
 PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # modes of images by the colour space of an ICC profile
 IS_SRGB = 2  # a profile is sRGB's if it changes no value by more than this
 
-# Pillow warns of large images from a half of the size on that it refuses. `check` reports them.
+# Pillow warns of images larger than half of its limit. `check` reports them.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 for plugin in PLUGINS:
     with contextlib.suppress(ImportError):

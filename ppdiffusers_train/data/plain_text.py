@@ -1,4 +1,4 @@
-"""Text files that people write: UTF-8, with or without a byte order mark. Other encodings are named, not guessed."""
+"""Text files that people write: UTF-8, with or without a byte order mark. An error names the probable encoding."""
 
 import codecs
 

@@ -1,4 +1,4 @@
-"""What of a folder is not used, and what is wrong with it: counted by kind, with the first texts of each kind."""
+"""The unused files and the problems of a folder: counted by kind, with the first texts of each kind."""
 
 from dataclasses import dataclass, field
 

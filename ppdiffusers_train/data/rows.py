@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ppdiffusers_train.data.pixels import WHITE, decode, open_image, upright_size
 from ppdiffusers_train.errors import BadSampleError, one_line
 
-VERSION = 1  # of what its functions give to encoded samples
+VERSION = 1  # raised when its functions change encoded samples
 
 ROWS_AT_ONCE = 1000
 

@@ -34,7 +34,7 @@ SCHEMA = pyarrow.schema(
         "others": pyarrow.list_(pyarrow.string()),
     }
 )
-VERSION = 2  # of how archives are read
+VERSION = 2  # raised when archives are read differently
 ROWS_AT_ONCE = 1000
 
 

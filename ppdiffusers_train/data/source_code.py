@@ -1,4 +1,4 @@
-"""What code a training module's samples are prepared and encoded by, to notice changes of what it computes.
+"""Finds the code that prepares and encodes a training module's samples, so that changes of it are noticed.
 
 Scripts are made to be edited, so their code counts as it is written. Files of this package that encodings reach have a
 number, VERSION, which is raised when their functions compute something else (tests/data/test_encoding_versions.py).

@@ -30,7 +30,7 @@ STREAMED = ("http://", "https://", "pipe:")
 LANES = 8
 BLOCK = 128  # samples of a lane that are shuffled together
 ATTEMPTS = 3
-VERSION = 2  # of how archives are read, on which the number of their samples depends
+VERSION = 2  # raised when archives are read differently, which may change the number of their samples
 UNREADABLE = (".zst", ".lz4", ".zip", ".7z", ".rar")
 
 
@@ -54,7 +54,7 @@ class Stream:
     def __init__(self, shards: list, size: int, seed: int, caption_field: str, cache_folder: Path, lanes: int = LANES):
         self.shards, self.size, self.seed, self.caption_field = shards, size, seed, caption_field
         self.counts = Counts(cache_folder / f"stream-{VERSION}-{self.digest()}.txt")
-        self.told = False  # whether a line has named a picture that is not used
+        self.has_reported = False  # whether a line has named a picture that is not used
         lanes = min(lanes, len(shards))
         self.lanes = [Lane(self, lane, lanes, seed) for lane in range(lanes)]
 
@@ -95,8 +95,8 @@ class Stream:
         """
         lane, number = self._find(position)
         sample = lane.sample(number)
-        if sample.others and not self.told:
-            self.told = True
+        if sample.others and not self.has_reported:
+            self.has_reported = True
             print(f"not used: more pictures of samples, for example {sample.others[0]} beside {sample.name}")
         return self.decode(sample, self.background)
 

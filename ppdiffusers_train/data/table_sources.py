@@ -51,7 +51,9 @@ def open_table(args, index_dir: Path, problems=None) -> tuple:
     columns = Columns(source, args.image_column, args.caption_column)
     try:
         if os.path.isfile(source) and not is_table(source):
-            raise UserError(f"{flag}: {source!r} is no table; expected a folder, or a file {', '.join(TABLE_FORMATS)}")
+            raise UserError(
+                f"{flag}: {source!r} is not a table; expected a folder or a file {', '.join(TABLE_FORMATS)}"
+            )
         if not is_local(args):
             rows = rows_of(chosen_split(load(args), args), columns, args.train_data_dir or "")
             if not os.path.exists(source) and not args.train_data_dir and is_any_missing(rows):

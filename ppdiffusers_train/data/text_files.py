@@ -1,4 +1,4 @@
-"""Captions in text files beside images. What they hold is kept in a table, so that each is opened once."""
+"""Captions in text files beside images. Their contents are kept in a table, so that each file is opened once."""
 
 import os
 import time
@@ -15,17 +15,17 @@ from ppdiffusers_train.data.plain_text import decoded
 from ppdiffusers_train.data.tar_samples import LARGEST_TEXT
 
 KEPT = pyarrow.schema({"stamp": pyarrow.binary(16), "text": pyarrow.large_string(), "problem": pyarrow.large_string()})
-IDENTITY = {"version": 1}  # of what the table holds
+IDENTITY = {"version": 1}  # of the table's contents
 THREADS = 4  # a network disk answers several requests as fast as one
-AT_ONCE = 4096  # texts that are kept as Python objects
+AT_ONCE = 4096  # texts that are held as Python objects at a time
 
 
 def read_texts(folder: str, files, kept: Path):
-    """What text files hold, stripped, or why they cannot be read: a table with a row for each of them.
+    """The contents of text files, stripped, or why they cannot be read: a table with a row for each file.
 
     Args:
         files: their `folder_files` table.
-        kept: file in which all that was read is kept.
+        kept: the file that keeps these contents for the next start.
     """
     if not len(files):
         return KEPT.empty_table()
@@ -41,7 +41,7 @@ def read_texts(folder: str, files, kept: Path):
 
 
 def read_files(folder: str, files):
-    """The same for files of which nothing is known."""
+    """The same for files whose contents are not known yet."""
     parts = []
     with ThreadPoolExecutor(THREADS, thread_name_prefix="texts") as pool:
         for start in range(0, len(files), AT_ONCE):
@@ -54,7 +54,7 @@ def read_files(folder: str, files):
 
 
 def read_text(path: str) -> tuple:
-    """(what a text file holds, None), or (None, why it cannot be used)."""
+    """(the contents of a text file, None), or (None, why it cannot be used)."""
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -92,6 +92,6 @@ def split(text, separator):
 
 
 def wait_until_changes_show(newest: float) -> None:
-    """Wait until a file that was changed at `newest` gets another time by another change: then a reading that begins
-    now belongs to the stamp that the file had."""
+    """Wait until the clock of the file system has moved on from `newest`, the last change of the files: a later change
+    then gives a file another stamp, so contents that are read from now on belong to the stamps that are known."""
     time.sleep(min(max(newest + TICK_SECONDS - time.time(), 0), TICK_SECONDS))

@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 from ppdiffusers_train.data.pixels import EXTREME
 
-VERSION = 1  # of what its functions give to encoded samples
+VERSION = 1  # raised when its functions change encoded samples
 
 
 def center_crop_square(image: Image.Image) -> Image.Image:

@@ -3,7 +3,7 @@
 from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.errors import BadSampleError
 
-NAMED = 20  # of the samples that are known to be bad before the first step
+NAMED = 20  # at most so many of the samples that are known to be bad before the first step are named
 
 
 def known_bad(dataset: Rows) -> list:
@@ -49,8 +49,8 @@ class BadSamples:
             log(f"skipped, {len(self.rows)} of at most {self.limit} bad samples: {message}")
 
     def refuse_known(self, dataset: Rows) -> None:
-        """Raise a `BadSampleError` if there are more rows than the limit of which it is known, before the first step,
-        that they cannot be used, or if all are such."""
+        """Raise a `BadSampleError` if more rows than the limit, or all rows, are known to be unusable before the first
+        step."""
         known = known_bad(dataset)
         count = len(self.rows.union(known))
         if count > self.limit or len(known) == len(dataset):

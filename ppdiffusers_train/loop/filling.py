@@ -28,7 +28,7 @@ from ppdiffusers_train.module import encode_alone
 from ppdiffusers_train.reporting.status_line import StatusLine
 from ppdiffusers_train.runtime.checkpoint import require_writable
 
-REFRESH_SECONDS = 10  # between two looks for packs of other runs that fill the same cache
+REFRESH_SECONDS = 10  # seconds between two searches for packs of other runs that fill the same cache
 
 
 def encode_dataset(plan: Plan, state: TrainingState) -> EncodedSamples:

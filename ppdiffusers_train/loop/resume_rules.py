@@ -1,6 +1,7 @@
-"""What happens to a run when a flag is changed between two of its parts: it is refused, honoured, or has no say.
+"""What happens when a run is resumed with other flags: a change is refused, applied, or allowed because it does not
+affect the training.
 
-Each flag of every script is in one of the three sets. A flag of a job of a user's own is honoured.
+Each flag of every script is in one of the three sets. Flags that only a user's own job has are applied.
 """
 
 import json
@@ -8,16 +9,16 @@ import json
 from ppdiffusers_train.errors import UserError
 
 REFUSED = {
-    # What is trained, and towards what: the weights of the checkpoint would become a mixture.
+    # What is trained, and for which objective: the weights of the checkpoint would become a mixture.
     *("prediction_type", "lora_rank", "lora_alpha", "lora_target_modules", "trainable_modules", "train_text_encoder"),
     *("snr_gamma", "noise_offset", "loss_type", "huber_c", "t5", "shift"),
     *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "min_timestep_boundary", "max_timestep_boundary"),
     *(f"timestep_bias_{name}" for name in ("strategy", "multiplier", "begin", "end", "portion")),
     *("num_ddim_timesteps", "timestep_scaling_factor", "unet_time_cond_proj_dim", "w_min", "w_max"),
-    "background_color",  # a part of the images, which are compared
+    "background_color",  # part of the images, which must stay the same
     "aspect_ratio_buckets",  # the order of samples depends on it
 }
-HONOURED = {
+APPLIED = {
     *("learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "lr_end"),
     *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "ema_decay", "lora_dropout"),
     *("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps"),
@@ -34,7 +35,7 @@ FREE = {
     *("pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path"),
     # `TrainingState.load_weights` compares these with what is in the checkpoint.
     *("use_ema", "use_8bit_adam"),
-    # Where and how fast it is computed.
+    # Where and how fast the run computes.
     *("gradient_checkpointing", "enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"),
     *("deterministic", "to_static", "sharding_degree", "sharding_stage", "collective_timeout", "local_rank"),
     *("dataloader_num_workers", "vae_encode_batch_size", "peak_tflops", "cache_dir", "index_dir", "encoded_cache_dir"),
@@ -48,7 +49,7 @@ FREE = {
 
 
 def base_weights(digests: dict) -> dict:
-    """{model: hash of its weights at the start of a run} of `agreement.model_digests`."""
+    """{model: hash of its weights at the start of a run}, taken from the result of `agreement.model_digests`."""
     start = "weights of "
     return {name.removeprefix(start): digest for name, digest in digests.items() if name.startswith(start)}
 
@@ -57,7 +58,7 @@ def refuse_other_weights(checkpoint, before: dict, now: dict) -> None:
     """Raise a `UserError` if a base model has other weights than when the run began.
 
     Args:
-        before, now: of `base_weights`; a model that one of them lacks is not compared.
+        before, now: results of `base_weights`; a model that is in only one of them is not compared.
     """
     for name, digest in before.items():
         if now.get(name, digest) != digest:
@@ -68,18 +69,18 @@ def refuse_other_weights(checkpoint, before: dict, now: dict) -> None:
 
 
 def changed_flags(saved: dict, arguments: dict) -> dict:
-    """{flag: (value in the checkpoint, value now)} of all that differ and have a say. Flags that the version that wrote
-    the checkpoint did not have are not known to differ."""
+    """{flag: (value in the checkpoint, value now)} of the flags that differ and are not `FREE`. A flag that the
+    checkpoint does not have, because an older version wrote it, does not count as changed."""
     now = json.loads(json.dumps(arguments, default=str))
     names = [name for name in now if name in saved and name not in FREE and saved[name] != now[name]]
     return {name: (saved[name], now[name]) for name in names}
 
 
 def announce_changes(checkpoint, changed: dict):
-    """A line about the flags that were changed, or None.
+    """A line that lists the changed flags, or None.
 
     Raises:
-        UserError: one of them would make the run a mixture of two.
+        UserError: one of the changes is refused.
     """
     for name, (before, now) in changed.items():
         if name in REFUSED:

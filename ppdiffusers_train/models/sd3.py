@@ -12,7 +12,7 @@ from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder
 from ppdiffusers_train.models.text import as_computed, count_tokens, tokenize
 from ppdiffusers_train.module import keep_frozen
 
-VERSION = 1  # of what its functions give to encoded samples
+VERSION = 1  # raised when its functions change encoded samples
 
 INPUT_IDS = ("input_ids", "input_ids_2", "input_ids_3")
 T5_PARTS = {"text_encoder_3": T5EncoderModel, "tokenizer_3": T5Tokenizer}

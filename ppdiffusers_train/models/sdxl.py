@@ -10,7 +10,7 @@ from ppdiffusers.transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder
 from ppdiffusers_train.models.text import as_computed, tokenize
 
-VERSION = 1  # of what its functions give to encoded samples
+VERSION = 1  # raised when its functions change encoded samples
 
 
 class SDXLFolder(StableDiffusionFolder):

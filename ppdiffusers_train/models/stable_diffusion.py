@@ -7,7 +7,7 @@ from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.pipeline_folder import ModelFolder, PipelineFolder, export_pipeline
 from ppdiffusers_train.models.text import as_computed
 
-VERSION = 1  # of what its functions give to encoded samples
+VERSION = 1  # raised when its functions change encoded samples
 
 
 class StableDiffusionFolder:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ppdiffusers_train.errors import BadSampleError, UserError, one_line
 
-VERSION = 1  # of what its functions give to encoded samples
+VERSION = 1  # raised when its functions change encoded samples
 
 
 def tokenize(tokenizer, caption: str, length=None) -> tuple:

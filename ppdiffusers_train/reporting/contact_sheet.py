@@ -35,7 +35,7 @@ class Sheet:
 
 
 def contact_sheet(tiles: list, columns=None) -> Sheet:
-    """Lay out tiles in rows. Letters that no font of the system has are shown as escapes.
+    """Lay out tiles in rows. Characters that no installed font has are shown as escapes.
 
     Args:
         columns: tiles per row; by default about as many as there are rows.

@@ -1,9 +1,9 @@
-"""The files that the trackers' libraries write, whose errors the run looks at.
+"""The files that the trackers' libraries write, with write errors that the run can check.
 
-VisualDL and tensorboardX write in threads of their own. After an error such as a full disk, VisualDL's goes on with a
-damaged file, and tensorboardX's ends, so that the run waits for it forever once its queue is full. Both libraries take
-other places than the local disk, by the beginning of a path. `EventFiles` is the local disk again, but keeps an error
-for the run, and writes nothing more after it.
+VisualDL and tensorboardX write in threads of their own. After an error such as a full disk, VisualDL's thread continues
+with a damaged file, and tensorboardX's ends, so that the run waits forever once its queue is full. Both libraries
+support other file systems, chosen by the prefix of a path. `EventFiles` is such a file system on the local disk. It
+keeps the first error for the run, and writes nothing more after it.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ PREFIX = "event-files"
 class EventFiles:
     """The files of one tracker. `error` is the first error that occurred, or None.
 
-    The methods up to `append` are what VisualDL asks of a file system; `directory_check` and `open` are what
-    tensorboardX does.
+    The methods up to `append` are those of VisualDL's interface for file systems; `directory_check` and `open` are
+    those of tensorboardX's.
     """
 
     join = staticmethod(os.path.join)
@@ -26,7 +26,7 @@ class EventFiles:
 
     @staticmethod
     def path_of(folder) -> str:
-        """The name of a local folder that makes a library use these files."""
+        """The path of a local folder with the prefix that makes a library use these files."""
         return f"{PREFIX}://{os.path.abspath(folder)}"
 
     def exists(self, path) -> bool:
@@ -77,5 +77,5 @@ class EventFile:
 
 
 def local(path) -> str:
-    """The local path of one that begins with the prefix."""
+    """A path without the prefix."""
     return path.removeprefix(f"{PREFIX}://")

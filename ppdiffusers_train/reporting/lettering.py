@@ -1,7 +1,7 @@
-"""Text in any script that a font of the machine has, for sheets of pictures.
+"""Text in any script that an installed font covers, for sheets of pictures.
 
-Pillow's own font has Latin letters; all others come from the first of the system's fonts that has them, letter by
-letter, as few fonts have more than some scripts. A letter that no font has is shown as an escape such as \\u732b.
+Pillow's own font has Latin letters. Every other character is drawn with the first system font that has it, because most
+fonts cover only a few scripts. A character that no font has is shown as an escape such as \\u732b.
 """
 
 import functools
@@ -15,18 +15,18 @@ from PIL import ImageFont
 from ppdiffusers_train.errors import one_line
 from ppdiffusers_train.reporting.status_line import print_line
 
-# These are looked at first: sans serif, with many letters each.
+# These are tried first: sans serif, with many characters each.
 PREFERRED = """DejaVuSans.ttf NotoSans-Regular.ttf NotoSansCJK-Regular.ttc NotoSansCJKsc-Regular.otf
 SourceHanSansSC-Regular.otf SourceHanSansCN-Regular.otf wqy-microhei.ttc wqy-zenhei.ttc DroidSansFallbackFull.ttf
 msyh.ttc simhei.ttf PingFang.ttc Arial Unicode.ttf""".split()
 SPECIAL_STYLES = ("bold", "italic", "oblique", "mono", "serif", "condensed", "light", "thin", "black")
-NOTHING = "\U0010ffff"  # no letter, so it is shown as a font shows those that it lacks
+NOTHING = "\U0010ffff"  # not a character, so a font draws it as it draws those that it lacks
 JOINER = "\u200d"
-SAID = []  # a letter without a font, when a line has been printed about it
+REPORTED = []  # a character without a font, once a line about it has been printed
 
 
 class Lettering:
-    """The fonts of some lines of text, for drawing them at one size.
+    """The fonts for some lines of text, and functions that draw these lines in one size.
 
     Args:
         lines: texts, which are drawn on one line each.
@@ -41,7 +41,7 @@ class Lettering:
         self.height = self.ascent + descent
 
     def shown(self, line: str) -> str:
-        """A line as it is drawn: with escapes for letters that no font has."""
+        """A line as it is drawn: with escapes for characters that no font has."""
         return "".join(cluster if self.fonts[cluster] else escaped(cluster) for cluster in clusters(tidied(line)))
 
     def getlength(self, text: str) -> float:
@@ -55,7 +55,7 @@ class Lettering:
             left += font.getlength(run)
 
     def _runs(self, text: str) -> list:
-        """[[font, letters of that font that stand side by side]]."""
+        """[[font, neighbouring characters that are drawn with it]]."""
         runs = []
         for cluster in clusters(text):
             font = self.fonts.get(cluster) or self.own
@@ -83,12 +83,12 @@ def clusters(text: str) -> list:
 
 
 def escaped(cluster: str) -> str:
-    """A letter's code as Python writes it."""
+    """A character as Python escapes it."""
     return cluster.encode("unicode_escape").decode()
 
 
 def choose_fonts(wanted: set, own, size: int) -> dict:
-    """`{cluster: font}`, or None where no font has it, which is said once."""
+    """`{cluster: font}`, with None where no font has it; a line about these is printed once."""
     chosen = {cluster: own for cluster in wanted if has(own, cluster)}
     missing = wanted - set(chosen)
     for path in font_files(font_folders()) if missing else ():
@@ -98,36 +98,36 @@ def choose_fonts(wanted: set, own, size: int) -> dict:
         missing -= found
         if not missing:
             break
-    if missing and not SAID:
-        SAID.append(min(missing))
+    if missing and not REPORTED:
+        REPORTED.append(min(missing))
         print_line(
-            f"no font of this system has {len(missing)} of the letters of texts below images; they are shown as codes "
-            f"such as {escaped(SAID[0])}; a package of fonts, such as Noto, has them"
+            f"no installed font has {len(missing)} of the characters in the texts below images; they are shown as "
+            f"codes such as {escaped(REPORTED[0])}; install a font package that has them, such as Noto"
         )
     return {**chosen, **dict.fromkeys(missing)}
 
 
 def has(font, cluster: str) -> bool:
-    """Whether a font has all letters of a cluster that can be seen."""
+    """Whether a font has all visible characters of a cluster."""
     return all(
         is_invisible(letter) or ord(letter) < 127 or glyph(font, letter) != glyph(font, NOTHING) for letter in cluster
     )
 
 
 def is_invisible(letter: str) -> bool:
-    """Whether a character is a space, joins others, or only chooses between looks of the letter before it."""
+    """Whether a character is a space, a joiner, or a selector of a variant of the character before it."""
     return unicodedata.category(letter) in ("Cf", "Zs") or "\ufe00" <= letter <= "\ufe0f"
 
 
 def glyph(font, letter: str) -> tuple:
-    """What a font draws for a letter, to compare."""
+    """The pixels that a font draws for a character, for comparison."""
     mask = font.getmask(letter)
     return mask.size, bytes(mask)
 
 
 @functools.lru_cache(maxsize=64)
 def load(path: str, size: int):
-    """A font, or None for files that Pillow cannot draw in this size, such as coloured emoji."""
+    """A font, or None for a file that Pillow cannot use at this size, such as coloured emoji."""
     try:
         return ImageFont.truetype(path, size)
     except OSError:

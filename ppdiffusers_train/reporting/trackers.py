@@ -1,6 +1,6 @@
 """Trackers of a run's scalars and images: VisualDL, TensorBoard, Weights & Biases.
 
-A tracker that fails does not end the run, which is worth more: a line says so, and the run goes on without it.
+A tracker that fails does not end the run: one line reports the error, and the run continues without that tracker.
 """
 
 import contextlib

@@ -54,14 +54,14 @@ def lock(path: Path, kind: int, resumes: bool, log, mode: str = "a+"):
                 return file
         except BlockingIOError:
             if not is_logged and time.monotonic() - start > QUIET_SECONDS:
-                told = f"{str(path.parent)!r}: another run still writes there"
+                found = f"{str(path.parent)!r}: another run still writes there"
                 if not resumes:
                     raise UserError(
-                        f"--output_dir: {told}; expected another folder, or --resume_from_checkpoint latest, which "
+                        f"--output_dir: {found}; expected another folder, or --resume_from_checkpoint latest, which "
                         "waits for its end"
                     ) from None
                 is_logged = True
-                log(f"{told}; waiting for its end")
+                log(f"{found}; waiting for its end")
             time.sleep(POLL_SECONDS)
         except OSError:
             return file

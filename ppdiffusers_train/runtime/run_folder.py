@@ -1,7 +1,7 @@
-"""Whose files a run's folder holds.
+"""Which run the files in an output folder belong to.
 
-Each run has an id, which a resumed run keeps. It stands in `training_args.json`, in the `state.json` of checkpoints and
-in `result.json`, which lists the files of the result. So checkpoints and results of several runs are never mixed.
+Each run has an id, which a resumed run keeps. It is stored in `training_args.json`, in the `state.json` of checkpoints
+and in `result.json`, which lists the files of the result. So checkpoints and results of several runs are never mixed.
 """
 
 import json
@@ -21,9 +21,9 @@ from ppdiffusers_train.runtime.checkpoint import (
 )
 
 ARGUMENTS_FILE, RESULT_FILE = "training_args.json", "result.json"
-WEIGHTS = (".safetensors", ".pdparams", ".bin")  # endings of files with weights
-OLDER = ""  # the id of runs of versions that gave none
-OTHER_FOLDERS = ("checkpoint-*", "abandoned-checkpoint-*", "encoded*", "logs", "validation")  # not of a result
+WEIGHTS = (".safetensors", ".pdparams", ".bin")  # extensions of files with weights
+OLDER = ""  # the id of runs of older versions, which had none
+OTHER_FOLDERS = ("checkpoint-*", "abandoned-checkpoint-*", "encoded*", "logs", "validation")  # not part of a result
 
 
 def new_run_id() -> str:
@@ -47,10 +47,10 @@ def run_of_folder(folder: Path):
 
 
 def refuse_used_folder(folder: Path, overwrites: bool) -> None:
-    """Raise a `UserError` if a new run would get mixed up with what is in its folder.
+    """Raise a `UserError` if the files of a new run would be mixed with those that are already in its folder.
 
     Args:
-        overwrites: whether the user allows to replace what an earlier run of this program has written.
+        overwrites: whether the files that an earlier run wrote may be replaced.
     """
     found = [path.name for path in checkpoints(folder)]
     result = read_json(folder / RESULT_FILE)
@@ -67,7 +67,7 @@ def refuse_used_folder(folder: Path, overwrites: bool) -> None:
 
 
 def weights_in(folder: Path) -> list:
-    """Relative paths of files with weights that lie where a result lies: at the top, or in a folder of a model."""
+    """Relative paths of weight files in the places of a result: at the top of the folder, or in a folder of a model."""
     ignored = {path for pattern in OTHER_FOLDERS for path in folder.glob(pattern)}
     found = []
     for path in sorted(folder.glob("*")):
@@ -94,7 +94,7 @@ def set_aside_later(folder: Path, run_id: str, step: int, log) -> None:
 
 
 def remove_earlier_checkpoints(folder: Path, run_id: str) -> None:
-    """Delete the checkpoints of other runs than this one."""
+    """Delete the checkpoints of all runs but this one."""
     for path in checkpoints(folder):
         if (read_json(path / STATE_FILE) or {}).get("run", OLDER) != run_id:
             remove_folder(path)

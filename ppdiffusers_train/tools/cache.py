@@ -1,4 +1,4 @@
-"""`ppdiffusers-train cache`: what a cache of encoded samples holds, and which of it no data set needs any more."""
+"""`ppdiffusers-train cache`: lists the samples of a cache, and removes those that no data needs any more."""
 
 import contextlib
 import json
@@ -15,12 +15,12 @@ def add_cache_command(commands) -> None:
     command = commands.add_parser(
         "cache", help="list the encoded samples of a cache, and remove those that no data needs",
         description="List what a folder of --encoded_cache_dir holds: the models and settings that encoded samples, "
-        "their number and size. With --train_data_dir, also how many samples that data does not need.",
+        "their number and size. With --train_data_dir, report how many samples that data does not need, too.",
     )  # fmt: skip
     add = command.add_argument
-    add("folder", metavar="DIR", help="List this folder of --encoded_cache_dir, or a run's folder encoded.")
+    add("folder", metavar="DIR", help="List the cache in this folder: an --encoded_cache_dir, or OUTPUT_DIR/encoded.")
     add(
-        "--train_data_dir", nargs="+", metavar="DATA", default=[],
+        "--train_data_dir", nargs="+", metavar="DATA",
         help="Compare the cache with all data that needs it: folders of images, tar shards, datasets of the hub.",
     )  # fmt: skip
     add(
@@ -32,7 +32,7 @@ def add_cache_command(commands) -> None:
 
 
 def inspect_cache(args) -> None:
-    """List what a cache holds, and remove what is not needed if that is wanted.
+    """Print what a cache holds; with `--prune`, also remove the samples that are not needed.
 
     Raises:
         UserError: there is no cache, it cannot be read or changed, or data is missing.

@@ -1,4 +1,4 @@
-"""What a cache of encoded samples holds, and which of it some data does not need, for `ppdiffusers-train cache`."""
+"""Lists the samples in a cache, and finds those that given data does not need, for `ppdiffusers-train cache`."""
 
 import contextlib
 import itertools
@@ -23,7 +23,7 @@ from ppdiffusers_train.tools.source_flags import FLAGS
 from ppdiffusers_train.tools.sources import open_source
 
 FOLDER = re.compile(r"[0-9a-f]{32}(-compiled)?")
-OLD_FILES = "[0-9a-f][0-9a-f]/*.safetensors"  # of older versions
+OLD_FILES = "[0-9a-f][0-9a-f]/*.safetensors"  # written by older versions
 
 
 @dataclass
@@ -31,11 +31,11 @@ class Encoded:
     """The samples of one set of encoders in a cache.
 
     Args:
-        folder: of these encoders.
+        folder: the folder of these encoders.
         packs: its packs.
-        damaged: files that are no packs of it.
-        old: files of samples of an older version.
-        about: what has encoded them, or {}.
+        damaged: files in it that are not valid packs of this folder.
+        old: files with samples of an older version.
+        about: the contents of `encoders_key.ABOUT`: the job and the settings that encoded the samples; or {}.
     """
 
     folder: Path
@@ -46,11 +46,11 @@ class Encoded:
 
     @property
     def keys(self) -> np.ndarray:
-        """Of all samples, each once: "S16" [n], sorted."""
+        """The keys of all samples, sorted and without repetitions: "S16" [n]."""
         return np.unique(joined(pack.keys for pack in self.packs))
 
     def as_json(self, needed) -> dict:
-        """What there is. `needed` are sorted keys, or None if that is unknown."""
+        """A summary. `needed` are the keys that the data needs, sorted, or None if no data was named."""
         files = [Path(pack.file) for pack in self.packs] + self.damaged + self.old
         found = {
             "folder": str(self.folder),
@@ -64,10 +64,10 @@ class Encoded:
         return found if needed is None else {**found, "not_needed": int((~np.isin(self.keys, needed)).sum())}
 
     def prune(self, needed: np.ndarray) -> None:
-        """Remove what is not needed, and the folder if nothing is left.
+        """Remove the samples that are not needed, and the folder if nothing is left.
 
         Raises:
-            RunError, OSError: something cannot be read, written or removed; nothing that is needed is lost.
+            RunError, OSError: a file cannot be read, written or removed; no needed sample is lost.
         """
         remove_leftovers(self.folder)
         packs = [pack for pack in self.packs if not np.isin(pack.keys, needed).all()]
@@ -104,20 +104,20 @@ def list_encoded(root: Path) -> list:
 
 
 def held_keys(everything: list) -> np.ndarray:
-    """The keys of several `Encoded`."""
+    """All keys of several `Encoded`."""
     return joined(encoded.keys for encoded in everything)
 
 
 def joined(arrays) -> np.ndarray:
-    """Arrays of keys in one."""
+    """Several arrays of keys as one."""
     return np.concatenate([np.empty(0, "S16"), *arrays])
 
 
 def needed_keys(args, held: np.ndarray) -> np.ndarray:
-    """Those of the held keys that the data needs, sorted.
+    """The keys in the cache (`held`) that the data needs, sorted.
 
-    Samples have several variants, and how many is not written anywhere: they are numbered from 0, so the first number
-    of which there is none is behind the last.
+    The number of variants of a sample is not stored. They are numbered from 0, so the search ends at the first number
+    that no sample of the cache has.
     """
     needed = []
     for name in args.train_data_dir:
@@ -132,10 +132,10 @@ def needed_keys(args, held: np.ndarray) -> np.ndarray:
 
 
 def samples_of(name: str, args):
-    """Yield (hash of the image, caption) of all samples of the data that `name` stands for.
+    """Yield (hash of the image, caption) of all samples of the data that `name` names.
 
     Raises:
-        UserError: it is no data that can be trained on.
+        UserError: it cannot be trained on.
     """
     flags = {name: getattr(args, name, None) for name in FLAGS}
     source = open_source(name, args.image_column, args.caption_column, **flags)
@@ -150,7 +150,7 @@ def samples_of(name: str, args):
 
 
 def as_text(folder: str, found: list, is_pruned: bool) -> str:
-    """What was found, for people."""
+    """The result as text."""
     samples, size = (sum(encoded[name] for encoded in found) for name in ("samples", "bytes"))
     lines = [f"{folder}: {samples:,} samples of {len(found)} sets of encoders, {size / 1e6:,.1f} MB"]
     for encoded in found:

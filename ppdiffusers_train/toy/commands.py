@@ -28,7 +28,10 @@ def add_toy_commands(commands) -> None:
     )  # fmt: skip
     add("--seed", type=seed, default=0, help="Choose the pictures at random by this seed.")
     add("--text_files", action=Flag, help="Write captions to text files beside the pictures, not to a metadata.jsonl.")
-    add("--held_out", action=Flag, help="Write only combinations of shape, colour and background kept out of training.")
+    add(
+        "--held_out", action=Flag,
+        help="Write only combinations of shape, colour and background that are kept out of training.",
+    )  # fmt: skip
     command.set_defaults(run=toy_data)
 
     command = commands.add_parser(

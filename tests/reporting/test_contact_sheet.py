@@ -56,7 +56,7 @@ def below(sheet):
 
 
 def test_letters_are_shown_where_the_system_has_a_font_for_them_and_else_as_codes(has_chinese_font, capsys):
-    lettering.SAID.clear()
+    lettering.REPORTED.clear()
     picture = Image.new("RGB", (30, 8), "white")
     one, two, code = (contact_sheet([Tile([picture], [text])], columns=1) for text in ("一", "二", "\\u4e8c"))
     assert one.image.size == two.image.size and np.any(below(one) != 255) and np.any(below(one) != below(two))

@@ -27,23 +27,21 @@ from ppdiffusers_train.toy.models.tokenizer import build_tokenizer
 EMBEDDING = 64
 
 
-def build_kandinsky(directory, channels=(32, 64), seed=0, prediction_type="epsilon") -> tuple:
+def build_kandinsky(directory, channels=(32, 64)) -> tuple:
     """Write a prior pipeline and a decoder pipeline, as the hub has them.
 
     Args:
         directory: the parent of the folders `prior` and `decoder`.
         channels: width of the decoder's UNet at each resolution, multiples of 16.
-        seed: of the random weights.
-        prediction_type: of the decoder; the published one predicts epsilon.
     Returns:
         The two folders: (prior, decoder).
     """
     prior, decoder = Path(directory) / "prior", Path(directory) / "decoder"
-    paddle.seed(seed)
+    paddle.seed(0)
     build_prior_pipeline(prior / "tokenizer").save_pretrained(str(prior))
-    KandinskyV22Pipeline(
-        unet=build_unet(channels), scheduler=build_scheduler(prediction_type), movq=load_movq()
-    ).save_pretrained(str(decoder))
+    KandinskyV22Pipeline(unet=build_unet(channels), scheduler=build_scheduler(), movq=load_movq()).save_pretrained(
+        str(decoder)
+    )
     return prior, decoder
 
 
