@@ -238,10 +238,7 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
         help="Go through this many cosine cycles with `cosine_with_restarts`.",
     )  # fmt: skip
     add("--lr_power", type=positive_float, default=1.0, help="Use this exponent with `polynomial`.")
-    add(
-        "--lr_end", type=non_negative_float, default=1e-7,
-        help="End at this learning rate with `polynomial`.",
-    )  # fmt: skip
+    add("--lr_end", type=non_negative_float, default=1e-7, help="End at this learning rate with `polynomial`.")
     add("--use_8bit_adam", action=Flag, help="Keep AdamW's moments in 8 bits, which takes a quarter of their memory.")
     add("--adam_beta1", type=unit_float, default=0.9, help="Use this decay rate for AdamW's first moment.")
     add("--adam_beta2", type=unit_float, default=0.999, help="Use this decay rate for AdamW's second moment.")

@@ -87,8 +87,9 @@ def refuse_folder_flags(args) -> None:
 
 
 def index_folder(args) -> Path:
-    """Where indices of data sets are kept: never beside the data."""
-    return Path(args.index_dir or Path(args.cache_dir or HF_HOME) / "ppdiffusers_train")
+    """Where indices of data sets are kept: never beside the data. A job with data of its own may lack these flags."""
+    index_dir, cache_dir = getattr(args, "index_dir", None), getattr(args, "cache_dir", None)
+    return Path(index_dir or Path(cache_dir or HF_HOME) / "ppdiffusers_train")
 
 
 def build_shards(args):
