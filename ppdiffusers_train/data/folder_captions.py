@@ -26,7 +26,7 @@ SCHEMA = pyarrow.schema(
         pyarrow.field("origin", pyarrow.int8()),
     ]
 )
-MASK, ENDING = r"\.mask$", r"\.[^./]*$"
+MASK, ENDING = r"(?i)\.mask$", r"\.[^./]*$"
 
 
 @dataclass(frozen=True)

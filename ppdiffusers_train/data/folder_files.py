@@ -160,4 +160,5 @@ def entry_name(entry) -> str:
         is_folder = is_file = False
     if is_folder:
         return "" if entry.name.startswith("__") else entry.name + "/"
-    return entry.name if is_file or entry.is_symlink() else ""
+    leads_nowhere = entry.is_symlink() and not os.path.exists(entry.path)
+    return entry.name if is_file or leads_nowhere else ""

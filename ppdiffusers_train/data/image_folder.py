@@ -181,7 +181,7 @@ def refuse(args, rows: FolderRows, columns: dict) -> None:
     if "bad_metadata" in rows.unused:
         raise UserError(f"{flag}: {rows.unused.describe('bad_metadata')}")
     names, needed = ["image", *(name for name in columns if name != "file_name")], {"--image_column": args.image_column}
-    if columns:
+    if columns and args.caption is None:
         needed["--caption_column"] = args.caption_column
     has_texts = TEXT in rows.table["origin"].unique().to_pylist()
     for name, column in needed.items():

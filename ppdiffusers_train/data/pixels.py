@@ -8,7 +8,9 @@ import contextlib
 import functools
 import importlib
 import io
+import struct
 import warnings
+import zlib
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -71,6 +73,8 @@ def read(stored) -> tuple:
         of `tools.check.KINDS`.
     """
     with open_image(stored) as file:
+        if file.format == "PNG" and isinstance(stored, bytes):
+            refuse_damaged_png(stored)
         raw = str(file.tile[0][3]) if file.tile else ""  # how pixels are stored; forgotten when they are loaded
         file.load()
         orientation = orientation_of(file)  # None once Pillow has turned the image itself, as it does for TIFF
@@ -108,6 +112,21 @@ def open_image(stored):
         file.close()
         raise ValueError(problem)
     return file
+
+
+def refuse_damaged_png(content: bytes) -> None:
+    """Raise a `ValueError` if pixels of a PNG file do not have their checksum, which Pillow does not compare.
+
+    (Portable Network Graphics, third edition, section 5.3.)
+    """
+    place, whole = 8, memoryview(content)
+    while place + 12 <= len(content):
+        size, kind = struct.unpack_from(">I4s", content, place)
+        end = place + 8 + size
+        if kind == b"IDAT" and end + 4 <= len(content):
+            if zlib.crc32(whole[place + 4 : end]) != struct.unpack_from(">I", content, end)[0]:
+                raise ValueError("the file is damaged: its pixels do not have their checksum")
+        place = end + 4
 
 
 def why_unknown(stored) -> str:

@@ -1,9 +1,11 @@
 """Images with captions as rows of one form, wherever they are stored."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+from stat import S_ISREG
 
 import numpy as np
 from tqdm import tqdm
@@ -203,10 +205,19 @@ def read_stamped(location) -> tuple:
     if isinstance(location, bytes):
         return location, b"", 0.0
     path, *part = location if isinstance(location, tuple) else (location,)
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         stat = os.fstat(file.fileno())
         content = os.pread(file.fileno(), *reversed(part)) if part else file.read()
     return content, stamp_of(stat, *part), stat.st_ctime
+
+
+def open_regular(path):
+    """Open a file for reading. A device may have no end, and a pipe may never begin: `OSError`."""
+    file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file, but a device or pipe")
+    return file
 
 
 def stamp_of(stat: os.stat_result, *part) -> bytes:

@@ -110,10 +110,20 @@ def _members(archive, sequential: bool, damage: list):
             archive.fileobj.seek(archive.offset)
             member = tarfile.TarInfo.fromtarfile(archive)
         except tarfile.EOFHeaderError:  # the zeros that end every archive
+            if has_more(archive.fileobj):
+                damage.append(_damaged(f"data follow its end, which is after {last}; expected each archive in a file"))
             return
         except (tarfile.TarError, EOFError, zlib.error) as error:
             damage.append(_damaged(f"it is cut short or damaged after {last}: {error}"))
             return
+
+
+def has_more(file) -> bool:
+    """Whether anything but zeros follows the end of an archive, as in a file of several archives."""
+    while block := file.read(1 << 20):
+        if block.strip(b"\0"):
+            return True
+    return False
 
 
 def _member(archive, member, sequential: bool):
@@ -215,7 +225,7 @@ def _captions(files: dict, caption_field: str) -> list:
     try:
         text = found.content.decode("utf-8-sig")
         content = json.loads(text) if found.extension == "json" else {caption_field: text.strip()}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{found.name} cannot be read: {error}") from error
     if not isinstance(content, dict) or caption_field not in content:
         fields = f"the fields {', '.join(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"

@@ -12,6 +12,7 @@ from ppdiffusers_train.data.arrow_files import StampIndex, as_stamps, is_written
 from ppdiffusers_train.data.folder_metadata import SCHEMA
 from ppdiffusers_train.data.inspection import TICK_SECONDS
 from ppdiffusers_train.data.plain_text import decoded
+from ppdiffusers_train.data.rows import open_regular
 from ppdiffusers_train.data.tar_samples import LARGEST_TEXT
 
 KEPT = pyarrow.schema({"stamp": pyarrow.binary(16), "text": pyarrow.large_string(), "problem": pyarrow.large_string()})
@@ -56,7 +57,7 @@ def read_files(folder: str, files):
 def read_text(path: str) -> tuple:
     """(the contents of a text file, None), or (None, why it cannot be used)."""
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > LARGEST_TEXT:
                 return None, f"it has {size:,} bytes; expected a caption of at most {LARGEST_TEXT:,}"

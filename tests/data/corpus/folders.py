@@ -326,3 +326,26 @@ refused_metadata(
     "csv_with_a_column_twice", CSV.replace(b"text", b"text,text"), "line 1: the column 'text' is there twice"
 )
 refused_metadata("csv_with_nul_bytes", CSV + b"b.png,x\0\n", "line 3: it holds NUL bytes")
+
+
+@case
+def masks_with_capital_letters(folder):
+    image = save(folder / "a.png", pixels(0))
+    for name in ("a.MASK.PNG", "a.Mask.jpg"):
+        save(folder / name, pixels(1))
+    return Expected(["--train_data_dir", folder, "--caption", "x"], [(image, "x")], check_flags=["--caption", "x"])
+
+
+@case
+def links_to_devices(folder):
+    image = save(folder / "a.png", pixels(0))
+    os.symlink("/dev/zero", folder / "a.txt")
+    os.symlink("/dev/zero", folder / "z.png")
+    return Expected(["--train_data_dir", folder, "--caption", "x"], [(image, "x")], check_flags=["--caption", "x"])
+
+
+@case
+def one_caption_for_rows_that_have_none(folder):
+    image = save(folder / "a.png", pixels(0))
+    write_csv(folder, [["file_name"], ["a.png"]])
+    return Expected(["--train_data_dir", folder, "--caption", "x"], [(image, "x")], check_flags=["--caption", "x"])

@@ -377,3 +377,13 @@ def formats_of_phones_name_the_package_that_reads_them(folder):
     unknown = "no image of a known format"
     heic, avif = (unknown if form in Image.OPEN else text for form, text in (("HEIF", heic), ("AVIF", avif)))
     return expect(folder, {"a.heic": heic, "b.jpg": heic, "c.avif": avif, "d.heif": heic})
+
+
+@case
+def a_bit_of_a_png_is_wrong(folder):
+    save(folder / "a.png", pixels(0, (64, 64)))
+    content = bytearray((folder / "a.png").read_bytes())
+    content[len(content) // 2] ^= 0x40
+    (folder / "a.png").write_bytes(content)
+    write_jsonl(folder, [{"file_name": "a.png", "text": "x"}])
+    return Expected(["--train_data_dir", folder], ["a.png (row 0): the image cannot be read: "])

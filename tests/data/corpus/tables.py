@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import os
 import pickle
 import zipfile
 
@@ -383,3 +384,12 @@ def pickles(folder):
 def folder_of_a_rar(folder):
     (folder / "b.rar").write_bytes(b"x")
     return refused(data(folder), "holds no data, but b.rar; expected images with captions")
+
+
+@case
+def table_that_names_a_pipe_and_a_device(folder):
+    os.mkfifo(folder / "f.png")
+    image = save(folder / "a.png", pixels(0))
+    (folder / "t.csv").write_text("image,text\na.png,x\nf.png,y\n/dev/zero,z\n")
+    bad = "it is not a regular file, but a device or pipe"
+    return Expected(["--dataset_name", folder / "t.csv"], [(image, "x"), bad, bad])

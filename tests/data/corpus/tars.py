@@ -295,3 +295,19 @@ def tar_whose_index_cannot_be_written(folder):
     flags = ["--train_shards_path_or_url", folder / "x.tar", "--index_dir", folder / "file" / "index"]
     said = ("--index_dir: ", "cannot be written", "so the next start will read all shards again")
     return Expected(flags, [SEEN], printed=said, check_flags=flags[2:])
+
+
+@case
+def tars_joined_into_one(folder):
+    parts = [write_tar(folder / f"{name}.part", pair(name)).read_bytes() for name in "ab"]
+    (folder / "x.tar").write_bytes(b"".join(parts))
+    said = "the archive: data follow its end, which is after a.txt; expected each archive in a file"
+    return Expected(["--train_shards_path_or_url", folder / "x.tar"], [(None, "a red square"), said])
+
+
+@case
+def tar_with_json_of_many_levels(folder):
+    deep = b'{"text": "x", "more": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"
+    write_tar(folder / "x.tar", [*pair("a"), ("b.png", picture()), ("b.json", deep)])
+    samples = [(None, "a red square"), "b.png: b.json cannot be read: "]
+    return Expected(["--train_shards_path_or_url", folder / "x.tar"], samples)
