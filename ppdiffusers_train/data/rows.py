@@ -213,7 +213,7 @@ def read_stamped(location) -> tuple:
 
 def open_regular(path):
     """Open a file for reading. A device may have no end, and a pipe may never begin: `OSError`."""
-    file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
     if not S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "it is not a regular file, but a device or pipe")

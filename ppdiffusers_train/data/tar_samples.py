@@ -76,6 +76,8 @@ def read_samples(file, caption_field: str, sequential: bool):
             if not (damage and sample.problem):  # else the sample is incomplete
                 yield sample
         seen[key] = seen.get(key, False) or not _texts(members)
+    if not damage and has_more(archive.fileobj):
+        damage.append(_damaged("data follow its end; expected a file for each archive"))
     yield from damage
     if not seen and not damage:
         yield _damaged("it holds no samples")
@@ -110,8 +112,6 @@ def _members(archive, sequential: bool, damage: list):
             archive.fileobj.seek(archive.offset)
             member = tarfile.TarInfo.fromtarfile(archive)
         except tarfile.EOFHeaderError:  # the zeros that end every archive
-            if has_more(archive.fileobj):
-                damage.append(_damaged(f"data follow its end, which is after {last}; expected each archive in a file"))
             return
         except (tarfile.TarError, EOFError, zlib.error) as error:
             damage.append(_damaged(f"it is cut short or damaged after {last}: {error}"))

@@ -301,7 +301,7 @@ def tar_whose_index_cannot_be_written(folder):
 def tars_joined_into_one(folder):
     parts = [write_tar(folder / f"{name}.part", pair(name)).read_bytes() for name in "ab"]
     (folder / "x.tar").write_bytes(b"".join(parts))
-    said = "the archive: data follow its end, which is after a.txt; expected each archive in a file"
+    said = "the archive: data follow its end; expected a file for each archive"
     return Expected(["--train_shards_path_or_url", folder / "x.tar"], [(None, "a red square"), said])
 
 
