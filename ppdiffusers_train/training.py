@@ -24,7 +24,7 @@ from ppdiffusers_train.loop.filling import encode_dataset
 from ppdiffusers_train.loop.identity import job_code, public_arguments, public_command, run_identity, versions
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.reports import open_reports
-from ppdiffusers_train.loop.resume_rules import announce_changes, base_weights, changed_flags, refuse_other_weights
+from ppdiffusers_train.loop.resume_rules import base_weights, describe_changes, refuse_mixture
 from ppdiffusers_train.loop.run import Run, choose_again, notices, refuse_fewer_steps, resolve_run
 from ppdiffusers_train.loop.saving import (
     checkpoint_before_bad_sample,
@@ -126,10 +126,10 @@ def make_plan(module, dataset, run: Run) -> Plan:
         agree(run.ranks, job_code(module))
         agree_on_data(dataset, run.ranks)
         agree(run.ranks, digests)
-    refuse_other_weights(run.checkpoint, run.saved.get("weights", {}), base_weights(digests))
     for pattern, size in choose_trainable(module, args.trainable_modules).items():
         run.log(f"--trainable_modules: {pattern}, {size:,} parameters, trained in full")
     identity = run_identity(module, dataset, args, run.saved, run.samples_per_step)
+    refuse_mixture(run.checkpoint, run.saved, public_arguments(args), base_weights(digests))
     order = order_samples(module, dataset, identity["seed"], run.samples_per_step, run.log)
     steps_per_epoch = order.steps_per_epoch(run.samples_per_step)
     # Epochs are counted in samples: after a resume, a step may have another number of them.
@@ -170,7 +170,7 @@ def log_start(plan: Plan, state: TrainingState) -> None:
     run = plan.run
     if run.checkpoint:
         run.log(f"resumed from {run.checkpoint} at step {state.step}")
-        if line := announce_changes(run.checkpoint, changed_flags(run.saved["arguments"], public_arguments(run.args))):
+        if line := describe_changes(run.checkpoint, run.saved, public_arguments(run.args)):
             run.log(line)
     for line in [*run.remarks, *notices(run.args, state.precision, plan.total_steps)]:
         run.log(line)

@@ -284,6 +284,7 @@ def test_a_change_that_would_mix_two_runs_is_refused_and_others_are_announced(tr
     cases = {
         "--lora_alpha=8": "--lora_alpha: .*checkpoint-1 was trained with 4.*, now it is 8.*, which would mix two runs",
         "--snr_gamma=5": "--snr_gamma: .* was trained with None, now it is 5.0",
+        "--lora_rank=8": "--lora_rank: .* was trained with 4, now it is 8",
         f"--pretrained_prior_model_name_or_path={other}": "was trained from other weights of prior; expected the same",
     }
     for flag, message in cases.items():

@@ -54,20 +54,6 @@ def base_weights(digests: dict) -> dict:
     return {name.removeprefix(start): digest for name, digest in digests.items() if name.startswith(start)}
 
 
-def refuse_other_weights(checkpoint, before: dict, now: dict) -> None:
-    """Raise a `UserError` if a base model has other weights than when the run began.
-
-    Args:
-        before, now: results of `base_weights`; a model that is in only one of them is not compared.
-    """
-    for name, digest in before.items():
-        if now.get(name, digest) != digest:
-            raise UserError(
-                f"--resume_from_checkpoint: {checkpoint} was trained from other weights of {name}; expected the same "
-                "base model, or a new run in another folder"
-            )
-
-
 def changed_flags(saved: dict, arguments: dict) -> dict:
     """{flag: (value in the checkpoint, value now)} of the flags that differ and are not `FREE`. A flag that the
     checkpoint does not have, because an older version wrote it, does not count as changed."""
@@ -76,19 +62,30 @@ def changed_flags(saved: dict, arguments: dict) -> dict:
     return {name: (saved[name], now[name]) for name in names}
 
 
-def announce_changes(checkpoint, changed: dict):
-    """A line that lists the changed flags, or None.
+def refuse_mixture(checkpoint, saved: dict, arguments: dict, weights: dict) -> None:
+    """Raise a `UserError` if the run would become a mixture of two: by a flag, or by a base model with other weights.
 
-    Raises:
-        UserError: one of the changes is refused.
+    Args:
+        saved: the checkpoint's `state.json`.
+        arguments: the flags of now.
+        weights: `base_weights` of now; a model that one of the two lacks is not compared.
     """
-    for name, (before, now) in changed.items():
+    for name, (before, now) in changed_flags(saved.get("arguments", {}), arguments).items():
         if name in REFUSED:
             raise UserError(
                 f"--{name}: {checkpoint} was trained with {before}, now it is {now}, which would mix two runs; "
                 f"expected --{name} {before}, or a new run in another folder"
             )
-    if not changed:
-        return None
+    for name, digest in saved.get("weights", {}).items():
+        if weights.get(name, digest) != digest:
+            raise UserError(
+                f"--resume_from_checkpoint: {checkpoint} was trained from other weights of {name}; expected the same "
+                "base model, or a new run in another folder"
+            )
+
+
+def describe_changes(checkpoint, saved: dict, arguments: dict) -> str:
+    """A line that lists the changed flags; empty if there are none."""
+    changed = changed_flags(saved.get("arguments", {}), arguments)
     listed = ", ".join(f"--{name} {before} -> {now}" for name, (before, now) in changed.items())
-    return f"changed since {checkpoint.name}, from this step on: {listed}"
+    return f"changed since {checkpoint.name}, from this step on: {listed}" if listed else ""
