@@ -165,8 +165,8 @@ def test_mistakes_get_one_line_and_status_two(train, capsys):
         "--lora_rank=0": "--lora_rank/--rank: '0' is not a whole number above 0",
         "--lora_target_modules=to_z": "--lora_target_modules: no layer is called 'to_z'; there are ",
         "--lora_target_modules=,": "--lora_target_modules: ',' names no layer",
-        f"--lora_rank=2 --resume_from_checkpoint={checkpoint}": "is of another LoRA: ",
-        f"--lora_target_modules=to_q --resume_from_checkpoint={checkpoint}": "holds the optimizer state of other",
+        f"--lora_rank=2 --resume_from_checkpoint={checkpoint}": "checkpoint-2 was trained with 4, now it is 2",
+        f"--lora_target_modules=to_q --resume_from_checkpoint={checkpoint}": "now it is to_q, which",
     }
     for flags, expected in cases.items():
         with pytest.raises(SystemExit) as stopped:
