@@ -88,8 +88,8 @@ def refuse_folder_flags(args) -> None:
 
 def index_folder(args) -> Path:
     """Where indices of data sets are kept: never beside the data. A job with data of its own may lack these flags."""
-    index_dir = args.index_dir if "index_dir" in args else None
-    cache_dir = args.cache_dir if "cache_dir" in args else None
+    index_dir = args.index_dir if "index_dir" in vars(args) else None
+    cache_dir = args.cache_dir if "cache_dir" in vars(args) else None
     return Path(index_dir or Path(cache_dir or HF_HOME) / "ppdiffusers_train")
 
 

@@ -127,7 +127,7 @@ def _json_rows(lines):
             continue
         row, problem = None, 'it is not a row such as {"file_name": …}'
         try:
-            row = json.loads(line, object_pairs_hook=_without_doubles)
+            row = json.loads(line, object_pairs_hook=without_doubles)
         except json.JSONDecodeError as error:
             problem = f"it is not JSON: {error.msg} in column {error.colno}"
         except (ValueError, RecursionError) as error:
@@ -138,7 +138,8 @@ def _json_rows(lines):
         yield (number, row, "") if isinstance(row, dict) else (number, {}, problem)
 
 
-def _without_doubles(pairs: list) -> dict:
+def without_doubles(pairs: list) -> dict:
+    """A JSON object from its (name, value) pairs. Raises a `ValueError` if a name is there twice."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} is there twice")

@@ -20,9 +20,10 @@ from ppdiffusers_train.data.arrow_files import IDENTITY, atomic_table, is_writte
 from ppdiffusers_train.data.folder_files import walk
 from ppdiffusers_train.data.folder_kinds import COMPRESSED
 from ppdiffusers_train.data.rows import content_digest, stamp_of
+from ppdiffusers_train.data.splits import split_of
 from ppdiffusers_train.data.tables import TableRows
 from ppdiffusers_train.data.tar_samples import read_samples
-from ppdiffusers_train.errors import BadSampleError, UserError
+from ppdiffusers_train.errors import BadSampleError, UserError, one_line
 
 SCHEMA = pyarrow.schema(
     {
@@ -107,9 +108,8 @@ def local_shards(paths: list) -> list:
     shards = []
     for path in paths:
         if os.path.isdir(path):
-            files = [Path(path, name) for name in walk(path)]
-            found = sorted(file for file in files if file.name.lower().endswith((".tar", *COMPRESSED)))
-            expected = "a folder with *.tar in it"
+            found = shards_to_train(path)
+            expected = "a folder with *.tar in it, of the split train"
         else:
             found = [Path(path)] if os.path.isfile(path) else sorted(map(Path, glob.glob(path)))
             expected = "a file, a folder, a pattern such as photos-{000..031}.tar, an address, or pipe:COMMAND"
@@ -124,6 +124,17 @@ def local_shards(paths: list) -> list:
                 )
         shards += found
     return shards
+
+
+def shards_to_train(folder: str) -> list:
+    """The tar files of a folder, also compressed ones, in order. Those of other splits than `train` are left out, which
+    is printed."""
+    names = sorted(name for name in walk(folder) if name.lower().endswith((".tar", *COMPRESSED)))
+    others = [name for name in names if split_of(name) != "train"]
+    if others and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
+        count = f"{len(others)} shard{'s' * (len(others) > 1)}"
+        print(one_line(f"{folder}: not used: {count} of other splits, for example {others[0]}"))
+    return [Path(folder, name) for name in names if name not in others]
 
 
 def open_shards(shards: list, caption_field: str, cache_folder: Path) -> ShardRows:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import posixpath
-import re
 
 import datasets
 import pyarrow
@@ -16,31 +15,16 @@ from ppdiffusers_train.data.folder_metadata import usable_captions
 from ppdiffusers_train.data.metadata import read_lines
 from ppdiffusers_train.data.problems import Problems
 from ppdiffusers_train.data.rows import content_digest, stamp_of
+from ppdiffusers_train.data.splits import split_of
 from ppdiffusers_train.data.tables import ImageCaptionDataset
 from ppdiffusers_train.errors import UserError
 
-# The words of `datasets` for splits, at the beginning of the name of a file or of a folder.
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-WORDS = {word: split for split, words in SPLITS.items() for word in words}
 ROWS_AT_ONCE = 1000  # so that no file is in memory as a whole
 
 
 def is_table(name: str) -> bool:
     """Whether a file holds a table, by its extension."""
     return posixpath.splitext(name)[1].lower() in TABLE_FORMATS
-
-
-def split_of(file: str) -> str:
-    """The split of a file, by its path relative to the data: `data/test-00000-of-00001.parquet` is of `test`."""
-    for part in file.split("/"):
-        word = re.match(r"[a-z]+(?=$|[-_.0-9])", part)
-        if word and word[0] in WORDS:
-            return WORDS[word[0]]
-    return "train"
 
 
 def table_files(folder: str) -> dict:

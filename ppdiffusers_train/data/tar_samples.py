@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import PurePosixPath
 
+from ppdiffusers_train.data.metadata import without_doubles
+
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")  # the preferred one first
 OTHER_IMAGES = ("jfif", "bmp", "gif", "tif", "tiff", "ppm", "jp2", "avif", "heic", "heif")
 PICTURES = (*IMAGE_EXTENSIONS, *OTHER_IMAGES)
@@ -224,7 +226,11 @@ def _captions(files: dict, caption_field: str) -> list:
         raise ValueError(f"{found.name} has {found.size:,} bytes; expected a caption")
     try:
         text = found.content.decode("utf-8-sig")
-        content = json.loads(text) if found.extension == "json" else {caption_field: text.strip()}
+        content = (
+            json.loads(text, object_pairs_hook=without_doubles)
+            if found.extension == "json"
+            else {caption_field: text.strip()}
+        )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{found.name} cannot be read: {error}") from error
     if not isinstance(content, dict) or caption_field not in content:

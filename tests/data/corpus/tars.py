@@ -311,3 +311,20 @@ def tar_with_json_of_many_levels(folder):
     write_tar(folder / "x.tar", [*pair("a"), ("b.png", picture()), ("b.json", deep)])
     samples = [(None, "a red square"), "b.png: b.json cannot be read: "]
     return Expected(["--train_shards_path_or_url", folder / "x.tar"], samples)
+
+
+@case
+def tars_of_several_splits(folder):
+    for name in ("test-0.tar", "train-0.tar", "val/1.tar", "valley.tar"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_tar(folder / name, pair("a", f"of {name}"))
+    samples = [(None, "of train-0.tar"), (None, "of valley.tar")]
+    printed = ("not used: 2 shards of other splits, for example test-0.tar",)
+    return Expected(["--train_shards_path_or_url", folder], samples, printed=printed)
+
+
+@case
+def tar_with_a_name_twice_in_json(folder):
+    write_tar(folder / "x.tar", [("a.png", picture()), ("a.json", b'{"text": "x", "text": "y"}')])
+    said = "a.png: a.json cannot be read: the name 'text' is there twice"
+    return Expected(["--train_shards_path_or_url", folder / "x.tar"], refused=(said,))
