@@ -419,10 +419,10 @@ def test_samples_of_several_shapes_or_together_are_not_compiled(build_sdxl_modul
 def test_runs_on_much_data_compile_online_and_for_the_cache_alike(train_decoder, tmp_path, monkeypatch):
     from ppdiffusers_train import training
 
-    from ppdiffusers_train.data import encoded_cache
+    from ppdiffusers_train.data import encoders_key
 
     plain = weights(train_decoder(out="plain"))
-    for module in (training, encoded_cache):
+    for module in (training, encoders_key):
         monkeypatch.setattr(module, "COMPILE_FROM_ROWS", 7)
     online = weights(train_decoder(out="online"))
     cached = weights(train_decoder(f"--encoded_cache_dir={tmp_path / 'cache'}", out="cached"))
