@@ -125,11 +125,11 @@ def add_data_arguments(parser):
         "--max_bad_samples", type=non_negative_int, default=0,
         help="Skip up to this many samples that cannot be used; the run stops at the next one.",
     )  # fmt: skip
-    add("--resolution", type=positive_int, default=512, help="Train on images of this height and width, in pixels.")
     add(
         "--dataloader_num_workers", type=non_negative_int, default=0,
         help="Load images in this many threads; with 0, the main thread loads them.",
     )  # fmt: skip
+    add("--resolution", type=positive_int, default=512, help="Train on images of this height and width, in pixels.")
     return group
 
 
@@ -233,12 +233,12 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
         "--lr_warmup_steps", type=non_negative_int, default=500,
         help="Warm the learning rate up over this many optimizer steps.",
     )  # fmt: skip
+    add("--lr_power", type=positive_float, default=1.0, help="Use this exponent with `polynomial`.")
+    add("--lr_end", type=non_negative_float, default=1e-7, help="End at this learning rate with `polynomial`.")
     add(
         "--lr_num_cycles", type=positive_int, default=1,
         help="Go through this many cosine cycles with `cosine_with_restarts`.",
     )  # fmt: skip
-    add("--lr_power", type=positive_float, default=1.0, help="Use this exponent with `polynomial`.")
-    add("--lr_end", type=non_negative_float, default=1e-7, help="End at this learning rate with `polynomial`.")
     add("--use_8bit_adam", action=Flag, help="Keep AdamW's moments in 8 bits, which takes a quarter of their memory.")
     add("--adam_beta1", type=unit_float, default=0.9, help="Use this decay rate for AdamW's first moment.")
     add("--adam_beta2", type=unit_float, default=0.999, help="Use this decay rate for AdamW's second moment.")
