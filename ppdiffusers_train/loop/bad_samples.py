@@ -42,19 +42,21 @@ class BadSamples:
         for row, message in sorted(found.items()):
             if row in self.rows:
                 continue
-            self.rows.add(row)
-            if len(self.rows) > self.limit:
-                allowed = f" ({len(self.rows)} bad samples, --max_bad_samples is {self.limit})" if self.limit else ""
+            count = len(self.rows) + 1
+            if count > self.limit:  # it is not added: a checkpoint has only those that were skipped
+                allowed = f" ({count} bad samples, --max_bad_samples is {self.limit})" if self.limit else ""
                 raise BadSampleError(message + allowed)
+            self.rows.add(row)
             log(f"skipped, {len(self.rows)} of at most {self.limit} bad samples: {message}")
 
     def refuse_known(self, dataset: Rows) -> None:
         """Raise a `BadSampleError` if more rows than the limit, or all rows, are known to be unusable before the first
         step."""
         known = known_bad(dataset)
-        count = len(self.rows.union(known))
-        if count > self.limit or len(known) == len(dataset):
-            first = next((row for row in known if row not in self.rows), known[0])
+        new = [row for row in known if row not in self.rows]
+        count = len(self.rows) + len(new)
+        if (new and count > self.limit) or len(known) == len(dataset):
+            first = (new or known)[0]
             more = f" (and {len(known) - 1:,} more)" if len(known) > 1 else ""
             raise BadSampleError(
                 f"{len(known):,} of {len(dataset):,} samples cannot be used ({count} bad samples, --max_bad_samples is "
