@@ -235,8 +235,10 @@ def finish(plan: Plan, state: TrainingState, stop: StopRequest, images: Validati
             write_result(plan, state.step)
     if run.args.validation_prompts:
         images.generate(state)
-    if run.args.push_to_hub and run.ranks.is_main:
-        upload_result(plan)
+    if run.args.push_to_hub:
+        with run.ranks.only_main("the result to be uploaded") as is_main:
+            if is_main:
+                upload_result(plan)
     if stop.received:
         name = signal_name(stop.received)
         print_line(f"{name}: received after the last step; the run has ended and its result is written")

@@ -19,7 +19,8 @@ WRITES = set(
     """write_text write_bytes mkdir makedirs touch unlink rmdir rename link symlink copyfile copy2 copytree savefig
     save save_pretrained save_config TemporaryFile TemporaryDirectory OSFile LogWriter SummaryWriter
 
-    atomic_folder replace_children write_checkpoint atomic_table write_tensors write_parts write_index cast_files
+    atomic_folder atomic_file replace_children write_checkpoint atomic_table write_tensors write_parts write_index
+    cast_files
     correct_size save_model export_pipeline export link_tree link_file link_plainly remove_weights write_lora save_lora
     save_lora_weights save_weights save_optimizer write_plan write_shards Shard build_tokenizer
     build_t5_tokenizer export_combined export_prior sample_files require_room VisualDLTracker

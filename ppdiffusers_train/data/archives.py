@@ -19,6 +19,7 @@ from pathlib import Path
 from ppdiffusers_train.data.folder_files import walk
 from ppdiffusers_train.data.rows import stamp_of
 from ppdiffusers_train.errors import UserError, writing
+from ppdiffusers_train.reporting.status_line import print_on_main
 
 ARCHIVE = ".zip"
 UTF8_FLAG = 0x800  # of a file in an archive
@@ -43,8 +44,7 @@ def unpacked(folder: str, index_dir: Path) -> str:
     target = place / digest / os.path.basename(identity[0])
     if target.is_dir():
         return str(target)
-    if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
-        print(f"{folder}: {len(stamps)} zip archives are unpacked into {place}; the first is {next(iter(stamps))}")
+    print_on_main(f"{folder}: {len(stamps)} zip archives are unpacked into {place}; the first is {next(iter(stamps))}")
     with writing("--index_dir: unpacked archives", place, kind=UserError):
         for name, stamp in stamps.items():
             make_once(place / stamp, functools.partial(unpack, os.path.join(folder, name)))

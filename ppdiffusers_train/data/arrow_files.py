@@ -35,11 +35,22 @@ def write_table(file: Path, table, identity: dict):
 @contextlib.contextmanager
 def atomic_table(file: Path, schema):
     """A context that gives a writer of batches. The file appears when all are written."""
+    with (
+        atomic_file(file) as temporary,
+        pyarrow.OSFile(str(temporary), "wb") as target,
+        pyarrow.ipc.new_file(target, schema) as writer,
+    ):
+        yield writer
+
+
+@contextlib.contextmanager
+def atomic_file(file: Path):
+    """A context that gives the path of a new file to write, which replaces `file` at the end. After an error, it is
+    removed."""
     temporary = unfinished(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with pyarrow.OSFile(str(temporary), "wb") as target, pyarrow.ipc.new_file(target, schema) as writer:
-            yield writer
+        yield temporary
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)

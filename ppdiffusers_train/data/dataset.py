@@ -118,8 +118,7 @@ def build_shards(args):
     if args.max_train_samples is None:
         raise UserError("--max_train_samples: missing; expected how many samples of the stream make an epoch")
     refuse_unreadable(streamed)
-    if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
-        print_commands(streamed)
+    print_commands(streamed)
     return Stream(
         streamed, args.max_train_samples, args.seed or 0, args.caption_column, cache_folder, args.stream_lanes
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ppdiffusers_train.cpu.patches import COMPILE_FROM_ROWS, can_compile
-from ppdiffusers_train.data.arrow_files import unfinished
+from ppdiffusers_train.data.arrow_files import atomic_file
 from ppdiffusers_train.data.inspection import TICK_SECONDS
 from ppdiffusers_train.data.pixels import WHITE, decode
 from ppdiffusers_train.data.rows import stamp_of
@@ -123,11 +123,8 @@ def content_digest_of(opened) -> str:
 
 def write_record(file: Path, known: dict) -> None:
     """Write what is known of weights. Nothing is lost where that fails, but the time to read them again."""
-    temporary = unfinished(file)
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError), atomic_file(file) as temporary:
         temporary.write_text(json.dumps(known, indent=1), "utf-8")
-        os.replace(temporary, file)
 
 
 def describe_encoders(folder: Path, module, precision) -> None:

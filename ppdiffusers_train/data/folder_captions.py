@@ -14,9 +14,9 @@ from ppdiffusers_train.data import folder_files, folder_metadata
 from ppdiffusers_train.data.arrow_files import taken
 from ppdiffusers_train.data.folder_files import TEXT_ENDINGS, Listing
 from ppdiffusers_train.data.folder_metadata import match_metadata
+from ppdiffusers_train.data.splits import SPLITS
 from ppdiffusers_train.data.text_files import as_caption_rows, read_texts
 
-SPLITS = ("train", "validation", "test")  # folders at the top that are splits; only the first one is trained on
 NOTHING, METADATA, TEXT, FLAG = range(4)  # where an image's caption comes from
 SCHEMA = pyarrow.schema(
     [
@@ -91,9 +91,9 @@ def trained_images(folder: str, names, problems) -> np.ndarray:
     def within(split):
         return np.asarray(compute.starts_with(names, f"{split}/"), bool)
 
-    train, *others = map(within, SPLITS)
+    train, *others = map(within, SPLITS)  # folders of these names at the top; only the first one is trained on
     trained = train if train.any() else ~np.any(others, axis=0)
-    where = f"it is not in {SPLITS[0]}/, but in another folder" if train.any() else "it is in a folder of that name"
+    where = "it is not in train/, but in another folder" if train.any() else "it is in a folder of that name"
     for path in paths(folder, names, ~trained):
         problems.add("other_split", f"{path}: {where}")
     return trained

@@ -23,7 +23,8 @@ from ppdiffusers_train.data.rows import content_digest, stamp_of
 from ppdiffusers_train.data.splits import split_of
 from ppdiffusers_train.data.tables import TableRows
 from ppdiffusers_train.data.tar_samples import read_samples
-from ppdiffusers_train.errors import BadSampleError, UserError, one_line
+from ppdiffusers_train.errors import BadSampleError, UserError
+from ppdiffusers_train.reporting.status_line import counted, print_on_main
 
 SCHEMA = pyarrow.schema(
     {
@@ -129,12 +130,13 @@ def local_shards(paths: list) -> list:
 def shards_to_train(folder: str) -> list:
     """The tar files of a folder, also compressed ones, in order. Those of other splits than `train` are left out, which
     is printed."""
-    names = sorted(name for name in walk(folder) if name.lower().endswith((".tar", *COMPRESSED)))
-    others = [name for name in names if split_of(name) != "train"]
-    if others and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
-        count = f"{len(others)} shard{'s' * (len(others) > 1)}"
-        print(one_line(f"{folder}: not used: {count} of other splits, for example {others[0]}"))
-    return [Path(folder, name) for name in names if name not in others]
+    own, others = [], []
+    for name in sorted(name for name in walk(folder) if name.lower().endswith((".tar", *COMPRESSED))):
+        (own if split_of(name) == "train" else others).append(name)
+    if others:
+        count = counted(len(others), "shard")
+        print_on_main(f"{folder}: not used: {count} of other splits, for example {others[0]}")
+    return [Path(folder, name) for name in own]
 
 
 def open_shards(shards: list, caption_field: str, cache_folder: Path) -> ShardRows:
@@ -150,12 +152,10 @@ def open_shards(shards: list, caption_field: str, cache_folder: Path) -> ShardRo
         unwritten = unwritten or problem
         tables.append(table.append_column("shard", pyarrow.array(np.full(len(table), number, np.int32))))
     rows = ShardRows(pyarrow.concat_tables(tables), shards)
-    if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
-        if unwritten:
-            print(f"--index_dir: {unwritten}, so the next start will read all shards again")
-        others = rows.other_pictures()
-        if others:
-            print(f"not used: {len(others)} more pictures of samples, for example {others[0]}")
+    if unwritten:
+        print_on_main(f"--index_dir: {unwritten}, so the next start will read all shards again")
+    if others := rows.other_pictures():
+        print_on_main(f"not used: {len(others)} more pictures of samples, for example {others[0]}")
     return rows
 
 

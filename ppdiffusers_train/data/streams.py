@@ -25,6 +25,7 @@ from ppdiffusers_train.data.rows import decode_row, reading
 from ppdiffusers_train.data.tar_samples import TarSample, read_samples
 from ppdiffusers_train.draws import generator
 from ppdiffusers_train.errors import BadSampleError, RunError, UserError, hide_tokens
+from ppdiffusers_train.reporting.status_line import print_line, print_on_main
 
 STREAMED = ("http://", "https://", "pipe:")
 LANES = 8
@@ -97,7 +98,7 @@ class Stream:
         sample = lane.sample(number)
         if sample.others and not self.has_reported:
             self.has_reported = True
-            print(f"not used: more pictures of samples, for example {sample.others[0]} beside {sample.name}")
+            print_line(f"not used: more pictures of samples, for example {sample.others[0]} beside {sample.name}")
         return self.decode(sample, self.background)
 
     @staticmethod
@@ -236,4 +237,6 @@ def print_commands(addresses: list) -> None:
     """Print which commands are run to read the shards, if any."""
     commands = [address.removeprefix("pipe:") for address in addresses if address.startswith("pipe:")]
     if commands:
-        print(f"--train_shards_path_or_url runs {len(commands)} commands; the first: {hide_tokens(commands[0])}")
+        print_on_main(
+            f"--train_shards_path_or_url runs {len(commands)} commands; the first: {hide_tokens(commands[0])}"
+        )

@@ -18,6 +18,7 @@ from ppdiffusers_train.data.rows import content_digest, stamp_of
 from ppdiffusers_train.data.splits import split_of
 from ppdiffusers_train.data.tables import ImageCaptionDataset
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.reporting.status_line import print_on_main
 
 ROWS_AT_ONCE = 1000  # so that no file is in memory as a whole
 
@@ -35,8 +36,10 @@ def table_files(folder: str) -> dict:
             found.setdefault(posixpath.splitext(name)[1].lower(), []).append(name)
     chosen = next(ending for ending in TABLE_FORMATS if ending in found)
     others = [name for ending, names in found.items() if ending != chosen for name in names]
-    if others and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
-        print(f"{folder}: the data are its {chosen} files; {len(others)} others are not used, such as {others[0]}")
+    if others:
+        print_on_main(
+            f"{folder}: the data are its {chosen} files; {len(others)} others are not used, such as {others[0]}"
+        )
     splits = {}
     for name in found[chosen]:
         splits.setdefault(split_of(name), []).append(os.path.join(folder, name))

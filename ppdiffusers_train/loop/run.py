@@ -15,11 +15,11 @@ from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.status_line import print_line
 from ppdiffusers_train.reporting.trackers import tracker_names
 from ppdiffusers_train.runtime.agreement import agree, digest, ranks_elsewhere
-from ppdiffusers_train.runtime.checkpoint import STATE_FILE, find_checkpoint, read_state, require_writable
+from ppdiffusers_train.runtime.checkpoint import STATE_FILE, find_checkpoint, read_state, require_writable, run_of
 from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
 from ppdiffusers_train.runtime.folder_lock import wait_for_folder
 from ppdiffusers_train.runtime.precision import Precision, set_deterministic, set_tf32
-from ppdiffusers_train.runtime.run_folder import OLDER, new_run_id, refuse_used_folder, run_of_folder
+from ppdiffusers_train.runtime.run_folder import new_run_id, refuse_used_folder, run_of_folder
 from ppdiffusers_train.runtime.teardown import release_tensors_at_exit
 from ppdiffusers_train.runtime.tracing import can_compile_models
 
@@ -84,7 +84,7 @@ def resolve_run(args) -> Run:
     if not args.dry_run:
         check_shared_folders(args, ranks, is_resumed=checkpoint is not None)
     ranks.share_optimizer_state(args.sharding_degree)
-    run_id = saved.get("run", OLDER) if checkpoint else ranks.broadcast_object(new_run_id())
+    run_id = run_of(saved) if checkpoint else ranks.broadcast_object(new_run_id())
     return Run(args, ranks, checkpoint, saved, run_id, remarks)
 
 
@@ -134,7 +134,7 @@ def choose_again(run: Run) -> Run:
     checkpoint, saved = choose_checkpoint(run.args, run.ranks, log=lambda line: None)
     if checkpoint != run.checkpoint:
         run.log(f"{run.output_dir}: another run has written there meanwhile")
-    return replace(run, checkpoint=checkpoint, saved=saved, id=saved.get("run", OLDER) if checkpoint else run.id)
+    return replace(run, checkpoint=checkpoint, saved=saved, id=run_of(saved) if checkpoint else run.id)
 
 
 def refuse_fewer_steps(run: Run, total_steps: int) -> None:
@@ -188,7 +188,7 @@ def find_own_checkpoint(args, output_dir: Path, log):
     folder, run_id = None, run_of_folder(output_dir)
     if args.resume_from_checkpoint:
         folder, saved = find_checkpoint(args.resume_from_checkpoint, output_dir, run_id, log)
-    if folder is None or (folder.parent != output_dir and saved.get("run", OLDER) != run_id):
+    if folder is None or (folder.parent != output_dir and run_of(saved) != run_id):
         refuse_used_folder(output_dir, args.overwrite_output_dir)
     return folder
 

@@ -30,6 +30,12 @@ def print_line(text: str) -> None:
         sys.stdout.flush()
 
 
+def print_on_main(text: str) -> None:
+    """Print a line on rank 0 alone, also before the ranks have met."""
+    if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
+        print_line(text)
+
+
 class StatusLine:
     """The status line of a piece of work, on standard error.
 

@@ -116,7 +116,7 @@ def write_checkpoint(output_dir: Path, step: int, write, state: dict, total_limi
         text = json.dumps({"format": FORMAT, "step": step, **state, "files": files}, indent=1, ensure_ascii=False)
         (folder / STATE_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")  # paths may not be UTF-8
     if total_limit is not None:
-        own = complete_checkpoints(output_dir, state.get("run", ""))
+        own = complete_checkpoints(output_dir, run_of(state))
         for old in own[: own.index(target) + 1][:-total_limit]:
             remove_folder(old)
     return target
@@ -128,6 +128,11 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def run_of(record: dict) -> str:
+    """The id of the run in a `state.json` or `training_args.json`; empty for runs of older versions, which had none."""
+    return record.get("run", "")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -146,7 +151,7 @@ def complete_checkpoints(output_dir: Path, run_id: str) -> list:
     found = []
     for path in checkpoints(output_dir):
         with contextlib.suppress(UserError):
-            if read_state(path).get("run", "") == run_id:
+            if run_of(read_state(path)) == run_id:
                 found.append(path)
     return found
 
@@ -201,7 +206,7 @@ def find_checkpoint(resume: str, output_dir: Path, run_id=None, log=print):
         except UserError as error:
             log(f"--resume_from_checkpoint latest: skipped, {error}")
             continue
-        if run_id in (None, state.get("run", "")):
+        if run_id in (None, run_of(state)):
             return folder, state
         log(f"--resume_from_checkpoint latest: skipped, {folder} is of another run than the last one in this folder")
     log(f"--resume_from_checkpoint latest: no checkpoint in {str(output_dir)!r}, starting at step 0")

@@ -17,12 +17,12 @@ from ppdiffusers_train.runtime.checkpoint import (
     complete_checkpoints,
     remove_folder,
     replace_children,
+    run_of,
     step_of,
 )
 
 ARGUMENTS_FILE, RESULT_FILE = "training_args.json", "result.json"
 WEIGHTS = (".safetensors", ".pdparams", ".bin")  # extensions of files with weights
-OLDER = ""  # the id of runs of older versions, which had none
 OTHER_FOLDERS = ("checkpoint-*", "abandoned-checkpoint-*", "encoded*", "logs", "validation")  # not part of a result
 
 
@@ -43,7 +43,7 @@ def read_json(file: Path):
 def run_of_folder(folder: Path):
     """The id of the run that wrote to a folder last; None if that is not known."""
     arguments = read_json(folder / ARGUMENTS_FILE)
-    return None if arguments is None else arguments.get("run", OLDER)
+    return None if arguments is None else run_of(arguments)
 
 
 def refuse_used_folder(folder: Path, overwrites: bool) -> None:
@@ -96,7 +96,7 @@ def set_aside_later(folder: Path, run_id: str, step: int, log) -> None:
 def remove_earlier_checkpoints(folder: Path, run_id: str) -> None:
     """Delete the checkpoints of all runs but this one."""
     for path in checkpoints(folder):
-        if (read_json(path / STATE_FILE) or {}).get("run", OLDER) != run_id:
+        if run_of(read_json(path / STATE_FILE) or {}) != run_id:
             remove_folder(path)
 
 
