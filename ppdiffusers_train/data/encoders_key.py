@@ -23,7 +23,7 @@ from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.errors import writing
 from ppdiffusers_train.module import encode_alone
 
-FORMAT = 3  # of the cache's files and keys
+FORMAT = 4  # of the cache's files and keys
 ABOUT = "about.json"  # for people: what has encoded the samples of a folder
 WEIGHTS, BLOCK = "weights.json", 1 << 22  # hashes of files with weights; bytes that are read at a time
 LIBRARIES = ("ppdiffusers", "paddlenlp", "pillow")

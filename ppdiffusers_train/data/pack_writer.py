@@ -3,12 +3,14 @@
 import contextlib
 import functools
 import hashlib
+import math
 import os
 import secrets
 import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from ppdiffusers_train.errors import RunError, writing
 from ppdiffusers_train.runtime.checkpoint import sync
 
 PACK_SAMPLES, PACK_BYTES, PACK_SECONDS = 4096, 2 << 30, 120  # a pack is complete at the first of these
+ALIGNMENT = 8  # of values in a batch: Arrow's default
 AHEAD = 64  # samples that may wait to be written
 SMALL_SAMPLES, MANY_SMALL = 1000, 16  # packs of fewer samples are merged if there are more of them
 
@@ -99,31 +102,31 @@ class UnfinishedPack:
         self.target = folder / f"{secrets.token_hex(8)}{SUFFIX}"
         self.temporary = unfinished(self.target)
         self.file, self.begun = open(self.temporary, "xb"), time.monotonic()
-        self.batches, self.count, self.size = pyarrow.ipc.new_file(self.file, VALUES), 0, 0
+        self.batches, self.size = pyarrow.ipc.new_file(self.file, VALUES), 0
         self.keys, self.chosen, self.checks, self.places = [], [], [], []
-        self.forms, self.known = {}, {}  # {form: its number}, {hash of a value: its place}
+        self.forms, self.known = {}, {}  # {form: its number}, {hash of a value: its first byte in the file}
 
     def add(self, key: bytes, arrays: dict) -> None:
         named = sorted((name, np.asarray(array)) for name, array in arrays.items())
         form = tuple((name, array.dtype.str, array.shape) for name, array in named)
-        values, new, places = [array.tobytes() for _, array in named], [], []
-        for value in values:
-            name = hashlib.blake2b(value, digest_size=16).digest()
-            if name not in self.known:
-                self.known[name] = self.count, len(new)
-                new.append(value)
-            places += self.known[name]
+        values = [array.tobytes() for _, array in named]
+        names = [hashlib.blake2b(value, digest_size=16).digest() for value in values]
+        new = {name: value for name, value in zip(names, values) if name not in self.known}
         if new:
-            self._write(new)
+            self.known |= zip(new, self._write([*new.values()]))
         self.keys.append(key)
         self.chosen.append(self.forms.setdefault(form, len(self.forms)))
         self.checks.append(functools.reduce(lambda check, value: zlib.crc32(value, check), values, 0))
-        self.places.append(places)
+        self.places.append([self.known[name] for name in names])
 
-    def _write(self, values: list) -> None:
-        """Write values as one batch."""
+    def _write(self, values: list) -> list:
+        """Write values as one batch; returns the place of each in the file."""
         self.batches.write_batch(pyarrow.record_batch([pyarrow.array(values, VALUES.types[0])], schema=VALUES))
-        self.count, self.size = self.count + 1, self.size + sum(map(len, values))
+        *places, size = accumulate(map(len, values), initial=0)
+        self.size += size
+        # The values, one after the other and padded, are what a batch ends with.
+        begin = self.file.tell() - math.ceil(size / ALIGNMENT) * ALIGNMENT
+        return [begin + place for place in places]
 
     def is_full(self) -> bool:
         seconds = time.monotonic() - self.begun

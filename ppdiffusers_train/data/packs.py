@@ -1,19 +1,21 @@
 """Packs: Arrow files of some thousand encoded samples, which are written once and read in any order.
 
 A batch of a pack's only column holds the values that a sample adds to it: equal values, such as the encodings of one
-caption, are stored once in a pack. The last batch holds the index, an Arrow table as a stream, and its hash. A pack is
-written under a hidden name, and gets its own name when it is complete and on disk. So several processes, runs and
-machines can fill one folder without a lock: each writes packs of its own, and finds those of the others when they are
-complete.
+caption, are stored once in a pack. The last batch holds the index, an Arrow table as a stream, and its hash. The index
+has the place of each value in the file, so a sample is read without a look at Arrow's own structure. A pack is written
+under a hidden name, and gets its own name when it is complete and on disk. So several processes, runs and machines can
+fill one folder without a lock: each writes packs of its own, and finds those of the others when they are complete.
 
 Values keep the type in which they were computed. NumPy has no bfloat16: Paddle gives and takes its bits as uint16.
 """
 
 import hashlib
 import json
+import math
 import os
-import threading
+import weakref
 import zlib
+from bisect import bisect_right
 from functools import lru_cache
 from pathlib import Path
 
@@ -38,14 +40,14 @@ def as_keys(keys) -> np.ndarray:
 
 def index_schema(description: dict):
     """The schema of a pack's index. It has for each sample its key, the number of its form (names, dtypes and shapes),
-    the checksum of its values, and their places: batch and row of each value, one after the other.
+    the checksum of its values, and their places: the first byte of each in the file.
 
     Args:
         description: `{"of": name of the folder, "forms": [[[name, type, shape] of each value] of each form]}`.
     """
     columns = {"key": pyarrow.binary(16), "form": pyarrow.int32(), "check": pyarrow.uint32()}
     return pyarrow.schema(
-        [*columns.items(), ("places", pyarrow.list_(pyarrow.int32()))], {"description": json.dumps(description)}
+        [*columns.items(), ("places", pyarrow.list_(pyarrow.int64()))], {"description": json.dumps(description)}
     )
 
 
@@ -61,29 +63,23 @@ class Pack:
 
     def __init__(self, file: Path, of: str):
         self.file, self.bytes = str(file), file.stat().st_size
-        table = pyarrow.ipc.open_stream(self._index()).read_all()
+        table = pyarrow.ipc.open_stream(read_index(self.file)).read_all()
         self.description = json.loads(table.schema.metadata[b"description"])
         if self.description["of"] != of:
             raise ValueError(f"it belongs to {self.description['of']!r}")
+        if table.schema.remove_metadata() != index_schema({}).remove_metadata():
+            raise ValueError("another version wrote it")
         self.forms = [
-            [(name, np.dtype(kind), tuple(shape)) for name, kind, shape in form] for form in self.description["forms"]
+            [
+                (name, np.dtype(kind), tuple(shape), math.prod(shape) * np.dtype(kind).itemsize)
+                for name, kind, shape in form
+            ]
+            for form in self.description["forms"]
         ]
         self.count, self.keys = len(table), as_stamps(table["key"])
         self.form_of, self.checks = (table[name].to_numpy() for name in ("form", "check"))
         places = table["places"].combine_chunks()
         self.starts, self.places = np.asarray(places.offsets), np.asarray(places.values)
-
-    def _index(self) -> bytes:
-        try:
-            batches = Batches(self.file)
-            index, digest = batches.read(batches.reader.num_record_batches - 1).to_pylist()
-        except DAMAGE as error:
-            if getattr(error, "errno", None):
-                raise  # an error of the disk, not of the file's contents
-            raise ValueError("it is incomplete, or damaged") from error
-        if hashlib.blake2b(index or b"", digest_size=16).digest() != digest:
-            raise ValueError("its index is damaged")
-        return index
 
     def __len__(self):
         return self.count
@@ -103,47 +99,78 @@ class Pack:
             ) from error
 
     def _read(self, row: int) -> dict:
-        batches, check, found, values = open_batches(self.file), 0, {}, {}
-        places = iter(self.places[self.starts[row] : self.starts[row + 1]].tolist())
-        for (name, kind, shape), batch, place in zip(self.forms[self.form_of[row]], places, places):
-            if batch not in values:
-                values[batch] = batches.read(batch)
-            value = values[batch][place].as_buffer()
-            check = zlib.crc32(value, check)
-            found[name] = np.ndarray(shape, kind, value)
+        form, file = self.forms[self.form_of[row]], open_file(self.file)
+        places = self.places[self.starts[row] : self.starts[row + 1]].tolist()
+        stretches = together(zip(places, (size for *_, size in form)))
+        starts, read = [start for start, _ in stretches], [file.read(start, end) for start, end in stretches]
+        check, found = 0, {}
+        for place, (name, kind, shape, size) in zip(places, form):
+            number = bisect_right(starts, place) - 1
+            found[name] = np.ndarray(shape, kind, read[number], begin := place - starts[number])
+            check = zlib.crc32(memoryview(read[number])[begin : begin + size], check)
         if check != self.checks[row]:
             raise ValueError("it is damaged")
         return found
 
 
-class Batches:
-    """The batches of a pack, which is kept open.
+def as_part(name: str, kind: str, shape: list) -> tuple:
+    """(name, dtype, shape, bytes) of a value."""
+    return name, np.dtype(kind), tuple(shape), math.prod(shape) * np.dtype(kind).itemsize
 
-    A file that is read, not mapped: an error of a network disk is then an exception, where a mapped page would end the
-    process.
+
+def together(values) -> list:
+    """The stretches of a file, [first byte, byte after the last], that hold values: one for those that lie together.
+
+    Args:
+        values: (first byte, size) of each.
+    """
+    found = []
+    for start, size in sorted(values):
+        if not found or found[-1][1] != start:
+            found.append([start, start])
+        found[-1][1] += size
+    return found
+
+
+def read_index(file: str) -> bytes:
+    """The index of a pack, as an Arrow stream.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: the pack is incomplete or damaged.
+    """
+    try:
+        with DISK.open_input_file(file) as opened:
+            batches = pyarrow.ipc.open_file(opened)
+            if batches.schema != VALUES:
+                raise ValueError("other columns")
+            last = batches.get_batch(batches.num_record_batches - 1).column(0)
+            last.validate(full=True)  # else a damaged offset could lead anywhere
+            index, digest = last.to_pylist()
+    except DAMAGE as error:
+        if getattr(error, "errno", None):
+            raise  # an error of the disk, not of the file's contents
+        raise ValueError("it is incomplete, or damaged") from error
+    if hashlib.blake2b(index or b"", digest_size=16).digest() != digest:
+        raise ValueError("its index is damaged")
+    return index
+
+
+class OpenFile:
+    """A file that several threads read at once, and that is closed when nobody has it any more.
+
+    It is read, not mapped: an error of a network disk is then an exception, where a mapped page would end the process.
     """
 
     def __init__(self, file: str):
-        self.reader, self.lock = pyarrow.ipc.open_file(DISK.open_input_file(file)), threading.Lock()
-        if self.reader.schema != VALUES:
-            raise ValueError("other columns")
+        self.descriptor = os.open(file, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
 
-    def read(self, number: int):
-        """The values of a batch.
-
-        Raises:
-            OSError, ValueError: it cannot be read, or is damaged.
-        """
-        with self.lock:  # the reader is for one thread at a time
-            values = self.reader.get_batch(number).column(0)
-        values.validate(full=True)  # else a damaged offset could lead anywhere
-        return values
+    def read(self, start: int, end: int) -> bytes:
+        return os.pread(self.descriptor, end - start, start)
 
 
-@lru_cache(OPEN_FILES)
-def open_batches(file: str) -> Batches:
-    """The batches of a pack; a reader that still has them keeps the file open when others take its place."""
-    return Batches(file)
+open_file = lru_cache(OPEN_FILES)(OpenFile)
 
 
 class Packs:

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow
 import pytest
 
 from ppdiffusers_train.data import pack_writer, packs
@@ -78,6 +79,27 @@ def test_equal_values_are_stored_once(tmp_path):
     (file,) = tmp_path.glob("*.pack")
     assert value.nbytes < file.stat().st_size < 1.5 * value.nbytes
     assert np.array_equal(Packs(tmp_path).read(key(49))["caption"], value)
+
+
+def test_a_sample_is_one_read_and_one_more_for_what_it_shares(tmp_path, monkeypatch):
+    """A read is a round trip to the server of a network disk."""
+    with PackWriter(tmp_path) as writer:
+        for number in range(3):
+            writer.add(key(number), {**sample(number), "latents": np.full([4], number)})
+    found, reads, read = Packs(tmp_path), [], packs.OpenFile.read
+    monkeypatch.setattr(packs.OpenFile, "read", lambda file, *place: reads.append(place) or read(file, *place))
+    for number, expected in enumerate((1, 2, 2)):
+        reads.clear()
+        assert found.read(key(number))["ids"] == number and len(reads) == expected
+
+
+def test_a_pack_is_a_file_that_arrow_reads(tmp_path):
+    (name,) = write(tmp_path, range(3))
+    with pyarrow.ipc.open_file(tmp_path / name) as file:
+        values = [file.get_batch(number).column(0).to_pylist() for number in range(file.num_record_batches - 1)]
+    first, more = (sample(number) for number in (0, 1))
+    named = [first[part].tobytes() for part in ("caption", "ids", "latents")]
+    assert values[:2] == [named, [more[part].tobytes() for part in ("ids", "latents")]]
 
 
 def test_samples_of_several_shapes_share_a_pack(tmp_path):
@@ -178,7 +200,7 @@ def test_whichever_byte_is_damaged_no_sample_is_read_wrong(tmp_path):
     whole = file.read_bytes()
     for place in range(0, len(whole), 3):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
-        packs.open_batches.cache_clear()
+        packs.open_file.cache_clear()
         lines = []
         found = Packs(tmp_path, log=lines.append)
         refused += len(lines)
@@ -204,7 +226,7 @@ def test_small_packs_are_put_together_where_there_are_many_while_others_read(tmp
     (merged,), _ = open_packs(tmp_path)
     assert len(merged) == pack_writer.MANY_SMALL + 2 + 1, "each sample once"
     assert_holds(tmp_path, [*range(pack_writer.MANY_SMALL + 2), 500])
-    packs.open_batches.cache_clear()
+    packs.open_file.cache_clear()
     assert reader.read(key(3))["ids"] == 3, "found again"
 
 
@@ -243,10 +265,10 @@ def test_unfinished_packs_go_when_their_writers_have_ended(tmp_path):
 
 
 def test_the_description_says_what_a_pack_holds(tmp_path):
-    """The layout of the file is what older packs have, too: a change needs another `encoded_cache.FORMAT`."""
+    """The layout of the file is what older packs have, too: a change needs another `encoders_key.FORMAT`."""
     write(tmp_path / "of", range(2))
     (pack,), _ = open_packs(tmp_path / "of")
     forms = [[["caption", "<u2", [5]], ["ids", "<i8", []], ["latents", "<f4", [4, 3, 2]]]]
     assert pack.description == {"of": "of", "forms": forms}
-    names = {"key": "fixed_size_binary[16]", "form": "int32", "check": "uint32", "places": "list<item: int32>"}
+    names = {"key": "fixed_size_binary[16]", "form": "int32", "check": "uint32", "places": "list<item: int64>"}
     assert {part.name: str(part.type) for part in packs.index_schema({})} == names and len(packs.VALUES) == 1
