@@ -7,7 +7,8 @@ It is killed (SIGKILL) after a random time, while it starts, computes, saves, or
 every checkpoint that was complete before must still be; in the end, the result must be that of a run nobody has killed.
 
 Every other run is killed early. Before it, the encoded samples or the index of the images are taken away, in turns, and
-it is killed as soon as it begins a pack, or a moment after it begins an index. The next runs read what it has completed.
+it is killed as soon as it begins a pack, or a moment after it begins an index. The next runs read what it has
+completed.
 """
 
 import ppdiffusers_train  # noqa: F401
