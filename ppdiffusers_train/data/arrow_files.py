@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import time
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -100,10 +101,17 @@ def is_written(file: Path, identity: dict) -> bool:
 
 def as_stamps(column) -> np.ndarray:
     """An Arrow column of 16 bytes each as an array "S16" [n], without copying it."""
-    whole = column.combine_chunks() if isinstance(column, pyarrow.ChunkedArray) else column
-    if isinstance(whole, pyarrow.ChunkedArray):  # an empty column, in older versions of pyarrow
+    if not len(column):
         return np.empty(0, "S16")
-    return np.frombuffer(whole.buffers()[1] or b"", "S16")[whole.offset : whole.offset + len(whole)]
+    values = as_array(column)
+    return np.frombuffer(values.buffers()[1], "S16")[values.offset : values.offset + len(values)]
+
+
+def as_array(column):
+    """An Arrow column as one array. It is copied only if it consists of several."""
+    if not isinstance(column, pyarrow.ChunkedArray):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def whole_stamp(value) -> bytes:
@@ -131,6 +139,59 @@ class StampIndex:
 
 
 def taken(table, places: np.ndarray):
-    """The rows of a table at these places; the table itself, uncopied, if these are all."""
-    whole = len(places) == len(table) and np.array_equal(places, np.arange(len(places)))
-    return table if whole else table.take(pyarrow.array(places))
+    """The rows of a table or an array at these places. Rows that follow one another are not copied."""
+    first = int(places[0]) if len(places) else 0
+    if np.array_equal(places, np.arange(first, first + len(places))):
+        return table.slice(first, len(places))
+    return table.take(pyarrow.array(places))
+
+
+class GrowingColumn:
+    """Collects the values of a column, bytes or text. Arrow's own ways need the values twice for a time, or as objects.
+
+    Args:
+        kind: `pyarrow.large_binary()` or `pyarrow.large_string()`.
+    """
+
+    def __init__(self, kind):
+        self.kind, self.values, self.ends, self.valid = kind, bytearray(), array("q", [0]), bytearray()
+
+    def add(self, value) -> None:
+        """Add a value: bytes, text that is valid Unicode, or None."""
+        if value is not None:
+            self.values += value if isinstance(value, bytes) else value.encode()
+        self.ends.append(len(self.values))
+        self.valid.append(value is not None)
+
+    def __len__(self):
+        return len(self.valid)
+
+    def array(self):
+        """The values as an Arrow array, without copying them. Nothing can be added later."""
+        buffers = [validity(self.valid), pyarrow.py_buffer(self.ends), pyarrow.py_buffer(self.values)]
+        return pyarrow.Array.from_buffers(self.kind, len(self), buffers)
+
+
+class GrowingLists:
+    """Likewise the values of a column of lists of texts."""
+
+    def __init__(self):
+        self.texts, self.ends, self.valid = GrowingColumn(pyarrow.large_string()), array("q", [0]), bytearray()
+
+    def add(self, texts) -> None:
+        """Add a list of texts, or None."""
+        for text in texts or ():
+            self.texts.add(text)
+        self.ends.append(len(self.texts))
+        self.valid.append(texts is not None)
+
+    def array(self):
+        kind = pyarrow.large_list(self.texts.kind)
+        buffers = [validity(self.valid), pyarrow.py_buffer(self.ends)]
+        return pyarrow.Array.from_buffers(kind, len(self.valid), buffers, children=[self.texts.array()])
+
+
+def validity(valid: bytearray):
+    """Arrow's bitmap of the values that are not null, from a byte for each; None if all are."""
+    flags = np.frombuffer(valid, bool)
+    return None if flags.all() else pyarrow.py_buffer(np.packbits(flags, bitorder="little"))

@@ -11,7 +11,7 @@ import pyarrow
 from pyarrow import compute
 
 from ppdiffusers_train.data import folder_files, folder_metadata
-from ppdiffusers_train.data.arrow_files import taken
+from ppdiffusers_train.data.arrow_files import as_array, taken
 from ppdiffusers_train.data.folder_files import TEXT_ENDINGS, Listing
 from ppdiffusers_train.data.folder_metadata import match_metadata
 from ppdiffusers_train.data.splits import SPLITS
@@ -26,7 +26,7 @@ SCHEMA = pyarrow.schema(
         pyarrow.field("origin", pyarrow.int8()),
     ]
 )
-MASK, ENDING = r"(?i)\.mask$", r"\.[^./]*$"
+MASK, ENDING = r"(?i)\.mask", r"\.[^./]*$"
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ def captioned_images(folder: str, flags: CaptionFlags, listing: Listing, kept_te
         (a table with the columns of `SCHEMA`, {column of the metadata: None}). What is not used is added to the
         problems of `listing`.
     """
-    names = listing.images["name"].combine_chunks()
+    names = listing.names
     rows, described, columns = match_metadata(folder, listing, flags.column)
     used = np.flatnonzero(trained_images(folder, names, listing.problems) & ~masks(folder, names, listing.problems))
     images, rows = taken(listing.images, used), rows[used]
     has_value = described["captions"].is_valid().to_numpy() | described["problem"].is_valid().to_numpy()
     described_well = (rows >= 0) & np.append(has_value, False)[rows]
-    used_names, text_names = images["name"].combine_chunks(), listing.texts["name"].combine_chunks()
+    used_names, text_names = as_array(images["name"]), as_array(listing.texts["name"])
     texts = np.where(described_well, -1, match_texts(used_names, text_names))
     add_unread_texts(folder, listing, names, used_names, texts)
 
@@ -101,10 +101,10 @@ def trained_images(folder: str, names, problems) -> np.ndarray:
 
 def masks(folder: str, names, problems) -> np.ndarray:
     """Whether each image is the mask of another one, as `cat.mask.png` beside `cat.jpg`: bool [n]."""
-    stems = without_ending(names)
-    could_be = compute.match_substring_regex(stems, MASK)
-    images = compute.replace_substring_regex(stems, MASK, "")
-    found = np.asarray(compute.and_(could_be, compute.is_in(images, stems)), bool)
+    found = np.asarray(compute.match_substring_regex(names, MASK + ENDING), bool)
+    images = compute.replace_substring_regex(names.filter(pyarrow.array(found)), MASK + ENDING, "")
+    if len(images):
+        found[found] = np.asarray(compute.is_in(images, without_ending(names)), bool)
     for path in paths(folder, names, found):
         problems.add("mask", path)
     return found
@@ -121,6 +121,8 @@ def match_texts(names, texts) -> np.ndarray:
     That of `cat.jpg` is `cat.txt` or `cat.caption`, else `cat.jpg.txt` or `cat.jpg.caption`; case of the extension does
     not matter, nor whether an accent is a character of its own.
     """
+    if not len(texts):
+        return np.full(len(names), -1)
     found = match_spelled(names, texts)
     images, others = np.flatnonzero(found < 0), np.setdiff1d(np.arange(len(texts)), found)
     if len(images) and len(others):
@@ -155,7 +157,9 @@ def add_unread_texts(folder: str, listing: Listing, names, used, texts: np.ndarr
         names, used: of all images, and of those that are trained.
         texts: the places of the text files that are read.
     """
-    files = listing.texts["name"].combine_chunks()
+    files = as_array(listing.texts["name"])
+    if not len(files):
+        return
     stems = without_ending(files)
     unread = np.ones(len(files), bool)
     unread[texts[texts >= 0]] = False

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow
 
+from ppdiffusers_train.data.arrow_files import GrowingColumn, as_array
 from ppdiffusers_train.data.metadata import METADATA_FILES
 from ppdiffusers_train.data.pixels import extensions
 from ppdiffusers_train.data.problems import Problems
 from ppdiffusers_train.data.rows import stamp_of
 from ppdiffusers_train.errors import UserError
 
-AT_ONCE = 10_000  # names that are held as Python objects at a time
 TEXT_ENDINGS = (".txt", ".caption")  # extensions of files with captions, the preferred one first
 SCHEMA = pyarrow.schema(
     {
@@ -40,28 +40,21 @@ class Files:
     """Collects names, sizes and stamps of files in little memory."""
 
     def __init__(self):
-        self.names, self.chunks, self.sizes, self.stamps = [], [], array("q"), bytearray()
+        self.names, self.sizes, self.stamps = GrowingColumn(pyarrow.large_binary()), array("q"), bytearray()
 
     def add(self, name: str, size: int, stamp: bytes) -> None:
         """Add a file."""
-        self.names.append(os.fsencode(name))
+        self.names.add(os.fsencode(name))
         self.sizes.append(size)
         self.stamps += stamp
-        if len(self.names) == AT_ONCE:
-            self._compact()
 
     def table(self):
         """A table with the columns of `SCHEMA`."""
-        self._compact()
         stamps = pyarrow.FixedSizeBinaryArray.from_buffers(
             pyarrow.binary(16), len(self.sizes), [None, pyarrow.py_buffer(self.stamps)]
         )
-        names = pyarrow.chunked_array(self.chunks).combine_chunks()
-        return pyarrow.Table.from_arrays([names, pyarrow.array(np.asarray(self.sizes)), stamps], schema=SCHEMA)
-
-    def _compact(self) -> None:
-        self.chunks.append(pyarrow.array(self.names, pyarrow.large_binary()))
-        self.names = []
+        sizes = pyarrow.array(np.asarray(self.sizes))
+        return pyarrow.Table.from_arrays([self.names.array(), sizes, stamps], schema=SCHEMA)
 
 
 @dataclass
@@ -84,7 +77,7 @@ class Listing:
     @property
     def names(self):
         """The names of the images."""
-        return self.images["name"].combine_chunks()
+        return as_array(self.images["name"])
 
 
 def list_files(folder: str, kept=3) -> Listing:

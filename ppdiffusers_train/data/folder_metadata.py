@@ -6,8 +6,9 @@ import unicodedata
 
 import numpy as np
 import pyarrow
-from pyarrow import compute
+from pyarrow import compute, large_binary, large_string
 
+from ppdiffusers_train.data.arrow_files import GrowingColumn, GrowingLists, as_array, taken
 from ppdiffusers_train.data.folder_files import Listing, is_image
 from ppdiffusers_train.data.metadata import read_rows
 from ppdiffusers_train.data.rows import as_captions
@@ -16,12 +17,11 @@ from ppdiffusers_train.errors import BadSampleError
 
 SCHEMA = pyarrow.schema(
     {
-        "name": pyarrow.large_binary(),  # of the image, relative to the folder
-        "captions": pyarrow.large_list(pyarrow.large_string()),
-        "problem": pyarrow.large_string(),  # why the row's value is not a caption; if both are null, there is no value
+        "name": large_binary(),  # of the image, relative to the folder
+        "captions": pyarrow.large_list(large_string()),
+        "problem": large_string(),  # why the row's value is not a caption; if both are null, there is no value
     }
 )
-ROWS_AT_ONCE, TEXT_AT_ONCE = 10_000, 1 << 26  # rows and characters that are held as Python objects at a time
 
 
 def match_metadata(folder: str, listing: Listing, caption_column: str) -> tuple:
@@ -31,41 +31,36 @@ def match_metadata(folder: str, listing: Listing, caption_column: str) -> tuple:
         (for each image the place of its row in the table, or -1: int64 [n]; the table, with the columns of `SCHEMA`;
         {column of the metadata: None}). What is wrong is added to the problems of `listing`.
     """
-    names, columns = listing.images["name"].combine_chunks(), {}
+    names, columns = listing.names, {}
     metadata = read_metadata(folder, listing, caption_column, columns)
     known, start = np.full(len(names), -1), 0
     nearest, lost, tables = nearest_folders(names, list(metadata)), {}, []
     for number, (here, table) in enumerate(metadata.items()):
         images = np.flatnonzero(nearest == number)
-        places, table, lost[here] = match(names.take(pyarrow.array(images)), table)
+        places, table, lost[here] = match(taken(names, images), table)
         known[images] = np.where(places >= 0, places + start, -1)
         tables.append(table)
         start += len(table)
     add_lost_rows(folder, listing, lost)
-    return known, pyarrow.concat_tables([SCHEMA.empty_table(), *tables]), columns
+    return known, pyarrow.concat_tables(tables) if tables else SCHEMA.empty_table(), columns
 
 
 def read_metadata(folder: str, listing: Listing, caption_column: str, columns: dict) -> dict:
     """{folder of a metadata file: table of its rows}. The names of its columns are added to `columns`."""
-    parts = {}
+    found = {}
     for file in listing.metadata:
-        here, rows, size = posixpath.dirname(file), {name: [] for name in SCHEMA.names}, 0
-        batches = parts.setdefault(here, [])
+        here = posixpath.dirname(file)
+        rows = found.setdefault(here, (GrowingColumn(large_binary()), GrowingLists(), GrowingColumn(large_string())))
         for place, row, problem in read_rows(os.path.join(folder, file)):
             if problem:
                 listing.problems.add("bad_metadata", f"{place}: {problem}")
                 continue
             columns.update(dict.fromkeys(row))
-            captions, problem = usable_captions(row.get(caption_column), caption_column)
             path = os.fsencode(relative_path(folder, here, row["file_name"]))
-            for values, value in zip(rows.values(), (path, captions, problem)):
-                values.append(value)
-            size += sum(map(len, captions or ()))
-            if len(rows["name"]) == ROWS_AT_ONCE or size > TEXT_AT_ONCE:
-                batches.append(pyarrow.RecordBatch.from_pydict(rows, SCHEMA))
-                rows, size = {name: [] for name in rows}, 0
-        batches.append(pyarrow.RecordBatch.from_pydict(rows, SCHEMA))
-    return {here: pyarrow.Table.from_batches(batches, SCHEMA) for here, batches in parts.items()}
+            for column, value in zip(rows, (path, *usable_captions(row.get(caption_column), caption_column))):
+                column.add(value)
+    tables = {here: [column.array() for column in rows] for here, rows in found.items()}
+    return {here: pyarrow.Table.from_arrays(arrays, schema=SCHEMA) for here, arrays in tables.items()}
 
 
 def usable_captions(value, column: str) -> tuple:
@@ -120,7 +115,9 @@ def match(names, table) -> tuple:
         no image)
     """
     places, lost = find(names, table["name"])
-    if lost.any() and (places < 0).any():
+    if not lost.any():
+        return places, table, set()
+    if (places < 0).any():
         table = renamed(table, lost, names.filter(pyarrow.array(places < 0)))
         places, lost = find(names, table["name"])
     lost_names = table["name"].filter(pyarrow.array(lost))
@@ -133,8 +130,10 @@ def match(names, table) -> tuple:
 
 def find(names, described) -> tuple:
     """(for each of `names` its place in the column `described` or -1, for each of `described` whether it has none)."""
-    places = compute.index_in(names, described.combine_chunks())
-    places = places.fill_null(-1).to_numpy(zero_copy_only=False)
+    described = as_array(described)
+    if names.equals(described):  # as programs write metadata; a hash of all names would take their memory thrice
+        return np.arange(len(names)), np.zeros(len(names), bool)
+    places = compute.index_in(names, described).fill_null(-1).to_numpy(zero_copy_only=False)
     is_lost = np.ones(len(described), bool)
     is_lost[places[places >= 0]] = False
     return places, is_lost
@@ -146,17 +145,17 @@ def renamed(table, lost: np.ndarray, names):
     described = table["name"].filter(pyarrow.array(lost)).to_pylist()
     known = [plain.get(plain_path(name), name) for name in described]
     column = compute.replace_with_mask(
-        table["name"].combine_chunks(), pyarrow.array(lost), pyarrow.array(known, pyarrow.large_binary())
+        as_array(table["name"]), pyarrow.array(lost), pyarrow.array(known, large_binary())
     )
     return table.set_column(0, SCHEMA.field("name"), column)
 
 
 def merged(table):
     """A metadata table in which each image has one row, with the captions of all its rows."""
-    names = compute.dictionary_encode(table["name"].combine_chunks())
+    names = compute.dictionary_encode(as_array(table["name"]))
     group = names.indices.to_numpy()
     order = np.argsort(group, kind="stable")
-    captions = table["captions"].combine_chunks().take(pyarrow.array(order))
+    captions = as_array(table["captions"]).take(pyarrow.array(order))
     lengths = compute.fill_null(compute.list_value_length(captions), 0).to_numpy()
     starts = np.searchsorted(group[order], np.arange(len(names.dictionary)))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -164,7 +163,7 @@ def merged(table):
     has_none = bounds[1:] == bounds[:-1]
     lists = pyarrow.LargeListArray.from_arrays(pyarrow.array(bounds), captions.flatten())
     lists = compute.if_else(pyarrow.array(has_none), pyarrow.scalar(None, lists.type), lists)
-    problems = table["problem"].take(pyarrow.array(order[starts])).combine_chunks()
+    problems = as_array(table["problem"].take(pyarrow.array(order[starts])))
     problems = compute.if_else(pyarrow.array(has_none), problems, pyarrow.scalar(None, problems.type))
     return pyarrow.Table.from_arrays([names.dictionary, lists, problems], schema=SCHEMA)
 

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow
 from pyarrow import compute
 
+from ppdiffusers_train.cpu.free_memory import return_free_memory
 from ppdiffusers_train.data.arrow_files import (
     StampIndex,
     as_stamps,
@@ -120,6 +121,7 @@ def index_images(rows: Rows, ranks, index_dir: Path, log=print) -> None:
         index_dir: the folder of all indices.
         log: called with a line if nothing can be written there.
     """
+    return_free_memory()  # of a first start, which has built the rows
     folder, stamps = index_dir / rows.source_digest(), rows.stamps()
     index = Index(folder)
     places = index.find(stamps)
@@ -131,9 +133,9 @@ def index_images(rows: Rows, ranks, index_dir: Path, log=print) -> None:
     search = Search(rows, missing, stamps, folder)
     at_once = max(1, min(AT_ONCE, len(missing) // (8 * ranks.world_size)))
     search.run(ranks.pieces(len(missing), at_once, counters[state]), ranks.is_main)
-    parts = ranks.gather_objects(search.found_as_bytes(), "the others to read their images")
-    found = [pyarrow.ipc.open_stream(part).read_all() for part, (other, _) in zip(parts, states) if other == state]
-    found = pyarrow.concat_tables(found)
+    parts = ranks.gather_objects(search.take_found(), "the others to read their images")
+    parts = [part for parts, (other, _) in zip(parts, states) if other == state for part in parts]
+    found = pyarrow.concat_tables([FOUND.empty_table(), *(pyarrow.ipc.open_stream(part).read_all() for part in parts)])
     rows.facts = collect(stamps, [(known, taken(index.table, places[known])), (found["row"], found)])
     if states.index(states[ranks.rank]) == ranks.rank and (len(missing) or index.parts):  # the first of its machine
         if not Index(folder, found).write(rows.all_stamps()):
@@ -210,13 +212,10 @@ class Search:
                     self._write_part()
         self._compact()
 
-    def found_as_bytes(self) -> bytes:
-        """What was found: a table with the columns of `SCHEMA` and "row"."""
-        target = pyarrow.BufferOutputStream()
-        with pyarrow.ipc.new_stream(target, FOUND) as writer:
-            for table in self.found:
-                writer.write_table(table)
-        return target.getvalue().to_pybytes()
+    def take_found(self) -> list:
+        """What was found: bytes of tables with the columns of `FOUND`. They are no longer kept here."""
+        self.found.reverse()
+        return [as_bytes(self.found.pop()) for _ in range(len(self.found))]
 
     def _look_at(self, rows: np.ndarray):
         seen = [self._look_at_one(row) for row in rows.tolist()]
@@ -240,6 +239,14 @@ class Search:
         table = pyarrow.concat_tables(self.found[self.written :]).select(SCHEMA.names)
         write_table(self.folder / PARTS.replace("*", secrets.token_hex(8)), table, IDENTITY)
         self.written, self.last_written = len(self.found), time.monotonic()
+
+
+def as_bytes(table) -> bytes:
+    """A table as an Arrow stream."""
+    target = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(target, table.schema) as writer:
+        writer.write_table(table)
+    return target.getvalue().to_pybytes()
 
 
 def with_stamp(seen: Inspected, location, stamp) -> Inspected:

@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 
-from ppdiffusers_train.data.arrow_files import StampIndex, as_stamps, is_written, read_table, taken, write_table
+from ppdiffusers_train.data.arrow_files import (
+    StampIndex,
+    as_array,
+    as_stamps,
+    is_written,
+    read_table,
+    taken,
+    write_table,
+)
 from ppdiffusers_train.data.folder_metadata import SCHEMA
 from ppdiffusers_train.data.inspection import TICK_SECONDS
 from ppdiffusers_train.data.plain_text import decoded
@@ -80,7 +88,7 @@ def as_caption_rows(folder: str, names, texts, separator):
         captions = [split(text, separator) for text in part["text"]]
         paths = [os.path.join(folder, os.fsdecode(name)) for name in names.slice(start, AT_ONCE).to_pylist()]
         problems = [problem and f"{path}: {problem}" for path, problem in zip(paths, part["problem"])]
-        columns = {"name": names.slice(start, AT_ONCE).combine_chunks(), "captions": captions, "problem": problems}
+        columns = {"name": as_array(names.slice(start, AT_ONCE)), "captions": captions, "problem": problems}
         parts.append(pyarrow.Table.from_pydict(columns, SCHEMA))
     return pyarrow.concat_tables([SCHEMA.empty_table(), *parts])
 
