@@ -24,6 +24,10 @@ class DiffusionTrainingModule(nn.Layer):
     encoders = ()
     """Names of the attributes that hold the frozen models of `encode`: a cache of encoded samples replaces them."""
 
+    shared = ()
+    """Names of methods that `encode` calls with one tensor [1, …], and that give one, as other jobs do in the same way.
+    What the cache of such a job has of a sample is not computed again."""
+
     keep_float32 = ()
     """Names of the attributes that hold frozen models whose weights stay float32 in any precision. VAEs stay float32
     without being named."""

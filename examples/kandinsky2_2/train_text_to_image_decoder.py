@@ -15,7 +15,7 @@ from ppdiffusers.transformers import CLIPImageProcessor, CLIPVisionModelWithProj
 
 from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels, without_ends
 from ppdiffusers_train.job import FullTraining, job_main
-from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders
+from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, WithImageEmbeddings
 from ppdiffusers_train.models.unet import save_memory
 from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
 from ppdiffusers_train.objectives.noise_schedule import add_noise
@@ -29,7 +29,7 @@ def build_parser(doc=__doc__):
     return parser
 
 
-class KandinskyDecoderTrainingModule(FullTraining):
+class KandinskyDecoderTrainingModule(WithImageEmbeddings, FullTraining):
     """Trains the UNet to denoise MoVQ latents, conditioned on the CLIP embedding of the same image."""
 
     title = "Kandinsky 2.2 decoder"
@@ -70,7 +70,7 @@ class KandinskyDecoderTrainingModule(FullTraining):
         """latents [B, 4, r, r], unquantised and unscaled; image_embeds [B, D]."""
         return {
             "latents": self.movq.encode(batch["pixel_values"]).latents,
-            "image_embeds": self.image_encoder(batch["clip_pixel_values"]).image_embeds,
+            "image_embeds": self.embed_image(batch["clip_pixel_values"]),
         }
 
     def forward(self, encoded, draws):

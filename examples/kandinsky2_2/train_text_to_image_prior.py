@@ -19,7 +19,7 @@ from ppdiffusers.transformers import (
 from ppdiffusers_train.data.transforms import without_ends
 from ppdiffusers_train.job import FullTraining, job_main
 from ppdiffusers_train.models.attention import announce_plain_attention
-from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders
+from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, WithImageEmbeddings
 from ppdiffusers_train.models.recompute import enable_block_recompute
 from ppdiffusers_train.models.text import as_computed, tokenize, warn_of_long_captions
 from ppdiffusers_train.module import keep_frozen
@@ -35,7 +35,7 @@ def build_parser(doc=__doc__):
     return parser
 
 
-class KandinskyPriorTrainingModule(FullTraining):
+class KandinskyPriorTrainingModule(WithImageEmbeddings, FullTraining):
     """Trains the prior to predict an image's normalised CLIP embedding from a noisy one, conditioned on the caption."""
 
     title = "Kandinsky 2.2 prior"
@@ -83,7 +83,7 @@ class KandinskyPriorTrainingModule(FullTraining):
         """image_embeds, prompt_embeds [B, D]; prompt_hidden_states [B, L, D]; text_mask [B, L]."""
         text = self.text_encoder(batch["input_ids"])
         return {
-            "image_embeds": self.image_encoder(batch["clip_pixel_values"]).image_embeds,
+            "image_embeds": self.embed_image(batch["clip_pixel_values"]),
             "prompt_embeds": text.text_embeds,
             "prompt_hidden_states": as_computed(self.text_encoder, text.last_hidden_state),
             "text_mask": batch["text_mask"],

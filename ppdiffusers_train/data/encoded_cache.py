@@ -13,7 +13,7 @@ import json
 import numpy as np
 
 from ppdiffusers_train.data.loader import as_error, choose_caption
-from ppdiffusers_train.data.packs import Packs, as_keys
+from ppdiffusers_train.data.packs import HIDDEN, Packs, as_keys
 from ppdiffusers_train.data.rows import with_one_caption
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.errors import BadSampleError
@@ -153,7 +153,7 @@ class EncodedSamples:
     def __getitem__(self, position):
         try:
             entry = self.entries.at(position)
-            return self.packs.read(entry.key)
+            return {name: array for name, array in self.packs.read(entry.key).items() if not name.startswith(HIDDEN)}
         except BadSampleError as error:
             return as_error(error)
         except KeyError:

@@ -18,13 +18,13 @@ from ppdiffusers_train.data.arrow_files import atomic_file
 from ppdiffusers_train.data.inspection import TICK_SECONDS
 from ppdiffusers_train.data.pixels import WHITE, decode
 from ppdiffusers_train.data.rows import stamp_of
-from ppdiffusers_train.data.source_code import code_of
+from ppdiffusers_train.data.source_code import code_of, names_in
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.errors import writing
 from ppdiffusers_train.module import encode_alone
 
 FORMAT = 4  # of the cache's files and keys
-ABOUT = "about.json"  # for people: what has encoded the samples of a folder
+ABOUT = "about.json"  # what has encoded the samples of a folder
 WEIGHTS, BLOCK = "weights.json", 1 << 22  # hashes of files with weights; bytes that are read at a time
 LIBRARIES = ("ppdiffusers", "paddlenlp", "pillow")
 # An encoded sample is the result of these methods of a training module, and of what they are called with and by.
@@ -66,14 +66,28 @@ def encoders_digest(module, precision, unloaded: dict, background: str = WHITE) 
         background: colour behind transparent pixels of images.
     """
     known = {
-        "format": FORMAT,
         "code": code_of(type(module), METHODS, AROUND),
-        "versions": {library: version(library) for library in LIBRARIES},
         "settings": encoders_settings(module, precision),
         "background": background,
     }
+    return digest_of(known, module, module.encoders, unloaded)
+
+
+def shared_digests(module, precision, unloaded: dict) -> dict:
+    """{method of `module.shared`: a hash of everything that its result depends on besides what it takes}."""
+    digests = {}
+    for method in module.shared:
+        names = [name for name in module.encoders if name in names_in(getattr(type(module), method).__code__)]
+        known = {"code": code_of(type(module), (method,)), "precision": kind_of(module, precision, names)}
+        digests[method] = digest_of(known, module, names, unloaded)
+    return digests
+
+
+def digest_of(known: dict, module, names, unloaded: dict) -> str:
+    """A hash of what is known, of the versions of libraries, and of the weights of the encoders `names`."""
+    known = {"format": FORMAT, "versions": {library: version(library) for library in LIBRARIES}, **known}
     digest = hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16)
-    for name in module.encoders:
+    for name in names:
         if name in unloaded:
             digest.update(f"{name} {unloaded[name]}".encode())
             continue
@@ -86,11 +100,15 @@ def encoders_digest(module, precision, unloaded: dict, background: str = WHITE) 
 
 def encoders_settings(module, precision) -> dict:
     """The precision and the settings that an encoding depends on, as JSON."""
+    return {**kind_of(module, precision, module.encoders), **module.encoding_settings()}
+
+
+def kind_of(module, precision, names) -> dict:
+    """The precision in which the encoders `names` compute, as JSON."""
     if not precision.enabled:
-        return {"precision": "no", **module.encoding_settings()}
-    kept = sorted({*module.keep_float32, *module.keep_float32_in_fp16} & {*module.encoders})
-    kind = f"{precision.mixed_precision} {precision.level}"
-    return {"precision": kind, "keep_float32": kept, **module.encoding_settings()}
+        return {"precision": "no"}
+    kept = sorted({*module.keep_float32, *module.keep_float32_in_fp16} & {*names})
+    return {"precision": f"{precision.mixed_precision} {precision.level}", "keep_float32": kept}
 
 
 def file_digest(files, index_dir: Path) -> str:
@@ -127,10 +145,18 @@ def write_record(file: Path, known: dict) -> None:
         temporary.write_text(json.dumps(known, indent=1), "utf-8")
 
 
-def describe_encoders(folder: Path, module, precision) -> None:
-    """Write into the folder of these encoders what has encoded its samples."""
-    about = {"job": type(module).__name__, "encoders": list(module.encoders)}
+def describe_encoders(folder: Path, module, precision, shared: dict) -> None:
+    """Write into the folder of these encoders what has encoded its samples. `shared` are their `shared_digests`."""
+    about = {"job": type(module).__name__, "encoders": list(module.encoders), "shared": shared}
     text = json.dumps({**about, "settings": encoders_settings(module, precision)}, indent=1, ensure_ascii=False)
     with writing("--encoded_cache_dir: encoded samples", folder, "those in it stay usable"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ABOUT).write_text(text + "\n", encoding="utf-8")
+
+
+def read_about(folder: Path) -> dict:
+    """What `describe_encoders` wrote into a folder, or {}."""
+    try:
+        return json.loads((folder / ABOUT).read_text("utf-8"))
+    except (OSError, ValueError):  # none, or a damaged one
+        return {}

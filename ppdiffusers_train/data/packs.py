@@ -28,6 +28,7 @@ from ppdiffusers_train.data.arrow_files import as_stamps
 SUFFIX = ".pack"
 VALUES = pyarrow.schema([("value", pyarrow.large_binary())])
 DISK = LocalFileSystem()
+HIDDEN = "_"  # what the name of an array begins with that training does not take
 OPEN_FILES = 256  # most systems allow a process 1024
 # What reading a damaged file raises: Arrow takes a size, an offset or a missing value from it as it is.
 DAMAGE = (OSError, ValueError, IndexError, TypeError, pyarrow.ArrowException)
@@ -126,9 +127,9 @@ def together(values) -> list:
     """
     found = []
     for start, size in sorted(values):
-        if not found or found[-1][1] != start:
+        if not found or found[-1][1] < start:
             found.append([start, start])
-        found[-1][1] += size
+        found[-1][1] = max(found[-1][1], start + size)
     return found
 
 

@@ -17,12 +17,19 @@ from ppdiffusers_train.data.encoded_cache import (
     UnencodedSamples,
     draws_something,
 )
-from ppdiffusers_train.data.encoders_key import describe_encoders, encoders_digest, encoders_folder, unloaded_encoders
+from ppdiffusers_train.data.encoders_key import (
+    describe_encoders,
+    encoders_digest,
+    encoders_folder,
+    shared_digests,
+    unloaded_encoders,
+)
 from ppdiffusers_train.data.loader import iterate_batches
 from ppdiffusers_train.data.pack_writer import PackWriter, merge_small
 from ppdiffusers_train.data.packs import Packs
 from ppdiffusers_train.data.pixels import WHITE
 from ppdiffusers_train.loop.plan import Plan
+from ppdiffusers_train.loop.shared_encodings import SharedEncodings
 from ppdiffusers_train.loop.state import TrainingState
 from ppdiffusers_train.module import encode_alone
 from ppdiffusers_train.reporting.status_line import StatusLine
@@ -40,7 +47,8 @@ def encode_dataset(plan: Plan, state: TrainingState) -> EncodedSamples:
     root = Path(run.args.encoded_cache_dir)
     require_writable(root, "--encoded_cache_dir")
     background = getattr(dataset, "background", WHITE)
-    digest = encoders_digest(module, state.precision, unloaded_encoders(module, index_folder(run.args)), background)
+    unloaded = unloaded_encoders(module, index_folder(run.args))
+    digest = encoders_digest(module, state.precision, unloaded, background)
     folder, is_compiled = encoders_folder(root, digest, module, len(dataset))
     if not folder.exists() and any(root.iterdir()):
         run.log(f"{root}: holds samples of other models, settings, code or versions, which are kept but not used")
@@ -50,15 +58,18 @@ def encode_dataset(plan: Plan, state: TrainingState) -> EncodedSamples:
     missing = samples.missing(run.ranks)
     run.log(f"{folder}: {len(missing)} of {entries.count} samples are still to be encoded")
     if len(missing):
+        # Compiled encoders round differently, and their methods are no longer called.
+        shared = {} if is_compiled else shared_digests(module, state.precision, unloaded)
         if run.ranks.is_main:
             remove_leftovers(folder)
-            describe_encoders(folder, module, state.precision)
+            describe_encoders(folder, module, state.precision, shared)
         for name in module.load_rest():
             state.precision.cast_encoder(module, name)
         if is_compiled:
             module.encode = CompiledEncode(module)
         began = time.monotonic()
-        state.bad_samples.add(fill(samples, missing, plan, state), run.log)
+        with SharedEncodings(module, shared, folder, run.log) as sharing:
+            state.bad_samples.add(fill(samples, missing, plan, state, sharing), run.log)
         run.log(f"{root}: the cache is complete; encoding took {time.monotonic() - began:.0f} s")
     module.free_encoders()
     return_free_memory()
@@ -77,18 +88,19 @@ def choose_variants(plan: Plan) -> int:
     return variants
 
 
-def fill(samples: EncodedSamples, missing: np.ndarray, plan: Plan, state: TrainingState) -> dict:
+def fill(samples: EncodedSamples, missing: np.ndarray, plan: Plan, state: TrainingState, sharing) -> dict:
     """Encode the missing samples. Each rank takes the next row when it is free, so all finish at about the same time.
 
     Args:
         missing: see `EncodedSamples.missing`.
+        sharing: the module's `SharedEncodings`.
     Returns:
         {row: why it cannot be used}, on every rank.
     """
     ranks, found, total = plan.run.ranks, {}, len(missing)
     with StatusLine("encoding", "samples", total, visible=ranks.is_main) as status:
         with PackWriter(samples.packs.folder) as writer:
-            for row, message in encode_missing(samples, missing, plan, state, writer, status):
+            for row, message in encode_missing(samples, missing, plan, state, sharing, writer, status):
                 found[row] = message
         parts = ranks.gather_objects((found, writer.written), "the others to encode their last samples")
         status.advance(total - status.done)
@@ -99,7 +111,7 @@ def fill(samples: EncodedSamples, missing: np.ndarray, plan: Plan, state: Traini
     return {row: message for part, _ in parts for row, message in part.items()}
 
 
-def encode_missing(samples: EncodedSamples, missing: np.ndarray, plan: Plan, state: TrainingState, writer, status):
+def encode_missing(samples: EncodedSamples, missing: np.ndarray, plan: Plan, state, sharing, writer, status):
     """Encode this rank's share of the missing samples; yields (row, why it cannot be used)."""
     ranks, module, packs = plan.run.ranks, plan.module, samples.packs
     (rows, starts), taken, done = np.unique(missing[:, 0], return_index=True), deque(), ranks.counter()
@@ -122,9 +134,9 @@ def encode_missing(samples: EncodedSamples, missing: np.ndarray, plan: Plan, sta
         if errors:
             yield entry.row, errors[0]
         elif batch:  # empty if another run has encoded it by now
-            with state.precision.autocast():
+            with state.precision.autocast(), sharing.sample(entry.key) as kept:
                 encoded = encode_alone(module, batch)
-            writer.add(entry.key, {name: tensor[0].numpy() for name, tensor in encoded.items()})
+            writer.add(entry.key, {**{name: tensor[0].numpy() for name, tensor in encoded.items()}, **kept})
         if time.monotonic() - looked > REFRESH_SECONDS:
             packs.refresh()
             looked = time.monotonic()

@@ -14,6 +14,7 @@ from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder, export_pipeline
 
+VERSION = 1  # raised when its functions change encoded samples
 DECODER_PARTS = {"unet": UNet2DConditionModel, "movq": VQModel, "scheduler": None}
 PRIOR_PARTS = {
     "prior": PriorTransformer,
@@ -23,6 +24,16 @@ PRIOR_PARTS = {
     "scheduler": None,  # its class is the one that the pipeline's model_index.json names
     "image_processor": CLIPImageProcessor,
 }
+
+
+class WithImageEmbeddings:
+    """What the training modules of the decoder and the prior have in common: CLIP's embedding of an image."""
+
+    shared = ("embed_image",)
+
+    def embed_image(self, pixels):
+        """[B, 3, H, W] as CLIP's image processor gives them -> [B, D]."""
+        return self.image_encoder(pixels).image_embeds
 
 
 class KandinskyFolders:

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from ppdiffusers_train.data.arrow_files import remove_leftovers
 from ppdiffusers_train.data.dataset import index_folder
 from ppdiffusers_train.data.encoded_cache import entry_key
-from ppdiffusers_train.data.encoders_key import ABOUT
+from ppdiffusers_train.data.encoders_key import ABOUT, read_about
 from ppdiffusers_train.data.image_index import index_images
 from ppdiffusers_train.data.pack_writer import rewrite
 from ppdiffusers_train.data.packs import as_keys, open_packs
@@ -94,8 +93,7 @@ def list_encoded(root: Path) -> list:
         for folder in sorted(filter(Path.is_dir, root.iterdir())):
             if FOLDER.fullmatch(folder.name):
                 packs, damaged = open_packs(folder)
-                about = json.loads((folder / ABOUT).read_text("utf-8")) if (folder / ABOUT).exists() else {}
-                found.append(Encoded(folder, packs, damaged, sorted(folder.glob(OLD_FILES)), about))
+                found.append(Encoded(folder, packs, damaged, sorted(folder.glob(OLD_FILES)), read_about(folder)))
     except (OSError, ValueError) as error:
         raise UserError(f"{str(root)!r} cannot be read: {error}") from error
     if not found:

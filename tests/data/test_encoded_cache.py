@@ -17,7 +17,7 @@ from PIL import Image
 
 from ppdiffusers_train.data import encoders_key, pixels
 from ppdiffusers_train.data.encoded_cache import EncodedSamples, Entry, RunEntries
-from ppdiffusers_train.data.encoders_key import encoders_digest, file_digest
+from ppdiffusers_train.data.encoders_key import encoders_digest, file_digest, shared_digests
 from ppdiffusers_train.data.loader import iterate_batches
 from ppdiffusers_train.data.order import SampleOrder
 from ppdiffusers_train.data.pack_writer import PackWriter
@@ -280,6 +280,27 @@ def test_the_digest_of_the_encoders_follows(changed):
     digest = encoders_digest(changed(), Precision("no"), {})
     assert digest != encoders_digest(Cropping(), Precision("no"), {})
     assert digest == encoders_digest(changed(), Precision("no"), {})
+
+
+def test_the_digest_of_a_shared_method_follows_it_and_what_it_calls_with_no_more():
+    class Sharing(Cropping):
+        shared, encoders = ("embed",), ("encoder", "another")
+
+        def embed(self, value):
+            return self.encoder(value)
+
+    def digests(method=Sharing.embed, precision=None, **own):
+        module = type("Sharing", (Sharing,), {"embed": method, **own})(own.get("factor", 1.0))
+        return shared_digests(module, precision or Precision("no"), {"another": own.get("another_digest", "")})
+
+    first = digests()
+    assert first == digests(preprocess=edited_preprocess, encoding_settings=lambda self: {"resolution": 64})
+    assert first == digests(another_digest="other weights")
+    assert first != digests(lambda self, value: self.encoder(value) * 2)
+    assert first != digests(factor=2.0)
+    low = SimpleNamespace(enabled=True, mixed_precision="bf16", level="O1")
+    assert len({*map(str, (first, digests(precision=low), digests(precision=low, keep_float32=("encoder",))))}) == 3
+    assert digests(precision=low) == digests(precision=low, keep_float32=("another",))
 
 
 def test_the_digest_follows_how_pixels_come_of_an_image(monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import paddle
 import pytest
 from ppdiffusers import KandinskyV22PriorPipeline
+from ppdiffusers.transformers import CLIPVisionModelWithProjection
 
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import RowDraws
@@ -84,6 +85,21 @@ def test_full_job_and_lora_share_one_cache(train, tmp_path):
     for name in ("prior", "prior_lora"):
         train(name, f"--encoded_cache_dir={tmp_path / 'cache'}", out=name)
     assert len(encoded_samples(tmp_path / "cache")) == 7
+
+
+def test_prior_and_decoder_embed_an_image_once(train, tmp_path, monkeypatch, capsys):
+    embedded, forward = [], CLIPVisionModelWithProjection.forward
+    monkeypatch.setattr(
+        CLIPVisionModelWithProjection, "forward", lambda *args, **more: embedded.append(1) or forward(*args, **more)
+    )
+    online, cache = train("decoder", out="online"), f"--encoded_cache_dir={tmp_path / 'cache'}"
+    embedded.clear()
+    train("prior", cache, out="prior")
+    assert len(embedded) == 7 and "another job" not in capsys.readouterr().out
+    assert same(weights(train("decoder", cache, out="decoder")), weights(online))
+    assert len(embedded) == 7 and capsys.readouterr().out.count("another job has encoded parts") == 1
+    train("decoder", cache, "--proportion_empty_prompts=0.7", out="dropped")
+    assert 7 < len(embedded) < 14, "an image that is dropped has another embedding"
 
 
 @pytest.mark.parametrize("name", ["prior", "prior_lora", "decoder_lora"])
