@@ -61,7 +61,7 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         with named_by_flags():
             steps = ddim_timesteps(self.scheduler.config.num_train_timesteps, args.num_ddim_timesteps)
         self.steps = paddle.to_tensor(steps)
-        self.vae = freeze(self.folder.load("vae"))
+        self.load_later("vae", self.folder.later("vae"))
         self.build_networks()
         save_memory(self.unet, args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention)
 
@@ -92,7 +92,8 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
     def encoding_settings(self):
         names = ["resolution", "interpolation_type", "center_crop", "random_flip", "proportion_empty_prompts"]
         settings = {name: getattr(self.args, name) for name in names}
-        return {**settings, "scaling_factor": self.vae.config.scaling_factor, "tokenizer": self.tokenizer.get_vocab()}
+        settings["scaling_factor"] = self.folder.vae.config("vae").get("scaling_factor")
+        return {**settings, "tokenizer": self.tokenizer.get_vocab()}
 
     def encode(self, batch):
         """latents [B, 4, r, r], scaled; prompt_embeds [B, L, D]."""
