@@ -136,10 +136,10 @@ def index_images(rows: Rows, ranks, index_dir: Path, log=print) -> None:
     parts = ranks.gather_objects(search.take_found(), "the others to read their images")
     parts = [part for parts, (other, _) in zip(parts, states) if other == state for part in parts]
     found = pyarrow.concat_tables([FOUND.empty_table(), *(pyarrow.ipc.open_stream(part).read_all() for part in parts)])
-    rows.facts = collect(stamps, [(known, taken(index.table, places[known])), (found["row"], found)])
     if states.index(states[ranks.rank]) == ranks.rank and (len(missing) or index.parts):  # the first of its machine
         if not Index(folder, found).write(rows.all_stamps()):
             log(f"--index_dir: {str(folder)!r} cannot be written, so the next start will read all images again")
+    rows.facts = collect(stamps, [(known, taken(index.table, places[known])), (found["row"], found)])
     ranks.wait_for_all("the index of the images to be written")
 
 
