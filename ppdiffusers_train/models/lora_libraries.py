@@ -5,3 +5,5 @@ FILES = {
     "diffusers": "pytorch_lora_weights.safetensors",
     "kohya": "lora.safetensors",
 }
+# Files that the PEFT library writes, which are only read.
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppdiffusers_train.cli import main
-from ppdiffusers_train.models.lora_files import WORDS, Update, from_kohya_name, kohya_name, read_lora, write_lora
+from ppdiffusers_train.models.lora_files import Update, read_lora, write_lora
 from ppdiffusers_train.models.lora_libraries import FILES
+from ppdiffusers_train.models.lora_names import WORDS, from_kohya_name, kohya_name
 from ppdiffusers_train.tensor_files import read_tensors, write_tensors
 
 pytestmark = pytest.mark.once  # no Paddle in it
@@ -144,7 +145,7 @@ def test_mistakes_get_one_line_and_status_two(tmp_path, capsys):
     write_tensors(tmp_path / "half.safetensors", {"to_q.lora.down.weight": np.ones((3, 2))}, {})
     write_tensors(
         tmp_path / "sd.safetensors",
-        {f"lora_unet_input_blocks_1.lora_{p}.weight": np.ones((2, 2)) for p in ("down", "up")},
+        {f"lora_unet_double_blocks_1.lora_{p}.weight": np.ones((2, 2)) for p in ("down", "up")},
         {},
     )
     (tmp_path / "text.safetensors").write_text("no tensors")
@@ -156,7 +157,11 @@ def test_mistakes_get_one_line_and_status_two(tmp_path, capsys):
         (tmp_path / "text.safetensors", "kohya", tmp_path): "text.safetensors: cannot be read as safetensors",
         (tmp_path / "model.safetensors", "kohya", tmp_path): "conv_in.weight is no part of a LoRA",
         (tmp_path / "half.safetensors", "kohya", tmp_path): "to_q has no up matrix",
-        (tmp_path / "sd.safetensors", "diffusers", tmp_path): "is not a layer of a UNet as diffusers names them",
+        (
+            tmp_path / "sd.safetensors",
+            "diffusers",
+            tmp_path,
+        ): "is not a layer of a UNet or text encoder",
         (
             tmp_path / "kandinsky.safetensors",
             "kohya",
