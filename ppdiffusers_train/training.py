@@ -124,7 +124,7 @@ def make_plan(module, dataset, run: Run) -> Plan:
     digests = {} if args.dry_run else {**model_digests(module), **stored_digests(module, index_folder(args))}
     for pattern, size in choose_trainable(module, args.trainable_modules).items():
         run.log(f"--trainable_modules: {pattern}, {size:,} parameters, trained in full")
-    digests |= weights_named(module.initialize(run.log))
+    digests |= initial_weights(module, run)
     if run.ranks.world_size > 1 and not args.dry_run:
         agree(run.ranks, job_code(module))
         agree_on_data(dataset, run.ranks)
@@ -145,9 +145,17 @@ def make_plan(module, dataset, run: Run) -> Plan:
         "arguments": public_arguments(args),
         "command": public_command(args),
         "versions": versions(),
-        "weights": base_weights(digests),
+        "weights": {**run.saved.get("weights", {}), **base_weights(digests)},
     }
     return Plan(run, module, dataset, order, total_steps, steps_per_epoch, info)
+
+
+def initial_weights(module, run: Run) -> dict:
+    """Set the initial values that flags ask for; returns the hashes of their files, named as ranks compare them."""
+    found = module.initialize((lambda line: None) if run.checkpoint else run.log)
+    for flag in found if run.checkpoint else ():
+        run.log(f"{flag}: the file is only compared, because the weights are those of the checkpoint")
+    return weights_named(found)
 
 
 def build_state(plan: Plan) -> TrainingState:

@@ -85,12 +85,20 @@ def new_lora(layer, rank: int, alpha=None):
 def set_lora(layer, lora) -> None:
     """Let a layer add its LoRA layer's output: by its own code where it has some, else by a hook."""
     if hasattr(layer, "set_lora_layer"):
+        if isinstance(layer, LoRACompatibleConv) and layer.lora_layer is None:
+            layer.register_forward_pre_hook(without_foreign_scale)
         layer.set_lora_layer(lora)
         return
     has_hook = hasattr(layer, "lora_layer")
     layer.lora_layer = lora
     if not has_hook:
         layer.register_forward_post_hook(lambda layer, inputs, output: output + layer.lora_layer(inputs[0]))
+
+
+def without_foreign_scale(layer, inputs):
+    """The inputs of a convolution without the time embedding's scale, which residual blocks of ppdiffusers 0.29.0 pass
+    in the place of LoRA's where they scale and shift by the time, as Kandinsky's decoder does."""
+    return inputs[:1] if len(inputs) > 1 and isinstance(inputs[1], paddle.Tensor) else inputs
 
 
 def is_target(name: str, target: str) -> bool:

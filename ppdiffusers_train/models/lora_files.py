@@ -141,7 +141,8 @@ def read_lora(file, layers_per_block: int = LAYERS_PER_BLOCK) -> dict:
         if found is None:
             raise UserError(f"{file}: {key} is no part of a LoRA; expected names such as …to_q.lora.down.weight")
         name, part = found
-        layer = with_component(name) if "." in name else from_kohya_name(file, name, layers_per_block)
+        is_kohya = "." not in name and name.startswith(("lora_", "lycoris_"))
+        layer = from_kohya_name(file, name, layers_per_block) if is_kohya else with_component(name)
         if part in layers.setdefault(layer, {}):
             raise UserError(f"{file}: {layer} has two matrices of the same kind; {key} is one of them")
         layers[layer][part] = tensor

@@ -172,9 +172,8 @@ def resize(args) -> None:
     if min(ranks) < args.rank:
         print("padded with zeros: the LoRA computes the same")
     if max(ranks) > args.rank:
-        print(
-            f"truncated by SVD: at most {max(lost.values()):.2%} of the norm of a layer is lost; alpha is the rank now"
-        )
+        worst = max(lost.values())
+        print(f"truncated by SVD: at most {worst:.2%} of the norm of a layer is lost; alpha is the rank now")
 
 
 def inspect(args) -> None:
