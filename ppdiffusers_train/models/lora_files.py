@@ -106,7 +106,10 @@ def write_lora(file, updates: dict, file_format: str) -> None:
             tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = matrices(update)
             tensors[f"{name}.alpha"] = np.float32(update.rank * update.scale)
     else:
+        rank = max((update.rank for update in updates.values()), default=0)
         for layer, update in updates.items():
+            # diffusers scales all layers by one α / r, whatever their own ranks.
+            update = padded(update, rank) if file_format == "diffusers" else update
             names = NAMES.get(layer.split(".")[0], TEXT_ENCODER_NAMES)
             for name, matrix in zip(names, matrices(update.times(update.scale))):
                 if file_format == "ppdiffusers":
@@ -118,6 +121,21 @@ def write_lora(file, updates: dict, file_format: str) -> None:
             metadata[OUR_ALPHA] = repr(alphas.pop())
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     write_tensors(file, tensors, metadata)
+
+
+def padded(update: Update, rank: int) -> Update:
+    """An update with a larger rank that computes the same: new rows of A and new columns of B are zero."""
+    if update.rank == rank:
+        return update
+
+    def matrix(stored, array, axis):
+        shape = [rank if number == axis else size for number, size in enumerate(stored.shape)]
+        widths = [(0, rank - update.rank if number == axis else 0) for number in range(len(shape))]
+        return Computed(dtype_of(stored), shape, lambda: np.pad(array(), widths))
+
+    down = matrix(update.stored_down, lambda: update.down, 0)
+    up = matrix(update.stored_up, lambda: update.up, 1)
+    return Update(down, up, None if update.alpha is None else update.scale * rank)
 
 
 def matrices(update: Update) -> tuple:

@@ -145,9 +145,11 @@ def set_values(source: LoRASource, name: str, lora, update, rank: int) -> float:
         raise source.error(f"has {name} of {list(update.shape)} (out, in), expected {expected}; it fits another model")
     lost = 0.0
     if update.rank != rank:
-        update, lost = resized(update, rank, lambda number: initial[rank - number :])
+        update, lost = resized(update, rank)
     own_scale = 1.0 if lora.network_alpha is None else lora.network_alpha / rank
-    down, up = flat(update)
+    down, up = (matrix.copy() for matrix in flat(update))
+    unused = ~down.any(axis=1)  # as after padding: with zeros on both sides, neither would ever have a gradient
+    down[unused], up[:, unused] = initial[unused], 0
     up = up * np.float32(update.scale / own_scale)
     if not (np.isfinite(down).all() and np.isfinite(up).all()):
         raise source.error(f"has NaN or inf in {name}")

@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-from ppdiffusers_train.models.lora_files import Update
+from ppdiffusers_train.models.lora_files import Update, padded
 from ppdiffusers_train.tensor_files import Computed
 
 
@@ -41,40 +41,22 @@ def low_rank(matrix: np.ndarray, rank: int) -> tuple:
     return right[:rank], left[:, :rank] * values[:rank], float(np.linalg.norm(values[rank:]))
 
 
-def resized(update: Update, rank: int, fresh_rows) -> tuple:
+def resized(update: Update, rank: int) -> tuple:
     """An update with another rank, and the share of its norm that is lost, 0 to 1.
 
-    A larger rank changes nothing: new columns of B are zero. A smaller one is the best approximation, with α = r.
-
-    Args:
-        fresh_rows: `fresh_rows(number)` returns new rows of A, [number, in · kh · kw]. They must not be zero, or
-            neither matrix would ever have a gradient there.
+    A larger rank changes nothing. A smaller one gives the best approximation of that rank, with α = r.
     """
-    lost, alpha = 0.0, update.alpha
+    if rank >= update.rank:
+        return padded(update, rank), 0.0
     down, up = flat(update, np.float64)
-    if rank < update.rank:
-        # The decomposition of B A, which is large, follows from that of a matrix of the size of the rank.
-        (left, small_up), (right, small_down) = np.linalg.qr(up), np.linalg.qr(down.T)
-        small, whole = update.scale * small_up @ small_down.T, norm_of(update)
-        rows, columns, error = low_rank(small, rank)
-        down, up, alpha = rows @ right.T, left @ columns, None
-        lost = error / whole if whole else 0.0
-    elif alpha is not None:
-        alpha = update.scale * rank
-    missing = rank - len(down)
-    if missing:
-        down = np.concatenate([down, fresh_rows(missing)])
-        up = np.pad(up, [(0, 0), (0, missing)])
-    kernel = tuple(update.stored_down.shape[1:])
-    down, up = down.astype(update.down.dtype), up.astype(update.up.dtype)
-    if len(kernel) == 3:
-        up = up[:, :, None, None]
-    return Update(down.reshape(rank, *kernel), up, alpha), lost
-
-
-def random_rows(number: int, width: int) -> np.ndarray:
-    """New rows of A, [number, width]: normal with deviation 1 / number, the same ones each time."""
-    return np.random.default_rng(0).standard_normal((number, width)) / number
+    # The decomposition of B A, which is large, follows from that of a matrix of the size of the rank.
+    (left, small_up), (right, small_down) = np.linalg.qr(up), np.linalg.qr(down.T)
+    rows, columns, error = low_rank(update.scale * small_up @ small_down.T, rank)
+    kernel, whole = update.stored_down.shape[1:], norm_of(update)
+    down = (rows @ right.T).astype(update.down.dtype).reshape(len(rows), *kernel)
+    up = (left @ columns).astype(update.up.dtype)
+    found = Update(down, up[:, :, None, None] if len(kernel) == 3 else up)
+    return padded(found, rank), error / whole if whole else 0.0  # a layer may be smaller than the rank
 
 
 def computed_later(down_shape, up_shape, dtype, compute, alpha=None) -> Update:

@@ -153,14 +153,14 @@ def extract(args) -> None:
 def resize(args) -> None:
     """Change a LoRA's rank."""
     from ppdiffusers_train.models.lora_files import dtype_of, find_lora, read_lora
-    from ppdiffusers_train.models.lora_svd import computed_later, random_rows, resized
+    from ppdiffusers_train.models.lora_svd import computed_later, resized
 
     target, source, lost, updates = new_path(args.output), find_lora(args.source, "PATH"), {}, {}
     before = read_lora(source)
     for layer, update in before.items():
 
         def compute(layer=layer, update=update):
-            found, lost[layer] = resized(update, args.rank, lambda number: random_rows(number, update.shape[1]))
+            found, lost[layer] = resized(update, args.rank)
             return found.down, found.up
 
         shapes = [args.rank, *update.stored_down.shape[1:]], [update.shape[0], args.rank, *update.stored_up.shape[2:]]
