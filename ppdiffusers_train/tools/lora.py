@@ -169,6 +169,7 @@ def resize(args) -> None:
     file = write_new(target, updates, args.to)
     ranks = sorted({update.rank for update in before.values()})
     print(f"{file}: {len(updates)} layers of rank {args.rank}, before {', '.join(map(str, ranks))}, for {args.to}")
+    remark_on_full(args.source)
     if min(ranks) < args.rank:
         print("padded with zeros: the LoRA computes the same")
     if max(ranks) > args.rank:
@@ -198,6 +199,15 @@ def convert(args) -> None:
         write_lora(target, updates, args.to)
     ranks = sorted({update.rank for update in updates.values()})
     print(f"{target}: {len(updates)} layers of rank {', '.join(map(str, ranks))}, for {args.to}")
+    remark_on_full(args.source)
+
+
+def remark_on_full(path) -> None:
+    """Say that a LoRA's folder also has parameters that were trained in full, which a LoRA's file has no place for."""
+    from ppdiffusers_train.models.lora_init import FULL_FILE
+
+    if (Path(path) / FULL_FILE).is_file():
+        print(f"{Path(path) / FULL_FILE}: not part of the new file; `lora merge` and `load_lora` read the folder")
 
 
 def path_and_scale(text: str) -> tuple:
