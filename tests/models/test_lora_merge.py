@@ -5,6 +5,7 @@ import ppdiffusers_train  # noqa: F401
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +26,8 @@ from ppdiffusers_train.models.sd3 import SD3Folder
 from ppdiffusers_train.models.sdxl import SDXLFolder
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder
 from ppdiffusers_train.tensor_files import as_array, cast_files, open_tensors, read_tensors, write_tensors
-from tests.conftest import last_error, same
+from tests.conftest import last_error, no_file_above, same
+from tests.distributed.kill_harness import end, start
 
 # {family: (part, what files call it, ends of its layers)}
 FAMILIES = {
@@ -287,6 +289,43 @@ def test_inspect_tells_what_a_file_is(bases, train, tmp_path, capsys):
         assert all(
             norm == pytest.approx(np.linalg.norm(matrix_of(updates[n])), rel=1e-5) for n, norm in found["norms"].items()
         )
+
+
+@pytest.mark.once
+def test_a_kill_during_a_merge_leaves_nothing_half_done(bases, tmp_path):
+    """It is killed at any time after the folder is begun; the same command then writes it whole."""
+    lora, target = random_lora(bases["sdxl"], "sdxl", tmp_path / "lora.safetensors"), tmp_path / "out" / "merged"
+    words = ["lora", "merge", "--base", str(bases["sdxl"]), "--lora", str(lora), "--output", str(target)]
+    job, before = SimpleNamespace(main=cli), matrices_of(bases["sdxl"], "unet")
+    temporary, killed = target.with_name(".merged.tmp"), 0
+    for files in range(1, 14, 3):
+        (process,) = start(job, words, 1, tmp_path / "log")
+        is_done = end([process], 60, lambda files=files: len(list(temporary.rglob("*"))) >= files)
+        killed += not is_done and not target.exists()
+        assert not target.exists() or same(
+            matrices_of(target, "unet"), matrices_of(merge_again(words, tmp_path), "unet")
+        )
+        shutil.rmtree(target, ignore_errors=True)
+    assert killed >= 2
+    cli(words)
+    assert sorted(path.name for path in target.parent.iterdir()) == ["merged"]
+    assert same(before, matrices_of(bases["sdxl"], "unet"))
+
+
+def merge_again(words, folder):
+    """The same merge, whole."""
+    again = folder / "again"
+    if not again.exists():
+        cli([*words[:-1], str(again)])
+    return again
+
+
+def test_a_full_disk_ends_a_merge_in_one_line(bases, tmp_path, capsys):
+    lora = random_lora(bases["sd"], "sd", tmp_path / "lora.safetensors")
+    with pytest.raises(SystemExit) as stopped, no_file_above(2**12):
+        merge(bases["sd"], tmp_path / "out" / "merged", lora)
+    assert stopped.value.code == 1 and "--output: the pipeline cannot be written to" in last_error(capsys)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_mistakes_get_one_line_and_leave_nothing(bases, tmp_path, capsys):
