@@ -183,7 +183,10 @@ def read_layer(file, layer: str, found: dict, metadata: dict, config: dict, reco
     down, up = torch_layout(file, layer, found["down"], found["up"], metadata.get("format"))
     rank = down.shape[0]
     if "alpha" in found:
-        return Update(down, up, float(as_array(found["alpha"]).reshape(-1)[0]))
+        alpha = as_array(found["alpha"]).astype(np.float64).reshape(-1)
+        if alpha.size != 1 or not np.isfinite(alpha[0]):
+            raise UserError(f"{file}: the alpha of {layer} is {alpha.tolist()}; expected a number")
+        return Update(down, up, float(alpha[0]))
     if config:
         return Update(down, up, configured_alpha(file, config, layer, rank))
     return Update(down, up, recorded, rank / recorded) if recorded else Update(down, up)
@@ -247,14 +250,15 @@ def scaled(array: np.ndarray, factor: float) -> np.ndarray:
 
 def torch_layout(file, layer: str, down, up, library):
     """Both matrices in torch's layout. Which layout they have follows from their shapes, or else from the metadata, or
-    else from the rank, which is the smaller side."""
-    if len(down.shape) != 2:
-        if len(down.shape) != 4 or down.shape[0] != up.shape[1]:
-            shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
-            raise UserError(f"{file}: {layer} has matrices of {shapes}, which have no rank in common")
-        return down, up
-    is_torch, is_paddle = down.shape[0] == up.shape[1], down.shape[1] == up.shape[0]
-    if not (is_torch or is_paddle):
+    else from the rank, which is the smaller side.
+
+    Raises:
+        UserError: they are no two matrices or kernels with a rank in common.
+    """
+    kinds = len(down.shape), len(up.shape)
+    is_torch = kinds in ((2, 2), (4, 4)) and down.shape[0] == up.shape[1] and list(up.shape[2:]) in ([], [1, 1])
+    is_paddle = kinds == (2, 2) and down.shape[1] == up.shape[0]
+    if not (is_torch or is_paddle) or 0 in (*down.shape, *up.shape):
         shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
         raise UserError(f"{file}: {layer} has matrices of {shapes}, which have no rank in common")
     if is_torch and is_paddle:

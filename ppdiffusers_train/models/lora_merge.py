@@ -32,20 +32,20 @@ class WholePipeline(PipelineFolder):
     """A pipeline's folder with all its parts, whatever they are; of the hub, with all files of them."""
 
     def __init__(self, name_or_path, flag, variant=None):
+        self._tensors = {}
         super().__init__(name_or_path, flag, [], variant=variant)
         entries = {name: entry for name, entry in self.index().items() if isinstance(entry, list) and entry[0]}
         super().__init__(name_or_path, flag, list(entries), variant=variant)
 
-    def tensors(self) -> dict:
-        """{part: {name: tensor}} of the parts that LoRAs are trained on, in the layout that they are stored in."""
-        return {part: self.tensors_of(part) for part in PARTS if part in self.folders}
-
-    def tensors_of(self, part: str) -> dict:
-        """{name: tensor} of a part; {} if it has no weights."""
-        files = self.weights(part)
-        if files is not None and files.is_pickled:
-            raise self._error(f"has pickled weights in {part}/; expected safetensors")
-        return files.tensors() if files else {}
+    def tensors(self, part: str) -> dict:
+        """{name: tensor} of a part, in torch's layout; {} if it has no weights."""
+        if part not in self._tensors:
+            files = self.weights(part)
+            if files is not None and files.is_pickled:
+                raise self._error(f"has pickled weights in {part}/; expected safetensors")
+            found = files.tensors() if files else {}
+            self._tensors[part] = {name: in_torch_layout(name, found[name], self.is_torch(part)) for name in found}
+        return self._tensors[part]
 
     def layers_per_block(self) -> int:
         """That of its UNet; the usual number where it has none."""
@@ -61,14 +61,18 @@ class Change:
     full: list = field(default_factory=list)  # [(scale, tensor in torch's layout)] that were trained in full
 
     def applied_to(self, array: np.ndarray) -> np.ndarray:
-        """The changed tensor, in torch's layout, in its own dtype."""
+        """The changed tensor, in torch's layout, in its own dtype. A `UserError` if that cannot hold it."""
         value = array.astype(np.float32)
         total = value.copy()
         for scale, tensor in self.full:
             total += np.float32(scale) * (as_array(tensor).astype(np.float32) - value)
         for scale, update in self.updates:
             total += np.float32(scale) * matrix_of(update).reshape(total.shape)
-        return total.astype(array.dtype)
+        with np.errstate(over="ignore"):
+            changed = total.astype(array.dtype)
+        if not np.isfinite(changed).all():
+            raise UserError(f"--lora: a weight would be NaN or inf as {array.dtype}; expected another scale or base")
+        return changed
 
 
 def in_torch_layout(name: str, tensor, is_torch: bool):
@@ -82,39 +86,35 @@ def is_matrix(name: str, tensor) -> bool:
     return kind == "weight" and len(tensor.shape) == 2 and layer.rpartition(".")[2] not in TABLES
 
 
-def add_changes(changes: dict, base: WholePipeline, weights: dict, file: Path, scale: float, is_folder: bool) -> int:
+def add_changes(changes: dict, base: WholePipeline, file: Path, scale: float, is_folder: bool) -> int:
     """Add a LoRA times `scale` to what changes in a pipeline; returns the number of its layers.
 
     Args:
-        changes: {part: {tensor: Change}}, which is added to. weights: `base.tensors()`.
+        changes: {part: {tensor: Change}}, which is added to.
         is_folder: whether the file was named by its folder; then the parameters trained in full beside it count, too.
     Raises:
         UserError: it has a layer that the pipeline does not have, or that has another shape there.
     """
     updates = read_lora(file, base.layers_per_block())
-    places = place(f"--lora: {file}", updates, weights)
-    for (part, name), update in places.items():
-        tensor = in_torch_layout(name, weights[part][name], base.is_torch(part))
+    for (part, name), update in place(f"--lora: {file}", updates, base).items():
+        tensor = base.tensors(part)[name]
         expected = (tensor.shape[0], math.prod(tensor.shape[1:]))
         if update.shape != expected:
-            raise UserError(
-                f"--lora: {file}: {name} is of {list(update.shape)} (out, in), {part} has {list(expected)}; "
-                "it fits another base model"
-            )
+            found = f"is of {list(update.shape)} (out, in), {part} has {list(expected)}"
+            raise UserError(f"--lora: {file}: {name} {found}; it fits another base model")
         changes.setdefault(part, {}).setdefault(name, Change()).updates.append((scale, update))
     beside = file.with_name(FULL_FILE)
     if is_folder and beside.is_file():
         tensors, metadata = open_tensors(beside)
-        names = {f"{key}": tensor for key, tensor in tensors.items()}
-        for (part, name), tensor in place(f"--lora: {beside}", names, weights, end="").items():
+        for (part, name), tensor in place(f"--lora: {beside}", tensors, base, end="").items():
             tensor = in_torch_layout(name, tensor, metadata.get("format") == "pt")
-            if list(in_torch_layout(name, weights[part][name], base.is_torch(part)).shape) != list(tensor.shape):
+            if list(base.tensors(part)[name].shape) != list(tensor.shape):
                 raise UserError(f"--lora: {beside}: {name} has another shape in {part}; it fits another base model")
             changes.setdefault(part, {}).setdefault(name, Change()).full.append((scale, tensor))
     return len(updates)
 
 
-def place(file: str, layers: dict, weights: dict, end: str = ".weight") -> dict:
+def place(file: str, layers: dict, base: WholePipeline, end: str = ".weight") -> dict:
     """Find the tensors of a pipeline that a LoRA's layers change.
 
     Args:
@@ -128,8 +128,9 @@ def place(file: str, layers: dict, weights: dict, end: str = ".weight") -> dict:
     for component in dict.fromkeys(layer.partition(".")[0] for layer in layers):
         own = {name.partition(".")[2] + end: layers[name] for name in layers if name.partition(".")[0] == component}
         # Files call a transformer or a prior `unet`, too, so the names of their layers tell them apart.
-        names = [part for part in PARTS if PARTS[part] == component or {PARTS[part], component} <= set(NAMES)]
-        missing = {part: [name for name in own if name not in weights[part]] for part in names if part in weights}
+        fits = [part for part in PARTS if PARTS[part] == component or {PARTS[part], component} <= set(NAMES)]
+        parts = [part for part in fits if part in base.folders]
+        missing = {part: [name for name in own if name not in base.tensors(part)] for part in parts}
         if not missing:
             raise UserError(f"{file}: has layers of {component}, which the base does not have")
         part = min(missing, key=lambda part: len(missing[part]))
@@ -154,24 +155,17 @@ def write_merged(base: WholePipeline, changes: dict, target: Path) -> None:
             continue
         for file in base.weights(part).files:
             tensors, metadata = open_tensors(file)
-            new = {
-                name: merged(name, tensor, changes[part][name], is_torch)
-                for name, tensor in tensors.items()
-                if name in changes[part]
-            }
+            new = {name: merged(base, part, name, changes[part][name]) for name in tensors if name in changes[part]}
             if new:
                 write_tensors(target / part / parse_name(file.name).plain, {**tensors, **new}, metadata)
     shutil.copyfile(base.path / "model_index.json", target / "model_index.json")
 
 
-def merged(name: str, tensor, change: Change, is_torch: bool) -> Computed:
-    """A changed tensor, computed when it is written."""
-
-    def compute():
-        found = change.applied_to(as_array(in_torch_layout(name, tensor, is_torch)))
-        return found if is_torch or not is_matrix(name, tensor) else found.T
-
-    return Computed(tensor.dtype, tensor.shape, compute)
+def merged(base: WholePipeline, part: str, name: str, change: Change):
+    """A changed tensor in the layout of the base, computed when it is written."""
+    tensor = base.tensors(part)[name]
+    found = Computed(tensor.dtype, tensor.shape, lambda: change.applied_to(as_array(tensor)))
+    return in_torch_layout(name, found, base.is_torch(part))  # to transpose again is the way back
 
 
 class Difference:
@@ -187,24 +181,23 @@ class Difference:
         self.base, self.tuned, self.rank, self.targets = base, tuned, rank, targets
         self.updates, self.left_out, self.lost = {}, [], {}
         parts = [part for part in base.folders if base.weights(part) is not None]
-        missing = [part for part in parts if part not in tuned.folders]
-        if missing:
-            raise tuned._error(f"has no part {missing[0]!r}, which the base has")
         for part in parts:
-            self._compare(part)
+            if part in tuned.folders:
+                self._compare(part)
+            elif part in PARTS:
+                raise tuned._error(f"has no part {part!r}, which the base has")
+            else:
+                self.left_out.append(f"{part}, which is missing in --tuned")
         if not self.updates:
             raise tuned._error("has the same weights as the base in all layers that a LoRA can change")
 
     def _compare(self, part: str) -> None:
-        pairs = [
-            {name: in_torch_layout(name, tensor, folder.is_torch(part)) for name, tensor in found.items()}
-            for folder in (self.base, self.tuned)
-            for found in [folder.tensors_of(part)]
-        ]
-        one, other = pairs
-        for name in sorted({*one, *other} - {n for n in {*one, *other} if n.endswith("position_ids")}):
+        one, other = self.base.tensors(part), self.tuned.tensors(part)
+        for name in sorted({*one, *other}):
+            if name.endswith("position_ids"):  # torch's buffers
+                continue
             if name not in one or name not in other or list(one[name].shape) != list(other[name].shape):
-                raise self.tuned._error(f"has a {part} of another shape: {name} differs from the base's")
+                raise self.tuned._error(f"is of another model: {part} has another shape of {name} than the base's")
             if np.array_equal(as_array(one[name]), as_array(other[name])):
                 continue
             if part in PARTS and self._is_held(name, one[name]):
@@ -220,15 +213,14 @@ class Difference:
     def _add(self, layer: str, one, other) -> None:
         out, kernel = one.shape[0], list(one.shape[1:])
         rank = min(self.rank, out, math.prod(kernel))
+        shapes = [rank, *kernel], [out, rank, *[1] * (len(kernel) - 1)]
 
         def compute():
             change = as_array(other).astype(np.float64) - as_array(one).astype(np.float64)
             down, up, error = low_rank(change.reshape(out, -1), rank)
             self.lost[layer] = error / np.linalg.norm(change)
-            shapes = (rank, *kernel), (out, rank, *[1] * (len(kernel) - 1))
             return tuple(part.astype(np.float32).reshape(shape) for part, shape in zip((down, up), shapes))
 
-        shapes = [rank, *kernel], [out, rank, *[1] * (len(kernel) - 1)]
         if layer in self.updates:
             raise self.tuned._error("differs in two parts that a file of LoRA layers calls the same")
         self.updates[layer] = computed_later(*shapes, np.dtype(np.float32), compute)

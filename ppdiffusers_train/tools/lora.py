@@ -123,11 +123,10 @@ def merge(args) -> None:
 
     target = new_path(args.output)
     base, changes = WholePipeline(args.base, "--base", args.variant), {}
-    weights = base.tensors()
     for text in args.lora:
         path, scale = path_and_scale(text)
         file = find_lora(path, "--lora")
-        count = add_changes(changes, base, weights, file, scale, Path(path).is_dir())
+        count = add_changes(changes, base, file, scale, Path(path).is_dir())
         print(f"{file}: {count} layers, times {scale:g}")
     with writing("--output: the pipeline", target.parent, kind=UserError), atomic_folder(target) as folder:
         write_merged(base, changes, folder)
@@ -161,7 +160,7 @@ def resize(args) -> None:
 
         def compute(layer=layer, update=update):
             found, lost[layer] = resized(update, args.rank)
-            return found.down, found.up
+            return found.down.astype(dtype_of(update.stored_up)), found.up
 
         shapes = [args.rank, *update.stored_down.shape[1:]], [update.shape[0], args.rank, *update.stored_up.shape[2:]]
         alpha = None if update.alpha is None or args.rank < update.rank else update.scale * args.rank

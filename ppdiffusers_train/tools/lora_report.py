@@ -31,7 +31,7 @@ def report(file: Path, base=None) -> dict:
     updates = read_lora(file, pipeline.layers_per_block()) if pipeline else read_lora(file)
     if pipeline:
         changes = {}
-        add_changes(changes, pipeline, pipeline.tensors(), file, 1.0, is_folder=False)
+        add_changes(changes, pipeline, file, 1.0, is_folder=False)
     norms = {layer: norm_of(update) for layer, update in updates.items()}
     return {
         "file": str(file),

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppdiffusers_train.cli import main
+from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.lora_files import Update, read_lora, write_lora
 from ppdiffusers_train.models.lora_libraries import FILES
 from ppdiffusers_train.models.lora_names import WORDS, from_kohya_name, kohya_name
@@ -133,6 +134,51 @@ def test_kohya_names_can_be_read_back(words):
         return
     back = from_kohya_name("file", name)
     assert back.replace(".", "_") == layer.replace(".", "_")
+
+
+shapes = st.lists(st.integers(0, 3), max_size=5)
+
+
+@given(shapes, shapes, shapes, st.sampled_from(["lora_unet_mid_block_attentions_0_proj_in", LAYERS[0]]), st.booleans())
+def test_any_shapes_give_an_update_or_a_line(tmp_path_factory, down, up, alpha, layer, is_kohya):
+    file = tmp_path_factory.getbasetemp() / "any.safetensors"
+    names = ("lora_down", "lora_up") if is_kohya else ("lora_A", "lora_B")
+    arrays = {f"{layer}.{name}.weight": np.ones(shape, "float32") for name, shape in zip(names, (down, up))}
+    write_tensors(file, {**arrays, f"{layer}.alpha": np.ones(alpha, "float32")}, {})
+    try:
+        (update,) = read_lora(file).values()
+    except UserError as error:
+        assert "no rank in common" in str(error) or "expected a number" in str(error)
+        return
+    assert update.down.shape[0] == update.up.shape[1] == update.rank > 0 and update.alpha == 1
+
+
+@pytest.mark.parametrize(
+    "key, layer",
+    {
+        "base_model.model.conv_in.lora_A.weight": "unet.conv_in",
+        "base_model.model.mid_block.attentions.0.to_q.lora_A.default.weight": "unet.mid_block.attentions.0.to_q",
+        "transformer_blocks.3.attn.add_q_proj.lora_A.weight": "transformer.transformer_blocks.3.attn.add_q_proj",
+        "unet.mid_block.attn1.processor.to_out_lora.down.weight": "unet.mid_block.attn1.to_out.0",
+        "text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.down.weight": LAYERS[3].replace("3", "0"),
+        "text_model.encoder.layers.3.self_attn.q_proj.lora_linear_layer.down.weight": LAYERS[3],
+        "prior.transformer_blocks.0.attn1.to_q.lora.down.weight": "unet.transformer_blocks.0.attn1.to_q",
+        "lora_unet_time_embed_2.lora_down.weight": "unet.time_embedding.linear_2",
+    }.items(),
+)
+def test_each_way_to_name_a_layer_is_read(tmp_path, key, layer):
+    back = key.replace("lora_A", "lora_B").replace("down", "up")
+    write_tensors(tmp_path / "a.safetensors", {key: np.ones((2, 5), "f"), back: np.ones((7, 2), "f")}, {})
+    assert list(read_lora(tmp_path / "a.safetensors")) == [layer]
+
+
+def test_ranks_that_differ_are_padded_for_diffusers(tmp_path):
+    updates = {LAYERS[0]: lora(3.0)[LAYERS[0]], CONV: lora(3.0, rank=4)[CONV]}
+    for name in FILES:
+        write_lora(tmp_path / name, updates, name)
+        found = read_lora(tmp_path / name)
+        assert_same_effect(found, updates)
+        assert {update.rank for update in found.values()} == ({4} if name == "diffusers" else {2, 4})
 
 
 def test_mistakes_get_one_line_and_status_two(tmp_path, capsys):

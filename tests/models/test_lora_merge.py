@@ -5,6 +5,7 @@ import ppdiffusers_train  # noqa: F401
 import json
 import os
 import shutil
+import tracemalloc
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -20,7 +21,7 @@ from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders
 from ppdiffusers_train.models.lora import load_lora
 from ppdiffusers_train.models.lora_files import Update, read_lora, write_lora
 from ppdiffusers_train.models.lora_libraries import FILES
-from ppdiffusers_train.models.lora_merge import WholePipeline, in_torch_layout
+from ppdiffusers_train.models.lora_merge import WholePipeline
 from ppdiffusers_train.models.lora_svd import low_rank, matrix_of, norm_of, resized
 from ppdiffusers_train.models.sd3 import SD3Folder
 from ppdiffusers_train.models.sdxl import SDXLFolder
@@ -74,8 +75,7 @@ def model_of(folder, part):
 def matrices_of(folder, part):
     """{layer: matrix or kernel in torch's layout}."""
     pipeline = WholePipeline(folder, "")
-    found = {n: in_torch_layout(n, t, pipeline.is_torch(part)) for n, t in pipeline.tensors_of(part).items()}
-    return {name: as_array(tensor) for name, tensor in found.items()}
+    return {name: as_array(tensor) for name, tensor in pipeline.tensors(part).items()}
 
 
 def random_lora(folder, family, file, library="ppdiffusers", rank=3, alpha=6.0, seed=0, size=0.1):
@@ -328,6 +328,31 @@ def test_a_full_disk_ends_a_merge_in_one_line(bases, tmp_path, capsys):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_merge_needs_memory_for_one_tensor(tmp_path):
+    """20 tensors of 4 MB, with a LoRA on each."""
+    size, count, (base, lora) = 1000, 20, (tmp_path / "base", tmp_path / "lora.safetensors")
+    (base / "unet").mkdir(parents=True)
+    (base / "unet" / "config.json").write_text("{}")
+    (base / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DConditionModel"]}))
+    names = [f"down_blocks.{number}.attentions.0.proj_in" for number in range(count)]
+    matrix = np.random.default_rng(0).standard_normal((size, size)).astype("float32")
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    write_tensors(file, {f"{name}.weight": matrix for name in names}, {"format": "pt"})
+    update = Update(matrix[:8], matrix[:, :8])
+    write_lora(lora, {f"unet.{name}": update for name in names}, "diffusers")
+    tracemalloc.start()
+    merged = merge(base, tmp_path / "merged", lora)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * matrix.nbytes, f"{peak / matrix.nbytes:.1f} tensors"
+    assert np.allclose(matrices_of(merged, "unet")[f"{names[-1]}.weight"], matrix + matrix_of(update), rtol=1e-5)
+    half = shutil.copytree(base, tmp_path / "half")
+    cast_files(half, "float16")
+    with pytest.raises(SystemExit):
+        merge(half, tmp_path / "overflow", f"{lora}:1e6")
+    assert not (tmp_path / "overflow").exists()
+
+
 def test_mistakes_get_one_line_and_leave_nothing(bases, tmp_path, capsys):
     lora = random_lora(bases["sdxl"], "sdxl", tmp_path / "lora.safetensors")
     wide = {"unet.mid_block.attentions.0.proj_in": Update(np.ones((1, 3), "float32"), np.ones((3, 1), "float32"))}
@@ -343,7 +368,7 @@ def test_mistakes_get_one_line_and_leave_nothing(bases, tmp_path, capsys):
         ("merge", "--base", base, "--lora", f"{lora}:half", "--output", new): "cannot be read as safetensors",
         ("merge", "--base", there, "--lora", str(lora), "--output", new): "it has no model_index.json",
         ("extract", "--base", base, "--tuned", base, "--rank=2", "--output", new): "has the same weights as the base",
-        ("extract", "--base", base, "--tuned", other, "--rank=2", "--output", new): "which the base has",
+        ("extract", "--base", base, "--tuned", other, "--rank=2", "--output", new): "is of another model",
         ("resize", there, "--rank=2", "--output", new): "PATH: ",
         ("resize", str(lora), "--rank=2", "--output", there): "exists; expected a new folder",
         ("inspect", str(lora), "--base", other): "which prior of the base does not have",
