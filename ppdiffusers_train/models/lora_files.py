@@ -81,8 +81,10 @@ def find_lora(path, flag: str) -> Path:
         UserError: there is none in the folder.
     """
     path = Path(path)
-    if not path.is_dir():
+    if path.is_file():
         return path
+    if not path.exists():
+        raise UserError(f"{flag}: {str(path)!r} does not exist; expected a LoRA's file or its folder")
     known = [*FILES.values(), PEFT_FILE]
     found = [path / name for name in known if (path / name).is_file()]
     if not found:

@@ -199,7 +199,7 @@ def test_mistakes_get_one_line_and_status_two(tmp_path, capsys):
     ok = tmp_path / "ok"
     cases = {
         (tmp_path / "empty", "kohya", tmp_path): "has none of paddle_lora_weights.safetensors, pytorch_lora",
-        (tmp_path / "missing.safetensors", "kohya", tmp_path): "missing.safetensors: cannot be read as safetensors",
+        (tmp_path / "missing.safetensors", "kohya", tmp_path): "missing.safetensors' does not exist; expected a LoRA",
         (tmp_path / "text.safetensors", "kohya", tmp_path): "text.safetensors: cannot be read as safetensors",
         (tmp_path / "model.safetensors", "kohya", tmp_path): "conv_in.weight is no part of a LoRA",
         (tmp_path / "half.safetensors", "kohya", tmp_path): "to_q has no up matrix",

@@ -83,6 +83,7 @@ def test_the_first_loss_is_the_last_of_the_run_before(builder_of, name, tmp_path
         assert ("rank 4 -> 7, padded with zeros" in said) == (library == "kohya")
 
 
+@pytest.mark.once
 def test_padded_rows_can_learn_and_a_lower_rank_is_the_nearest(builder_of, tmp_path):
     build = builder_of("decoder_lora")
     before = randomized(build(*RANK))
@@ -105,6 +106,7 @@ def test_padded_rows_can_learn_and_a_lower_rank_is_the_nearest(builder_of, tmp_p
         assert error == pytest.approx(discarded, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.once
 def test_what_the_file_lacks_and_what_the_run_does_not_train_is_said(builder_of, build_sdxl_module, tmp_path):
     randomized(builder_of("lora_sdxl")(*RANK)).save_pretrained(str(tmp_path))
     more = build_sdxl_module(
@@ -123,6 +125,7 @@ def test_what_the_file_lacks_and_what_the_run_does_not_train_is_said(builder_of,
         initialized(fewer)
 
 
+@pytest.mark.once
 def test_files_of_other_models_are_refused(builder_of, tmp_path):
     build = builder_of("decoder_lora")
     layer = "unet.mid_block.attentions.0.to_q"

@@ -30,6 +30,8 @@ from ppdiffusers_train.tensor_files import as_array, cast_files, open_tensors, r
 from tests.conftest import last_error, no_file_above, same
 from tests.distributed.kill_harness import end, start
 
+pytestmark = pytest.mark.once  # files, but for `load_lora`, which test_lora_init.py tries, too
+
 # {family: (part, what files call it, ends of its layers)}
 FAMILIES = {
     "sd": ("unet", "unet", ("to_k", "to_out.0", "proj_in", "conv1", "downsamplers.0.conv")),
@@ -291,7 +293,6 @@ def test_inspect_tells_what_a_file_is(bases, train, tmp_path, capsys):
         )
 
 
-@pytest.mark.once
 def test_a_kill_during_a_merge_leaves_nothing_half_done(bases, tmp_path):
     """It is killed at any time after the folder is begun; the same command then writes it whole."""
     lora, target = random_lora(bases["sdxl"], "sdxl", tmp_path / "lora.safetensors"), tmp_path / "out" / "merged"
@@ -365,7 +366,7 @@ def test_mistakes_get_one_line_and_leave_nothing(bases, tmp_path, capsys):
         ("merge", "--base", other, "--lora", str(lora), "--output", new): "which prior of the base does not have",
         ("merge", "--base", base, "--lora", str(tmp_path / "wide.safetensors"), "--output", new): "fits another base",
         ("merge", "--base", base, "--lora", f"{lora}:nan", "--output", new): "expected a finite number",
-        ("merge", "--base", base, "--lora", f"{lora}:half", "--output", new): "cannot be read as safetensors",
+        ("merge", "--base", base, "--lora", f"{lora}:half", "--output", new): "half' does not exist; expected a LoRA",
         ("merge", "--base", there, "--lora", str(lora), "--output", new): "it has no model_index.json",
         ("extract", "--base", base, "--tuned", base, "--rank=2", "--output", new): "has the same weights as the base",
         ("extract", "--base", base, "--tuned", other, "--rank=2", "--output", new): "is of another model",
