@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.models.lora_libraries import FILES, PEFT_CONFIG, PEFT_FILE
+from ppdiffusers_train.models.lora_libraries import FILES, OTHER_FILES, PEFT_CONFIG, PEFT_STEM
 from ppdiffusers_train.models.lora_names import (
     LAYERS_PER_BLOCK,
     NAMES,
@@ -85,7 +85,7 @@ def find_lora(path, flag: str) -> Path:
         return path
     if not path.exists():
         raise UserError(f"{flag}: {str(path)!r} does not exist; expected a LoRA's file or its folder")
-    known = [*FILES.values(), PEFT_FILE]
+    known = [*FILES.values(), *OTHER_FILES]
     found = [path / name for name in known if (path / name).is_file()]
     if not found:
         raise UserError(f"{flag}: {str(path)!r} has none of {', '.join(known)}; name the file itself")
@@ -214,7 +214,7 @@ def adapter_config(file, metadata: dict, is_peft: bool) -> dict:
         UserError: it cannot be read, or is not of a plain LoRA.
     """
     beside = Path(file).with_name(PEFT_CONFIG)
-    is_peft = is_peft or Path(file).name == PEFT_FILE
+    is_peft = is_peft or Path(file).stem == PEFT_STEM
     try:
         if ADAPTER_METADATA in metadata:
             config = json.loads(metadata[ADAPTER_METADATA])

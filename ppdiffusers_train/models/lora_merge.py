@@ -3,6 +3,7 @@
 Models are not built: folders are read and written as files, so the host holds one tensor of a model, whatever its size.
 """
 
+import importlib
 import math
 import shutil
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from ppdiffusers_train.models.lora_init import FULL_FILE
 from ppdiffusers_train.models.lora_names import LAYERS_PER_BLOCK, NAMES
 from ppdiffusers_train.models.lora_svd import computed_later, low_rank, matrix_of
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder
-from ppdiffusers_train.models.weight_files import parse_name
+from ppdiffusers_train.models.weight_files import find_weights
 from ppdiffusers_train.tensor_files import Computed, Converted, as_array, open_tensors, write_tensors
 
 # Parts of pipelines that LoRAs are trained on, and what files call them.
@@ -33,7 +34,7 @@ class WholePipeline(PipelineFolder):
 
     def __init__(self, name_or_path, flag, variant=None):
         self._tensors = {}
-        super().__init__(name_or_path, flag, [], variant=variant)
+        super().__init__(name_or_path, flag, [])
         entries = {name: entry for name, entry in self.index().items() if isinstance(entry, list) and entry[0]}
         super().__init__(name_or_path, flag, list(entries), variant=variant)
 
@@ -41,11 +42,15 @@ class WholePipeline(PipelineFolder):
         """{name: tensor} of a part, in torch's layout; {} if it has no weights."""
         if part not in self._tensors:
             files = self.weights(part)
-            if files is not None and files.is_pickled:
-                raise self._error(f"has pickled weights in {part}/; expected safetensors")
             found = files.tensors() if files else {}
             self._tensors[part] = {name: in_torch_layout(name, found[name], self.is_torch(part)) for name in found}
         return self._tensors[part]
+
+    def part_class(self, part: str):
+        """The class that the pipeline's model_index.json gives a part; None if ppdiffusers has no such class."""
+        name = self.index()[part][1]
+        modules = map(importlib.import_module, ("ppdiffusers", "ppdiffusers.transformers"))
+        return next(filter(None, (getattr(module, name, None) for module in modules)), None)
 
     def layers_per_block(self) -> int:
         """That of its UNet; the usual number where it has none."""
@@ -149,23 +154,21 @@ def write_merged(base: WholePipeline, changes: dict, target: Path) -> None:
         target: an empty folder. Files that do not change are hard links where the disk allows.
     """
     for part in base.folders:
-        is_torch = base.is_torch(part)
-        base.export(part, None, target / part, "diffusers" if is_torch else "ppdiffusers")
-        if part not in changes:
-            continue
-        for file in base.weights(part).files:
+        is_torch, changed = base.is_torch(part), changes.get(part, {})
+        base.export(part, base.part_class(part), target / part, "diffusers" if is_torch else "ppdiffusers")
+        for file in find_weights(target / part).files if changed else ():
             tensors, metadata = open_tensors(file)
-            new = {name: merged(base, part, name, changes[part][name]) for name in tensors if name in changes[part]}
+            new = {name: merged(name, tensors[name], changed[name], is_torch) for name in tensors if name in changed}
             if new:
-                write_tensors(target / part / parse_name(file.name).plain, {**tensors, **new}, metadata)
+                write_tensors(file, {**tensors, **new}, metadata)
     shutil.copyfile(base.path / "model_index.json", target / "model_index.json")
 
 
-def merged(base: WholePipeline, part: str, name: str, change: Change):
+def merged(name: str, tensor, change: Change, is_torch: bool):
     """A changed tensor in the layout of the base, computed when it is written."""
-    tensor = base.tensors(part)[name]
-    found = Computed(tensor.dtype, tensor.shape, lambda: change.applied_to(as_array(tensor)))
-    return in_torch_layout(name, found, base.is_torch(part))  # to transpose again is the way back
+    found = in_torch_layout(name, tensor, is_torch)
+    changed = Computed(found.dtype, found.shape, lambda: change.applied_to(as_array(found)))
+    return in_torch_layout(name, changed, is_torch)  # to transpose again is the way back
 
 
 class Difference:
