@@ -1,4 +1,4 @@
-"""ppdiffusers-train: commands around training: check, pack and preview data, launch runs, convert LoRAs, try a demo.
+"""ppdiffusers-train: commands around training: check, pack and preview data, launch runs, work with LoRAs, try a demo.
 
 ppdiffusers-train examples my-training
 ppdiffusers-train check my-photos
@@ -6,6 +6,7 @@ ppdiffusers-train preview train_text_to_image_sdxl.py --pretrained_model_name_or
 ppdiffusers-train pack my-photos shards --shard_size 500MB
 ppdiffusers-train launch --gpus 0,1 train_text_to_image_sdxl.py --train_data_dir my-photos --output_dir my-sdxl
 ppdiffusers-train cache my-sdxl/encoded --train_data_dir my-photos
+ppdiffusers-train lora merge --base sdxl --lora my-lora:0.8 --output my-sdxl
 ppdiffusers-train convert-lora my-lora --to diffusers --output my-lora-for-torch
 ppdiffusers-train toy-data shapes --count 1000 --size 32
 ppdiffusers-train demo --job lcm-lora
@@ -18,22 +19,20 @@ import contextlib
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from ppdiffusers_train.arguments.parser import (
     ArgumentParser,
     CommandParser,
     byte_size,
-    non_negative_float,
     positive_int,
     repeats,
 )
-from ppdiffusers_train.errors import UserError, one_line, one_line_errors, writing
-from ppdiffusers_train.models.lora_libraries import FILES
+from ppdiffusers_train.errors import UserError, one_line, one_line_errors
 from ppdiffusers_train.tools.cache import add_cache_command
 from ppdiffusers_train.tools.examples import add_examples_command
 from ppdiffusers_train.tools.launch import add_launch_command
+from ppdiffusers_train.tools.lora import add_lora_command
 from ppdiffusers_train.tools.source_flags import FLAGS, add_source_flags
 from ppdiffusers_train.toy.commands import add_toy_commands
 
@@ -100,28 +99,6 @@ def preview_training(args) -> int:
         text, status = preview(args.command)
     print(printable(text))
     return status
-
-
-def convert_lora(args) -> None:
-    """Rewrite a LoRA's file for another library."""
-    from ppdiffusers_train.models.lora_files import read_lora, scaled, write_lora
-
-    source = Path(args.source)
-    if source.is_dir():
-        found = [source / name for name in FILES.values() if (source / name).is_file()]
-        if not found:
-            raise UserError(f"{args.source!r} has none of {', '.join(FILES.values())}; name the file itself")
-        source = found[0]
-    target = Path(args.output)
-    if target.suffix != ".safetensors":
-        target = target / FILES[args.to]
-    if target.exists() and target.samefile(source):
-        raise UserError(f"--output: {str(target)!r} is the file that is read; expected another one")
-    updates = {layer: replace(update, up=scaled(update.up, args.scale)) for layer, update in read_lora(source).items()}
-    with writing("--output: the LoRA", target.parent, kind=UserError):
-        write_lora(target, updates, args.to)
-    ranks = sorted({update.rank for update in updates.values()})
-    print(f"{target}: {len(updates)} layers of rank {', '.join(map(str, ranks))}, for {args.to}")
 
 
 def stdout_for_result(json_wanted: bool):
@@ -226,19 +203,7 @@ def build_parser():
 
     add_cache_command(commands)
 
-    command = commands.add_parser(
-        "convert-lora", help="rewrite a LoRA's file for another library",
-        description="Rewrite a LoRA's file for another library.",
-    )  # fmt: skip
-    add = command.add_argument
-    add("source", metavar="SOURCE", help="Read this LoRA file, or its folder, from a LoRA script or another trainer.")
-    add("--to", choices=FILES, required=True, help="Write for this library; kohya is for ComfyUI and WebUIs.")
-    add(
-        "--output", required=True, metavar="PATH",
-        help="Write to this folder, or to this file that ends in .safetensors.",
-    )  # fmt: skip
-    add("--scale", type=non_negative_float, default=1.0, help="Multiply the LoRA's updates by this factor.")
-    command.set_defaults(run=convert_lora)
+    add_lora_command(commands)
 
     add_toy_commands(commands)
     return parser

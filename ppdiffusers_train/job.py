@@ -7,7 +7,7 @@ import contextlib
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.errors import UserError, one_line_errors
 from ppdiffusers_train.loop.run import resolve_run
-from ppdiffusers_train.models.lora import add_lora, load_lora_weights, save_lora, save_lora_weights
+from ppdiffusers_train.models.lora import add_lora, initialize_lora, load_lora_weights, save_lora, save_lora_weights
 from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.training import index_dataset, train_job
@@ -89,14 +89,24 @@ class LoRATraining:
         args = self.args
         add_lora(model, targets, args.lora_rank, args.lora_alpha, args.lora_dropout, args.seed or 0)
 
+    @property
+    def save_formats(self):
+        return self.lora_formats or (self.args.save_format,)
+
+    def initialize(self, log):
+        if not self.args.init_lora:
+            return super().initialize(log)
+        args, model = self.args, getattr(self, self.trained)
+        return {"--init_lora": initialize_lora(args.init_lora, model, args.lora_target_modules, log, **self.adapted)}
+
     def save_weights(self, directory):
-        save_lora_weights(getattr(self, self.trained), directory, **self.adapted)
+        save_lora_weights(getattr(self, self.trained), directory, self.save_formats, **self.adapted)
 
     def load_weights(self, directory):
         load_lora_weights(getattr(self, self.trained), directory, **self.adapted)
 
     def save_pretrained(self, directory):
-        for library in self.lora_formats or (self.args.save_format,):
+        for library in self.save_formats:
             save_lora(getattr(self, self.trained), directory, library, **self.adapted)
 
     def card_data(self):

@@ -98,6 +98,17 @@ class DiffusionTrainingModule(nn.Layer):
     def inspect_dataset(self, dataset):
         """Called once before training, to print what is unusual about the data. Does nothing by default."""
 
+    def initialize(self, log):
+        """Called once before training, when it is known what is trained: sets initial values that flags ask for. A
+        checkpoint that the run resumes from replaces them.
+
+        Args:
+            log: prints a line.
+        Returns:
+            {flag: hash of the file that it names}.
+        """
+        return {}
+
     def after_step(self):
         """Called once after each optimizer step."""
 

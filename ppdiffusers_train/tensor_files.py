@@ -57,6 +57,17 @@ class Converted:
         return array.T if self.transposed else array
 
 
+class Computed:
+    """A tensor that is computed when it is fetched.
+
+    Args:
+        compute: returns the array, of the given dtype and shape.
+    """
+
+    def __init__(self, dtype: np.dtype, shape, compute):
+        self.dtype, self.shape, self.numpy = dtype, list(shape), compute
+
+
 def open_tensors(file) -> tuple:
     """`({name: Stored}, metadata)` of a safetensors file, of which only the header is read.
 

@@ -24,7 +24,7 @@ from ppdiffusers_train.loop.filling import encode_dataset
 from ppdiffusers_train.loop.identity import job_code, public_arguments, public_command, run_identity, versions
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.reports import open_reports
-from ppdiffusers_train.loop.resume_rules import base_weights, describe_changes, refuse_mixture
+from ppdiffusers_train.loop.resume_rules import base_weights, describe_changes, refuse_mixture, weights_named
 from ppdiffusers_train.loop.run import Run, choose_again, notices, refuse_fewer_steps, resolve_run
 from ppdiffusers_train.loop.saving import (
     checkpoint_before_bad_sample,
@@ -122,12 +122,13 @@ def make_plan(module, dataset, run: Run) -> Plan:
     if args.dry_run or not args.encoded_cache_dir:
         module.load_rest()
     digests = {} if args.dry_run else {**model_digests(module), **stored_digests(module, index_folder(args))}
+    for pattern, size in choose_trainable(module, args.trainable_modules).items():
+        run.log(f"--trainable_modules: {pattern}, {size:,} parameters, trained in full")
+    digests |= initial_weights(module, run)
     if run.ranks.world_size > 1 and not args.dry_run:
         agree(run.ranks, job_code(module))
         agree_on_data(dataset, run.ranks)
         agree(run.ranks, digests)
-    for pattern, size in choose_trainable(module, args.trainable_modules).items():
-        run.log(f"--trainable_modules: {pattern}, {size:,} parameters, trained in full")
     identity = run_identity(module, dataset, args, run.saved, run.samples_per_step)
     refuse_mixture(run.checkpoint, run.saved, public_arguments(args), base_weights(digests))
     order = order_samples(module, dataset, identity["seed"], run.samples_per_step, run.log)
@@ -144,9 +145,17 @@ def make_plan(module, dataset, run: Run) -> Plan:
         "arguments": public_arguments(args),
         "command": public_command(args),
         "versions": versions(),
-        "weights": base_weights(digests),
+        "weights": {**run.saved.get("weights", {}), **base_weights(digests)},
     }
     return Plan(run, module, dataset, order, total_steps, steps_per_epoch, info)
+
+
+def initial_weights(module, run: Run) -> dict:
+    """Set the initial values that flags ask for; returns the hashes of their files, named as ranks compare them."""
+    found = module.initialize((lambda line: None) if run.checkpoint else run.log)
+    for flag in found if run.checkpoint else ():
+        run.log(f"{flag}: the file is only compared, because the weights are those of the checkpoint")
+    return weights_named(found)
 
 
 def build_state(plan: Plan) -> TrainingState:

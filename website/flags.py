@@ -93,14 +93,19 @@ def script_parsers():
 
 
 def command_parsers():
-    """{name: parser} of the commands of `ppdiffusers-train`."""
-    return commands().choices
+    """{name: parser} of the commands of `ppdiffusers-train`; a command that consists of others is not in it."""
+    return {name: parser for name, (parser, _) in commands(cli.build_parser()).items()}
 
 
-def commands():
-    """argparse's list of the commands of `ppdiffusers-train`."""
-    actions = cli.build_parser()._actions
-    return next(action for action in actions if isinstance(action, argparse._SubParsersAction))
+def commands(parser, before=""):
+    """{name: (parser, the sentence about it in the list of commands)} of a parser's commands and theirs."""
+    found = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            helps = {choice.dest: choice.help for choice in action._choices_actions}
+            for name, own in action.choices.items():
+                found |= commands(own, f"{before}{name} ") or {f"{before}{name}": (own, helps[name])}
+    return found
 
 
 def default_of(action):
@@ -142,7 +147,7 @@ def sentences():
 
 def summary_of(command):
     """The sentence about a command in the list of commands."""
-    (text,) = [choice.help for choice in commands()._choices_actions if choice.dest == command]
+    _, text = commands(cli.build_parser())[command]
     return text[0].upper() + text[1:] + "."
 
 

@@ -233,6 +233,10 @@ def add_lora_arguments(parser, targets, rank=4, **defaults):
         "--lora_target_modules", default=targets, metavar="NAMES",
         help="Add LoRA to the layers whose names end like this; separate several ends by commas.",
     )  # fmt: skip
+    group.add_argument(
+        "--init_lora", metavar="PATH",
+        help="Start from the LoRA of this file or folder; without it, training starts at the base model.",
+    )  # fmt: skip
     return group
 
 

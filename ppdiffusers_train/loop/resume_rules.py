@@ -32,7 +32,7 @@ FREE = {
     *("train_shards_path_or_url", "caption_column", "caption", "caption_separator", "repeats"),
     *("max_train_samples", "stream_lanes", "seed", "revision", "teacher_revision", "variant"),
     *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "pretrained_teacher_model"),
-    *("pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path"),
+    *("pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path", "init_lora"),
     # `TrainingState.load_weights` compares these with what is in the checkpoint.
     *("use_ema", "use_8bit_adam"),
     # Where and how fast the run computes.
@@ -48,10 +48,17 @@ FREE = {
 }
 
 
+WEIGHTS = "weights of "  # how the names begin under which ranks compare weights
+
+
 def base_weights(digests: dict) -> dict:
-    """{model: hash of its weights at the start of a run}, taken from the result of `agreement.model_digests`."""
-    start = "weights of "
-    return {name.removeprefix(start): digest for name, digest in digests.items() if name.startswith(start)}
+    """{model or flag: hash of the weights at the start of a run}, taken from what ranks compare."""
+    return {name.removeprefix(WEIGHTS): digest for name, digest in digests.items() if name.startswith(WEIGHTS)}
+
+
+def weights_named(digests: dict) -> dict:
+    """The reverse of `base_weights`."""
+    return {f"{WEIGHTS}{name}": digest for name, digest in digests.items()}
 
 
 def changed_flags(saved: dict, arguments: dict) -> dict:
@@ -80,7 +87,7 @@ def refuse_mixture(checkpoint, saved: dict, arguments: dict, weights: dict) -> N
         if weights.get(name, digest) != digest:
             raise UserError(
                 f"--resume_from_checkpoint: {checkpoint} was trained from other weights of {name}; expected the same "
-                "base model, or a new run in another folder"
+                "ones, or a new run in another folder"
             )
 
 

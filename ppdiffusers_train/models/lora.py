@@ -15,11 +15,12 @@ from ppdiffusers.models.lora import LoRACompatibleConv, LoRACompatibleLinear, Lo
 
 from ppdiffusers_train.draws import generator
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.models.lora_files import Update, read_lora, write_lora
+from ppdiffusers_train.models.lora_files import Update, write_lora
+from ppdiffusers_train.models.lora_init import FULL_FILE, LoRASource, initialize, set_values
 from ppdiffusers_train.models.lora_libraries import FILES
 from ppdiffusers_train.models.weights import linear_weights, require_same_shapes, set_tensors
 from ppdiffusers_train.module import freeze, is_lora
-from ppdiffusers_train.tensor_files import Converted, dtype_of, open_tensors, read_tensors, write_tensors
+from ppdiffusers_train.tensor_files import Converted, dtype_of, open_tensors, write_tensors
 
 ATTENTION_TARGETS = "to_q,to_k,to_v,to_out.0"
 ADDED_ATTENTION_TARGETS = f"{ATTENTION_TARGETS},add_k_proj,add_v_proj"  # the added ones process the image embedding
@@ -31,7 +32,6 @@ UNET_TARGETS = (
     "upsamplers.0.conv,time_emb_proj"
 )
 PARAMETERS_FILE = "lora_parameters.safetensors"
-FULL_FILE = "trainable_modules.safetensors"
 
 
 def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, seed: int = 0) -> None:
@@ -63,12 +63,7 @@ def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, s
     for name, layer in layers.items():
         if not any(is_target(name, target) for target in wanted):
             continue
-        if isinstance(layer, paddle.nn.Linear):
-            lora = LoRALinearLayer(*layer.weight.shape, rank, scale)
-        else:
-            lora = LoRAConv2dLayer(
-                layer._in_channels, layer._out_channels, rank, layer._kernel_size, layer._stride, layer._padding, scale
-            )
+        lora = new_lora(layer, rank, scale)
         shape = lora.down.weight.shape
         initial = generator(seed, 0, f"lora {name}").standard_normal(shape, dtype=np.float32) / rank
         lora.down.weight.set_value(initial)
@@ -78,13 +73,32 @@ def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, s
         set_lora(layer, lora)
 
 
+def new_lora(layer, rank: int, alpha=None):
+    """A LoRA layer for a linear layer or a convolution."""
+    if isinstance(layer, paddle.nn.Linear):
+        return LoRALinearLayer(*layer.weight.shape, rank, alpha)
+    return LoRAConv2dLayer(
+        layer._in_channels, layer._out_channels, rank, layer._kernel_size, layer._stride, layer._padding, alpha
+    )
+
+
 def set_lora(layer, lora) -> None:
     """Let a layer add its LoRA layer's output: by its own code where it has some, else by a hook."""
     if hasattr(layer, "set_lora_layer"):
+        if isinstance(layer, LoRACompatibleConv) and layer.lora_layer is None:
+            layer.register_forward_pre_hook(without_foreign_scale)
         layer.set_lora_layer(lora)
-    else:
-        layer.lora_layer = lora
+        return
+    has_hook = hasattr(layer, "lora_layer")
+    layer.lora_layer = lora
+    if not has_hook:
         layer.register_forward_post_hook(lambda layer, inputs, output: output + layer.lora_layer(inputs[0]))
+
+
+def without_foreign_scale(layer, inputs):
+    """The inputs of a convolution without the time embedding's scale, which residual blocks of ppdiffusers 0.29.0 pass
+    in the place of LoRA's where they scale and shift by the time, as Kandinsky's decoder does."""
+    return inputs[:1] if len(inputs) > 1 and isinstance(inputs[1], paddle.Tensor) else inputs
 
 
 def is_target(name: str, target: str) -> bool:
@@ -168,9 +182,10 @@ def save_lora(model, directory, save_format: str, **text_encoders) -> None:
         write_tensors(Path(directory) / FULL_FILE, full, metadata)
 
 
-def save_lora_weights(model, directory, **text_encoders) -> None:
-    """What a checkpoint holds: the file to load for inference, and the parameters as they are, to resume from."""
-    save_lora(model, directory, "ppdiffusers", **text_encoders)
+def save_lora_weights(model, directory, save_formats=("ppdiffusers",), **text_encoders) -> None:
+    """What a checkpoint holds: the files to load for inference, and the parameters as they are, to resume from."""
+    for library in save_formats:
+        save_lora(model, directory, library, **text_encoders)
     parameters = trainable_parameters(model, **text_encoders)
     write_tensors(Path(directory) / PARAMETERS_FILE, parameters, {"format": "pd"})
 
@@ -187,23 +202,56 @@ def load_lora_weights(model, directory, **text_encoders) -> None:
     set_tensors(own, saved)
 
 
-@paddle.no_grad()
-def load_lora(transformer, directory) -> None:
-    """Load a result's LoRA layers, and the parameters that were trained in full, into a pipeline's transformer.
+def initialize_lora(path, model, targets: str, log, **text_encoders) -> str:
+    """Start a run's LoRA layers, and what it trains in full beside them, from a file, so that they compute the same.
 
-    `StableDiffusion3Pipeline.load_lora_weights` of ppdiffusers 0.29.0 does so only with `USE_PEFT_BACKEND=True` in the
-    environment, and then fails with Paddle 3, whose `ParameterDict` has no `keys`.
+    Args:
+        path: the file or its folder. targets: `--lora_target_modules`. log: prints a line.
+    Returns:
+        a hash of the file.
+    Raises:
+        UserError: it cannot be read, is of another model, or holds more than the run trains.
     """
-    layers, file = dict(transformer.named_sublayers()), Path(directory) / FILES["ppdiffusers"]
-    for name, update in read_lora(file).items():
-        lora = LoRALinearLayer(update.down.shape[1], update.up.shape[0], update.rank)
-        lora.down.weight.set_value(update.down.T)
-        lora.up.weight.set_value(update.up.T * update.scale)
-        set_lora(layers[name.removeprefix("transformer.")], lora)
-    if (Path(directory) / FULL_FILE).is_file():
-        own = transformer.state_dict()
-        for name, array in read_tensors(Path(directory) / FULL_FILE)[0].items():
-            own[name.removeprefix("transformer.")].set_value(array)
+    source = LoRASource(path, "--init_lora", model, text_encoders)
+    models = {"": model, **text_encoders}
+    layers = {name: lora_layers(part) for name, part in models.items()}
+    initialize(source, layers, {name: full_parameters(part) for name, part in models.items()}, targets, log)
+    return source.digest()
+
+
+@paddle.no_grad()
+def load_lora(model, path, **text_encoders) -> None:
+    """Load a LoRA, and the parameters that were trained in full beside it, into the models of a pipeline.
+
+    It reads all that LoRA scripts write, and files of other trainers, into all families: `load_lora(pipe.unet, path)`,
+    `pipe.prior_prior` or `pipe.transformer`. The pipelines' own methods of ppdiffusers 0.29.0 do not read the second
+    file; `StableDiffusion3Pipeline.load_lora_weights` works only with `USE_PEFT_BACKEND=True` in the environment, and
+    then fails with Paddle 3, whose `ParameterDict` has no `keys`.
+
+    Args:
+        path: a result, a checkpoint, or a file.
+        text_encoders: `text_encoder=pipe.text_encoder` if it has layers there.
+    Raises:
+        UserError: it cannot be read, or has layers that the models do not have.
+    """
+    source = LoRASource(path, "load_lora", model, text_encoders)
+    chosen = {}
+    for component, updates in source.by_model().items():
+        if component not in source.models:
+            raise source.error(f"has layers of {component}; expected {component}=pipe.{component}, too")
+        own = dict(source.models[component].named_sublayers())
+        for name, update in updates.items():
+            if name not in own or not isinstance(own[name], (paddle.nn.Linear, paddle.nn.Conv2D)):
+                raise source.error(f"has the layer {name}, which this model does not have")
+            lora = new_lora(own[name], update.rank)
+            set_values(source, name, lora, update, update.rank)
+            chosen[component, name] = own[name], lora
+    for layer, lora in chosen.values():
+        set_lora(layer, lora)
+    for component, arrays in source.full().items():
+        own = source.models[component].state_dict()
+        for name, array in arrays.items():
+            own[name].set_value(array.astype(dtype_of(own[name])))
 
 
 def allow_text_encoder_lora() -> None:

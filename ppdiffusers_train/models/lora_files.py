@@ -1,124 +1,248 @@
-"""Files of LoRA layers, as ppdiffusers, diffusers and the kohya family (ComfyUI, WebUIs) write them.
+"""Files of LoRA layers, as ppdiffusers, diffusers, PEFT and the kohya family (ComfyUI, WebUIs) write them.
 
-In memory, a LoRA is `{"unet.down_blocks.0.….to_q": Update}`, whatever the file's names and layout. Two of the three
-have no place for α: there, B is written times α / r, and α is kept in the metadata, to be recovered.
+In memory, a LoRA is `{"unet.down_blocks.0.….to_q": Update}`, whatever the file's names and layout. Files that we write
+for ppdiffusers and diffusers have no place for α: there, B is written times α / r, and α is kept in the metadata.
 """
 
+import json
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.tensor_files import read_tensors, write_tensors
+from ppdiffusers_train.models.lora_libraries import FILES, OTHER_FILES, PEFT_CONFIG, PEFT_STEM
+from ppdiffusers_train.models.lora_names import (
+    LAYERS_PER_BLOCK,
+    NAMES,
+    PEFT_PREFIX,
+    TEXT_ENCODER_NAMES,
+    from_kohya_name,
+    kohya_name,
+    split_key,
+    with_component,
+)
+from ppdiffusers_train.tensor_files import Computed, Converted, as_array, dtype_of, open_tensors, write_tensors
 
-# What the matrices are called in a UNet, and in a transformer; text encoders have a third pair of names.
-NAMES = {"unet": ("lora.down", "lora.up"), "transformer": ("lora_A", "lora_B")}
-KOHYA_PREFIXES = {
-    "lora_unet": "unet",
-    "lora_te": "text_encoder",
-    "lora_te1": "text_encoder",
-    "lora_te2": "text_encoder_2",
-}
-# The words of layer names in UNets and CLIP: kohya's names join them by underscores, which some of them contain.
-WORDS = """down_blocks up_blocks mid_block attentions resnets transformer_blocks downsamplers upsamplers attn1 attn2
-to_q to_k to_v to_out add_k_proj add_v_proj ff net proj proj_in proj_out time_emb_proj conv conv1 conv2 conv_shortcut
-conv_in conv_out time_embedding add_embedding linear_1 linear_2 cond_proj text_model encoder layers self_attn q_proj
-k_proj v_proj out_proj mlp fc1 fc2 text_projection""".split()
-_WORD = re.compile(rf"(\d+|{'|'.join(sorted(WORDS, key=len, reverse=True))})(?:_|$)")
-# (end of a key, which matrix it is), in all naming schemes that are read.
-ENDINGS = {
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".alpha": "alpha",
-}
+ADAPTER_METADATA = "lora_adapter_metadata"  # PEFT's configuration in files of diffusers from 0.35 on
+OUR_ALPHA = "lora_alpha"  # in the metadata of our files, whose B is already scaled
 
 
-@dataclass
+@dataclass(frozen=True)
 class Update:
-    """One layer's update, (α / r) · B A, in torch's layout."""
+    """One layer's update, (α / r) · B A, in torch's layout. Matrices are read when they are used.
 
-    down: np.ndarray  # A [r, in] or [r, in, kh, kw]
-    up: np.ndarray  # B [out, r] or [out, r, 1, 1]
-    alpha: float = None  # α; None: r
+    Args:
+        stored_down: A [r, in] or [r, in, kh, kw]. stored_up: B / factor, [out, r] or [out, r, 1, 1].
+        alpha: α; None: r.
+    """
+
+    stored_down: object
+    stored_up: object
+    alpha: float = None
+    factor: float = 1.0
+
+    @property
+    def down(self) -> np.ndarray:
+        """A."""
+        return as_array(self.stored_down)
+
+    @property
+    def up(self) -> np.ndarray:
+        """B."""
+        return scaled(as_array(self.stored_up), self.factor)
+
+    @property
+    def shape(self) -> tuple:
+        """(out, in · kh · kw)."""
+        return self.stored_up.shape[0], math.prod(self.stored_down.shape[1:])
 
     @property
     def rank(self) -> int:
-        return self.down.shape[0]
+        return self.stored_down.shape[0]
 
     @property
     def scale(self) -> float:
         """α / r."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
+    def times(self, factor: float) -> "Update":
+        """The update multiplied by a number."""
+        return replace(self, factor=self.factor * factor)
+
+
+def find_lora(path, flag: str) -> Path:
+    """The LoRA's file that a user names by itself or by its folder.
+
+    Raises:
+        UserError: there is none in the folder.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise UserError(f"{flag}: {str(path)!r} does not exist; expected a LoRA's file or its folder")
+    known = [*FILES.values(), *OTHER_FILES]
+    found = [path / name for name in known if (path / name).is_file()]
+    if not found:
+        raise UserError(f"{flag}: {str(path)!r} has none of {', '.join(known)}; name the file itself")
+    return found[0]
+
 
 def write_lora(file, updates: dict, file_format: str) -> None:
-    """Write `{layer: Update}` for "ppdiffusers", "diffusers" or "kohya", each matrix in its own dtype.
+    """Write `{layer: Update}` for "ppdiffusers", "diffusers" or "kohya", each matrix in its own dtype, one at a time.
 
     Except bfloat16 for ppdiffusers, whose reader (0.29.0) fails on it: float32 is written, which loses nothing.
 
     Raises:
         UserError: no program reads the kohya layout of this model.
     """
-    arrays, metadata = {}, {"format": "pd" if file_format == "ppdiffusers" else "pt"}
+    tensors, metadata = {}, {"format": "pd" if file_format == "ppdiffusers" else "pt"}
     if file_format == "kohya":
+        has_second_encoder = any(name.startswith("text_encoder_2.") for name in updates)
         for layer, update in updates.items():
-            name = kohya_name(layer, has_second_encoder=any(name.startswith("text_encoder_2.") for name in updates))
-            arrays[f"{name}.lora_down.weight"], arrays[f"{name}.lora_up.weight"] = update.down, update.up
-            arrays[f"{name}.alpha"] = np.float32(update.rank * update.scale)
+            name = kohya_name(layer, has_second_encoder)
+            tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = matrices(update)
+            tensors[f"{name}.alpha"] = np.float32(update.rank * update.scale)
     else:
+        rank = max((update.rank for update in updates.values()), default=0)
         for layer, update in updates.items():
-            down, up = NAMES.get(layer.split(".")[0], ("lora_linear_layer.down", "lora_linear_layer.up"))
-            for part, array in ((down, update.down), (up, scaled(update.up, update.scale))):
+            # diffusers scales all layers by one α / r, whatever their own ranks.
+            update = padded(update, rank) if file_format == "diffusers" else update
+            names = NAMES.get(layer.split(".")[0], TEXT_ENCODER_NAMES)
+            for name, matrix in zip(names, matrices(update.times(update.scale))):
                 if file_format == "ppdiffusers":
-                    array = array.T if array.ndim == 2 else array
-                    array = array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
-                arrays[f"{layer}.{part}.weight"] = array
+                    widened = np.dtype(np.float32) if matrix.dtype == ml_dtypes.bfloat16 else matrix.dtype
+                    matrix = Converted(matrix, widened, transposed=len(matrix.shape) == 2)
+                tensors[f"{layer}.{name}.weight"] = matrix
         alphas = {update.alpha for update in updates.values()}
         if len(alphas) == 1 and alphas != {None}:
-            metadata["lora_alpha"] = repr(alphas.pop())
+            metadata[OUR_ALPHA] = repr(alphas.pop())
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(file, arrays, metadata)
+    write_tensors(file, tensors, metadata)
 
 
-def read_lora(file) -> dict:
-    """`{layer: Update}` of a file in any of the three formats.
+def padded(update: Update, rank: int) -> Update:
+    """An update with a larger rank that computes the same: new rows of A and new columns of B are zero."""
+    if update.rank == rank:
+        return update
 
+    def matrix(stored, array, axis):
+        shape = [rank if number == axis else size for number, size in enumerate(stored.shape)]
+        widths = [(0, rank - update.rank if number == axis else 0) for number in range(len(shape))]
+        return Computed(dtype_of(stored), shape, lambda: np.pad(array(), widths))
+
+    down = matrix(update.stored_down, lambda: update.down, 0)
+    up = matrix(update.stored_up, lambda: update.up, 1)
+    return Update(down, up, None if update.alpha is None else update.scale * rank)
+
+
+def matrices(update: Update) -> tuple:
+    """(A, B), each computed when it is written."""
+    down, up = update.stored_down, update.stored_up
+    return down, Computed(dtype_of(up), up.shape, lambda: update.up)
+
+
+def read_lora(file, layers_per_block: int = LAYERS_PER_BLOCK) -> dict:
+    """`{layer: Update}` of a file in any of the formats.
+
+    Args:
+        layers_per_block: see `lora_names.from_kohya_name`.
     Raises:
         UserError: it cannot be read, or holds anything but LoRA layers.
     """
-    arrays, metadata = read_tensors(file)
-    layers, is_kohya = {}, any(".lora_down." in key for key in arrays)
-    for key, array in arrays.items():
-        ending = next((ending for ending in ENDINGS if key.endswith(ending)), None)
-        if ending is None:
+    tensors, metadata = open_tensors(file)
+    layers = {}
+    for key, tensor in tensors.items():
+        found = split_key(key)
+        if found is None:
             raise UserError(f"{file}: {key} is no part of a LoRA; expected names such as …to_q.lora.down.weight")
-        layers.setdefault(key.removesuffix(ending), {})[ENDINGS[ending]] = array
-    recorded = float(metadata["lora_alpha"]) if "lora_alpha" in metadata else None
-    updates = {}
-    for layer, found in layers.items():
-        if not {"down", "up"} <= set(found):
-            raise UserError(f"{file}: {layer} has no {'up' if 'down' in found else 'down'} matrix")
-        down, up = torch_layout(file, layer, found["down"], found["up"], metadata.get("format"))
-        if is_kohya:
-            updates[from_kohya_name(file, layer)] = Update(
-                down, up, float(found["alpha"]) if "alpha" in found else None
-            )
-            continue
-        name = layer if layer.startswith(("unet.", "transformer.", "text_encoder")) else f"unet.{layer}"
-        alpha = float(found["alpha"]) if "alpha" in found else None
-        if recorded:  # the file's B is already scaled
-            alpha, up = recorded, scaled(up, down.shape[0] / recorded)
-        updates[name] = Update(down, up, alpha)
-    return updates
+        name, part = found
+        is_kohya = "." not in name and name.startswith(("lora_", "lycoris_"))
+        layer = from_kohya_name(file, name, layers_per_block) if is_kohya else with_component(name)
+        if part in layers.setdefault(layer, {}):
+            raise UserError(f"{file}: {layer} has two matrices of the same kind; {key} is one of them")
+        layers[layer][part] = tensor
+    if not layers:
+        raise UserError(f"{file}: holds no LoRA layers")
+    config = adapter_config(file, metadata, any(key.startswith(PEFT_PREFIX) for key in tensors))
+    is_kohya = any(".lora_down." in key for key in tensors)
+    recorded = None if is_kohya or config else our_alpha(file, metadata)
+    return {layer: read_layer(file, layer, found, metadata, config, recorded) for layer, found in layers.items()}
+
+
+def read_layer(file, layer: str, found: dict, metadata: dict, config: dict, recorded) -> Update:
+    """One layer of a file.
+
+    Args:
+        found: {"down", "up", "alpha": stored tensor}. config: PEFT's, or {}. recorded: α of our own files, or None.
+    """
+    if not {"down", "up"} <= set(found):
+        raise UserError(f"{file}: {layer} has no {'up' if 'down' in found else 'down'} matrix")
+    down, up = torch_layout(file, layer, found["down"], found["up"], metadata.get("format"))
+    rank = down.shape[0]
+    if "alpha" in found:
+        alpha = as_array(found["alpha"]).astype(np.float64).reshape(-1)
+        if alpha.size != 1 or not np.isfinite(alpha[0]):
+            raise UserError(f"{file}: the alpha of {layer} is {alpha.tolist()}; expected a number")
+        return Update(down, up, float(alpha[0]))
+    if config:
+        return Update(down, up, configured_alpha(file, config, layer, rank))
+    return Update(down, up, recorded, rank / recorded) if recorded else Update(down, up)
+
+
+def our_alpha(file, metadata: dict):
+    """The α that our own files keep in their metadata, or None."""
+    if OUR_ALPHA not in metadata:
+        return None
+    try:
+        alpha = float(metadata[OUR_ALPHA])
+    except ValueError:
+        alpha = 0.0
+    if not 0 < alpha < math.inf:
+        raise UserError(f"{file}: its metadata has {OUR_ALPHA} {metadata[OUR_ALPHA]!r}; expected a number above 0")
+    return alpha
+
+
+def adapter_config(file, metadata: dict, is_peft: bool) -> dict:
+    """PEFT's configuration of a file, from its metadata or from the file beside it; {} if there is none.
+
+    Raises:
+        UserError: it cannot be read, or is not of a plain LoRA.
+    """
+    beside = Path(file).with_name(PEFT_CONFIG)
+    is_peft = is_peft or Path(file).stem == PEFT_STEM
+    try:
+        if ADAPTER_METADATA in metadata:
+            config = json.loads(metadata[ADAPTER_METADATA])
+        else:
+            config = json.loads(beside.read_text(encoding="utf-8")) if is_peft and beside.is_file() else {}
+        flags = {key.split(".")[-1]: value for key, value in config.items()}
+    except (ValueError, OSError, AttributeError) as error:
+        raise UserError(f"{file}: the configuration of its adapter cannot be read: {error}") from error
+    if flags.get("use_dora"):
+        raise UserError(f"{file}: is a DoRA; expected a plain LoRA")
+    return config
+
+
+def configured_alpha(file, config: dict, layer: str, rank: int):
+    """The α of a layer in PEFT's configuration, whose keys may begin with the model's name; None if it has none."""
+    component, _, name = layer.partition(".")
+    names = ("unet", "prior") if component == "unet" else (component,)
+    own = next((f"{prefix}." for prefix in names if any(key.startswith(f"{prefix}.") for key in config)), "")
+    alpha = config.get(f"{own}lora_alpha")
+    try:
+        for pattern, value in (config.get(f"{own}alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", name):  # as PEFT does
+                alpha = value
+                break
+        alpha = None if alpha is None else float(alpha)
+    except (re.error, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: its configuration has no alpha for {layer} that can be read: {error}") from error
+    return alpha * math.sqrt(rank) if alpha is not None and config.get(f"{own}use_rslora") else alpha
 
 
 def scaled(array: np.ndarray, factor: float) -> np.ndarray:
@@ -127,45 +251,18 @@ def scaled(array: np.ndarray, factor: float) -> np.ndarray:
 
 
 def torch_layout(file, layer: str, down, up, library):
-    """Both matrices in torch's layout. Which layout they have follows from their shapes, or else from the metadata."""
-    if down.ndim != 2:
-        return down, up
-    is_torch, is_paddle = down.shape[0] == up.shape[1], down.shape[1] == up.shape[0]
-    if not (is_torch or is_paddle):
-        raise UserError(f"{file}: {layer} has matrices of {down.shape} and {up.shape}, which have no rank in common")
-    if is_torch and is_paddle:
-        is_torch = library != "pd"
-    return (down, up) if is_torch else (down.T, up.T)
-
-
-def kohya_name(layer: str, has_second_encoder: bool) -> str:
-    """`unet.down_blocks.0.….to_q` -> `lora_unet_down_blocks_0_…_to_q`.
+    """Both matrices in torch's layout. Which layout they have follows from their shapes, or else from the metadata, or
+    else from the rank, which is the smaller side.
 
     Raises:
-        UserError: the layer is of a model that no program reads in this layout.
+        UserError: they are no two matrices or kernels with a rank in common.
     """
-    component, _, name = layer.partition(".")
-    if component in NAMES and not re.match(r"(down_blocks|mid_block|up_blocks|conv_|time_emb|add_emb)", name):
-        raise UserError(f"the kohya layout is for UNets and their text encoders; this file has the layer {name}")
-    if component == "unet" and re.search(r"attentions\.\d+\.(to_|add_)", name):
-        raise UserError(f"no program reads the kohya layout of Kandinsky's UNet; this file has the layer {name}")
-    prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if has_second_encoder else "lora_te"}.get(component)
-    return f"{prefix or 'lora_te2'}_{name.replace('.', '_')}"
-
-
-def from_kohya_name(file, name: str) -> str:
-    """The reverse of `kohya_name`."""
-    prefix = next((prefix for prefix in sorted(KOHYA_PREFIXES, reverse=True) if name.startswith(f"{prefix}_")), None)
-    if prefix is None:
-        raise UserError(f"{file}: {name} begins with none of {', '.join(KOHYA_PREFIXES)}")
-    rest, words = name[len(prefix) + 1 :], []
-    while rest:
-        match = _WORD.match(rest)
-        if match is None:
-            raise UserError(
-                f"{file}: {name} is not a layer of a UNet as diffusers names them (names of the original SD code, such "
-                "as input_blocks, are not read)"
-            )
-        words.append(match.group(1))
-        rest = rest[match.end() :]
-    return ".".join([KOHYA_PREFIXES[prefix], *words])
+    kinds = len(down.shape), len(up.shape)
+    is_torch = kinds in ((2, 2), (4, 4)) and down.shape[0] == up.shape[1] and list(up.shape[2:]) in ([], [1, 1])
+    is_paddle = kinds == (2, 2) and down.shape[1] == up.shape[0]
+    if not (is_torch or is_paddle) or 0 in (*down.shape, *up.shape):
+        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+        raise UserError(f"{file}: {layer} has matrices of {shapes}, which have no rank in common")
+    if is_torch and is_paddle:
+        is_torch = {"pd": False, "pt": True}.get(library, down.shape[0] <= down.shape[1])
+    return (down, up) if is_torch else tuple(Converted(part, part.dtype, transposed=True) for part in (down, up))

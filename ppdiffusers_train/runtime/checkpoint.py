@@ -28,7 +28,7 @@ def atomic_folder(target: Path):
         temporary.mkdir(parents=True)
         yield temporary
         sync_tree(temporary)
-    except Exception:
+    except BaseException:  # also a signal
         shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
         raise
     replaced = target.with_name(f".{target.name}.old")

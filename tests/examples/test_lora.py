@@ -150,12 +150,15 @@ def test_initial_values_have_the_spread_of_one_over_the_rank(build):
 
 def test_save_format_diffusers_writes_torch_layout_which_both_libraries_load(train, combined):
     ours = tensors(train("decoder_lora", "--max_train_steps=3", out="a") / LORA_FILE)
-    folder = train("decoder_lora", "--max_train_steps=3", "--save_format=diffusers", out="b")
-    theirs = tensors(folder / "pytorch_lora_weights.safetensors")
-    assert same(ours, {key: array.T for key, array in theirs.items()})
-    pipe = combined()
-    pipe.unet.load_attn_procs(str(folder), from_diffusers=True)
-    assert same({f"unet.{key}": p.numpy() for key, p in lora_parameters(pipe.unet).items()}, ours)
+    flags = ["--save_format=diffusers", "--checkpointing_steps=3"]
+    folder = train("decoder_lora", "--max_train_steps=3", *flags, out="b")
+    for where in (folder, folder / "checkpoint-3"):
+        assert not (where / LORA_FILE).exists()
+        theirs = tensors(where / "pytorch_lora_weights.safetensors")
+        assert same(ours, {key: array.T for key, array in theirs.items()})
+        pipe = combined()
+        pipe.unet.load_attn_procs(str(where), from_diffusers=True)
+        assert same({f"unet.{key}": p.numpy() for key, p in lora_parameters(pipe.unet).items()}, ours)
 
 
 @pytest.mark.once

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppdiffusers_train.cli import main
-from ppdiffusers_train.models.lora_files import WORDS, Update, from_kohya_name, kohya_name, read_lora, write_lora
+from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.models.lora_files import Update, read_lora, write_lora
 from ppdiffusers_train.models.lora_libraries import FILES
+from ppdiffusers_train.models.lora_names import WORDS, from_kohya_name, kohya_name
 from ppdiffusers_train.tensor_files import read_tensors, write_tensors
 
 pytestmark = pytest.mark.once  # no Paddle in it
@@ -134,6 +136,51 @@ def test_kohya_names_can_be_read_back(words):
     assert back.replace(".", "_") == layer.replace(".", "_")
 
 
+shapes = st.lists(st.integers(0, 3), max_size=5)
+
+
+@given(shapes, shapes, shapes, st.sampled_from(["lora_unet_mid_block_attentions_0_proj_in", LAYERS[0]]), st.booleans())
+def test_any_shapes_give_an_update_or_a_line(tmp_path_factory, down, up, alpha, layer, is_kohya):
+    file = tmp_path_factory.getbasetemp() / "any.safetensors"
+    names = ("lora_down", "lora_up") if is_kohya else ("lora_A", "lora_B")
+    arrays = {f"{layer}.{name}.weight": np.ones(shape, "float32") for name, shape in zip(names, (down, up))}
+    write_tensors(file, {**arrays, f"{layer}.alpha": np.ones(alpha, "float32")}, {})
+    try:
+        (update,) = read_lora(file).values()
+    except UserError as error:
+        assert "no rank in common" in str(error) or "expected a number" in str(error)
+        return
+    assert update.down.shape[0] == update.up.shape[1] == update.rank > 0 and update.alpha == 1
+
+
+@pytest.mark.parametrize(
+    "key, layer",
+    {
+        "base_model.model.conv_in.lora_A.weight": "unet.conv_in",
+        "base_model.model.mid_block.attentions.0.to_q.lora_A.default.weight": "unet.mid_block.attentions.0.to_q",
+        "transformer_blocks.3.attn.add_q_proj.lora_A.weight": "transformer.transformer_blocks.3.attn.add_q_proj",
+        "unet.mid_block.attn1.processor.to_out_lora.down.weight": "unet.mid_block.attn1.to_out.0",
+        "text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.down.weight": LAYERS[3].replace("3", "0"),
+        "text_model.encoder.layers.3.self_attn.q_proj.lora_linear_layer.down.weight": LAYERS[3],
+        "prior.transformer_blocks.0.attn1.to_q.lora.down.weight": "unet.transformer_blocks.0.attn1.to_q",
+        "lora_unet_time_embed_2.lora_down.weight": "unet.time_embedding.linear_2",
+    }.items(),
+)
+def test_each_way_to_name_a_layer_is_read(tmp_path, key, layer):
+    back = key.replace("lora_A", "lora_B").replace("down", "up")
+    write_tensors(tmp_path / "a.safetensors", {key: np.ones((2, 5), "f"), back: np.ones((7, 2), "f")}, {})
+    assert list(read_lora(tmp_path / "a.safetensors")) == [layer]
+
+
+def test_ranks_that_differ_are_padded_for_diffusers(tmp_path):
+    updates = {LAYERS[0]: lora(3.0)[LAYERS[0]], CONV: lora(3.0, rank=4)[CONV]}
+    for name in FILES:
+        write_lora(tmp_path / name, updates, name)
+        found = read_lora(tmp_path / name)
+        assert_same_effect(found, updates)
+        assert {update.rank for update in found.values()} == ({4} if name == "diffusers" else {2, 4})
+
+
 def test_mistakes_get_one_line_and_status_two(tmp_path, capsys):
     write_lora(tmp_path / "ok" / FILES["diffusers"], lora(), "diffusers")
     kandinsky = {"unet.down_blocks.1.attentions.0.add_k_proj": Update(np.ones((1, 2)), np.ones((2, 1)))}
@@ -144,7 +191,7 @@ def test_mistakes_get_one_line_and_status_two(tmp_path, capsys):
     write_tensors(tmp_path / "half.safetensors", {"to_q.lora.down.weight": np.ones((3, 2))}, {})
     write_tensors(
         tmp_path / "sd.safetensors",
-        {f"lora_unet_input_blocks_1.lora_{p}.weight": np.ones((2, 2)) for p in ("down", "up")},
+        {f"lora_unet_double_blocks_1.lora_{p}.weight": np.ones((2, 2)) for p in ("down", "up")},
         {},
     )
     (tmp_path / "text.safetensors").write_text("no tensors")
@@ -152,11 +199,15 @@ def test_mistakes_get_one_line_and_status_two(tmp_path, capsys):
     ok = tmp_path / "ok"
     cases = {
         (tmp_path / "empty", "kohya", tmp_path): "has none of paddle_lora_weights.safetensors, pytorch_lora",
-        (tmp_path / "missing.safetensors", "kohya", tmp_path): "missing.safetensors: cannot be read as safetensors",
+        (tmp_path / "missing.safetensors", "kohya", tmp_path): "missing.safetensors' does not exist; expected a LoRA",
         (tmp_path / "text.safetensors", "kohya", tmp_path): "text.safetensors: cannot be read as safetensors",
         (tmp_path / "model.safetensors", "kohya", tmp_path): "conv_in.weight is no part of a LoRA",
         (tmp_path / "half.safetensors", "kohya", tmp_path): "to_q has no up matrix",
-        (tmp_path / "sd.safetensors", "diffusers", tmp_path): "is not a layer of a UNet as diffusers names them",
+        (
+            tmp_path / "sd.safetensors",
+            "diffusers",
+            tmp_path,
+        ): "is not a layer of a UNet or text encoder",
         (
             tmp_path / "kandinsky.safetensors",
             "kohya",

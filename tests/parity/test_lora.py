@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
 class Side:
     """One job on both sides, with LoRA of the same initial values."""
 
-    def __init__(self, name, folders):
+    def __init__(self, name, folders, *more):
         flags = [
             f"--pretrained_prior_model_name_or_path={folders[0]}",
             f"--pretrained_decoder_model_name_or_path={folders[1]}",
@@ -45,6 +45,7 @@ class Side:
                 f"--lora_alpha={ALPHA}",
             ],
             *["--snr_gamma=5", "--learning_rate=1e-3", "--adam_weight_decay=0.01", "--adam_epsilon=1e-5"],
+            *more,
         ]
         self.name, self.job = name, JOBS[name]
         args = self.job.build_parser().parse_args(flags)
@@ -225,7 +226,8 @@ def test_files_for_diffusers_answer_the_same_there_and_back(which, folders, tmp_
 
 
 def test_the_kandinsky_unets_file_answers_the_same_in_diffusers(folders, tmp_path):
-    side = Side("decoder", folders)
+    flags = ["--lora_target_modules=to_q,add_k_proj,conv1,conv2,conv_shortcut,time_emb_proj", "--save_format=diffusers"]
+    side = Side("decoder", folders, *flags)
     inputs = {**make_inputs({"sample": (2, 4, 16, 16)}), "encoder_hidden_states": None}
     embeds = np.random.default_rng(4).standard_normal((2, WIDTH)).astype("float32")
     side.ours.eval()
@@ -233,7 +235,7 @@ def test_the_kandinsky_unets_file_answers_the_same_in_diffusers(folders, tmp_pat
         condition = {"image_embeds": paddle.to_tensor(embeds)}
         numbers = [paddle.to_tensor(inputs[name]) for name in ("sample", "timestep")]
         expected = side.ours(*numbers, None, added_cond_kwargs=condition).sample.numpy()
-    save_lora(side.ours, tmp_path, "diffusers")
+    side.module.save_weights(str(tmp_path))  # a checkpoint
     theirs = torch_part(UNet2DConditionModel, folders[1], "unet")
     theirs.load_attn_procs(tmp_path)
     with torch.no_grad():
