@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 @pytest.mark.torture
 @pytest.mark.parametrize(
     "job, kills, double_kills",
-    [("prior", 8, 4), ("lora_sdxl", 2, 2), ("lcm_sd", 2, 2)],
+    [("prior", 8, 4), ("lcm_sd", 2, 2)],
 )
 def test_kills_cost_no_bit_and_no_good_checkpoint(tmp_path, job, kills, double_kills):
     command = [sys.executable, "-m", "tests.distributed.kill_harness", f"--job={job}"]
