@@ -1,4 +1,4 @@
-"""Safetensors files of every dtype, read and written one tensor at a time.
+"""Files of tensors of every dtype: safetensors, read and written one tensor at a time, and pickles, read only.
 
 NumPy has no bfloat16; ml_dtypes adds it. Large sets are split into several files, as in Hugging Face's libraries:
 `<stem>-00001-of-00003.safetensors` and so on.
@@ -14,6 +14,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.pickles.files import SUFFIXES as PICKLES
+from ppdiffusers_train.pickles.files import open_pickle
 
 DTYPES = {
     "F64": np.dtype("float64"),
@@ -69,11 +71,13 @@ class Computed:
 
 
 def open_tensors(file) -> tuple:
-    """`({name: Stored}, metadata)` of a safetensors file, of which only the header is read.
+    """`({name: tensor}, metadata)` of a safetensors file or pickled weights; a tensor is read when it is fetched.
 
     Raises:
-        UserError: it is missing, damaged, or has tensors of a dtype that is not in `DTYPES`.
+        UserError: it is missing, damaged, has tensors of a dtype that is not in `DTYPES`, or is a pickle of more.
     """
+    if str(file).endswith(PICKLES):
+        return open_pickle(file), {"format": "pd" if str(file).endswith(".pdparams") else "pt"}
     try:
         with safe_open(str(file), "np"):  # checks the header and the length of the file
             pass
@@ -93,13 +97,13 @@ def open_tensors(file) -> tuple:
 
 
 def read_tensors(file) -> tuple:
-    """`({name: array}, metadata)` of a safetensors file, each array in its stored dtype.
+    """`({name: array}, metadata)` of a file of tensors, each array in its stored dtype.
 
     Raises:
         UserError: see `open_tensors`.
     """
     tensors, metadata = open_tensors(file)
-    return {name: tensor.numpy() for name, tensor in tensors.items()}, metadata
+    return {name: as_array(tensor) for name, tensor in tensors.items()}, metadata
 
 
 def write_tensors(file, tensors: dict, metadata: dict) -> None:

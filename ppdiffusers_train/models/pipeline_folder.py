@@ -17,7 +17,7 @@ import huggingface_hub
 import ppdiffusers
 
 from ppdiffusers_train.cpu.free_memory import return_free_memory
-from ppdiffusers_train.errors import UserError, scratch_folder, writing
+from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.own_type import compute_in_own_type
 from ppdiffusers_train.models.unloaded import build_unloaded
 from ppdiffusers_train.models.weight_files import (
@@ -154,8 +154,8 @@ class PipelineFolder:
     def load(self, part: str, part_class):
         """The part as an object of `part_class`, its weights as float32.
 
-        A base model that has only pickled weights is loaded as well, with a line that names the file: unpickling can
-        run code, so such files should come from a trusted source.
+        Raises:
+            UserError: it has no weights, or they are damaged, of another model, or pickles of more than numbers.
         """
         folder = str(self.folders[part])
         if not hasattr(part_class, "parameters"):  # schedulers, tokenizers, image processors
@@ -163,10 +163,8 @@ class PipelineFolder:
         if not self.wants_weights:
             return compute_in_own_type(build_unloaded(part_class, folder))
         files = self._existing_weights(part)
-        if files.is_pickled:
-            print(f"{files.files[0]}: pickled weights; load them only from a source you trust")
         try:
-            model = load_model(part_class, folder, files) or self._load_by_library(part, part_class, files)
+            model = load_model(part_class, folder, files)
         except (AssertionError, OSError, ValueError, RuntimeError, UserError) as error:
             raise self._error(f"has a {self.folders[part].name}/ that cannot be loaded: {error}") from error
         model.eval()
@@ -179,24 +177,14 @@ class PipelineFolder:
             raise self._error(f"has no weights in {self.folders[part].name}/; expected {NAMES[0]}, {NAMES[1]}, …")
         return files
 
-    def _load_by_library(self, part, part_class, files):
-        # paddlenlp writes a converted, pickled copy beside torch weights. In a temporary folder of links it may.
-        with scratch_folder("converted weights") as links:
-            with writing("TMPDIR: converted weights", links):
-                for source in self.folders[part].iterdir():
-                    if not is_weights(source.name):
-                        os.symlink(source.resolve(), links / source.name)
-                files.link_plainly(links, os.symlink)
-            return part_class.from_pretrained(str(links), from_diffusers=files.is_torch, **_float32(part_class))
-
     def export(self, part: str, part_class, target: Path, save_format: str) -> None:
         """Make `target` an unchanged copy of a part for the library `save_format`.
 
-        Files are hard links where the disk allows. Only weights in the other library's layout are converted; they keep
-        their dtype.
+        Files are hard links where the disk allows. Only weights in the other library's layout and pickled ones are
+        converted; they keep their dtype.
         """
         files = self.weights(part)
-        if files is None or files.is_torch == (save_format == "diffusers"):
+        if files is None or (files.is_torch == (save_format == "diffusers") and not files.is_pickled):
             source = self.folders[part]
             link_tree(
                 source, target, leave_out=[path.name for path in source.iterdir() if files and is_weights(path.name)]
@@ -253,11 +241,6 @@ def export_pipeline(directory, pipeline_class: str, parts: dict, own: dict, save
         library = TRANSFORMERS[save_format] if is_transformer else save_format
         index[name] = [library, part_class.__name__]
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _float32(part_class):
-    # ppdiffusers' and paddlenlp's models name the same option differently.
-    return {"paddle_dtype" if hasattr(part_class, "load_config") else "dtype": "float32"}
 
 
 def files_to_download(files, parts, variant=None):

@@ -105,7 +105,7 @@ class WeightFiles:
 
     @property
     def is_pickled(self) -> bool:
-        """Whether unpickling them can run code."""
+        """Whether they are pickles, which libraries read by running what they say."""
         return not self.kind.endswith(".safetensors")
 
     @property
@@ -116,7 +116,7 @@ class WeightFiles:
         return self.kind in TORCH_NAMES
 
     def tensors(self) -> dict:
-        """`{name: tensor}` of safetensors files. Each tensor is read on access."""
+        """`{name: tensor}` of the files, as they lie there. Each tensor is read on access."""
         by_file = {file.name: open_tensors(file)[0] for file in self.files}
         if self.indices:
             index, weight_map = self.indices[0].name, self._index()["weight_map"]

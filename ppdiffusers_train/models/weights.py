@@ -7,11 +7,11 @@ sharded above 10 GB, as theirs are.
 from pathlib import Path
 
 import paddle
-from ppdiffusers.models.normalization import AdaLayerNormContinuous
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.unloaded import build_new, build_unloaded
 from ppdiffusers_train.models.weight_files import SHARED_NAME, find_weights, remove_weights
+from ppdiffusers_train.models.weight_names import fitting_tensors, linear_weights, paddle_tensors, require_same_shapes
 from ppdiffusers_train.tensor_files import (
     FLOATS,
     Converted,
@@ -68,7 +68,7 @@ def load_in_place(model, folder) -> None:
     files = find_weights(folder)
     if files is None:
         raise UserError(f"{Path(folder) / FILES['ppdiffusers']} is missing")
-    saved, own = in_paddle_layout(files, model), model.state_dict()
+    saved, own = paddle_tensors(files, model), model.state_dict()
     require_same_shapes(saved, own, f"{files.files[0]} is of another model")
     set_tensors(own, saved)
 
@@ -76,19 +76,13 @@ def load_in_place(model, folder) -> None:
 def load_model(part_class, folder: str, files):
     """The model that `folder` has a configuration of, with the weights of `WeightFiles` in either layout, as float32.
 
-    None for pickled weights, and for tensors whose names or shapes are not the model's: those are left to the
-    libraries, which know the names of older releases.
+    Raises:
+        UserError: the weights cannot be read, or are not those of the model.
     """
     model = build_unloaded(part_class, folder)
     saved, own = fitting_tensors(model, files), model.state_dict()
-    if saved is None:
-        return None
-    found = {id(own[name]) for name in saved}  # T5's embedding has two names, in torch's files only one
-    missing = {name for name, tensor in own.items() if id(tensor) not in found}
-    lost = sorted(missing & {name for name, _ in model.named_parameters()} - unpublished_biases(model))
-    if lost:
-        raise UserError(f"{files.files[0]} has no {lost[0]}; expected all of the model's weights ({len(lost)} missing)")
-    if missing:
+    found = {id(own[name]) for name in saved}
+    if any(id(tensor) not in found for tensor in own.values()):  # buffers, and biases of ppdiffusers' own
         own = (model := build_new(part_class, folder)).state_dict()
     set_tensors({name: own[name] for name in saved}, saved)
     return model
@@ -97,50 +91,16 @@ def load_model(part_class, folder: str, files):
 def stored_tensors(model, files):
     """`{name: tensor on disk, in Paddle's layout}` of all tensors of a model without weights (`build_unloaded`).
 
-    None where the files do not fit the model or lack a parameter: then the model has to be loaded.
+    None where the files lack a parameter that begins anew: then the model has to be loaded.
+
+    Raises:
+        UserError: the weights cannot be read, or are not those of the model.
     """
-    saved, own = fitting_tensors(model, files), model.state_dict()
-    stored = {id(own[name]): tensor for name, tensor in (saved or {}).items()}  # T5's embedding has two names
+    own = model.state_dict()
+    stored = {id(own[name]): tensor for name, tensor in fitting_tensors(model, files).items()}
     if any(id(parameter) not in stored for parameter in model.parameters()):
         return None
     return {name: stored.get(id(tensor), tensor) for name, tensor in own.items()}  # buffers are made with the model
-
-
-def fitting_tensors(model, files):
-    """`{name: tensor}` of `WeightFiles`, in Paddle's layout; None for pickled files, and where names or shapes are not
-    the model's."""
-    if files.is_pickled:
-        return None
-    saved, own = in_paddle_layout(files, model), model.state_dict()
-    fits = all(name in own and list(tensor.shape) == list(own[name].shape) for name, tensor in saved.items())
-    return saved if fits else None
-
-
-def unpublished_biases(model) -> set:
-    """Names of the biases, all zero, that ppdiffusers 0.29.0 gives to norms which have none in the published SD3."""
-    layers = model.named_sublayers()
-    return {f"{name}.norm.bias" for name, layer in layers if isinstance(layer, AdaLayerNormContinuous)}
-
-
-def in_paddle_layout(files, model) -> dict:
-    """`{name: tensor}` of `WeightFiles`, with matrices in Paddle's layout, without torch's buffers of positions."""
-    if not files.is_torch:
-        return files.tensors()
-    tensors = {name: tensor for name, tensor in files.tensors().items() if not name.endswith("position_ids")}
-    matrices = linear_weights(model)
-    return {name: Converted(tensor, tensor.dtype, name in matrices) for name, tensor in tensors.items()}
-
-
-def require_same_shapes(saved: dict, own: dict, message: str) -> None:
-    """Raise a `UserError` that begins with `message` unless both have tensors of the same names and shapes."""
-
-    def shape(tensors, name):
-        return str(list(tensors[name].shape)) if name in tensors else "missing"
-
-    wrong = [name for name in sorted({*saved, *own}) if shape(saved, name) != shape(own, name)]
-    if wrong:
-        found = f"{wrong[0]} is {shape(saved, wrong[0])}, expected {shape(own, wrong[0])}"
-        raise UserError(f"{message}: {found} ({len(wrong)} differences)")
 
 
 @paddle.no_grad()
@@ -152,16 +112,8 @@ def set_tensors(own: dict, saved: dict) -> None:
         tensor.set_value(array.view("uint16") if array.dtype.name == "bfloat16" else array)
 
 
-def linear_weights(model) -> set:
-    """Names of the matrices that torch stores transposed."""
-    layers = model.named_sublayers(include_self=True)
-    return {f"{name}.weight" for name, layer in layers if isinstance(layer, paddle.nn.Linear)}
-
-
 def narrow_types(files, model) -> dict:
     """`{name: dtype}` of a model's tensors that `WeightFiles` hold in 16 bits, for a copy in the same dtypes."""
-    if files.is_pickled:
-        return {}
     saved = {name: tensor.dtype for name, tensor in files.tensors().items() if tensor.dtype in FLOATS}
     usual = next(iter(saved.values()))  # of tensors under other names
     own = model.state_dict()

@@ -4,7 +4,7 @@ import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-MOST_OPCODES = 5_000_000  # a state dict of 10,000 tensors has about 300,000
+MOST_OPCODES = 1_000_000  # a state dict of 10,000 tensors has about 300,000
 LONGEST_NAME = 1000  # bytes
 LONGEST_IN_MEMORY = 4096  # bytes; longer ones stay in the file until they are fetched
 OPCODES = {opcode.code.encode("latin1"): opcode for opcode in pickletools.opcodes}
@@ -195,6 +195,7 @@ ACTIONS = {
     "GLOBAL": lambda machine, names: machine.push_name(*names.split(" ", 1)),
     "STACK_GLOBAL": lambda machine, _: machine.push_name(*machine.pop(2)),
     "REDUCE": lambda machine, _: machine.reduce(),
+    "NEWOBJ": lambda machine, _: machine.reduce(),
     "BUILD": lambda machine, _: machine.build(),
     "BINPERSID": lambda machine, _: machine.stack.append(machine.persistent(*machine.pop(1))),
 }
