@@ -32,7 +32,7 @@ from ppdiffusers_train.models.weights import load_model, narrow_types, save_mode
 
 CONFIG = "config.json"
 TRANSFORMERS = {"ppdiffusers": "ppdiffusers.transformers", "diffusers": "transformers"}
-OTHER_WEIGHTS = (".msgpack", ".onnx", ".ckpt", ".pb")
+OTHER_WEIGHTS = (".msgpack", ".onnx", ".ckpt", ".pb", ".h5", ".pt", ".pth", ".pkl", ".pdopt")
 LIBRARY_VERSIONS = {
     "ppdiffusers": ppdiffusers.__version__,
     "diffusers": "0.29.2",
@@ -186,9 +186,8 @@ class PipelineFolder:
         files = self.weights(part)
         if files is None or (files.is_torch == (save_format == "diffusers") and not files.is_pickled):
             source = self.folders[part]
-            link_tree(
-                source, target, leave_out=[path.name for path in source.iterdir() if files and is_weights(path.name)]
-            )
+            names = [path.name for path in source.iterdir()]
+            link_tree(source, target, leave_out=[name for name in names if is_weights(name) or is_other(name)])
             remove_weights(target)
             if files:
                 files.link_plainly(target, link_file)
@@ -258,9 +257,14 @@ def files_to_download(files, parts, variant=None):
         weights = choose_weights(own, variant)
         if any(parse_name(name).is_index for name in weights):  # both whole and sharded: take the shards
             weights = [name for name in weights if parse_name(name).is_index or parse_name(name).shard]
-        others = [name for name in own if not is_weights(name) and not name.endswith(OTHER_WEIGHTS)]
+        others = [name for name in own if not is_weights(name) and not is_other(name)]
         chosen += [own[name] for name in others + weights]
     return chosen
+
+
+def is_other(name: str) -> bool:
+    """Whether a file holds weights for other programs, or something pickled."""
+    return name.endswith(OTHER_WEIGHTS)
 
 
 def link_tree(source: Path, target: Path, leave_out=()) -> None:

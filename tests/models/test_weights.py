@@ -215,7 +215,7 @@ def test_a_base_that_lacks_a_tensor_is_refused_and_not_filled_with_chance(models
     (file,) = (tmp_path / "base" / "unet").glob("*.safetensors")
     content, metadata = read_tensors(file)
     write_tensors(file, {name: np.array(a) for name, a in content.items() if name != "conv_in.weight"}, metadata)
-    with pytest.raises(UserError, match=f"{file.name} has no conv_in.weight; expected all .* \\(1 missing\\)"):
+    with pytest.raises(UserError, match=f"{file.name} does not fit .* conv_in.weight is missing \\(1 of 184 "):
         pipeline(tmp_path / "base").load("unet", UNet2DConditionModel)
 
 
@@ -325,14 +325,13 @@ def test_a_folder_without_weights_is_named(models, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
-def test_divided_pickled_weights_are_loaded(models, tmp_path, part, capsys):
+def test_divided_pickled_weights_are_loaded(models, tmp_path, part):
     models[part].save_pretrained(
         str(tmp_path / "base" / part), safe_serialization=False, max_shard_size=a_third(models[part])
     )
     (tmp_path / "base" / "model_index.json").write_text("{}")
     assert len(list((tmp_path / "base" / part).glob("model_state-*.pdparams"))) > 2
     assert same(arrays(pipeline(tmp_path / "base").load(part, CLASSES[part])), arrays(models[part]))
-    assert "model_state-00001-of-" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("divided", [False, True])
