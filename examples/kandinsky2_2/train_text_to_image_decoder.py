@@ -40,7 +40,7 @@ class KandinskyDecoderTrainingModule(WithImageEmbeddings, FullTraining):
         super().__init__()
         self.args = args
         names = args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path
-        self.folders = KandinskyFolders(*names, args.cache_dir, weights=not args.dry_run)
+        self.folders = KandinskyFolders(*names, args.cache_dir, args.variant, weights=not args.dry_run)
         self.folders.check_resolution(args.resolution)
         decoder, prior = self.folders.decoder, self.folders.prior
         self.image_processor = prior.load("image_processor", CLIPImageProcessor)

@@ -47,7 +47,7 @@ class KandinskyPriorTrainingModule(WithImageEmbeddings, FullTraining):
         super().__init__()
         self.args = args
         names = args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path
-        self.folders = KandinskyFolders(*names, args.cache_dir, weights=not args.dry_run)
+        self.folders = KandinskyFolders(*names, args.cache_dir, args.variant, weights=not args.dry_run)
         folder = self.folders.prior
         if args.validation_prompts:
             self.folders.check_resolution(args.resolution)  # only validation needs the decoder

@@ -51,7 +51,7 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         self.encode_batch_size = args.vae_encode_batch_size
         self.folder = self.folder_class(
             args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path, "--pretrained_teacher_model",
-            args.cache_dir, args.teacher_revision or args.revision, weights=not args.dry_run,
+            args.cache_dir, args.teacher_revision or args.revision, args.variant, not args.dry_run,
         )  # fmt: skip
         self.load_text_encoders()
         self.folder.check_resolution(args.resolution)

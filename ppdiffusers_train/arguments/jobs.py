@@ -20,7 +20,13 @@ def add_kandinsky_arguments(parser):
         "--pretrained_prior_model_name_or_path", default="kandinsky-community/kandinsky-2-2-prior",
         help="Load the prior pipeline (CLIP's encoders, prior) from this folder or hub repository.",
     )  # fmt: skip
+    add_variant_argument(group)
     return group
+
+
+def add_variant_argument(group):
+    """Which of several weights of a model is read, by all jobs."""
+    group.add_argument("--variant", help="Load this variant of the weight files, such as fp16.")
 
 
 def add_pipeline_arguments(parser):
@@ -35,7 +41,7 @@ def add_pipeline_arguments(parser):
         help="Use the VAE of this folder or hub repository instead of the pipeline's.",
     )  # fmt: skip
     group.add_argument("--revision", help="Use this revision of the pipeline on the hub.")
-    group.add_argument("--variant", help="Load this variant of the weight files, such as fp16.")
+    add_variant_argument(group)
     return group
 
 
@@ -152,7 +158,8 @@ def add_timestep_arguments(parser):
 
 def add_distillation_arguments(parser):
     """The teacher, and how a student with few steps is distilled from it, read by the jobs of latent consistency."""
-    add = parser.add_argument_group("models").add_argument
+    models = parser.add_argument_group("models")
+    add = models.add_argument
     add(
         "--pretrained_teacher_model", required=True,
         help="Load the teacher's pipeline from this folder or hub repository.",
@@ -163,6 +170,7 @@ def add_distillation_arguments(parser):
     )  # fmt: skip
     add("--teacher_revision", help="Use this revision of the teacher on the hub.")
     add("--revision", help="This flag is an older name of --teacher_revision.")
+    add_variant_argument(models)
     add("--cast_teacher_unet", action=Flag, help="Cast the teacher to the dtype of --mixed_precision.")
 
     add = parser.add_argument_group("distillation").add_argument

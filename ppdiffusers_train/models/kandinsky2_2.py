@@ -2,7 +2,7 @@
 
 from functools import cached_property
 
-from ppdiffusers import KandinskyV22CombinedPipeline, PriorTransformer, UNet2DConditionModel, VQModel, schedulers
+from ppdiffusers import KandinskyV22CombinedPipeline, PriorTransformer, UNet2DConditionModel, VQModel
 from ppdiffusers.transformers import (
     CLIPImageProcessor,
     CLIPTextModelWithProjection,
@@ -43,12 +43,12 @@ class KandinskyFolders:
 
     Args:
         decoder, prior: folders, or names on the hub.
-        cache_dir: of downloads.
-        weights: whether models have their weights (see `PipelineFolder`).
+        cache_dir, variant, weights: see `PipelineFolder`.
     """
 
-    def __init__(self, decoder, prior, cache_dir=None, weights=True):
-        self.names, self.options = (decoder, prior), {"cache_dir": cache_dir, "weights": weights}
+    def __init__(self, decoder, prior, cache_dir=None, variant=None, weights=True):
+        self.names = decoder, prior
+        self.options = {"cache_dir": cache_dir, "variant": variant, "weights": weights}
 
     @cached_property
     def decoder(self) -> PipelineFolder:
@@ -116,4 +116,4 @@ class KandinskyFolders:
 def _with_classes(folder: PipelineFolder, parts: dict):
     """(part, (folder, part, its class)) of all `parts`."""
     for part, part_class in parts.items():
-        yield part, (folder, part, part_class or getattr(schedulers, folder.class_name(part)))
+        yield part, (folder, part, part_class or folder.scheduler_class(part))

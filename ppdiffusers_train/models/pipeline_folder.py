@@ -5,6 +5,7 @@ or in torch's (linear weights transposed); ppdiffusers 0.29.0 has an option for 
 message if that is wrong.
 """
 
+import contextlib
 import inspect
 import json
 import os
@@ -13,26 +14,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
 import ppdiffusers
+from huggingface_hub import constants
+from ppdiffusers import schedulers
+from ppdiffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ppdiffusers_train.cpu.free_memory import return_free_memory
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.models.hub_folders import UNREACHABLE, cached, download, is_other, reason_of
+from ppdiffusers_train.models.no_pipeline import describe
 from ppdiffusers_train.models.own_type import compute_in_own_type
 from ppdiffusers_train.models.unloaded import build_unloaded
-from ppdiffusers_train.models.weight_files import (
-    NAMES,
-    choose_weights,
-    find_weights,
-    is_weights,
-    parse_name,
-    remove_weights,
-)
+from ppdiffusers_train.models.weight_files import NAMES, find_weights, parse_name, remove_weights
 from ppdiffusers_train.models.weights import load_model, narrow_types, save_model, stored_tensors
 
 CONFIG = "config.json"
 TRANSFORMERS = {"ppdiffusers": "ppdiffusers.transformers", "diffusers": "transformers"}
-OTHER_WEIGHTS = (".msgpack", ".onnx", ".ckpt", ".pb", ".h5", ".pt", ".pth", ".pkl", ".pdopt")
+# What libraries raise on files that are damaged, or not what their names say.
+BROKEN = (AssertionError, OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 LIBRARY_VERSIONS = {
     "ppdiffusers": ppdiffusers.__version__,
     "diffusers": "0.29.2",
@@ -53,12 +52,13 @@ class StoredModel:
 
 
 class PipelineFolder:
-    """A pipeline's folder, on this disk or downloaded from the hub.
+    """A pipeline's folder, on this disk or from the hub.
 
     Args:
         name_or_path: a folder, or a repository on the hub.
         flag: the flag that named it, for messages.
-        parts: the parts that are needed; an alias is a second name to find a part by (`{"prior": "prior_prior"}`).
+        parts: the parts that are needed; an alias is the name of a part in a combined pipeline, where another part may
+            have its usual name (`{"prior": "prior_prior"}`).
         cache_dir, revision: of a download.
         variant: of the weights' files, such as `fp16`; parts without that variant are taken as they are.
         weights: whether to load them. If not, models have shapes but no values, and nothing is downloaded.
@@ -66,14 +66,16 @@ class PipelineFolder:
         UserError: it does not exist, is no pipeline, or lacks a part.
     """
 
+    is_cached = False  # whether it is what the hub's cache has of it, perhaps not all
+
     def __init__(self, name_or_path, flag, parts, aliases=None, **options):
         aliases = aliases or {}
         self._find(name_or_path, flag, [*parts, *aliases.values()], **options)
         if not (self.path / "model_index.json").is_file():
-            raise self._error("is not a pipeline: it has no model_index.json")
+            raise self._error(describe(self.path))
         self.folders = {}
         for part in parts:
-            found = [name for name in (part, aliases.get(part)) if name and (self.path / name).is_dir()]
+            found = [name for name in (aliases.get(part), part) if name and (self.path / name).is_dir()]
             if not found:
                 has = sorted(child.name for child in self.path.iterdir() if child.is_dir())
                 raise self._error(f"has no part {part!r}; it has {', '.join(has) or 'no parts'}")
@@ -83,49 +85,57 @@ class PipelineFolder:
         self.flag, self.name_or_path, self.variant, self.wants_weights = flag, str(name_or_path), variant, weights
         self.path = Path(name_or_path)
         if not self.path.is_dir():
-            self.path = self._download(parts, cache_dir, revision)
+            self.path = self._from_hub(parts, cache_dir, revision)
+        names = {path.name for path in self.path.rglob("*")}
+        if variant and not any(file and file.variant == variant for file in map(parse_name, names)):
+            print(f"{flag}: {self.name_or_path!r} has no weights of --variant {variant}; those without one are used")
 
     def _error(self, found):
-        return UserError(f"{self.flag}: {self.name_or_path!r} {found}")
+        note = "; this copy in the hub's cache may be incomplete, and is completed by a run that reaches the hub"
+        return UserError(f"{self.flag}: {self.name_or_path!r} {found}{note if self.is_cached else ''}")
 
-    def _download(self, parts, cache_dir, revision):
+    def _from_hub(self, parts, cache_dir, revision):
         if os.path.isabs(self.name_or_path) or self.name_or_path.count("/") != 1:
             raise self._error("is not a folder; expected a pipeline's folder or a hub name such as owner/model")
         try:
-            files = huggingface_hub.HfApi().list_repo_files(self.name_or_path, revision=revision)
-            wanted = files_to_download(files, parts, self.variant)
-            if not self.wants_weights:
-                wanted = [file for file in wanted if not is_weights(file)]
-            return Path(
-                huggingface_hub.snapshot_download(
-                    self.name_or_path,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    allow_patterns=wanted,
-                )
-            )
-        except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise self._error(
-                f"is not a folder here and cannot be downloaded from {huggingface_hub.constants.ENDPOINT} ({reason}); "
-                "expected a pipeline's folder, or set HF_ENDPOINT to a mirror that can be reached"
-            ) from error
+            return download(self.name_or_path, parts, cache_dir, revision, self.variant, self.wants_weights)
+        except UNREACHABLE as error:
+            reason, folder = reason_of(error), cached(self.name_or_path, cache_dir, revision)
+            if folder is None:
+                raise self._error(
+                    f"is not a folder here and cannot be downloaded from {constants.ENDPOINT} ({reason}), nor is it in "
+                    "the cache; expected a pipeline's folder, or set HF_ENDPOINT to a mirror that can be reached"
+                ) from error
+            print(f"{self.flag}: {self.name_or_path!r} is taken from {folder}: the hub was not reached ({reason})")
+            self.is_cached = True
+            return folder
 
     def config(self, part: str) -> dict:
         """The JSON configuration of a part, without loading its weights."""
         for name in (CONFIG, "scheduler_config.json", "preprocessor_config.json"):
-            file = self.folders[part] / name
-            if file.is_file():
-                return json.loads(file.read_text(encoding="utf-8"))
+            if (self.folders[part] / name).is_file():
+                return self._read(self.folders[part] / name)
         raise self._error(f"has no configuration in {self.folders[part].name}/")
 
     def index(self) -> dict:
         """The pipeline's model_index.json."""
-        return json.loads((self.path / "model_index.json").read_text(encoding="utf-8"))
+        return self._read(self.path / "model_index.json")
 
-    def class_name(self, part: str) -> str:
-        """Name of the class that the pipeline's model_index.json gives a part."""
-        return self.index()[self.folders[part].name][1]
+    def _read(self, file: Path) -> dict:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            return {**content}
+        except (OSError, ValueError, TypeError) as error:
+            raise self._error(f"has a {file.name} that cannot be read: {file}: {error}") from error
+
+    def scheduler_class(self, part: str):
+        """The class that the pipeline's model_index.json gives a scheduler."""
+        entry = self.index().get(self.folders[part].name)
+        name = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+        found = getattr(schedulers, name, None) if isinstance(name, str) else None
+        if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+            raise self._error(f"has a {self.folders[part].name} of class {name!r}; expected a scheduler of ppdiffusers")
+        return found
 
     def weights(self, part: str):
         """The `WeightFiles` of a part, or None where it has none.
@@ -158,23 +168,36 @@ class PipelineFolder:
             UserError: it has no weights, or they are damaged, of another model, or pickles of more than numbers.
         """
         folder = str(self.folders[part])
-        if not hasattr(part_class, "parameters"):  # schedulers, tokenizers, image processors
-            return part_class.from_pretrained(folder)
-        if not self.wants_weights:
-            return compute_in_own_type(build_unloaded(part_class, folder))
-        files = self._existing_weights(part)
-        try:
-            model = load_model(part_class, folder, files)
-        except (AssertionError, OSError, ValueError, RuntimeError, UserError) as error:
-            raise self._error(f"has a {self.folders[part].name}/ that cannot be loaded: {error}") from error
+        with self._naming(part):
+            if not hasattr(part_class, "parameters"):  # schedulers, tokenizers, image processors
+                return part_class.from_pretrained(folder)
+            if not self.wants_weights:
+                return compute_in_own_type(build_unloaded(part_class, folder))
+            model = load_model(part_class, folder, self._existing_weights(part))
         model.eval()
         return_free_memory()
         return compute_in_own_type(model)
 
+    @contextlib.contextmanager
+    def _naming(self, part):
+        """A context in which whatever libraries raise on a part's files is an error that names the part."""
+        try:
+            yield
+        except UserError as error:
+            if str(error).startswith(f"{self.flag}: "):
+                raise
+            raise self._error(f"has a {self.folders[part].name}/ that cannot be loaded: {error}") from error
+        except BROKEN as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise self._error(f"has a {self.folders[part].name}/ that cannot be loaded: {reason}") from error
+
     def _existing_weights(self, part):
         files = self.weights(part)
         if files is None:
-            raise self._error(f"has no weights in {self.folders[part].name}/; expected {NAMES[0]}, {NAMES[1]}, …")
+            names = map(parse_name, (path.name for path in self.folders[part].iterdir()))
+            variants = sorted({file.variant for file in names if file})
+            instead = f"only --variant {' or '.join(variants)}" if variants else f"expected {NAMES[0]}, {NAMES[1]}, …"
+            raise self._error(f"has no weights in {self.folders[part].name}/; {instead}")
         return files
 
     def export(self, part: str, part_class, target: Path, save_format: str) -> None:
@@ -186,16 +209,16 @@ class PipelineFolder:
         files = self.weights(part)
         if files is None or (files.is_torch == (save_format == "diffusers") and not files.is_pickled):
             source = self.folders[part]
-            names = [path.name for path in source.iterdir()]
-            link_tree(source, target, leave_out=[name for name in names if is_weights(name) or is_other(name)])
+            link_tree(source, target, leave_out=[path.name for path in source.iterdir() if is_other(path.name)])
             remove_weights(target)
             if files:
                 files.link_plainly(target, link_file)
             return
-        model = build_unloaded(part_class, str(self.folders[part]))
-        stored = stored_tensors(model, files)
-        if stored is None:
-            model = self.load(part, part_class)
+        with self._naming(part):
+            model = build_unloaded(part_class, str(self.folders[part]))
+            stored = stored_tensors(model, files)
+            if stored is None:
+                model = self.load(part, part_class)
         save_model(model, target, save_format, narrow_types(files, model), tensors=stored)
 
 
@@ -240,31 +263,6 @@ def export_pipeline(directory, pipeline_class: str, parts: dict, own: dict, save
         library = TRANSFORMERS[save_format] if is_transformer else save_format
         index[name] = [library, part_class.__name__]
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def files_to_download(files, parts, variant=None):
-    """The files of `parts` in a repository, with one kind of weights each: Paddle's, else safetensors, else pickled.
-
-    Args:
-        files: names in the repository.
-        parts: folders in it; "" is its top.
-        variant: preferred variant of the weights, such as `fp16`.
-    """
-    chosen = [name for name in files if name == "model_index.json"]
-    for part in parts:
-        inside = [name for name in files if os.path.dirname(name) == part and name not in chosen]
-        own = {os.path.basename(name): name for name in inside}
-        weights = choose_weights(own, variant)
-        if any(parse_name(name).is_index for name in weights):  # both whole and sharded: take the shards
-            weights = [name for name in weights if parse_name(name).is_index or parse_name(name).shard]
-        others = [name for name in own if not is_weights(name) and not is_other(name)]
-        chosen += [own[name] for name in others + weights]
-    return chosen
-
-
-def is_other(name: str) -> bool:
-    """Whether a file holds weights for other programs, or something pickled."""
-    return name.endswith(OTHER_WEIGHTS)
 
 
 def link_tree(source: Path, target: Path, leave_out=()) -> None:

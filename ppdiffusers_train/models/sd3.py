@@ -44,7 +44,13 @@ class SD3Folder(StableDiffusionFolder):
         if not t5:
             self.parts = {name: part for name, part in self.parts.items() if name not in T5_PARTS}
             self.options = dict.fromkeys(T5_PARTS)
-        super().__init__(*names, **options)
+        try:
+            super().__init__(*names, **options)
+        except UserError as error:
+            is_without = any(f"has no part {part!r}" in str(error) for part in T5_PARTS)
+            if not is_without:
+                raise
+            raise UserError(f"{error}; --no_t5 trains without T5") from error
 
     @property
     def tokenizers(self) -> list:

@@ -1,6 +1,6 @@
 """Stable Diffusion on disk, and how its text encoder and VAE encode a sample."""
 
-from ppdiffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, schedulers
+from ppdiffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from ppdiffusers.transformers import CLIPTextModel, CLIPTokenizer
 
 from ppdiffusers_train.errors import UserError
@@ -32,8 +32,8 @@ class StableDiffusionFolder:
     kept_settings = ("requires_safety_checker",)
 
     def __init__(self, name_or_path, vae, flag, cache_dir=None, revision=None, variant=None, weights=True):
-        options = {"cache_dir": cache_dir, "weights": weights}
-        self.base = PipelineFolder(name_or_path, flag, list(self.parts), revision=revision, variant=variant, **options)
+        options = {"cache_dir": cache_dir, "variant": variant, "weights": weights}
+        self.base = PipelineFolder(name_or_path, flag, list(self.parts), revision=revision, **options)
         vae_flag = "--pretrained_vae_model_name_or_path"
         self.vae = ModelFolder(vae, vae_flag, "vae", "AutoencoderKL", **options) if vae else self.base
 
@@ -51,7 +51,7 @@ class StableDiffusionFolder:
 
     def part_class(self, part: str):
         """The class of a part in the pipeline."""
-        return self.parts[part] or getattr(schedulers, self.base.class_name(part))
+        return self.parts[part] or self.base.scheduler_class(part)
 
     def check_resolution(self, resolution: int) -> None:
         """Raise a `UserError` unless images of `resolution` fit the models."""
@@ -71,12 +71,18 @@ class StableDiffusionFolder:
     def export(self, directory, own: dict, save_format: str) -> None:
         """Write a folder for the pipeline's `from_pretrained`: `own` parts saved, the others unchanged."""
         parts = {name: (self.folder(name), name, self.part_class(name)) for name in self.parts}
-        export_pipeline(directory, self.pipeline_class.__name__, parts, own, save_format, self.settings())
+        export_pipeline(
+            directory, self.pipeline_class.__name__, parts, own, save_format, {**self.settings(), **self.absent()}
+        )
 
     def settings(self) -> dict:
-        """Settings in the pipeline's model_index.json besides its parts."""
+        """Settings in the pipeline's model_index.json besides the parts that it has."""
         index = self.base.index()
         return {name: index[name] for name in self.kept_settings if name in index}
+
+    def absent(self) -> dict:
+        """What model_index.json says of parts that the pipeline is without, as both libraries write and expect it."""
+        return {name: [None, None] for name, part in self.options.items() if part is None}
 
 
 def encode_prompt(text_encoder, input_ids):

@@ -16,7 +16,8 @@ from ppdiffusers.transformers import CLIPVisionModelWithProjection
 from safetensors import safe_open
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.models.pipeline_folder import PipelineFolder, files_to_download, link_tree
+from ppdiffusers_train.models.hub_folders import files_to_download
+from ppdiffusers_train.models.pipeline_folder import PipelineFolder, link_tree
 from ppdiffusers_train.models.weights import FILES, load_in_place, save_model
 from ppdiffusers_train.tensor_files import read_tensors, write_tensors
 from tests.conftest import weights

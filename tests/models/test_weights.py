@@ -16,7 +16,8 @@ from ppdiffusers import AutoencoderKL, PriorTransformer, SD3Transformer2DModel, 
 from ppdiffusers.transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.models.pipeline_folder import PipelineFolder, files_to_download
+from ppdiffusers_train.models.hub_folders import files_to_download
+from ppdiffusers_train.models.pipeline_folder import PipelineFolder
 from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.tensor_files import as_array, cast_files, read_tensors, size_in_bytes, write_tensors
 from ppdiffusers_train.toy.models.sd3 import build_transformer

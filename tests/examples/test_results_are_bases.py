@@ -1,0 +1,193 @@
+"""Every pipeline that a full job writes is a base of every script of its family, and loads in the library it is for."""
+
+import ppdiffusers_train  # noqa: F401
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from ppdiffusers import DiffusionPipeline
+
+from ppdiffusers_train.data.dataset import build_dataset
+from ppdiffusers_train.draws import Draws
+from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.models.no_pipeline import WEIGHTS
+from ppdiffusers_train.models.weight_files import parse_name
+from ppdiffusers_train.tensor_files import read_tensors, write_tensors
+from tests.conftest import ROOT, encode, last_error, load_script, module_class, short_run
+
+SCRIPTS = {path.stem: path for path in sorted((ROOT / "examples").glob("*/train_*.py"))}
+DECODER, PRIOR = "train_text_to_image_decoder", "train_text_to_image_prior"
+
+
+def family_of(name):
+    """The family of models that a script trains."""
+    if SCRIPTS[name].parent.name == "kandinsky2_2":
+        return "kandinsky"
+    return next((family for family in ("sdxl", "sd3") if family in name), "sd")
+
+
+def is_full(name):
+    """Whether a script's result is a whole pipeline; that of a distillation is the student alone."""
+    return "lora" not in name and "lcm" not in name
+
+
+def writers():
+    """[(script, more flags)] of all jobs that write pipelines."""
+    for name in SCRIPTS:
+        if is_full(name):
+            yield name, ()
+            if family_of(name) == "sd3":
+                yield name, ("--no_t5",)
+
+
+@pytest.fixture(scope="module")
+def bases(sd, sdxl, sd3, kandinsky):
+    """{family: flags that name its base}."""
+    one = {"sd": sd, "sdxl": sdxl, "sd3": sd3}
+    prior, decoder = kandinsky
+    return {**{family: (folder,) for family, folder in one.items()}, "kandinsky": (decoder, prior)}
+
+
+def base_flags(name, *folders):
+    """The flags by which a script is given its base; Kandinsky's have two."""
+    if family_of(name) == "kandinsky":
+        flags = ("--pretrained_decoder_model_name_or_path", "--pretrained_prior_model_name_or_path")
+    else:
+        flags = ("--pretrained_teacher_model" if "lcm" in name else "--pretrained_model_name_or_path",)
+    return [f"{flag}={folder}" for flag, folder in zip(flags, folders, strict=True)]
+
+
+def only_halves(folder, target):
+    """A copy of a pipeline whose weights are all of the variant fp16, and no others."""
+    shutil.copytree(folder, target)
+    for file in target.rglob("*.safetensors"):
+        content, metadata = read_tensors(file)
+        halves = {
+            name: array.astype("float16") if array.dtype == "float32" else array for name, array in content.items()
+        }
+        write_tensors(file.with_name(f"{file.stem}.fp16.safetensors"), halves, metadata)
+        file.unlink()
+    return target
+
+
+@pytest.fixture(scope="module")
+def results(bases, photos, tmp_path_factory):
+    """`results(script, flags, layout)` is what a job writes in a step; for torch, from a base that has only halves."""
+    made = {}
+
+    def run(name, flags, layout):
+        if (name, flags, layout) not in made:
+            folder = tmp_path_factory.mktemp("results")
+            base, more = bases[family_of(name)], ["--variant=fp16"] if layout == "diffusers" else []
+            if more:
+                base = [only_halves(part, folder / f"base{number}") for number, part in enumerate(base)]
+            load_script(SCRIPTS[name]).main([
+                *base_flags(name, *base), *short_run(photos), "--max_train_steps=1", f"--output_dir={folder / 'out'}",
+                f"--save_format={layout}", "--no_final_checkpoint", *more, *flags,
+            ])  # fmt: skip
+            made[name, flags, layout] = folder / "out"
+        return made[name, flags, layout]
+
+    return run
+
+
+def can_begin(name, photos, *flags):
+    """Build a script's module, and compute a loss of its encoders and models."""
+    job = load_script(SCRIPTS[name])
+    module = module_class(job)(job.build_parser().parse_args([*short_run(photos), *flags]))
+    loss = module(encode(module, build_dataset(module.args), [0]), Draws(0, [0]))
+    assert np.isfinite(float(loss)), name
+
+
+def roles(name, family, result, base):
+    """The ways in which a result is a base: in the place of either of Kandinsky's two, or both."""
+    if family != "kandinsky":
+        return [(result,)]
+    return [(result, base[1]), (result, result)] if name == DECODER else [(base[0], result)]
+
+
+@pytest.mark.parametrize("layout", ["ppdiffusers", "diffusers"])
+@pytest.mark.parametrize("name, flags", list(writers()), ids=str)
+def test_a_result_is_a_base_of_every_script_of_its_family(results, bases, photos, name, flags, layout):
+    result, family = results(name, flags, layout), family_of(name)
+    names = [path.name for path in result.rglob("*") if path.name.endswith(WEIGHTS)]
+    assert names and all(parse_name(file).variant is None for file in names)
+    for other in SCRIPTS:
+        if family_of(other) == family:
+            for folders in roles(name, family, result, bases[family]):
+                can_begin(other, photos, *base_flags(other, *folders), *flags)
+
+
+@pytest.mark.parametrize("name, flags", list(writers()), ids=str)
+def test_a_result_loads_plainly_and_draws(results, name, flags):
+    folder = results(name, flags, "ppdiffusers")
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {part: None for part, entry in index.items() if entry == [None, None]}
+    assert ({"text_encoder_3", "tokenizer_3"} <= absent.keys()) == ("--no_t5" in flags)
+    # Both libraries call T5 no optional part, so they have to be told that it is not there.
+    pipe = DiffusionPipeline.from_pretrained(str(folder), **(absent if "--no_t5" in flags else {}))
+    assert type(pipe).__name__ == index["_class_name"]
+    steps = {"prior_num_inference_steps": 2} if name == DECODER else {}
+    size = {} if name == PRIOR else {"height": 64, "width": 64, "output_type": "np"}
+    drawn = pipe("a cat", num_inference_steps=2, **steps, **size)
+    assert np.isfinite(drawn.image_embeds.numpy() if name == PRIOR else drawn.images).all()
+
+
+def test_a_combined_kandinsky_gives_its_prior_s_scheduler(results, bases, photos, tmp_path):
+    combined = results(DECODER, (), "ppdiffusers")
+    flags = base_flags(PRIOR, bases["kandinsky"][0], combined)
+    out = tmp_path / "out"
+    load_script(SCRIPTS[PRIOR]).main(
+        [*flags, *short_run(photos), "--max_train_steps=1", f"--output_dir={out}", "--no_final_checkpoint"]
+    )
+    assert json.loads((out / "model_index.json").read_text())["scheduler"] == ["ppdiffusers", "UnCLIPScheduler"]
+    original = bases["kandinsky"][1] / "scheduler" / "scheduler_config.json"
+    assert json.loads((out / "scheduler" / original.name).read_text()) == json.loads(original.read_text())
+
+
+WITHOUT_A_PIPELINE = {
+    "the student of a distillation": (
+        {"unet/config.json": "{}", "unet_target/config.json": "{}"}, r"holds only unet/, unet_target/ and no pipeline",
+    ),
+    "one model": ({"config.json": "{}", "model.safetensors": ""}, "holds only one model and no pipeline"),
+    "LoRA layers": ({"pytorch_lora_weights.safetensors": ""}, "holds LoRA layers and no pipeline; expected the base"),
+    "LoRA layers and a model": ({"lora.safetensors": "", "unet/config.json": "{}"}, "holds LoRA layers and no pipeline"),
+    "a checkpoint": ({"state.json": "{}", "unet/config.json": "{}"}, "is a checkpoint of a run, which --resume_from_"),
+    "nothing of these": ({"a.txt": ""}, r"is not a pipeline: it has no model_index\.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WITHOUT_A_PIPELINE)
+def test_a_folder_that_is_no_pipeline_is_refused_by_what_it_is(photos, tmp_path, capsys, kind):
+    files, message = WITHOUT_A_PIPELINE[kind]
+    for file, content in files.items():
+        (tmp_path / "base" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "base" / file).write_text(content)
+    for name in ("train_text_to_image_sdxl", "train_lcm_distill_sd_wds"):
+        with pytest.raises(SystemExit) as stopped:
+            flags = [*base_flags(name, tmp_path / "base"), *short_run(photos), f"--output_dir={tmp_path / 'out'}"]
+            load_script(SCRIPTS[name]).main(flags)
+        line = last_error(capsys)
+        assert stopped.value.code == 2 and f"{str(tmp_path / 'base')!r} " in line and message.replace("\\", "") in line
+
+
+def test_t5_is_asked_of_a_result_without_it(results, photos):
+    name = "train_text_to_image_sd3"
+    with pytest.raises(UserError, match="has no part 'text_encoder_3'; .*; --no_t5 trains without T5"):
+        can_begin(name, photos, *base_flags(name, results(name, ("--no_t5",), "ppdiffusers")))
+
+
+def test_weights_of_a_variant_alone_are_named(photos, sdxl, tmp_path, capsys):
+    base = only_halves(sdxl, tmp_path / "base")
+    flags = [*base_flags("train_text_to_image_sdxl", base), *short_run(photos), f"--output_dir={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit) as stopped:
+        load_script(SCRIPTS["train_text_to_image_sdxl"]).main(flags)
+    assert stopped.value.code == 2 and "only --variant fp16" in last_error(capsys)
+
+
+def test_a_variant_that_is_not_there_is_said(photos, sdxl, tmp_path, capsys):
+    name = "train_text_to_image_sdxl"
+    can_begin(name, photos, *base_flags(name, sdxl), "--variant=fp61")
+    assert f"{str(sdxl)!r} has no weights of --variant fp61; those without one are used" in capsys.readouterr().out
