@@ -21,6 +21,13 @@ TORCH_TYPES = {
 }  # fmt: skip
 
 
+# The types that torch's newer files name beside storages of plain bytes.
+TORCH_NAMES = {
+    "float64": "f8", "float32": "f4", "float16": "f2", "bfloat16": "u2", "int64": "i8", "int32": "i4", "int16": "i2",
+    "int8": "i1", "uint8": "u1", "bool": "b1",
+}  # fmt: skip
+
+
 class Type:
     """A number's type, as NumPy pickles it."""
 
@@ -131,17 +138,18 @@ class Storage:
 
 
 class TorchTensor:
-    """A view of a `Storage`."""
+    """A view of a `Storage`, as numbers of its type or of another `dtype`."""
 
-    def __init__(self, storage, first, shape, strides):
+    def __init__(self, storage, first, shape, strides, dtype=None):
         if type(storage) is not Storage or type(first) is not int or first < 0:
             raise RefusedPickle("it holds a tensor that is not made of numbers in the file")
-        self.storage, self.first, self.dtype = storage, first, storage.dtype
+        self.storage, self.first, self.dtype = storage, first, dtype or storage.dtype
         self.shape, self.strides = shape_of(shape), sizes_of(strides)
         count = math.prod(self.shape)
         self.span = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.strides)) if count else 0
         # A view may show a number several times; none that a model has is larger than what it shows.
-        if len(self.shape) != len(self.strides) or max(first + self.span, count) > storage.count:
+        there_are = storage.count * storage.dtype.itemsize // self.dtype.itemsize
+        if len(self.shape) != len(self.strides) or max(first + self.span, count) > there_are:
             raise RefusedPickle(f"it holds a tensor of {self.shape} numbers, more than there are in the file for it")
 
     def numpy(self) -> np.ndarray:

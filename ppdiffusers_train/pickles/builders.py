@@ -1,9 +1,17 @@
 """What the names in pickled weights stand for. Nothing is imported: each makes one of the objects of `arrays.py`."""
 
-from ppdiffusers_train.pickles.arrays import TORCH_TYPES, NumpyArray, Storage, TorchTensor, Type
+from ppdiffusers_train.pickles.arrays import (
+    NUMPY_TYPES,
+    TORCH_NAMES,
+    TORCH_TYPES,
+    NumpyArray,
+    Storage,
+    TorchTensor,
+    Type,
+)
 from ppdiffusers_train.pickles.machine import Bytes, Name, RefusedPickle
 
-NDARRAY = Name("numpy", "ndarray")
+NDARRAY, BYTES = Name("numpy", "ndarray"), Name("torch.storage", "UntypedStorage")
 
 
 class Builder:
@@ -35,6 +43,8 @@ class Builder:
         if type(identity) is not tuple or len(identity) < 5 or identity[0] != "storage":
             raise RefusedPickle("it refers to something outside of it that is no storage of numbers")
         _, kind, key, _, count = identity[:5]
+        if kind == BYTES:
+            kind = Name("torch", "ByteStorage")
         if type(kind) is not Name or kind.module != "torch" or kind.name not in TORCH_TYPES:
             raise RefusedPickle(f"it holds numbers of type {kind}; expected one of {', '.join(TORCH_TYPES)}")
         if type(key) is not str or type(count) is not int or any(identity[5:]):
@@ -68,6 +78,11 @@ class Builder:
 
     def tensor(self, storage, first, shape, strides, *_):
         return TorchTensor(storage, first, shape, strides)
+
+    def typed_tensor(self, storage, first, shape, strides, requires_grad, hooks, kind, *_):
+        if type(kind) is not Name or kind.module != "torch" or kind.name not in TORCH_NAMES:
+            raise RefusedPickle(f"it holds numbers of type {kind}; expected one of {', '.join(TORCH_NAMES)}")
+        return TorchTensor(storage, first, shape, strides, NUMPY_TYPES[TORCH_NAMES[kind.name]])
 
     def parameter(self, tensor, *_):
         return tensor
@@ -108,6 +123,7 @@ FUNCTIONS = {
     ("collections", "OrderedDict"): Builder.dictionary,
     ("torch._utils", "_rebuild_tensor"): Builder.tensor,
     ("torch._utils", "_rebuild_tensor_v2"): Builder.tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): Builder.typed_tensor,
     ("torch._utils", "_rebuild_parameter"): Builder.parameter,
     ("torch", "Size"): Builder.tuple,
 }

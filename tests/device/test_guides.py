@@ -20,7 +20,7 @@ SDXL = """--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1
     --lr_warmup_steps=0 --mixed_precision="fp16" --report_to="wandb"
     --validation_prompt="a cute Sundar Pichai creature" --validation_epochs 5 --checkpointing_steps=5000
     --output_dir="sdxl-naruto-model" """
-LCM = """--pretrained_teacher_model=runwayml/stable-diffusion-v1-5 --output_dir=x --mixed_precision=fp16
+LCM = """--pretrained_teacher_model=stable-diffusion-v1-5/stable-diffusion-v1-5 --output_dir=x --mixed_precision=fp16
     --resolution=512 --learning_rate=1e-6 --loss_type="huber" --ema_decay=0.95 --adam_weight_decay=0.0
     --max_train_steps=1000 --max_train_samples=4000000 --dataloader_num_workers=8 --validation_steps=200
     --checkpointing_steps=200 --checkpoints_total_limit=10 --train_batch_size=12 --gradient_checkpointing

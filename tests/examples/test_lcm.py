@@ -69,7 +69,8 @@ def trained_weights(name, folder):
 
 @pytest.mark.once
 def test_the_guides_command_runs(lcm_jobs, train):
-    words = """--pretrained_teacher_model=runwayml/stable-diffusion-v1-5 --output_dir=x --mixed_precision=fp16
+    words = """--pretrained_teacher_model=stable-diffusion-v1-5/stable-diffusion-v1-5
+        --output_dir=x --mixed_precision=fp16
         --resolution=512 --learning_rate=1e-6 --loss_type=huber --ema_decay=0.95 --adam_weight_decay=0.0
         --max_train_steps=1000 --max_train_samples=4000000 --dataloader_num_workers=8 --validation_steps=200
         --checkpointing_steps=200 --checkpoints_total_limit=10 --train_batch_size=12 --gradient_checkpointing

@@ -147,30 +147,32 @@ def test_a_combined_kandinsky_gives_its_prior_s_scheduler(results, bases, photos
     assert json.loads((out / "scheduler" / original.name).read_text()) == json.loads(original.read_text())
 
 
+ONLY_LORA = "holds LoRA layers and no pipeline; expected the base that they were trained on"
 WITHOUT_A_PIPELINE = {
     "the student of a distillation": (
-        {"unet/config.json": "{}", "unet_target/config.json": "{}"}, r"holds only unet/, unet_target/ and no pipeline",
+        ["unet/config.json", "unet_target/config.json"],
+        "holds only unet/, unet_target/",
     ),
-    "one model": ({"config.json": "{}", "model.safetensors": ""}, "holds only one model and no pipeline"),
-    "LoRA layers": ({"pytorch_lora_weights.safetensors": ""}, "holds LoRA layers and no pipeline; expected the base"),
-    "LoRA layers and a model": ({"lora.safetensors": "", "unet/config.json": "{}"}, "holds LoRA layers and no pipeline"),
-    "a checkpoint": ({"state.json": "{}", "unet/config.json": "{}"}, "is a checkpoint of a run, which --resume_from_"),
-    "nothing of these": ({"a.txt": ""}, r"is not a pipeline: it has no model_index\.json"),
-}  # fmt: skip
+    "one model": (["config.json", "model.safetensors"], "holds only one model and no pipeline"),
+    "LoRA layers": (["pytorch_lora_weights.safetensors"], ONLY_LORA),
+    "LoRA layers and a model": (["lora.safetensors", "unet/config.json"], ONLY_LORA),
+    "a checkpoint": (["state.json", "unet/config.json"], "is a checkpoint of a run, which --resume_from_checkpoint"),
+    "nothing of these": (["a.txt"], "is not a pipeline: it has no model_index.json"),
+}
 
 
 @pytest.mark.parametrize("kind", WITHOUT_A_PIPELINE)
 def test_a_folder_that_is_no_pipeline_is_refused_by_what_it_is(photos, tmp_path, capsys, kind):
     files, message = WITHOUT_A_PIPELINE[kind]
-    for file, content in files.items():
+    for file in files:
         (tmp_path / "base" / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "base" / file).write_text(content)
+        (tmp_path / "base" / file).write_text("{}")
     for name in ("train_text_to_image_sdxl", "train_lcm_distill_sd_wds"):
         with pytest.raises(SystemExit) as stopped:
             flags = [*base_flags(name, tmp_path / "base"), *short_run(photos), f"--output_dir={tmp_path / 'out'}"]
             load_script(SCRIPTS[name]).main(flags)
         line = last_error(capsys)
-        assert stopped.value.code == 2 and f"{str(tmp_path / 'base')!r} " in line and message.replace("\\", "") in line
+        assert stopped.value.code == 2 and f"{str(tmp_path / 'base')!r} " in line and message in line
 
 
 def test_t5_is_asked_of_a_result_without_it(results, photos):
