@@ -47,7 +47,7 @@ TOPICS = (
 )  # fmt: skip
 
 # Flags of other programs that pages name by themselves, and programs whose command lines are not looked at.
-OTHER_FLAGS = {"--logdir", "--signal"}
+OTHER_FLAGS = {"--logdir", "--signal", "--model", "--local_dir"}  # of other programs
 OTHER_PROGRAMS = (
     "pip",
     "visualdl",
