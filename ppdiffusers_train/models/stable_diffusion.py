@@ -8,6 +8,7 @@ from ppdiffusers_train.models.pipeline_folder import ModelFolder, PipelineFolder
 from ppdiffusers_train.models.text import as_computed
 
 VERSION = 1  # raised when its functions change encoded samples
+FAMILIES = ("StableDiffusionXL", "StableDiffusion3", "StableDiffusion", "Kandinsky")  # how classes of pipelines begin
 
 
 class StableDiffusionFolder:
@@ -36,6 +37,21 @@ class StableDiffusionFolder:
         self.base = PipelineFolder(name_or_path, flag, list(self.parts), revision=revision, **options)
         vae_flag = "--pretrained_vae_model_name_or_path"
         self.vae = ModelFolder(vae, vae_flag, "vae", "AutoencoderKL", **options) if vae else self.base
+        self._check_kind()
+
+    def _check_kind(self):
+        """Raise a `UserError` for a pipeline of another family, or one whose model and VAE do not fit together."""
+        found, expected = str(self.base.index().get("_class_name")), self.pipeline_class.__name__
+        if family_of(found) not in (None, family_of(expected)):
+            raise UserError(f"{self.base.flag}: {self.base.name_or_path!r} is a {found}; expected a {expected}")
+        trained = "transformer" if "transformer" in self.parts else "unet"
+        taken = self.base.config(trained).get("in_channels")
+        given = self.vae.config("vae").get("latent_channels", 4)
+        if taken not in (None, given):
+            raise UserError(
+                f"{self.base.flag}: {self.base.name_or_path!r} has a {trained} that takes {taken} channels, and the "
+                f"VAE gives {given}; expected equal numbers (models for inpainting take more, and are not trained here)"
+            )
 
     def folder(self, part: str) -> PipelineFolder:
         """The folder that holds a part."""
@@ -83,6 +99,11 @@ class StableDiffusionFolder:
     def absent(self) -> dict:
         """What model_index.json says of parts that the pipeline is without, as both libraries write and expect it."""
         return {name: [None, None] for name, part in self.options.items() if part is None}
+
+
+def family_of(class_name: str):
+    """The family of models that a pipeline's class belongs to, or None."""
+    return next((family for family in FAMILIES if class_name.startswith(family)), None)
 
 
 def encode_prompt(text_encoder, input_ids):

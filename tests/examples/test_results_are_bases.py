@@ -181,6 +181,26 @@ def test_t5_is_asked_of_a_result_without_it(results, photos):
         can_begin(name, photos, *base_flags(name, results(name, ("--no_t5",), "ppdiffusers")))
 
 
+@pytest.mark.parametrize(
+    "name, family",
+    [("train_text_to_image_sd", "sdxl"), ("train_lcm_distill_sd_wds", "sdxl"), ("train_text_to_image_lora_sdxl", "sd")],
+)
+def test_a_base_of_another_family_is_refused(bases, photos, name, family):
+    with pytest.raises(UserError, match="is a StableDiffusionXLPipeline; expected a|has no part 'text_encoder_2'"):
+        can_begin(name, photos, *base_flags(name, *bases[family]))
+
+
+def test_a_model_for_inpainting_and_another_vae_are_refused(sdxl, sd3, photos, tmp_path):
+    name, base = "train_text_to_image_sdxl", shutil.copytree(sdxl, tmp_path / "base")
+    vae = f"--pretrained_vae_model_name_or_path={sd3}"
+    with pytest.raises(UserError, match="has a unet that takes 4 channels, and the VAE gives 16; expected equal"):
+        can_begin(name, photos, *base_flags(name, sdxl), vae)
+    config = base / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 9}))
+    with pytest.raises(UserError, match="has a unet that takes 9 channels, and the VAE gives 4; expected .*inpainting"):
+        can_begin(name, photos, *base_flags(name, base))
+
+
 def test_weights_of_a_variant_alone_are_named(photos, sdxl, tmp_path, capsys):
     base = only_halves(sdxl, tmp_path / "base")
     flags = [*base_flags("train_text_to_image_sdxl", base), *short_run(photos), f"--output_dir={tmp_path / 'out'}"]

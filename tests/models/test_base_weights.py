@@ -12,7 +12,9 @@ import pytest
 from ppdiffusers import AutoencoderKL, UNet2DConditionModel
 from ppdiffusers.transformers import CLIPTextModel, T5EncoderModel
 
+from ppdiffusers_train.cli import main
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.models.kandinsky2_2 import DECODER_PARTS, PRIOR_PARTS, KandinskyFolders
 from ppdiffusers_train.models.pipeline_folder import ModelFolder, PipelineFolder
 from ppdiffusers_train.models.weights import FILES, save_model
 from ppdiffusers_train.tensor_files import read_tensors, write_tensors
@@ -157,6 +159,38 @@ def test_a_vae_from_elsewhere_is_compared_as_well(train_sdxl, sdxl, tmp_path, ca
     assert (
         "--pretrained_vae_model_name_or_path: " in (line := last_error(capsys)) and "decoder.conv_in.bias is m" in line
     )
+
+
+@pytest.mark.parametrize(
+    "index, part", [(0, "prior"), (0, "image_encoder"), (0, "text_encoder"), (1, "movq"), (1, "unet")]
+)
+def test_every_part_of_kandinsky_is_compared(kandinsky, tmp_path, index, part):
+    base = shutil.copytree(kandinsky[index], tmp_path / "base")
+    (file,) = (base / part).glob("*.safetensors")
+    content, metadata = read_tensors(file)
+    lost = sorted(name for name in content if name.endswith(".bias"))[0]
+    write_tensors(file, {name: array for name, array in content.items() if name != lost}, metadata)
+    folders = KandinskyFolders(*((base, base) if index else (kandinsky[1], base)))
+    folder = folders.decoder if index else folders.prior
+    with pytest.raises(UserError, match=f"has a {part}/ that cannot be loaded: .*: {lost} is missing"):
+        folder.later(part, {**DECODER_PARTS, **PRIOR_PARTS}[part]).load()
+
+
+def test_a_pickled_lora_is_converted_and_a_hostile_one_is_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    layer = "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q"
+    matrices = {
+        f"{layer}.lora.down.weight": np.ones((2, 5), "float32"),
+        f"{layer}.lora.up.weight": np.ones((7, 2), "f4"),
+    }
+    (tmp_path / "good.bin").write_bytes(pickle.dumps(matrices, 2))
+    (tmp_path / "bad.bin").write_bytes(zipped(TOUCH))
+    main(["convert-lora", "good.bin", "--to", "diffusers", "--output", "new.safetensors"])
+    assert same(read_tensors("new.safetensors")[0], matrices)
+    with pytest.raises(SystemExit) as stopped:
+        main(["convert-lora", "bad.bin", "--to", "diffusers", "--output", "newer.safetensors"])
+    assert stopped.value.code == 2 and not (tmp_path / "MARKER").exists()
+    assert "bad.bin: cannot be read as pickled weights: it holds posix.system, which is no array" in last_error(capsys)
 
 
 TOUCH = payloads("MARKER")["os.system, protocol 4"]
