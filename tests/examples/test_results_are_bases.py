@@ -14,8 +14,10 @@ from ppdiffusers_train.draws import Draws
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.no_pipeline import WEIGHTS
 from ppdiffusers_train.models.weight_files import parse_name
-from ppdiffusers_train.tensor_files import read_tensors, write_tensors
+from ppdiffusers_train.tensor_files import read_tensors, write_index, write_parts, write_tensors
 from tests.conftest import ROOT, encode, last_error, load_script, module_class, short_run
+
+pytestmark = pytest.mark.once  # files and names, no numbers
 
 SCRIPTS = {path.stem: path for path in sorted((ROOT / "examples").glob("*/train_*.py"))}
 DECODER, PRIOR = "train_text_to_image_decoder", "train_text_to_image_prior"
@@ -207,6 +209,29 @@ def test_weights_of_a_variant_alone_are_named(photos, sdxl, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         load_script(SCRIPTS["train_text_to_image_sdxl"]).main(flags)
     assert stopped.value.code == 2 and "only --variant fp16" in last_error(capsys)
+
+
+@pytest.mark.parametrize("is_divided", [False, True])
+@pytest.mark.parametrize("name", ["train_text_to_image_lora_sdxl", "train_lcm_distill_lora_sdxl_wds"])
+def test_a_vae_from_elsewhere_may_have_the_variant_alone(sdxl, photos, tmp_path, name, is_divided):
+    vae = only_halves(sdxl / "vae", tmp_path / "vae")
+    if is_divided:
+        (file,) = vae.glob("*.safetensors")
+        content, metadata = read_tensors(file)
+        parts = write_parts(vae, "diffusion_paddle_model", content.items(), 100_000, metadata)
+        named = {part: part.replace("model-", "model.fp16-") for part in parts}
+        for part in parts:
+            (vae / part).rename(vae / named[part])
+        write_index(
+            vae / "diffusion_paddle_model.safetensors.index.fp16.json",
+            {key: named[part] for part, keys in parts.items() for key in keys}, 0,
+        )  # fmt: skip
+        file.unlink()
+        assert len(parts) > 1
+    flags = [*base_flags(name, sdxl), f"--pretrained_vae_model_name_or_path={vae}"]
+    with pytest.raises(UserError, match="--pretrained_vae_model.*: .* has no weights in vae/; only --variant fp16"):
+        can_begin(name, photos, *flags)
+    can_begin(name, photos, *flags, "--variant=fp16")
 
 
 def test_a_variant_that_is_not_there_is_said(photos, sdxl, tmp_path, capsys):

@@ -13,6 +13,8 @@ from tests.conftest import last_error, same, weights
 from tests.fake_hub import FakeHub
 from tests.reporting.test_hub import use_endpoint
 
+pytestmark = pytest.mark.once  # no Paddle in it
+
 NAME, COMMIT = "owner/tiny-sdxl", "0123456789abcdef0123456789abcdef01234567"
 
 

@@ -1,5 +1,6 @@
 """Pickled weights: good ones are read to the bit, and no file runs code."""
 
+import ast
 import contextlib
 import pickle
 import resource
@@ -15,12 +16,14 @@ import pytest
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.pickles.files import open_pickle
 from ppdiffusers_train.tensor_files import read_tensors
+from tests.conftest import ROOT
 from tests.pickles.hostile import bombs, older, payloads, torch_tensor, zipped
 
 pytestmark = pytest.mark.once  # no Paddle in it
 
 BY_TORCH = Path(__file__).parent / "written_by_torch"
 HOSTILE = payloads("MARKER")
+SOURCES = [*(ROOT / "ppdiffusers_train").rglob("*.py"), *(ROOT / "examples").glob("*/*.py")]
 WRAPPINGS = {
     "x.pdparams": lambda pickled: pickled,
     "x.bin": zipped,
@@ -190,6 +193,21 @@ def test_hand_made_files_are_read_where_nothing_is_wrong(tmp_path):
     ):
         (tmp_path / "x.bin").write_bytes(content)
         assert_same(read_tensors(tmp_path / "x.bin")[0], {"w": np.arange(4, dtype="float32")})
+
+
+UNPICKLING = {f"{module}.{name}" for module in ("paddle", "torch", "np", "pickle") for name in ("load", "loads")}
+# What they load: configurations, tokenizers, and what the project itself has written.
+LOADING = {"pipeline_folder.py", "unloaded.py", "text.py", "tokenizer.py", "t5.py", "running.py", "train_pipelines.py"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_nothing_of_the_package_unpickles(path):
+    """Neither by itself, nor by asking a library for a model in a user's folder."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert not calls & {*UNPICKLING, "eval", "exec"} and not imported & {"pickle", "dill", "joblib", "shelve"}
+    assert path.name in LOADING or not any(call.endswith(".from_pretrained") for call in calls)
 
 
 def test_two_members_of_one_name_are_refused(tmp_path):
