@@ -17,7 +17,7 @@ from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.pickles.files import open_pickle
 from ppdiffusers_train.tensor_files import read_tensors
 from tests.conftest import ROOT
-from tests.pickles.hostile import bombs, older, payloads, torch_tensor, zipped
+from tests.pickles.hostile import bombs, older, payloads, text, torch_tensor, zipped
 
 pytestmark = pytest.mark.once  # no Paddle in it
 
@@ -182,6 +182,19 @@ LAYOUTS = {
 def test_a_tensor_that_is_not_in_the_file_is_refused(tmp_path, damage):
     (tmp_path / "x.bin").write_bytes(LAYOUTS[damage])
     with pytest.raises(UserError, match="cannot be read as pickled weights"):
+        read_tensors(tmp_path / "x.bin")
+
+
+def test_many_views_of_the_same_numbers_are_refused(tmp_path):
+    """A small file whose tensors would fill the memory one after the other."""
+    one = torch_tensor(4)[3:-2].replace(text("w"), b"")  # the tensor's opcodes
+    views = b"".join(text(f"w{number}") + one + b"s" for number in range(900))
+    (tmp_path / "x.bin").write_bytes(zipped(b"\x80\x02}" + views + b".", s0=FOUR))
+    assert len(read_tensors(tmp_path / "x.bin")[0]) == 900  # their names alone are longer
+    large = bytes(4 * 10**6)
+    views = views.replace((4).to_bytes(8, "little"), (10**6).to_bytes(8, "little"))
+    (tmp_path / "x.bin").write_bytes(zipped(b"\x80\x02}" + views + b".", s0=large))
+    with pytest.raises(UserError, match="its tensors have 3600000000 bytes, but the file has only"):
         read_tensors(tmp_path / "x.bin")
 
 
