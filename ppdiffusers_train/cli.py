@@ -6,6 +6,7 @@ ppdiffusers-train preview train_text_to_image_sdxl.py --pretrained_model_name_or
 ppdiffusers-train pack my-photos shards --shard_size 500MB
 ppdiffusers-train launch --gpus 0,1 train_text_to_image_sdxl.py --train_data_dir my-photos --output_dir my-sdxl
 ppdiffusers-train cache my-sdxl/encoded --train_data_dir my-photos
+ppdiffusers-train convert my-sdxl --to single_file --output my-sdxl.safetensors
 ppdiffusers-train lora merge --base sdxl --lora my-lora:0.8 --output my-sdxl
 ppdiffusers-train convert-lora my-lora --to diffusers --output my-lora-for-torch
 ppdiffusers-train toy-data shapes --count 1000 --size 32
@@ -30,6 +31,7 @@ from ppdiffusers_train.arguments.parser import (
 )
 from ppdiffusers_train.errors import UserError, one_line, one_line_errors
 from ppdiffusers_train.tools.cache import add_cache_command
+from ppdiffusers_train.tools.convert import add_convert_command
 from ppdiffusers_train.tools.examples import add_examples_command
 from ppdiffusers_train.tools.launch import add_launch_command
 from ppdiffusers_train.tools.lora import add_lora_command
@@ -202,6 +204,8 @@ def build_parser():
     add_launch_command(commands)
 
     add_cache_command(commands)
+
+    add_convert_command(commands)
 
     add_lora_command(commands)
 

@@ -26,6 +26,7 @@ WRITES = set(
     build_t5_tokenizer export_combined export_prior sample_files require_room VisualDLTracker
     TensorBoardTracker build_kandinsky build_prior_pipeline build_sdxl write_weights replace_result set_aside_later
     remove_earlier_checkpoints remove_folder make_once link_files UnfinishedPack write_merged
+    export_converted export_single_file write_converted
     write_pretrained write_kandinsky write_sd write_sdxl write_sd3""".split()
 )
 # These write where nobody loses a run: the launcher's logs are masked if possible, and toys are trained by developers.

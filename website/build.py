@@ -27,7 +27,7 @@ JOBS = (
     "sd3", "sd3-lora", "lcm-sd", "lcm-sd-lora", "lcm-sdxl", "lcm-sdxl-lora", "your-own-job",
 )  # fmt: skip
 GUIDES = (
-    "your-data", "large-data", "training", "lora-files", "several-gpus", "resume", "memory", "hardware",
+    "your-data", "large-data", "training", "single-files", "lora-files", "several-gpus", "resume", "memory", "hardware",
     "from-other-trainers", "faq",
 )  # fmt: skip
 REFERENCE = (

@@ -52,6 +52,7 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         self.folder = self.folder_class(
             args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path, "--pretrained_teacher_model",
             args.cache_dir, args.teacher_revision or args.revision, args.variant, not args.dry_run,
+            args.single_file_config,
         )  # fmt: skip
         self.load_text_encoders()
         self.folder.check_resolution(args.resolution)

@@ -17,7 +17,7 @@ from ppdiffusers_train.models.lora import JOINT_ATTENTION_TARGETS
 
 
 def build_parser():
-    parser = build_full_parser(__doc__)
+    parser = build_full_parser(__doc__, arguments.SAVE_FORMATS)
     arguments.add_lora_arguments(parser, JOINT_ATTENTION_TARGETS, output_dir="sd3-model-finetuned-lora")
     return parser
 

@@ -23,7 +23,7 @@ from ppdiffusers_train.objectives.flow_matching import interpolate, shifted_sigm
 from ppdiffusers_train.objectives.losses import mse_loss
 
 
-def build_parser(doc=__doc__):
+def build_parser(doc=__doc__, save_formats=arguments.PIPELINE_FORMATS):
     parser = arguments.ArgumentParser(description=doc.splitlines()[0])
     group = arguments.add_pipeline_arguments(parser)
     group.add_argument(
@@ -34,7 +34,9 @@ def build_parser(doc=__doc__):
     )
     arguments.add_image_arguments(parser)
     arguments.add_flow_matching_arguments(parser)
-    arguments.add_run_arguments(parser, "sd3-model-finetuned", num_validation_images=4, validation_epochs=1)
+    arguments.add_run_arguments(
+        parser, "sd3-model-finetuned", save_formats, num_validation_images=4, validation_epochs=1
+    )
     parser.set_defaults(resolution=1024, encoded_cache=True)
     return parser
 
@@ -51,6 +53,7 @@ class SD3TrainingModule(FullTraining):
         self.args = args
         names = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
         options = {"revision": args.revision, "variant": args.variant, "weights": not args.dry_run, "t5": args.t5}
+        options["single_file_config"] = args.single_file_config
         self.folder = SD3Folder(*names, "--pretrained_model_name_or_path", cache_dir=args.cache_dir, **options)
         self.folder.check_resolution(args.resolution)
         self.scheduler = self.folder.load_scheduler(args.shift)

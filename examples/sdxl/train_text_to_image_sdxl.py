@@ -27,7 +27,7 @@ from ppdiffusers_train.objectives.timesteps import draw_timesteps, timestep_weig
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
-def build_parser(doc=__doc__):
+def build_parser(doc=__doc__, save_formats=arguments.PIPELINE_FORMATS):
     parser = arguments.ArgumentParser(description=doc.splitlines()[0])
     add = arguments.add_pipeline_arguments(parser).add_argument
     no_kernel = "This flag has no effect: it is accepted for old commands, but ppdiffusers has no such kernel."
@@ -39,7 +39,9 @@ def build_parser(doc=__doc__):
     arguments.add_image_arguments(parser)
     arguments.add_diffusion_arguments(parser, noise_offset=True)
     arguments.add_timestep_arguments(parser)
-    arguments.add_run_arguments(parser, "sdxl-model-finetuned", num_validation_images=4, validation_epochs=1)
+    arguments.add_run_arguments(
+        parser, "sdxl-model-finetuned", save_formats, num_validation_images=4, validation_epochs=1
+    )
     parser.set_defaults(resolution=1024, encoded_cache=True)
     return parser
 
@@ -56,7 +58,8 @@ class SDXLTrainingModule(FullTraining):
         self.args = args
         names = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
         where = args.cache_dir, args.revision, args.variant
-        self.folder = SDXLFolder(*names, "--pretrained_model_name_or_path", *where, weights=not args.dry_run)
+        options = {"weights": not args.dry_run, "single_file_config": args.single_file_config}
+        self.folder = SDXLFolder(*names, "--pretrained_model_name_or_path", *where, **options)
         self.folder.check_resolution(args.resolution)
         self.scheduler = self.folder.load_scheduler(args.prediction_type, DDPMScheduler)
         with named_by_flags():

@@ -29,7 +29,7 @@ def build_parser():
     arguments.add_data_arguments(parser)
     arguments.add_training_arguments(parser)
     arguments.add_diffusion_arguments(parser, noise_offset=True)
-    arguments.add_output_arguments(parser, output_dir="sd-model-finetuned")
+    arguments.add_output_arguments(parser, "sd-model-finetuned", arguments.PIPELINE_FORMATS)
     arguments.add_validation_arguments(parser, num_validation_images=4, validation_epochs=1)
     arguments.add_reporting_arguments(parser)
     return parser
@@ -46,7 +46,8 @@ class SDTrainingModule(FullTraining):
         self.args = args
         names = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
         where = args.cache_dir, args.revision, args.variant
-        self.folder = StableDiffusionFolder(*names, "--pretrained_model_name_or_path", *where, weights=not args.dry_run)
+        options = {"weights": not args.dry_run, "single_file_config": args.single_file_config}
+        self.folder = StableDiffusionFolder(*names, "--pretrained_model_name_or_path", *where, **options)
         self.folder.check_resolution(args.resolution)
         self.scheduler = self.folder.load("scheduler", DDPMScheduler)
         for name in self.encoders:

@@ -19,6 +19,8 @@ from ppdiffusers_train.arguments.jobs import (
     add_timestep_arguments,
 )
 from ppdiffusers_train.arguments.output import (
+    PIPELINE_FORMATS,
+    SAVE_FORMATS,
     add_output_arguments,
     add_reporting_arguments,
     add_validation_arguments,
@@ -43,16 +45,17 @@ __all__ = [  # for scripts, besides the groups below
     "add_distillation_arguments", "add_flow_matching_arguments", "add_image_arguments", "add_kandinsky_arguments",
     "add_kandinsky_lora_arguments", "add_lora_arguments", "add_pipeline_arguments", "add_student_arguments",
     "add_timestep_arguments", "add_output_arguments", "add_reporting_arguments", "add_validation_arguments",
+    "PIPELINE_FORMATS", "SAVE_FORMATS",
 ]  # fmt: skip
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
-def add_run_arguments(parser, output_dir, **defaults):
+def add_run_arguments(parser, output_dir, save_formats=SAVE_FORMATS, **defaults):
     """What every job has: data, training, output, validation and logging; `defaults` are other defaults of theirs."""
     add_data_arguments(parser)
     add_training_arguments(parser)
-    add_output_arguments(parser, output_dir)
+    add_output_arguments(parser, output_dir, save_formats)
     add_validation_arguments(parser)
     add_reporting_arguments(parser)
     parser.set_defaults(**defaults)

@@ -34,15 +34,25 @@ def add_pipeline_arguments(parser):
     group = parser.add_argument_group("models")
     group.add_argument(
         "--pretrained_model_name_or_path", required=True,
-        help="Fine-tune the pipeline of this folder or hub repository.",
+        help="Fine-tune the pipeline of this folder, single .safetensors file or hub repository.",
     )  # fmt: skip
     group.add_argument(
         "--pretrained_vae_model_name_or_path",
-        help="Use the VAE of this folder or hub repository instead of the pipeline's.",
+        help="Use the VAE of this folder, single .safetensors file or hub repository instead of the pipeline's.",
     )  # fmt: skip
+    add_single_file_argument(group)
     group.add_argument("--revision", help="Use this revision of the pipeline on the hub.")
     add_variant_argument(group)
     return group
+
+
+def add_single_file_argument(group):
+    """Where the configurations and tokenizers of a base in a single file come from, read by the jobs and by tools."""
+    group.add_argument(
+        "--single_file_config", metavar="NAME",
+        help="Take configurations and tokenizers of a single file from this pipeline's folder or hub repository; "
+        "without it, from the published model of its family.",
+    )  # fmt: skip
 
 
 def add_image_arguments(parser):
@@ -162,12 +172,13 @@ def add_distillation_arguments(parser):
     add = models.add_argument
     add(
         "--pretrained_teacher_model", required=True,
-        help="Load the teacher's pipeline from this folder or hub repository.",
+        help="Load the teacher's pipeline from this folder, single .safetensors file or hub repository.",
     )  # fmt: skip
     add(
         "--pretrained_vae_model_name_or_path",
-        help="Use the VAE of this folder or hub repository instead of the teacher's.",
+        help="Use the VAE of this folder, single .safetensors file or hub repository instead of the teacher's.",
     )  # fmt: skip
+    add_single_file_argument(models)
     add("--teacher_revision", help="Use this revision of the teacher on the hub.")
     add("--revision", help="This flag is an older name of --teacher_revision.")
     add_variant_argument(models)

@@ -2,8 +2,11 @@
 
 from ppdiffusers_train.arguments.parser import Flag, positive_int
 
+SAVE_FORMATS = ("ppdiffusers", "diffusers")
+PIPELINE_FORMATS = (*SAVE_FORMATS, "single_file")  # of jobs that write a pipeline which has such a layout
 
-def add_output_arguments(parser, output_dir):
+
+def add_output_arguments(parser, output_dir, save_formats=SAVE_FORMATS):
     """What is written where, read by the loop."""
     group = parser.add_argument_group("output and checkpoints")
     add = group.add_argument
@@ -16,8 +19,9 @@ def add_output_arguments(parser, output_dir):
         help="Replace the checkpoints and the result of an earlier run in output_dir; without it, the run is refused.",
     )  # fmt: skip
     add(
-        "--save_format", choices=("ppdiffusers", "diffusers"), default="ppdiffusers",
-        help="Write the result for this library.",
+        "--save_format", choices=save_formats, default="ppdiffusers",
+        help="Write the result for this library; `single_file`, of jobs that write a pipeline of Stable Diffusion, is "
+        "for ComfyUI and WebUIs.",
     )  # fmt: skip
     add(
         "--save_dtype", choices=("float32", "float16", "bfloat16"),

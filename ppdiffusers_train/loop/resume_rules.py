@@ -32,6 +32,7 @@ FREE = {
     *("train_shards_path_or_url", "caption_column", "caption", "caption_separator", "repeats"),
     *("max_train_samples", "stream_lanes", "seed", "revision", "teacher_revision", "variant"),
     *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "pretrained_teacher_model"),
+    "single_file_config",
     *("pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path", "init_lora"),
     # `TrainingState.load_weights` compares these with what is in the checkpoint.
     *("use_ema", "use_8bit_adam"),

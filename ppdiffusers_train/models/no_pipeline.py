@@ -15,8 +15,8 @@ def describe(folder: Path) -> str:
         )
     if any("lora" in name and name.endswith(WEIGHTS) for name in names):
         return (
-            "holds LoRA layers and no pipeline; expected the base that they were trained on (--init_lora goes on from "
-            "them), or that base with them merged into it (ppdiffusers-train lora merge)"
+            "holds LoRA layers and no pipeline; expected the base that they were trained on, or that base with them "
+            "merged into it (ppdiffusers-train lora merge)"
         )
     models = [name for name in MODELS if (folder / name / "config.json").is_file()]
     if models or "config.json" in names:

@@ -26,7 +26,7 @@ from ppdiffusers_train.models.no_pipeline import describe
 from ppdiffusers_train.models.own_type import compute_in_own_type
 from ppdiffusers_train.models.unloaded import build_unloaded
 from ppdiffusers_train.models.weight_files import NAMES, find_weights, parse_name, remove_weights
-from ppdiffusers_train.models.weights import load_model, narrow_types, save_model, stored_tensors
+from ppdiffusers_train.models.weights import load_model, save_model, unloaded_copy
 
 CONFIG = "config.json"
 TRANSFORMERS = {"ppdiffusers": "ppdiffusers.transformers", "diffusers": "transformers"}
@@ -96,6 +96,8 @@ class PipelineFolder:
 
     def _from_hub(self, parts, cache_dir, revision):
         if os.path.isabs(self.name_or_path) or self.name_or_path.count("/") != 1:
+            if self.path.is_file():
+                raise self._error("is a file; expected a folder, as ppdiffusers-train convert makes of a single file")
             raise self._error("is not a folder; expected a pipeline's folder or a hub name such as owner/model")
         try:
             return download(self.name_or_path, parts, cache_dir, revision, self.variant, self.wants_weights)
@@ -213,13 +215,20 @@ class PipelineFolder:
             remove_weights(target)
             if files:
                 files.link_plainly(target, link_file)
-            return
+        else:
+            self.export_converted(part, part_class, target, save_format)
+
+    def export_converted(self, part: str, part_class, target: Path, save_format: str) -> None:
+        """Write a part for the library `save_format` from its tensors, one at a time."""
+        model, tensors, dtypes = self.unloaded(part, part_class)
+        save_model(model, target, save_format, dtypes, tensors=tensors)
+
+    def unloaded(self, part: str, part_class) -> tuple:
+        """A part as `weights.unloaded_copy` has it."""
+        folder = str(self.folders[part])
         with self._naming(part):
-            model = build_unloaded(part_class, str(self.folders[part]))
-            stored = stored_tensors(model, files)
-            if stored is None:
-                model = self.load(part, part_class)
-        save_model(model, target, save_format, narrow_types(files, model), tensors=stored)
+            files = self._existing_weights(part)
+            return unloaded_copy(part_class, folder, files, lambda: self.load(part, part_class))
 
 
 class ModelFolder(PipelineFolder):

@@ -1,10 +1,14 @@
 """Stable Diffusion on disk, and how its text encoder and VAE encode a sample."""
 
+from pathlib import Path
+
 from ppdiffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from ppdiffusers.transformers import CLIPTextModel, CLIPTokenizer
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.pipeline_folder import ModelFolder, PipelineFolder, export_pipeline
+from ppdiffusers_train.models.single_file.reading import FILE, SingleFile, SingleFileVAE, find_single_file
+from ppdiffusers_train.models.single_file.writing import export_single_file
 from ppdiffusers_train.models.text import as_computed
 
 VERSION = 1  # raised when its functions change encoded samples
@@ -15,9 +19,10 @@ class StableDiffusionFolder:
     """The folder of a Stable Diffusion pipeline, with a VAE from elsewhere where one is given.
 
     Args:
-        name_or_path, vae: folders, or names on the hub; `vae` may be None.
+        name_or_path, vae: folders, single files, or names on the hub; `vae` may be None.
         flag: the flag that named the pipeline, for messages.
         cache_dir, revision, variant, weights: see `PipelineFolder`.
+        single_file_config: the `config` of a `SingleFile`.
     """
 
     pipeline_class = StableDiffusionPipeline
@@ -32,11 +37,21 @@ class StableDiffusionFolder:
     options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     kept_settings = ("requires_safety_checker",)
 
-    def __init__(self, name_or_path, vae, flag, cache_dir=None, revision=None, variant=None, weights=True):
-        options = {"cache_dir": cache_dir, "variant": variant, "weights": weights}
-        self.base = PipelineFolder(name_or_path, flag, list(self.parts), revision=revision, **options)
-        vae_flag = "--pretrained_vae_model_name_or_path"
-        self.vae = ModelFolder(vae, vae_flag, "vae", "AutoencoderKL", **options) if vae else self.base
+    def __init__(
+        self, name_or_path, vae, flag, cache_dir=None, revision=None, variant=None, weights=True,
+        single_file_config=None,
+    ):  # fmt: skip
+        options, parts = {"cache_dir": cache_dir, "weights": weights}, list(self.parts)
+        if file := find_single_file(name_or_path):
+            kind = self.pipeline_class.__name__
+            self.base = SingleFile(file, flag, parts, kind, single_file_config, **options)
+        else:
+            self.base = PipelineFolder(name_or_path, flag, parts, revision=revision, variant=variant, **options)
+        vae_flag, options = "--pretrained_vae_model_name_or_path", {**options, "variant": variant}
+        if vae and (file := find_single_file(vae)):
+            self.vae = SingleFileVAE(file, vae_flag, self.base)
+        else:
+            self.vae = ModelFolder(vae, vae_flag, "vae", "AutoencoderKL", **options) if vae else self.base
         self._check_kind()
 
     def _check_kind(self):
@@ -85,11 +100,15 @@ class StableDiffusionFolder:
         return self.pipeline_class(**parts, **{**self.options, **self.settings()})
 
     def export(self, directory, own: dict, save_format: str) -> None:
-        """Write a folder for the pipeline's `from_pretrained`: `own` parts saved, the others unchanged."""
+        """Write a folder for the pipeline's `from_pretrained`: `own` parts saved, the others unchanged. As a
+        "single_file", the folder holds one file, `model.safetensors`."""
         parts = {name: (self.folder(name), name, self.part_class(name)) for name in self.parts}
-        export_pipeline(
-            directory, self.pipeline_class.__name__, parts, own, save_format, {**self.settings(), **self.absent()}
-        )
+        kind = self.pipeline_class.__name__
+        if save_format == "single_file":
+            for words in export_single_file(Path(directory) / FILE, kind, parts, own):
+                print(f"{FILE}: {words}")
+        else:
+            export_pipeline(directory, kind, parts, own, save_format, {**self.settings(), **self.absent()})
 
     def settings(self) -> dict:
         """Settings in the pipeline's model_index.json besides the parts that it has."""

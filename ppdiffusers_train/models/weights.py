@@ -11,7 +11,13 @@ import paddle
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.unloaded import build_new, build_unloaded
 from ppdiffusers_train.models.weight_files import SHARED_NAME, find_weights, remove_weights
-from ppdiffusers_train.models.weight_names import fitting_tensors, linear_weights, paddle_tensors, require_same_shapes
+from ppdiffusers_train.models.weight_names import (
+    fitting_tensors,
+    linear_weights,
+    paddle_tensors,
+    require_same_shapes,
+    unpublished_biases,
+)
 from ppdiffusers_train.tensor_files import (
     FLOATS,
     Converted,
@@ -41,22 +47,31 @@ def save_model(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     remove_weights(directory)
-    for_torch, dtypes = save_format == "diffusers", dtypes or {}
+    for_torch = save_format == "diffusers"
     if hasattr(model, "save_config"):
         model.save_config(str(directory), to_diffusers=for_torch)
         name, layout = FILES[save_format], "pt" if for_torch else "pd"
     else:  # paddlenlp's: without weights, it writes the configuration only
         model.save_pretrained(str(directory), state_dict={}, save_function=lambda *_: None)
         name, layout = SHARED_NAME, "pt" if for_torch else "np"
-    matrices = linear_weights(model) if for_torch else ()
-    tensors = {
-        key: Converted(tensor, dtypes.get(key, dtype_of(tensor)), transposed=key in matrices)
-        for key, tensor in (tensors or model.state_dict()).items()
-    }
+    tensors = written_tensors(model, tensors, dtypes, for_torch)
     parts = write_parts(directory, name.removesuffix(".safetensors"), tensors.items(), largest_file, {"format": layout})
     if len(parts) > 1:
         weight_map = {key: file for file, keys in parts.items() for key in keys}
         write_index(directory / f"{name}.index.json", weight_map, sum(map(size_in_bytes, tensors.values())))
+
+
+def written_tensors(model, tensors, dtypes, for_torch: bool) -> dict:
+    """`{name: tensor}` to write for a model: its own or `tensors`, in `dtypes`, and as torch has it if wished: matrices
+    in torch's layout, without biases that are zero and that only ppdiffusers has."""
+    tensors, matrices, dtypes = tensors or model.state_dict(), (), dtypes or {}
+    if for_torch:
+        matrices, unpublished = linear_weights(model), unpublished_biases(model)
+        tensors = {key: value for key, value in tensors.items() if key not in unpublished or as_array(value).any()}
+    return {
+        key: Converted(tensor, dtypes.get(key, dtype_of(tensor)), transposed=key in matrices)
+        for key, tensor in tensors.items()
+    }
 
 
 def load_in_place(model, folder) -> None:
@@ -86,6 +101,20 @@ def load_model(part_class, folder: str, files):
         own = (model := build_new(part_class, folder)).state_dict()
     set_tensors({name: own[name] for name in saved}, saved)
     return model
+
+
+def unloaded_copy(part_class, folder: str, files, load) -> tuple:
+    """`(model, tensors, dtypes)` for `save_model`, which reads each tensor when it writes it.
+
+    Args:
+        part_class, folder, files: as for `load_model`.
+        load: returns the model with its weights, where they are not those of the model as it is.
+    """
+    model = build_unloaded(part_class, folder)
+    tensors = stored_tensors(model, files)
+    if tensors is None:
+        model = load()
+    return model, tensors, narrow_types(files, model)
 
 
 def stored_tensors(model, files):

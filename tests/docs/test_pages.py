@@ -42,7 +42,7 @@ SECTIONS = {
     ],
 }  # fmt: skip
 TOPICS = (
-    "your-data", "large-data", "lora-files", "training", "several-gpus", "resume", "memory", "hardware",
+    "your-data", "large-data", "single-files", "lora-files", "training", "several-gpus", "resume", "memory", "hardware",
     "from-other-trainers", "faq", "flags",
 )  # fmt: skip
 
