@@ -121,7 +121,7 @@ def index_images(rows: Rows, ranks, index_dir: Path, log=print) -> None:
         index_dir: the folder of all indices.
         log: called with a line if nothing can be written there.
     """
-    return_free_memory()  # of a first start, which has built the rows
+    return_free_memory()  # that building the rows needed
     folder, stamps = index_dir / rows.source_digest(), rows.stamps()
     index = Index(folder)
     places = index.find(stamps)
@@ -141,6 +141,7 @@ def index_images(rows: Rows, ranks, index_dir: Path, log=print) -> None:
             log(f"--index_dir: {str(folder)!r} cannot be written, so the next start will read all images again")
     rows.facts = collect(stamps, [(known, taken(index.table, places[known])), (found["row"], found)])
     ranks.wait_for_all("the index of the images to be written")
+    return_free_memory()
 
 
 class Decoded:
