@@ -8,6 +8,7 @@ ppdiffusers-train launch --gpus 0,1 train_text_to_image_sdxl.py --train_data_dir
 ppdiffusers-train cache my-sdxl/encoded --train_data_dir my-photos
 ppdiffusers-train convert my-sdxl --to single_file --output my-sdxl.safetensors
 ppdiffusers-train lora merge --base sdxl --lora my-lora:0.8 --output my-sdxl
+ppdiffusers-train push my-sdxl --hub_model_id me/my-sdxl
 ppdiffusers-train convert-lora my-lora --to diffusers --output my-lora-for-torch
 ppdiffusers-train toy-data shapes --count 1000 --size 32
 ppdiffusers-train demo --job lcm-lora
@@ -35,6 +36,7 @@ from ppdiffusers_train.tools.convert import add_convert_command
 from ppdiffusers_train.tools.examples import add_examples_command
 from ppdiffusers_train.tools.launch import add_launch_command
 from ppdiffusers_train.tools.lora import add_lora_command
+from ppdiffusers_train.tools.push import add_push_command
 from ppdiffusers_train.tools.source_flags import FLAGS, add_source_flags
 from ppdiffusers_train.toy.commands import add_toy_commands
 
@@ -208,6 +210,8 @@ def build_parser():
     add_convert_command(commands)
 
     add_lora_command(commands)
+
+    add_push_command(commands)
 
     add_toy_commands(commands)
     return parser

@@ -34,6 +34,14 @@ class RunError(Exception):
     exit_status = 1
 
 
+class NotFiniteError(RunError):
+    """A loss or a gradient is NaN or inf. The message names step, samples and draws."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"{reason}; the last checkpoint is untouched")
+        self.reason = reason
+
+
 class MissingImagesError(RunError):
     """The result is complete, but validation images could not be generated."""
 

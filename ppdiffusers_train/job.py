@@ -26,11 +26,12 @@ def job_main(build_parser, module_class, build_dataset=build_dataset):
     @one_line_errors
     def main(argv):
         run = resolve_run(build_parser().parse_args(argv))
-        dataset = build_dataset(run.args)
-        index_dataset(dataset, run)
-        module = module_class(run.args)
-        module.inspect_dataset(dataset)
-        train_job(module, dataset, run)
+        with run.lock:
+            dataset = build_dataset(run.args)
+            index_dataset(dataset, run)
+            module = module_class(run.args)
+            module.inspect_dataset(dataset)
+            train_job(module, dataset, run)
 
     return main
 
@@ -64,6 +65,13 @@ class FullTraining(DiffusionTrainingModule):
     def save_pretrained(self, directory):
         for name in (self.trained, *self.averages):
             save_model(getattr(self, name), f"{directory}/{name}", self.args.save_format)
+
+    def copied_bytes(self, directory):
+        source = getattr(self, "folder", None) or getattr(self, "folders", None)
+        is_pipeline = type(self).save_pretrained is not FullTraining.save_pretrained
+        if not is_pipeline or not hasattr(source, "exported_bytes"):
+            return 0
+        return source.exported_bytes(self.trained, directory, self.args.save_format, self.args.save_dtype)
 
 
 class LoRATraining:
@@ -108,6 +116,9 @@ class LoRATraining:
     def save_pretrained(self, directory):
         for library in self.save_formats:
             save_lora(getattr(self, self.trained), directory, library, **self.adapted)
+
+    def copied_bytes(self, directory):
+        return 0
 
     def card_data(self):
         card = super().card_data()

@@ -69,6 +69,11 @@ class DiffusionTrainingModule(nn.Layer):
             getattr(self, name)
         return names
 
+    def unload(self, names) -> None:
+        """Forget models of `load_later`; they are loaded again when they are used."""
+        for name in names:
+            self._sub_layers.pop(name, None)
+
     def __getattr__(self, name):
         if name in vars(self).get("_stored", {}) and name not in self._sub_layers:
             setattr(self, name, freeze(self._stored[name].load()))
@@ -127,6 +132,10 @@ class DiffusionTrainingModule(nn.Layer):
     def save_pretrained(self, directory):
         """Write the final result into `directory`, loadable by a pipeline."""
         raise NotImplementedError
+
+    def copied_bytes(self, directory) -> int:
+        """Bytes of the result in `directory` besides the trained weights; what is hard links takes none."""
+        return 0
 
     def card_data(self):
         """Metadata of a model card, as the hub reads it (`base_model`, `tags`, …)."""

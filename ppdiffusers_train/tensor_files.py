@@ -4,6 +4,7 @@ NumPy has no bfloat16; ml_dtypes adds it. Large sets are split into several file
 `<stem>-00001-of-00003.safetensors` and so on.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -32,6 +33,34 @@ DTYPES = {
 FLOATS = [DTYPES[name] for name in ("F64", "F32", "F16", "BF16")]
 STEADY_BYTES = 2**26
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
+
+
+_rehearsals = []  # a list has one element per context
+
+
+@contextlib.contextmanager
+def rehearsal():
+    """A context in which everything is opened and written as ever, but no weights are read or written: files of tensors
+    get their header only, and pipelines load models without weights. So what a run will need is known before it begins.
+    """
+    _rehearsals.append(True)
+    try:
+        yield
+    finally:
+        _rehearsals.pop()
+
+
+def is_rehearsal() -> bool:
+    """Whether this is within a `rehearsal`."""
+    return bool(_rehearsals)
+
+
+def rehearsed_size(file: Path) -> int:
+    """The size that a file would have which was written in a rehearsal."""
+    if file.suffix != ".safetensors":
+        return file.stat().st_size
+    ends = [tensor.offset + size_in_bytes(tensor) for tensor in read_header(file)[0].values()]
+    return max(ends, default=file.stat().st_size)
 
 
 class Stored:
@@ -81,18 +110,23 @@ def open_tensors(file) -> tuple:
     try:
         with safe_open(str(file), "np"):  # checks the header and the length of the file
             pass
-        with open(file, "rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-        metadata = header.pop("__metadata__", {})
-        tensors = {
-            name: Stored(file, DTYPES[tensor["dtype"]], tensor["shape"], 8 + length + tensor["data_offsets"][0])
-            for name, tensor in header.items()
-        }
+        return read_header(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: cannot be read as safetensors: {error}") from error
     except KeyError as error:
         raise UserError(f"{file}: holds tensors of type {error}; expected one of {', '.join(DTYPES)}") from error
+
+
+def read_header(file) -> tuple:
+    """What `open_tensors` returns, of a file whose header is known to be right."""
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    metadata = header.pop("__metadata__", {})
+    tensors = {
+        name: Stored(file, DTYPES[tensor["dtype"]], tensor["shape"], 8 + length + tensor["data_offsets"][0])
+        for name, tensor in header.items()
+    }
     return tensors, metadata
 
 
@@ -126,7 +160,7 @@ def write_tensors(file, tensors: dict, metadata: dict) -> None:
     try:
         with open(temporary, "wb") as opened:
             opened.write(len(text).to_bytes(8, "little") + text)
-            for name in ordered:
+            for name in () if is_rehearsal() else ordered:
                 write_steadily(opened, as_array(tensors[name]).reshape(-1).view(np.uint8))
         os.replace(temporary, file)
     finally:

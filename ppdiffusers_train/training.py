@@ -3,6 +3,9 @@
 import ppdiffusers_train  # noqa: F401  (before paddle)
 
 import contextlib
+import json
+from dataclasses import replace
+from functools import partial
 
 import paddle
 
@@ -19,15 +22,24 @@ from ppdiffusers_train.errors import MissingImagesError
 from ppdiffusers_train.launcher.signals import StopRequest, signal_name
 from ppdiffusers_train.launcher.supervisor import ignore_signals_from_now_on, request_time_to_finish
 from ppdiffusers_train.loop.bad_samples import BadSamples
+from ppdiffusers_train.loop.disk_space import check_disk
 from ppdiffusers_train.loop.dry_run import describe_run
 from ppdiffusers_train.loop.filling import encode_dataset
-from ppdiffusers_train.loop.identity import job_code, public_arguments, public_command, run_identity, versions
+from ppdiffusers_train.loop.identity import (
+    describe_changed_data,
+    job_code,
+    public_arguments,
+    public_command,
+    run_identity,
+    versions,
+    without_rows_of_other_data,
+)
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.reports import open_reports
 from ppdiffusers_train.loop.resume_rules import base_weights, describe_changes, refuse_mixture, weights_named
-from ppdiffusers_train.loop.run import Run, choose_again, notices, refuse_fewer_steps, resolve_run
+from ppdiffusers_train.loop.run import Run, notices, refuse_fewer_steps, resolve_run
 from ppdiffusers_train.loop.saving import (
-    checkpoint_before_bad_sample,
+    checkpoint_before_end,
     claim_folder,
     end_stopped,
     save_checkpoint,
@@ -44,12 +56,11 @@ from ppdiffusers_train.loop.step import (
     seed_layers,
     set_training_mode,
 )
-from ppdiffusers_train.loop.validation import ValidationImages
+from ppdiffusers_train.loop.validation import ValidationImages, check_images
 from ppdiffusers_train.module import choose_trainable
 from ppdiffusers_train.reporting.status_line import counted, print_line
 from ppdiffusers_train.runtime.agreement import agree, model_digests
 from ppdiffusers_train.runtime.flops import FlopCounter
-from ppdiffusers_train.runtime.folder_lock import folder_held
 from ppdiffusers_train.runtime.tracing import compile_models
 
 
@@ -59,7 +70,9 @@ def check_run(args) -> None:
     Raises:
         UserError: for every mistake that can be found before data and models are loaded.
     """
-    vars(args).update(vars(resolve_run(args).args))
+    run = resolve_run(args)
+    with run.lock:  # until the module is built
+        vars(args).update(vars(run.args))
 
 
 def launch_training_task(module, dataset, args) -> None:
@@ -73,33 +86,35 @@ def launch_training_task(module, dataset, args) -> None:
         UserError: a flag, a sample or the checkpoint to resume from is wrong.
         RunError: the run cannot continue: a loss is NaN or inf, a file cannot be written.
     """
-    train_job(module, dataset, resolve_run(args))
+    run = resolve_run(args)
+    with run.lock:
+        train_job(module, dataset, run)
 
 
 @patched_paddle()
 def train_job(module, dataset, run: Run) -> None:
-    """`launch_training_task` with resolved flags."""
+    """`launch_training_task` with resolved flags, within the run's lock."""
     repair_kernels()
     index_dataset(dataset, run)
-    holds_folder = run.ranks.is_main and not run.args.dry_run
-    resumes = bool(run.args.resume_from_checkpoint)
-    with folder_held(run.output_dir, resumes) if holds_folder else contextlib.nullcontext():
-        plan = make_plan(module, dataset, choose_again(run))
-        if run.args.dry_run:
-            if run.ranks.is_main:
-                describe_run(plan)
-            return
-        state = build_state(plan)
-        log_start(plan, state)
+    plan = make_plan(module, dataset, run)
+    if run.args.dry_run:
         if run.ranks.is_main:
-            claim_folder(plan, state.step)
-        samples = encode_dataset(plan, state) if run.args.encoded_cache_dir else online_samples(plan)
-        if plan.run.checkpoint:  # now, because it is large, and a cache has freed the encoders
-            state.load_optimizer(plan.run.checkpoint)
-        set_training_mode(module)
-        if run.args.to_static:
-            compile_models(module)
-        train(plan, state, samples)
+            describe_run(plan)
+        return
+    state = build_state(plan)
+    log_start(plan, state)
+    check_images(plan)
+    if run.args.encoded_cache_dir:
+        samples = encode_dataset(plan, state, partial(begin, plan, state))
+    else:
+        begin(plan, state)
+        samples = online_samples(plan)
+    if run.checkpoint:  # now, because it is large, and a cache has freed the encoders
+        state.load_optimizer(run.checkpoint, plan.run.saved, run.log)
+    set_training_mode(module)
+    if run.args.to_static:
+        compile_models(module)
+    train(plan, state, samples)
 
 
 def index_dataset(dataset, run: Run) -> None:
@@ -113,7 +128,8 @@ def index_dataset(dataset, run: Run) -> None:
         index_images(dataset, run.ranks, index_folder(run.args), run.log)
         if summary := dataset.summary():
             run.log(summary)
-        BadSamples(run.args.max_bad_samples, run.saved.get("bad_rows", ())).refuse_known(dataset)
+        known = without_rows_of_other_data(run.saved, dataset, run.args).get("bad_rows", ())
+        BadSamples(run.args.max_bad_samples, known).refuse_known(dataset)
 
 
 def make_plan(module, dataset, run: Run) -> Plan:
@@ -130,14 +146,17 @@ def make_plan(module, dataset, run: Run) -> Plan:
         agree_on_data(dataset, run.ranks)
         agree(run.ranks, digests)
     identity = run_identity(module, dataset, args, run.saved, run.samples_per_step)
+    run = replace(run, saved=without_rows_of_other_data(run.saved, dataset, args))
     refuse_mixture(run.checkpoint, run.saved, public_arguments(args), base_weights(digests))
     order = order_samples(module, dataset, identity["seed"], run.samples_per_step, run.log)
     steps_per_epoch = order.steps_per_epoch(run.samples_per_step)
     # Epochs are counted in samples: after a resume, a step may have another number of them.
     position, step = run.saved.get("position", 0), run.saved.get("step", 0)
+    if line := describe_changed_data(identity, run.saved, position, order.size):
+        run.log(line)
     left = order.steps_until(args.num_train_epochs, position, run.samples_per_step)
     total_steps = args.max_train_steps or step + left
-    check_schedule(args, total_steps, run.samples_per_step)
+    check_schedule(args, total_steps, min(run.samples_per_step, order.size))
     refuse_fewer_steps(run, total_steps)
     info = {
         "run": run.id,
@@ -146,6 +165,7 @@ def make_plan(module, dataset, run: Run) -> Plan:
         "command": public_command(args),
         "versions": versions(),
         "weights": {**run.saved.get("weights", {}), **base_weights(digests)},
+        "card": json.loads(json.dumps(module.card_data(), default=str)),
     }
     return Plan(run, module, dataset, order, total_steps, steps_per_epoch, info)
 
@@ -162,7 +182,8 @@ def build_state(plan: Plan) -> TrainingState:
     """Build optimizer, averages and precision. When resuming, also load all of the checkpoint but the optimizer's state
     and the averages."""
     run, module = plan.run, plan.module
-    state = build_training_state(module, run.args, plan.total_steps, run.samples_per_step, run.ranks)
+    samples = min(run.samples_per_step, plan.order.size)  # a step has no more than the data
+    state = build_training_state(module, run.args, plan.total_steps, samples, run.ranks)
     if run.checkpoint:
         state.load_weights(run.checkpoint, run.saved)
     run.ranks.broadcast(state.parameters.values())
@@ -191,6 +212,13 @@ def log_start(plan: Plan, state: TrainingState) -> None:
     )
 
 
+def begin(plan: Plan, state: TrainingState, cache=None) -> None:
+    """Look for the disk that the run will need, then make its folder its own."""
+    check_disk(plan, state, cache)
+    if plan.run.ranks.is_main:
+        claim_folder(plan, state.step)
+
+
 def online_samples(plan: Plan) -> OnlineSamples:
     """The samples of a run without a cache, which are encoded during training."""
     if can_compile(plan.module) and len(plan.dataset) >= COMPILE_FROM_ROWS:
@@ -203,6 +231,7 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
     ranks, args = plan.run.ranks, plan.run.args
     with open_reports(plan, state) as reports, StopRequest(args.stop_signal) as stop:
         images = ValidationImages(plan, reports.trackers)
+        plan.run.lock.stop = stop
         request_time_to_finish()
         ranks.wait_for_all("the others to begin")  # rank 0 opens trackers, and some disks are slow
         for window, batches in load_steps(plan, state, samples):
@@ -212,16 +241,14 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
                 parts = [add_gradients(plan.module, samples, batch, window, state) for batch in batches]
             reports.progress.counted(counter.total, sum(len(part.positions) for part in parts))
             missing, stopping = complete_gradients(state, parts, bool(stop.received))
-            if missing:
-                with checkpoint_before_bad_sample(plan, state, reports):
-                    count_bad_samples(plan, state, parts)
+            plan.run.lock.is_ending = stopping
             loss = ranks.sum(sum((part.loss for part in parts), paddle.zeros([])))
-            reports.add(state.take_step(window, loss, missing), parts)
-            is_last = state.step == plan.total_steps
+            with checkpoint_before_end(plan, state):
+                if missing:
+                    count_bad_samples(plan, state, parts)
+                figures = state.take_step(window, loss, missing, partial(reports.check, micro_batches=parts))
+            reports.add(figures, parts)
             saves, validates = stopping or plan.checkpoint_is_due(state), plan.validation_is_due(state)
-            # A step's figures are fetched while the device computes the next one, but before anything is written or
-            # the run ends: they have to be finite.
-            reports.fetch(0 if saves or validates or is_last or state.checks_before_update else 1)
             with reports.progress.paused() if saves or validates else contextlib.nullcontext():
                 is_written = saves and save_checkpoint(plan, state)
                 if stopping:

@@ -47,6 +47,7 @@ def test_what_is_no_number_stops_the_run_and_is_named(breaking, capsys, tmp_path
     message = last_error(capsys)
     assert stopped.value.code == 1
     assert f"step 3, rank 0: {what} on " in message and ".jpg (row" in message and "(timesteps [" in message
+    assert message.endswith("]); the last checkpoint is untouched")
     assert read_state(tmp_path / "out" / "checkpoint-2")["step"] == 2
 
 
@@ -78,12 +79,39 @@ def test_a_skipped_step_moves_the_position_but_neither_schedule_nor_average_and_
     assert same(averages[0], averages[1]) and not same(averages[1], averages[2])
 
 
-def test_a_nan_that_is_found_a_step_late_never_reaches_a_file(breaking, capsys, tmp_path):
-    """Its step is the last before a checkpoint is due, and it is not."""
-    for steps in ({2}, {3}):
+def all_of(checkpoint):
+    """Every tensor of a checkpoint, and what else changes during training."""
+    record = {name: value for name, value in read_state(checkpoint).items() if name not in ("run", "command", "files")}
+    record.pop("arguments")
+    files = {str(file.relative_to(checkpoint)): file for file in checkpoint.rglob("*.safetensors")}
+    return {f"{name} {key}": array for name, file in files.items() for key, array in tensors(file).items()}, record
+
+
+@pytest.mark.parametrize("how, more", [("loss", []), ("gradient", ["--use_8bit_adam"])], ids=str)
+def test_a_step_that_is_no_number_leaves_a_checkpoint_of_the_state_before_it(breaking, capsys, tmp_path, how, more):
+    flags = ["--use_ema", "--lr_scheduler=linear", "--lr_warmup_steps=1", "--gradient_accumulation_steps=2", *more]
+    whole = breaking({}, how, *flags, "--checkpointing_steps=2", out="whole")
+    with pytest.raises(SystemExit):
+        breaking({6}, how, *flags)
+    message, out = last_error(capsys), tmp_path / "out"
+    assert "step 3, rank 0: " in message and "; wrote checkpoint-2 before it; the last checkpoint is" in message
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    (before, record), (expected, expected_record) = (all_of(run / "checkpoint-2") for run in (out, whole))
+    assert same(before, expected) and record == expected_record and len(before) > 100
+    with pytest.raises(SystemExit):  # the same step again
+        breaking({2}, how, *flags, "--resume_from_checkpoint=latest")
+    assert "step 3, rank 0: " in last_error(capsys)
+    breaking({}, how, *flags, "--resume_from_checkpoint=latest")
+    assert same(all_of(out / "checkpoint-5")[0], all_of(whole / "checkpoint-5")[0])
+
+
+@pytest.mark.once
+def test_no_final_checkpoint_means_none_before_a_step_that_is_no_number_either(breaking, capsys, tmp_path):
+    for steps, flags in (({2}, ["--no_final_checkpoint"]), ({1}, [])):
         with pytest.raises(SystemExit):
-            breaking(steps, "gradient", "--checkpointing_steps=3", "--use_ema", out=str(steps))
-        assert f"step {max(steps)}, rank 0: the norm of the gradients is nan" in last_error(capsys)
+            breaking(steps, "gradient", *flags, out=str(steps))
+        message = last_error(capsys)
+        assert f"step {max(steps)}, rank 0: the norm of the gradients is nan" in message and "wrote" not in message
         assert not list((tmp_path / str(steps)).glob("checkpoint-*"))
 
 
@@ -296,6 +324,85 @@ def test_a_change_that_would_mix_two_runs_is_refused_and_others_are_announced(tr
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed since checkpoint-1, ")]
     assert "--learning_rate 0.001 -> 1e-05" in line and "--max_train_steps 1 -> 2" in line
     assert (out / "checkpoint-2").is_dir()
+
+
+@pytest.mark.once
+def test_averages_begin_or_end_and_moments_are_converted_at_a_resume(train, tmp_path, capsys):
+    flags = ["--max_train_steps=4", "--checkpointing_steps=3", "--resume_from_checkpoint=latest"]
+    plain = train("prior", "--max_train_steps=3", out="plain")
+    eight = train("prior", "--max_train_steps=3", "--use_8bit_adam", "--use_ema", out="eight")
+    start = {"plain": weights(plain / "checkpoint-3", "prior"), "eight": weights(eight / "checkpoint-3", "prior")}
+    for name in ("plain", "eight"):
+        for copy in ("same", "other"):
+            shutil.copytree(tmp_path / name, tmp_path / f"{name}-{copy}")
+    train("prior", *flags, out="plain-same")
+    train("prior", *flags, "--use_8bit_adam", "--use_ema", out="eight-same")
+    capsys.readouterr()
+    train("prior", *flags, "--use_8bit_adam", "--use_ema", "--validation_steps=4", out="plain-other")
+    said = capsys.readouterr().out
+    assert "--use_8bit_adam: the moments of checkpoint-3 become 8 bits\n" in said
+    assert "--use_ema: checkpoint-3 has no averages; they begin with the weights of now\n" in said
+    assert "--use_8bit_adam False -> True" in said and "--use_ema False -> True" in said
+    train("prior", *flags, out="eight-other")
+    said = capsys.readouterr().out
+    assert "--use_8bit_adam: the moments of checkpoint-3 become float32\n" in said
+    assert "--no_use_ema: the averages of checkpoint-3 are dropped; the result will have the weights" in said
+    for name, first in start.items():
+        kept, other = (weights(tmp_path / f"{name}-{copy}" / "checkpoint-4", "prior") for copy in ("same", "other"))
+        moved = np.concatenate([(kept[key] - first[key]).ravel() for key in kept])
+        differs = np.concatenate([(kept[key] - other[key]).ravel() for key in kept])
+        assert 0 < np.abs(differs).mean() < 0.05 * np.abs(moved).mean(), "as if nothing had been converted, nearly"
+    assert not (tmp_path / "eight-other" / "checkpoint-4" / "ema.safetensors").exists()
+    averages = tensors(tmp_path / "plain-other" / "checkpoint-4" / "ema.safetensors")
+    assert read_state(tmp_path / "plain-other" / "checkpoint-4")["ema_updates"] == 1
+    assert all(np.array_equal(averages[f"prior.{key}"], other) for key, other in weights(
+        tmp_path / "plain-other" / "checkpoint-4", "prior").items() if f"prior.{key}" in averages)  # fmt: skip
+
+
+@pytest.mark.once
+def test_averages_that_begin_at_a_resume_are_the_weights_of_the_checkpoint(breaking, train, tmp_path):
+    """Not those of the base: a step that is skipped leaves them as they began."""
+    train("prior", "--max_train_steps=2", out="out")
+    breaking({1}, "loss", "--resume_from_checkpoint=latest", "--use_ema", "--skip_nonfinite=1", "--max_train_steps=3")
+    averages = tensors(tmp_path / "out" / "checkpoint-3" / "ema.safetensors")
+    trained = weights(tmp_path / "out" / "checkpoint-2", "prior")
+    assert averages and all(np.array_equal(array, trained[name[6:]]) for name, array in averages.items())
+
+
+@pytest.mark.once
+def test_other_data_is_accepted_on_demand_and_the_run_goes_on_by_samples_seen(train, photos, tmp_path, capsys):
+    fewer = shutil.copytree(photos, tmp_path / "fewer")
+    (fewer / "coffee.jpg").write_bytes(b"no picture")
+    flags = ["--num_train_epochs=2", "--train_batch_size=2", "--max_bad_samples=1"]
+    train("prior", *flags[1:], f"--train_data_dir={fewer}", "--max_train_steps=3")
+    state = read_state(tmp_path / "out" / "checkpoint-3")
+    assert (state["position"], state["bad_rows"]) == (6, [3])
+    lines = (photos / "metadata.jsonl").read_text().splitlines(keepends=True)
+    other = shutil.copytree(photos, tmp_path / "other")
+    (other / "metadata.jsonl").write_text("".join(lines[:5]))
+    for line in lines[5:]:
+        (other / json.loads(line)["file_name"]).unlink()
+    flags = [*flags, f"--train_data_dir={other}", "--resume_from_checkpoint=latest"]
+    with pytest.raises(SystemExit) as stopped:
+        train("prior", *flags, "--max_train_steps=6")
+    assert stopped.value.code == 2 and "or --accept_changed_data to go on with other data" in last_error(capsys)
+    jobs = [*flags, "--accept_changed_data", "--checkpointing_steps=1"]
+    train("prior", *jobs, "--max_train_steps=6")
+    said = capsys.readouterr().out
+    assert "--accept_changed_data: other data than the checkpoint's (number of samples, data" in said
+    assert "the run goes on by samples seen: 6, which is 1.20 epochs of this data" in said
+    states = [read_state(tmp_path / "out" / f"checkpoint-{step}") for step in (4, 5, 6)]
+    assert [state["position"] for state in states] == [8, 10, 12], "the second epoch ends at 10"
+    assert states[-1]["bad_rows"] == [], "they were rows of the other data"
+    train("prior", *flags, "--max_train_steps=7")  # from now on, it is this run's data
+
+
+@pytest.mark.once
+def test_the_rate_is_scaled_by_the_samples_that_a_step_has(train):
+    flags = ["--scale_lr", "--max_train_steps=1", "--train_batch_size=2", "--gradient_accumulation_steps=2"]
+    for samples, scale in ((7, 4), (3, 3)):  # of 7 and of 3, steps of at most 4
+        out = train("prior", *flags, f"--max_train_samples={samples}", out=str(samples))
+        assert scalars(out, "train/learning_rate") == pytest.approx([1e-3 * scale])
 
 
 @pytest.mark.once

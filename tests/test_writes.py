@@ -25,7 +25,7 @@ WRITES = set(
     save_lora_weights save_weights save_optimizer write_plan write_shards Shard build_tokenizer
     build_t5_tokenizer export_combined export_prior sample_files require_room VisualDLTracker
     TensorBoardTracker build_kandinsky build_prior_pipeline build_sdxl write_weights replace_result set_aside_later
-    remove_earlier_checkpoints remove_folder make_once link_files UnfinishedPack write_merged
+    set_aside_unlisted_result remove_earlier_checkpoints remove_folder make_once link_files UnfinishedPack write_merged
     export_converted export_single_file write_converted
     write_pretrained write_kandinsky write_sd write_sdxl write_sd3""".split()
 )

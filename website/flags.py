@@ -18,6 +18,7 @@ from typing import NamedTuple
 import yaml
 
 from ppdiffusers_train.arguments.parser import Flag
+from ppdiffusers_train.loop.resume_rules import APPLIED, FREE, REFUSED
 from ppdiffusers_train.tools.preview import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +76,20 @@ TEXTS = {
         "required": "必填", "various": "各脚本不同", "switch": ("关闭", "开启"), "choices": "可选值：{}。",
         "join": "、", "between": "；", "for": "{}：{}",
     },
+}  # fmt: skip
+# {language: (the section's beginning, titles of columns, what a change of flags does by rule)}
+RESUME = {
+    "en": (
+        "## When a run is resumed\n\nWhat a changed flag does at a [resume](resume.md). A flag that only your own job "
+        "has is applied.\n", "Flags | A change", "is refused, because it would mix two runs.",
+        "is printed, and applies from the first step after the resume.",
+        "has no effect on the training; contents of data and models are compared.",
+    ),
+    "zh": (
+        "## 续训时\n\n[续训](resume.md)时改变各个参数的结果如下。只有您自己的任务才有的参数，改动会生效。\n",
+        "参数 | 改动的结果", "被拒绝，因为会把两次训练混在一起。", "打印出来，并从续训后的第一步起生效。",
+        "不影响训练；数据和模型按内容比较。",
+    ),
 }  # fmt: skip
 
 
@@ -193,7 +208,15 @@ class Writer:
         parts += [self.group(title, rows) for title, rows in rows_of(script_parsers()).items()]
         for tool, parser in command_parsers().items():
             parts.append(self.tool(tool, parser))
-        return "\n".join(parts)
+        return "\n".join([*parts, self.resume_rules()])
+
+    def resume_rules(self):
+        """A table of what a changed flag does at a resume."""
+        beginning, columns, *rules = RESUME[self.language]
+        lines = [beginning, f"| {columns} |", "| --- | --- |"]
+        for flags, rule in zip((REFUSED, APPLIED, FREE), rules):
+            lines.append(f"| {self.texts['join'].join(f'`--{flag}`' for flag in sorted(flags))} | {rule} |")
+        return "\n".join([*lines, ""])
 
     def group(self, title, rows):
         """A table of flags; its scripts stand above it if they are the same in all rows."""

@@ -227,7 +227,7 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
     group = parser.add_argument_group("optimizer")
     add = group.add_argument
     add("--learning_rate", type=non_negative_float, default=1e-4, help="Train with this learning rate after warm-up.")
-    add("--scale_lr", action=Flag, help="Multiply the learning rate by the global batch of a step, in samples.")
+    add("--scale_lr", action=Flag, help="Multiply the learning rate by the number of samples of a step, on all GPUs.")
     add(
         "--lr_scheduler", choices=LR_SCHEDULERS, default="constant",
         help="Change the learning rate by this schedule; `constant` has no warm-up.",

@@ -47,6 +47,11 @@ def add_output_arguments(parser, output_dir, save_formats=SAVE_FORMATS):
         "begins at step 0.",
     )  # fmt: skip
     add(
+        "--accept_changed_data", action=Flag,
+        help="Resume with other data than the checkpoint's: the run goes on by samples seen, and epochs are those of "
+        "the new data; without it, other data is refused.",
+    )  # fmt: skip
+    add(
         "--stop_signal", choices=("USR1", "USR2"),
         help="Treat this signal, which a scheduler sends as a warning, like SIGTERM: stop the run with a checkpoint.",
     )  # fmt: skip

@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,25 +25,41 @@ from ppdiffusers_train.data.encoders_key import (
     shared_digests,
     unloaded_encoders,
 )
-from ppdiffusers_train.data.loader import iterate_batches
+from ppdiffusers_train.data.loader import iterate_batches, stack
 from ppdiffusers_train.data.pack_writer import PackWriter, merge_small
 from ppdiffusers_train.data.packs import Packs
 from ppdiffusers_train.data.pixels import WHITE
+from ppdiffusers_train.errors import BadSampleError
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.shared_encodings import SharedEncodings
 from ppdiffusers_train.loop.state import TrainingState
 from ppdiffusers_train.module import encode_alone
 from ppdiffusers_train.reporting.status_line import StatusLine
 from ppdiffusers_train.runtime.checkpoint import require_writable
+from ppdiffusers_train.tensor_files import size_in_bytes
 
 REFRESH_SECONDS = 10  # seconds between two searches for packs of other runs that fill the same cache
 
 
-def encode_dataset(plan: Plan, state: TrainingState) -> EncodedSamples:
-    """Encode the samples that the cache does not have yet, and free the module's encoders, which are no longer needed.
+@dataclass(frozen=True)
+class Cache:
+    """The cache of a run, opened.
 
-    Samples that cannot be used are added to the state's.
+    Args:
+        root: `--encoded_cache_dir`.
+        samples: the run's samples in it.
+        missing: those that it does not have yet, see `EncodedSamples.missing`.
+        shared: see `SharedEncodings`.
     """
+
+    root: Path
+    samples: EncodedSamples
+    missing: np.ndarray
+    shared: dict
+
+
+def open_cache(plan: Plan, state: TrainingState) -> Cache:
+    """Look for the run's samples in the cache; if some are missing, load the encoders."""
     run, module, dataset = plan.run, plan.module, plan.dataset
     root = Path(run.args.encoded_cache_dir)
     require_writable(root, "--encoded_cache_dir")
@@ -57,20 +74,55 @@ def encode_dataset(plan: Plan, state: TrainingState) -> EncodedSamples:
     samples = EncodedSamples(Packs(folder, run.log), entries)
     missing = samples.missing(run.ranks)
     run.log(f"{folder}: {len(missing)} of {entries.count} samples are still to be encoded")
+    shared = {}
     if len(missing):
         # Compiled encoders round differently, and their methods are no longer called.
         shared = {} if is_compiled else shared_digests(module, state.precision, unloaded)
-        if run.ranks.is_main:
-            remove_leftovers(folder)
-            describe_encoders(folder, module, state.precision, shared)
         for name in module.load_rest():
             state.precision.cast_encoder(module, name)
         if is_compiled:
             module.encode = CompiledEncode(module)
+    return Cache(root, samples, missing, shared)
+
+
+def missing_bytes(cache: Cache, module, state: TrainingState) -> int:
+    """The size of all samples that are still to be encoded, which is that of the first one that can be, times their
+    number."""
+    for row, number in cache.missing.tolist():
+        entry = cache.samples.entries.of_row(row)[number]
+        try:
+            batch, _ = stack([entry.preprocessed(cache.samples.entries.dataset, module.preprocess)])
+        except BadSampleError:
+            continue
+        with (
+            SharedEncodings(module, cache.shared, cache.samples.packs.folder, lambda line: None) as sharing,
+            sharing.sample(entry.key) as kept,
+            state.precision.autocast(),
+        ):
+            encoded = encode_alone(module, batch)
+        return len(cache.missing) * sum(map(size_in_bytes, [*encoded.values(), *kept.values()]))
+    return 0
+
+
+def encode_dataset(plan: Plan, state: TrainingState, begin=lambda cache: None) -> EncodedSamples:
+    """Encode the samples that the cache does not have yet, and free the module's encoders, which are no longer needed.
+
+    Samples that cannot be used are added to the state's.
+
+    Args:
+        begin: called with the opened cache before anything is written.
+    """
+    cache = open_cache(plan, state)
+    begin(cache)
+    run, module, samples = plan.run, plan.module, cache.samples
+    if len(cache.missing):
+        if run.ranks.is_main:
+            remove_leftovers(samples.packs.folder)
+            describe_encoders(samples.packs.folder, module, state.precision, cache.shared)
         began = time.monotonic()
-        with SharedEncodings(module, shared, folder, run.log) as sharing:
-            state.bad_samples.add(fill(samples, missing, plan, state, sharing), run.log)
-        run.log(f"{root}: the cache is complete; encoding took {time.monotonic() - began:.0f} s")
+        with SharedEncodings(module, cache.shared, samples.packs.folder, run.log) as sharing:
+            state.bad_samples.add(fill(samples, cache.missing, plan, state, sharing), run.log)
+        run.log(f"{cache.root}: the cache is complete; encoding took {time.monotonic() - began:.0f} s")
     module.free_encoders()
     return_free_memory()
     return samples

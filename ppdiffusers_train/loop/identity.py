@@ -75,39 +75,78 @@ def public_command(args) -> str:
     return hide_tokens(command)
 
 
+DATA = {  # what identifies the data, in words
+    "split": "--dataset_split",
+    "rows": "number of samples",
+    "data": "data (a hash of all captions, or of a stream's addresses)",
+    "lanes": "--stream_lanes",
+    "repeats": "--repeats",
+    "images": "images (a hash of the contents of all)",
+}
+
+
 def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
-    """The identity of a run. A checkpoint to resume from must have the same: else samples would differ."""
-    identity = {"job": type(module).__name__, "seed": args.seed, "rows": len(dataset)}
+    """The identity of a run. A checkpoint to resume from must have the same: else samples would differ.
+
+    Raises:
+        UserError: it has another one, except other data with `--accept_changed_data`.
+    """
+    identity = {"job": type(module).__name__, "seed": args.seed, **data_identity(dataset, args)}
+    if module.buckets:  # then the order of samples depends on it
+        identity["samples_per_step"] = samples_per_step
+    words = {"seed": "--seed", "samples_per_step": "number of samples per step", **DATA}
+    for name, (before, now) in differences(identity, saved).items():
+        if name in DATA and args.accept_changed_data:
+            continue
+        way_out = "; expected the same, or --accept_changed_data to go on with other data" if name in DATA else ""
+        raise UserError(
+            f"--resume_from_checkpoint: {args.resume_from_checkpoint!r} is of another run: its "
+            f"{words.get(name, name)} is {before}, here it is {now}{way_out}"
+        )
+    return identity
+
+
+def data_identity(dataset, args) -> dict:
+    """What identifies the data of a run: a dictionary with keys of `DATA`."""
+    identity = {"rows": len(dataset)}
     if hasattr(args, "dataset_split"):  # a job's own data may have no flags
         identity["split"] = args.dataset_split
     if hasattr(dataset, "digest"):
         identity["data"] = dataset.digest()
     identity["repeats"] = describe_repeats(getattr(dataset, "times", None))
-    saved = {"repeats": describe_repeats(None), **saved} if saved else saved  # older versions had no such flag
     if hasattr(dataset, "lanes"):
         identity["lanes"] = len(dataset.lanes)
     if getattr(dataset, "facts", None):
         identity["images"] = dataset.images_digest()
-    if module.buckets:  # then the order of samples depends on it
-        identity["samples_per_step"] = samples_per_step
-    words = {
-        "seed": "--seed",
-        "split": "--dataset_split",
-        "rows": "number of samples",
-        "data": "data (a hash of all captions, or of a stream's addresses)",
-        "lanes": "--stream_lanes",
-        "repeats": "--repeats",
-        "images": "images (a hash of the contents of all)",
-        "samples_per_step": "number of samples per step",
-    }
-    for name, value in identity.items():
-        is_of_older_version = name in ("images", "lanes", "split") and name not in saved  # then it was not known
-        if saved and saved.get(name) != value and not is_of_older_version:
-            raise UserError(
-                f"--resume_from_checkpoint: {args.resume_from_checkpoint!r} is of another run: its "
-                f"{words.get(name, name)} is {saved.get(name)}, here it is {value}"
-            )
     return identity
+
+
+def differences(identity: dict, saved: dict) -> dict:
+    """{name: (value in the checkpoint, value now)} of what differs; empty without a checkpoint."""
+    if not saved:
+        return {}
+    saved = {"repeats": describe_repeats(None), **saved}  # older versions had no such flag
+    # Older versions did not know the last three.
+    names = [name for name in identity if name in saved or name not in ("images", "lanes", "split")]
+    return {name: (saved.get(name), identity[name]) for name in names if saved.get(name) != identity[name]}
+
+
+def without_rows_of_other_data(saved: dict, dataset, args) -> dict:
+    """A checkpoint's state, without the numbers of its bad rows if these are rows of other data."""
+    if args.accept_changed_data and differences(data_identity(dataset, args), saved):
+        return {**saved, "bad_rows": []}
+    return saved
+
+
+def describe_changed_data(identity: dict, saved: dict, position: int, epoch_size: int) -> str:
+    """A line about other data than the checkpoint's; empty if it is the same."""
+    changed = [DATA[name] for name in differences(identity, saved) if name in DATA]
+    if not changed:
+        return ""
+    return (
+        f"--accept_changed_data: other data than the checkpoint's ({', '.join(changed)}); the run goes on by samples "
+        f"seen: {position}, which is {position / epoch_size:.2f} epochs of this data"
+    )
 
 
 def describe_repeats(times) -> str:

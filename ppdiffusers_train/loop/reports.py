@@ -1,9 +1,8 @@
 """What a run logs about its steps: the progress line, the trackers, and the reason why it cannot continue."""
 
 import contextlib
-from collections import deque
 
-from ppdiffusers_train.errors import RunError
+from ppdiffusers_train.errors import NotFiniteError
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import StepFigures, TrainingState
 from ppdiffusers_train.loop.step import describe_failure, losses_by_file
@@ -13,7 +12,7 @@ from ppdiffusers_train.runtime.flops import peak_tflops
 
 
 class StepReports:
-    """Logs the figures of steps. They are kept until the device has computed them.
+    """Logs the figures of steps, and ends the run at a step that is NaN or inf.
 
     Args:
         progress: the progress line on the screen.
@@ -22,39 +21,27 @@ class StepReports:
 
     def __init__(self, plan: Plan, state: TrainingState, progress: Progress, trackers):
         self.plan, self.state, self.progress, self.trackers = plan, state, progress, trackers
-        self._waiting = deque()  # (figures, micro-batches) of steps that have not been fetched from the device
 
-    def add(self, figures: StepFigures, micro_batches: list) -> None:
-        """Add a step's figures, which the device may still be computing."""
-        self._waiting.append((figures, micro_batches))
-
-    def fetch(self, keep: int) -> None:
-        """Fetch and log all figures except those of the last `keep` steps.
+    def check(self, figures: StepFigures, micro_batches: list) -> None:
+        """Log that a step is skipped because its loss or norm is NaN or inf. Called before the step changes anything.
 
         Raises:
-            RunError: a loss or a norm is NaN or inf, and the step may not be skipped.
+            NotFiniteError: it may not be skipped.
         """
-        while len(self._waiting) > keep:
-            figures, micro_batches = self._waiting.popleft()
-            figures.fetch(self.plan.run.ranks)
-            if figures.failed:
-                self._handle_failure(figures, micro_batches)
-            self._show(figures)
-            if self.plan.run.args.debug_loss:
-                self._show_losses_by_file(figures, micro_batches)
-
-    def _handle_failure(self, figures: StepFigures, micro_batches: list) -> None:
-        plan, state = self.plan, self.state
+        if not figures.failed:
+            return
+        plan, count = self.plan, self.state.failed_steps + 1
         found = plan.run.ranks.gather_objects(
             describe_failure(micro_batches, figures, plan.run.ranks, plan.order, plan.dataset)
         )
         together = f"summed over all ranks, the loss is {figures.loss} and the norm of the gradients is {figures.norm}"
         reason, limit = next(filter(None, found), together), plan.run.args.skip_nonfinite
-        if not state.checks_before_update or state.failed_steps > limit:
-            raise RunError(f"step {figures.step}, {reason}; the last checkpoint is untouched")
-        plan.run.log(f"skipped step {figures.step}, {state.failed_steps} of at most {limit}: {reason}")
+        if count > limit:
+            raise NotFiniteError(f"step {figures.step}, {reason}")
+        plan.run.log(f"skipped step {figures.step}, {count} of at most {limit}: {reason}")
 
-    def _show(self, figures: StepFigures) -> None:
+    def add(self, figures: StepFigures, micro_batches: list) -> None:
+        """Log the figures of a step that has been taken."""
         loss, skipped = figures.factor * figures.loss, self.state.skipped_steps
         rate = self.progress.add_step(loss, figures.learning_rate, len(figures.window), skipped)
         scalars = {
@@ -65,6 +52,8 @@ class StepReports:
             "skipped_steps": skipped,
         }
         self.trackers.scalars({f"train/{name}": value for name, value in scalars.items()}, figures.step)
+        if self.plan.run.args.debug_loss:
+            self._show_losses_by_file(figures, micro_batches)
 
     def _show_losses_by_file(self, figures: StepFigures, micro_batches: list) -> None:
         plan = self.plan

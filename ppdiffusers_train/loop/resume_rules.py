@@ -25,6 +25,7 @@ APPLIED = {
     *("resolution", "center_crop", "random_flip", "image_interpolation_mode", "interpolation_type", "min_image_size"),
     *("use_fix_crop_and_size", "proportion_empty_prompts", "encoded_cache", "cache_variants", "cast_teacher_unet"),
     *("mixed_precision", "amp_level", "allow_tf32", "max_bad_samples", "skip_nonfinite"),
+    *("use_ema", "use_8bit_adam"),  # `TrainingState.load_optimizer` converts what the checkpoint has
 }
 FREE = {
     # Data and models: their contents are compared, wherever they are.
@@ -34,14 +35,13 @@ FREE = {
     *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "pretrained_teacher_model"),
     "single_file_config",
     *("pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path", "init_lora"),
-    # `TrainingState.load_weights` compares these with what is in the checkpoint.
-    *("use_ema", "use_8bit_adam"),
     # Where and how fast the run computes.
     *("gradient_checkpointing", "enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"),
     *("deterministic", "to_static", "sharding_degree", "sharding_stage", "collective_timeout", "local_rank"),
     *("dataloader_num_workers", "vae_encode_batch_size", "peak_tflops", "cache_dir", "index_dir", "encoded_cache_dir"),
     # What is written and logged.
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "config", "dry_run", "stop_signal"),
+    "accept_changed_data",
     *("checkpointing_steps", "checkpoints_total_limit", "final_checkpoint", "on_save_error", "save_format"),
     *("save_dtype", "validation_prompts", "num_validation_images", "validation_epochs", "validation_steps"),
     *("validation_inference_steps", "report_to", "logging_dir", "tracker_project_name", "debug_loss"),

@@ -1,8 +1,9 @@
 """A run before its first step: flags are checked, and what they leave open is resolved once for all ranks."""
 
 import argparse
+import contextlib
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ppdiffusers_train.errors import UserError
@@ -10,14 +11,14 @@ from ppdiffusers_train.loop import schedule
 from ppdiffusers_train.loop.identity import compared_code, compared_flags
 from ppdiffusers_train.loop.memory_estimate import compute_on_cpu
 from ppdiffusers_train.loop.state import check_optimizer
-from ppdiffusers_train.reporting.hub import check_hub_login
+from ppdiffusers_train.reporting.hub import check_hub_name, open_repository
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.status_line import print_line
 from ppdiffusers_train.reporting.trackers import tracker_names
-from ppdiffusers_train.runtime.agreement import agree, digest, ranks_elsewhere
+from ppdiffusers_train.runtime.agreement import agree, digest, found_by_main, ranks_elsewhere
 from ppdiffusers_train.runtime.checkpoint import STATE_FILE, find_checkpoint, read_state, require_writable, run_of
 from ppdiffusers_train.runtime.distributed import Ranks, start_ranks
-from ppdiffusers_train.runtime.folder_lock import wait_for_folder
+from ppdiffusers_train.runtime.folder_lock import FolderLock
 from ppdiffusers_train.runtime.precision import Precision, set_deterministic, set_tf32
 from ppdiffusers_train.runtime.run_folder import new_run_id, refuse_used_folder, run_of_folder
 from ppdiffusers_train.runtime.teardown import release_tensors_at_exit
@@ -35,6 +36,7 @@ class Run:
         saved: the contents of that folder's `state.json`, or {}.
         id: of the run; a resumed run keeps it.
         remarks: lines about flags without effect.
+        lock: on rank 0, the `FolderLock` of `--output_dir`: a context in which the run takes place.
     """
 
     args: argparse.Namespace
@@ -43,6 +45,7 @@ class Run:
     saved: dict
     id: str
     remarks: list
+    lock: object = field(default_factory=contextlib.nullcontext)
 
     @property
     def output_dir(self) -> Path:
@@ -77,15 +80,28 @@ def resolve_run(args) -> Run:
         agree(ranks, {**compared_flags(args), **compared_code()})
     remarks = set_arithmetic(args)  # models compute while they are loaded, too
     check_flags(args, ranks)
-    if not args.dry_run:
-        wait_for_folder(Path(args.output_dir), resumes=bool(args.resume_from_checkpoint))
-    checkpoint, saved = choose_checkpoint(args, ranks)
-    args = resolve_flags(args, saved, ranks)
-    if not args.dry_run:
-        check_shared_folders(args, ranks, is_resumed=checkpoint is not None)
-    ranks.share_optimizer_state(args.sharding_degree)
-    run_id = run_of(saved) if checkpoint else ranks.broadcast_object(new_run_id())
-    return Run(args, ranks, checkpoint, saved, run_id, remarks)
+    with contextlib.ExitStack() as until_error:
+        lock = contextlib.nullcontext() if args.dry_run else lock_folder(args, ranks)
+        until_error.enter_context(lock)
+        checkpoint, saved = choose_checkpoint(args, ranks)
+        args = resolve_flags(args, saved, ranks)
+        if not args.dry_run:
+            check_shared_folders(args, ranks, is_resumed=checkpoint is not None)
+        ranks.share_optimizer_state(args.sharding_degree)
+        run_id = run_of(saved) if checkpoint else ranks.broadcast_object(new_run_id())
+        until_error.pop_all()
+    return Run(args, ranks, checkpoint, saved, run_id, remarks, lock)
+
+
+def lock_folder(args, ranks: Ranks):
+    """Lock `--output_dir` on rank 0; returns the lock, or a context that does nothing on other ranks.
+
+    Raises:
+        UserError: the same on every rank: another run is at work there.
+    """
+    locks = []
+    found_by_main(ranks, lambda: locks.append(FolderLock(Path(args.output_dir), bool(args.resume_from_checkpoint))))
+    return locks[0] if locks else contextlib.nullcontext()
 
 
 def resolve_flags(args, saved: dict, ranks: Ranks) -> argparse.Namespace:
@@ -117,24 +133,15 @@ def check_flags(args, ranks: Ranks) -> None:
         raise UserError("--overwrite_output_dir: there is --resume_from_checkpoint as well; expected one of them")
     require_writable(output_dir, "--output_dir")
     tracker_names(args.report_to)
-    if args.push_to_hub and ranks.is_main:
-        check_hub_login(args.hub_token)
+    if args.push_to_hub or args.hub_model_id:
+        check_hub_name(output_dir, args.hub_model_id)
+    if args.push_to_hub and not args.dry_run:
+        found_by_main(ranks, lambda: open_repository(output_dir, args.hub_model_id, args.hub_token))
     if args.save_dtype == "bfloat16" and args.save_format == "ppdiffusers":
         raise UserError(
             "--save_dtype bfloat16: ppdiffusers cannot read such files; expected float32 or float16, or --save_format "
             "diffusers"
         )
-
-
-def choose_again(run: Run) -> Run:
-    """The run with the checkpoint to resume from as it is now, when no other run writes to the folder any more.
-
-    While this one loaded its data and models, another may have written newer checkpoints, and deleted older ones.
-    """
-    checkpoint, saved = choose_checkpoint(run.args, run.ranks, log=lambda line: None)
-    if checkpoint != run.checkpoint:
-        run.log(f"{run.output_dir}: another run has written there meanwhile")
-    return replace(run, checkpoint=checkpoint, saved=saved, id=run_of(saved) if checkpoint else run.id)
 
 
 def refuse_fewer_steps(run: Run, total_steps: int) -> None:
@@ -147,26 +154,20 @@ def refuse_fewer_steps(run: Run, total_steps: int) -> None:
         )
 
 
-def choose_checkpoint(args, ranks: Ranks, log=print) -> tuple:
+def choose_checkpoint(args, ranks: Ranks) -> tuple:
     """The checkpoint of `--resume_from_checkpoint` as rank 0 finds it: (folder, state), or (None, {}).
 
-    Args:
-        log: called on rank 0 with lines about checkpoints that are passed over.
     Raises:
         UserError: the same on every rank: it is not a checkpoint, another rank does not see it, or there is none and
             the folder holds what another run has written.
     """
-    output_dir, place, mistake = Path(args.output_dir), None, ""
-    if ranks.is_main:
-        try:
-            folder = find_own_checkpoint(args, output_dir, log)
-            place = folder and (folder.parent == output_dir, folder.name, str(folder))
-        except UserError as error:
-            mistake = str(error)
-    place, mistake = ranks.broadcast_object((place, mistake))
-    if mistake:
-        raise UserError(mistake)
-    if place is None:
+    output_dir = Path(args.output_dir)
+
+    def find():
+        folder = find_own_checkpoint(args, output_dir)
+        return folder and (folder.parent == output_dir, folder.name, str(folder))
+
+    if (place := found_by_main(ranks, find)) is None:
         return None, {}
     is_inside, name, path = place
     folder, saved = output_dir / name if is_inside else Path(path), {}
@@ -179,7 +180,7 @@ def choose_checkpoint(args, ranks: Ranks, log=print) -> tuple:
     return folder, saved
 
 
-def find_own_checkpoint(args, output_dir: Path, log):
+def find_own_checkpoint(args, output_dir: Path):
     """The checkpoint that `--resume_from_checkpoint` names, or None for a start at step 0.
 
     Raises:
@@ -187,7 +188,7 @@ def find_own_checkpoint(args, output_dir: Path, log):
     """
     folder, run_id = None, run_of_folder(output_dir)
     if args.resume_from_checkpoint:
-        folder, saved = find_checkpoint(args.resume_from_checkpoint, output_dir, run_id, log)
+        folder, saved = find_checkpoint(args.resume_from_checkpoint, output_dir, run_id)
     if folder is None or (folder.parent != output_dir and run_of(saved) != run_id):
         refuse_used_folder(output_dir, args.overwrite_output_dir)
     return folder

@@ -5,11 +5,10 @@ import json
 import shutil
 from pathlib import Path
 
-from ppdiffusers_train.errors import BadSampleError, WriteError, writing
+from ppdiffusers_train.errors import BadSampleError, NotFiniteError, WriteError, writing
 from ppdiffusers_train.launcher.final_message import print_after_launcher
 from ppdiffusers_train.launcher.signals import StopRequest, signal_name
 from ppdiffusers_train.loop.plan import Plan
-from ppdiffusers_train.loop.reports import StepReports
 from ppdiffusers_train.loop.state import OPTIMIZER, TrainingState
 from ppdiffusers_train.reporting.hub import push_to_hub
 from ppdiffusers_train.reporting.status_line import print_line
@@ -20,6 +19,7 @@ from ppdiffusers_train.runtime.run_folder import (
     remove_earlier_checkpoints,
     replace_result,
     set_aside_later,
+    set_aside_unlisted_result,
 )
 from ppdiffusers_train.tensor_files import cast_files
 
@@ -77,16 +77,26 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
 
 
 @contextlib.contextmanager
-def checkpoint_before_bad_sample(plan: Plan, state: TrainingState, reports: StepReports):
-    """A context in which a sample that ends the run leaves a checkpoint: no weight has changed since the last step."""
+def checkpoint_before_end(plan: Plan, state: TrainingState):
+    """A context in which a sample, or a step that is NaN or inf, that ends the run leaves a checkpoint: nothing has
+    changed since the last step."""
     try:
         yield
     except BadSampleError as error:
-        if not state.step or not plan.run.args.final_checkpoint or plan.checkpoint_is_due(state):
-            raise  # there is nothing to lose
-        reports.fetch(0)  # a step that was NaN or inf ends the run without it
-        save_checkpoint(plan, state)
-        raise BadSampleError(f"{error}; wrote checkpoint-{state.step} before it") from error
+        raise BadSampleError(f"{error}{save_before_end(plan, state)}") from error
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{error.reason}{save_before_end(plan, state)}") from error
+
+
+def save_before_end(plan: Plan, state: TrainingState) -> str:
+    """Write a checkpoint, unless there is nothing to lose; returns what to add to the message about the end."""
+    if not state.step or not plan.run.args.final_checkpoint or plan.checkpoint_is_due(state):
+        return ""
+    try:
+        is_written = save_checkpoint(plan, state) or not plan.run.ranks.is_main
+    except WriteError as error:
+        return f"; {error}"
+    return f"; wrote checkpoint-{state.step} before it" if is_written else ""
 
 
 def write_shard(state: TrainingState, ranks: Ranks, folder: Path) -> tuple:
@@ -114,6 +124,7 @@ def claim_folder(plan: Plan, step: int) -> None:
         set_aside_later(run.output_dir, run.id, step, run.log)
         if run.args.overwrite_output_dir:
             remove_earlier_checkpoints(run.output_dir, run.id)
+            set_aside_unlisted_result(run.output_dir, run.log)
         write_text(run.output_dir / ARGUMENTS_FILE, text)
 
 
@@ -135,7 +146,7 @@ def write_result(plan: Plan, step: int) -> None:
 def upload_result(plan: Plan) -> None:
     """Upload the result, with a model card that shows the last validation images."""
     args = plan.run.args
-    card = plan.module.card_data()
+    card = plan.info["card"]
     url = push_to_hub(plan.run.output_dir, args.hub_model_id, args.hub_token, card, args.validation_prompts)
     plan.run.log(f"uploaded to {url}")
 

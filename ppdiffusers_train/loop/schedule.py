@@ -6,7 +6,7 @@ from ppdiffusers_train.errors import UserError
 
 
 def scaled_rate(args, samples_per_step: int) -> float:
-    """The learning rate after warm-up: `--learning_rate`, with `--scale_lr` times the global batch of a step."""
+    """The learning rate after warm-up: `--learning_rate`, with `--scale_lr` times the samples of a full step."""
     return args.learning_rate * (samples_per_step if args.scale_lr else 1)
 
 

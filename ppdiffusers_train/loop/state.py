@@ -14,11 +14,17 @@ from ppdiffusers_train.loop.schedule import build_schedule
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.runtime.adamw_8bit import AdamW8bit
 from ppdiffusers_train.runtime.distributed import Ranks
-from ppdiffusers_train.runtime.ema import EMA
+from ppdiffusers_train.runtime.ema import EMA, replace
 from ppdiffusers_train.runtime.gradient_sums import GradientSums
-from ppdiffusers_train.runtime.gradients import clipping_factor, scale_gradients, zero_unless
+from ppdiffusers_train.runtime.gradients import clipping_factor, scale_gradients
 from ppdiffusers_train.runtime.groups import check_sharding_degree
-from ppdiffusers_train.runtime.optimizer_state import SEPARATOR, is_8bit, load_optimizer_tensors, optimizer_tensors
+from ppdiffusers_train.runtime.optimizer_state import (
+    SEPARATOR,
+    in_form_of,
+    is_8bit,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
 from ppdiffusers_train.runtime.precision import Precision, holding, updated_parameters
 from ppdiffusers_train.tensor_files import open_tensors, write_parts
 
@@ -27,22 +33,16 @@ OPTIMIZER, AVERAGES = "optimizer", "ema"  # prefixes of their file names
 
 @dataclass
 class StepFigures:
-    """The figures of one step: values on the device until they are fetched."""
+    """The figures of one step."""
 
     step: int  # from 1
     window: range
     learning_rate: float
     factor: float  # global batch / number of samples that could be used
-    loss: object  # mean over the window, with 0 for samples that could not be used: a scalar on the device, or a float
-    norm: object  # of the gradients, likewise
+    loss: float  # mean over the window, with 0 for samples that could not be used
+    norm: float  # of the gradients
     own_squares: list  # see `GradientSums.take_own_squares`
-    overflowed: bool = False  # gradients overflowed float16, and the weights were not updated
-
-    def fetch(self, ranks: Ranks) -> None:
-        """Copy the values from the device, which waits for them."""
-        if not isinstance(self.loss, float):
-            with ranks.watch("the figures of a step"):
-                self.loss, self.norm = paddle.stack([self.loss, self.norm]).tolist()
+    overflowed: bool  # gradients overflowed float16, and the weights are not updated
 
     @property
     def failed(self) -> bool:
@@ -64,7 +64,6 @@ class TrainingState:
     seed: int
     max_grad_norm: float
     bad_samples: BadSamples
-    checks_before_update: bool  # whether loss and norm are fetched and checked before the weights are updated
     sharding_stage: int  # 2: gradients are kept only by the rank that updates their parameters
     step: int = 0  # optimizer steps taken
     position: int = 0  # samples seen
@@ -91,34 +90,27 @@ class TrainingState:
         owners = getattr(self.optimizer, "_param2rank", {})
         return {name: owners[parameter.name] for name, parameter in self.parameters.items() if owners}
 
-    def take_step(self, window: range, loss, missing: int = 0) -> StepFigures:
+    def take_step(self, window: range, loss, missing: int = 0, check=lambda figures: None) -> StepFigures:
         """Update the weights from the gradients of `window`, then the learning rate and the averages.
 
         A step without a sample, or with a NaN or inf loss or norm, leaves weights, averages and learning rate as they
-        are. If that is not checked before the update (`checks_before_update`), the gradients are set to zero on the
-        device: the run ends when the figures are fetched, and until then no weight is NaN.
+        are.
 
         Args:
             window: the positions of the global batch.
             loss: its loss, a scalar on the device.
             missing: the number of its samples that could not be used.
+            check: called with the step's figures before anything has changed; what it raises ends the step.
         """
-        factor = len(window) / max(len(window) - missing, 1)
-        scale = self.precision.loss_scale
-        norm = self.gradient_norm()
-        own_squares = self.gradients.take_own_squares()
-        figures = StepFigures(self.step + 1, window, self.optimizer.get_lr(), factor, loss, norm, own_squares)
-        if self.checks_before_update:
-            figures.fetch(self.ranks)
-            figures.overflowed = scale.can_shrink and not math.isfinite(figures.norm)
-            scale.update(overflowed=not math.isfinite(figures.norm))
-            self.overflowed_steps += figures.overflowed and not figures.failed
-            self.failed_steps += figures.failed
-        if missing < len(window) and not (self.checks_before_update and (figures.overflowed or figures.failed)):
+        scale, norm = self.precision.loss_scale, self.gradient_norm()
+        figures = self._fetch_figures(window, loss, norm, missing)
+        check(figures)
+        scale.update(overflowed=not math.isfinite(figures.norm))
+        self.overflowed_steps += figures.overflowed and not figures.failed
+        self.failed_steps += figures.failed
+        if missing < len(window) and not (figures.overflowed or figures.failed):
             gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-            scale_gradients(gradients, clipping_factor(norm, self.max_grad_norm, factor) / scale.value)
-            if not self.checks_before_update:
-                zero_unless(paddle.isfinite(loss + norm), gradients)
+            scale_gradients(gradients, clipping_factor(norm, self.max_grad_norm, figures.factor) / scale.value)
             is_sharded = self.ranks.sharding_degree > 1
             with self.ranks.waits_for("the others' new weights") if is_sharded else contextlib.nullcontext():
                 self.optimizer.step()
@@ -127,6 +119,15 @@ class TrainingState:
         self.optimizer.clear_grad(set_to_zero=False)
         self.step, self.position = self.step + 1, window.stop
         return figures
+
+    def _fetch_figures(self, window: range, loss, norm, missing: int) -> StepFigures:
+        """The figures of a step, fetched from the device, which the host waits for."""
+        with self.ranks.watch("the figures of a step"):
+            values = paddle.stack([loss, norm]).tolist()
+        factor = len(window) / max(len(window) - missing, 1)
+        overflowed = self.precision.loss_scale.can_shrink and not math.isfinite(values[1])
+        own_squares, rate = self.gradients.take_own_squares(), self.optimizer.get_lr()
+        return StepFigures(self.step + 1, window, rate, factor, *values, own_squares, overflowed)
 
     def _follow(self) -> None:
         """Call the module's `after_step` and update the averages."""
@@ -192,18 +193,12 @@ class TrainingState:
 
     def load_weights(self, folder: Path, saved: dict) -> None:
         """Load a checkpoint's float32 weights; `load_optimizer` loads optimizer state and averages later."""
-        flag = f"--resume_from_checkpoint: {folder}"
-        if bool(self.ema) != (saved["ema_updates"] is not None):
-            raise UserError(f"{flag} was written {'without' if self.ema else 'with'} --use_ema; expected the same now")
-        tensors = saved_tensors(folder, OPTIMIZER)
-        if tensors and is_8bit(tensors) != isinstance(self.optimizer, AdamW8bit):
-            how = "with" if is_8bit(tensors) else "without"
-            raise UserError(f"{flag} was written {how} --use_8bit_adam; expected the same now")
         # Fewer parameters are right, too: one that no step has used has no state.
-        unknown = {name.split(SEPARATOR)[0] for name in tensors} - set(self.parameters)
+        unknown = {name.split(SEPARATOR)[0] for name in saved_tensors(folder, OPTIMIZER)} - set(self.parameters)
         if unknown:
             raise UserError(
-                f"{flag} holds the optimizer state of other weights, such as {min(unknown)}, which are not trained here"
+                f"--resume_from_checkpoint: {folder} holds the optimizer state of other weights, such as "
+                f"{min(unknown)}, which are not trained here"
             )
         self.module.load_weights(str(folder))
 
@@ -213,20 +208,36 @@ class TrainingState:
         self.lr_scheduler.step(self.lr_scheduler.last_epoch)  # the rate by the flags of now, which may have changed
         self.precision.loss_scale.load_state_dict(saved["scaler"])
         if self.ema:
-            self.ema.updates = saved["ema_updates"]
+            self.ema.updates = saved["ema_updates"] or 0
         self.step, self.position = saved["step"], saved["position"]
         self.failed_steps, self.overflowed_steps = saved["skipped_steps"], saved.get("overflowed_steps", 0)
         self.bad_samples.rows = set(saved["bad_rows"])
 
-    def load_optimizer(self, folder: Path) -> None:
+    def load_optimizer(self, folder: Path, saved: dict, log) -> None:
         """Load a checkpoint's optimizer state and averages, once the weights have the dtypes that they are trained in.
+        State of the other kind of optimizer is converted; without averages in the checkpoint, they begin as the
+        weights are now.
 
         They are large: encoders that training does not need should be freed by then.
+
+        Args:
+            log: called with a line for each of these changes.
         """
         own = {parameter.name for parameter in updated_parameters(self.optimizer)}
         updated = {name: parameter for name, parameter in self.parameters.items() if parameter.name in own}
-        load_optimizer_tensors(self.optimizer, updated, saved_tensors(folder, OPTIMIZER))
-        if self.ema:
+        tensors, arguments = saved_tensors(folder, OPTIMIZER), saved.get("arguments", {})
+        had_averages = saved["ema_updates"] is not None
+        if tensors and is_8bit(tensors) != (uses_8_bits := isinstance(self.optimizer, AdamW8bit)):
+            log(f"--use_8bit_adam: the moments of {folder.name} become {'8 bits' if uses_8_bits else 'float32'}")
+            tensors = in_form_of(self.optimizer, updated, tensors, arguments.get("adam_beta2", 0.999))
+        load_optimizer_tensors(self.optimizer, updated, tensors)
+        if had_averages and not self.ema:
+            log(f"--no_use_ema: the averages of {folder.name} are dropped; the result will have the weights themselves")
+        if self.ema and not had_averages:
+            log(f"--use_ema: {folder.name} has no averages; they begin with the weights of now")
+            for name, _, value in self.float32_values():
+                replace(self.ema.averages[name], value.astype("float32"))
+        elif self.ema:
             for name, tensor in saved_tensors(folder, AVERAGES).items():
                 self.ema.averages[name].set_value(tensor.numpy())
 
@@ -275,6 +286,5 @@ def build_training_state(module, args, total_steps: int, samples_per_step: int, 
         args.seed,
         args.max_grad_norm,
         BadSamples(args.max_bad_samples),
-        checks_before_update=precision.loss_scale.enabled or args.skip_nonfinite > 0,
         sharding_stage=args.sharding_stage,
     )

@@ -4,10 +4,12 @@ import contextlib
 
 import paddle
 
-from ppdiffusers_train.errors import writing
+from ppdiffusers_train.errors import UserError, writing
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import TrainingState
 from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet
+from ppdiffusers_train.runtime.agreement import found_by_main
+from ppdiffusers_train.tensor_files import rehearsal
 
 
 @contextlib.contextmanager
@@ -30,6 +32,34 @@ def generate_validation(module, prompts: list, count: int, seed: int):
         images = module.generate([prompt for prompt in prompts for _ in seeds], seeds * len(prompts))
     rows = [images[start : start + count] for start in range(0, len(images), count)]
     return contact_sheet([Tile(row, [prompt]) for row, prompt in zip(rows, prompts)], columns=1).image
+
+
+def check_images(plan: Plan) -> None:
+    """Open on rank 0 what validation images need, so that nothing is missing later: parts of the pipeline, without
+    reading their weights, schedulers, and the tokens of all prompts.
+
+    Raises:
+        UserError: the same on every rank: a file is missing or damaged.
+    """
+    module, args = plan.module, plan.run.args
+
+    def rehearse():
+        unused = module.not_loaded()
+        try:
+            with rehearsal():
+                generate_validation(module, args.validation_prompts, 1, plan.order.seed)
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(f"--validation_prompts: images cannot be generated ({reason})") from error
+        except Exception as error:  # such as memory: it may not occur when they are generated, and is told then
+            plan.run.log(f"--validation_prompts: not tried before the first step ({type(error).__name__})")
+        finally:
+            module.unload(unused)
+
+    if args.validation_prompts:
+        found_by_main(plan.run.ranks, rehearse)
 
 
 class ValidationImages:

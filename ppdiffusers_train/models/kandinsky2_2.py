@@ -11,6 +11,7 @@ from ppdiffusers.transformers import (
 )
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.models.exported_size import exported_bytes
 from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder, export_pipeline
 
@@ -107,6 +108,14 @@ class KandinskyFolders:
         """Write a prior pipeline's folder: `own` parts saved, the others unchanged, the scheduler for inference."""
         parts = dict(_with_classes(self.prior, PRIOR_PARTS))
         export_pipeline(directory, "KandinskyV22PriorPipeline", parts, own, save_format)
+
+    def exported_bytes(self, own: str, *where) -> int:
+        """Bytes of all parts but `own` in an export, that of the prior for the prior, else the combined one; `where`
+        are the last arguments of `exported_size.exported_bytes`."""
+        parts = dict(_with_classes(self.prior, PRIOR_PARTS)) if own == "prior" else self._combined_parts()
+        return sum(
+            exported_bytes(folder.weights(part), *where) for name, (folder, part, _) in parts.items() if name != own
+        )
 
     def _combined_parts(self) -> dict:
         prior = {f"prior_{part}": source for part, source in _with_classes(self.prior, PRIOR_PARTS)}

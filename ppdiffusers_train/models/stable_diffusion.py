@@ -6,6 +6,7 @@ from ppdiffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionM
 from ppdiffusers.transformers import CLIPTextModel, CLIPTokenizer
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.models.exported_size import exported_bytes
 from ppdiffusers_train.models.pipeline_folder import ModelFolder, PipelineFolder, export_pipeline
 from ppdiffusers_train.models.single_file.reading import FILE, SingleFile, SingleFileVAE, find_single_file
 from ppdiffusers_train.models.single_file.writing import export_single_file
@@ -109,6 +110,10 @@ class StableDiffusionFolder:
                 print(f"{FILE}: {words}")
         else:
             export_pipeline(directory, kind, parts, own, save_format, {**self.settings(), **self.absent()})
+
+    def exported_bytes(self, own: str, *where) -> int:
+        """Bytes of all parts but `own` in an export; `where`: the last arguments of `exported_size.exported_bytes`."""
+        return sum(exported_bytes(self.folder(name).weights(name), *where) for name in self.parts if name != own)
 
     def settings(self) -> dict:
         """Settings in the pipeline's model_index.json besides the parts that it has."""

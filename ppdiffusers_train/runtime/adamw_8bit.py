@@ -1,13 +1,17 @@
-"""AdamW with block-wise 8-bit moments (Dettmers et al. 2021, arXiv 2110.02861), in Paddle's tensor operations.
+"""AdamW with block-wise 8-bit moments (Dettmers et al. 2021, arXiv 2110.02861), in Paddle's tensor operations, and the
+conversion of its state from and to that of Paddle's AdamW.
 
 A moment is kept as one byte per element and one float32 scale per block. Each step dequantizes it to float32, updates
 it as AdamW does, and quantizes it again. An outlier reduces the resolution of its own block alone.
 """
 
+import math
+
 import numpy as np
 import paddle
 
 BLOCK = 256  # elements that share a scale; the paper has 2048, smaller blocks are closer to float32 and take 1.5 % more
+ADAMW_STATE = ("moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0")  # accumulators of Paddle's AdamW
 SMALLEST = 4096  # tensors with fewer elements keep float32 moments (section 3)
 
 
@@ -55,7 +59,7 @@ class AdamW8bit(paddle.optimizer.AdamW):
     """
 
     def __init__(self, learning_rate, parameters, beta1, beta2, epsilon, weight_decay):
-        super().__init__(learning_rate, parameters=parameters, weight_decay=weight_decay)
+        super().__init__(learning_rate, beta1, beta2, epsilon, parameters, weight_decay)
         self.betas, self.epsilon, self.decay = (beta1, beta2), epsilon, weight_decay
         self.first, self.second = Moments(signed=True), Moments(signed=False)
         self.states = {}  # {parameter's name: {name: tensor}}
@@ -82,21 +86,12 @@ class AdamW8bit(paddle.optimizer.AdamW):
         paddle.assign(
             value.reshape(parameter.shape), output=parameter
         )  # `set_value` copies through NumPy in Paddle 2.6
-        if size < SMALLEST:
-            state["moment1"], state["moment2"] = moment1, moment2
-        else:
-            state["moment1_codes"], state["moment1_scales"] = self.first.pack(moment1)
-            state["moment2_codes"], state["moment2_scales"] = self.second.pack(moment2)
+        store_moments(state, moment1, moment2, self.first, self.second)
 
     def _moments(self, state: dict, size: int) -> tuple:
         if not state:
             return paddle.zeros([size]), paddle.zeros([size])
-        if size < SMALLEST:
-            return state["moment1"], state["moment2"]
-        return (
-            self.first.unpack(state["moment1_codes"], state["moment1_scales"], size),
-            self.second.unpack(state["moment2_codes"], state["moment2_scales"], size),
-        )
+        return float32_moments(state, size, self.first, self.second)
 
     @staticmethod
     def state_bytes(size: int) -> int:
@@ -125,3 +120,48 @@ class AdamW8bit(paddle.optimizer.AdamW):
                 own = {key: state_dict.get(f"{name}_{key}") for key in names}
                 self.states[name] = {key: tensor for key, tensor in own.items() if tensor is not None}
                 self.counts[name] = int(state_dict[f"{name}_step"])
+
+
+def store_moments(state: dict, moment1, moment2, first: Moments, second: Moments) -> None:
+    """Put two moments [n], float32, into the state of a parameter, in the form in which they are kept."""
+    if moment1.shape[0] < SMALLEST:
+        state["moment1"], state["moment2"] = moment1, moment2
+    else:  # one after the other, so that the first is freed
+        state["moment1_codes"], state["moment1_scales"] = first.pack(moment1)
+        state["moment2_codes"], state["moment2_scales"] = second.pack(moment2)
+
+
+def float32_moments(state: dict, size: int, first: Moments, second: Moments) -> tuple:
+    """Both moments [size], float32, that `store_moments` has put into a state."""
+    if "moment1" in state:
+        return state["moment1"], state["moment2"]
+    return (
+        first.unpack(state["moment1_codes"], state["moment1_scales"], size),
+        second.unpack(state["moment2_codes"], state["moment2_scales"], size),
+    )
+
+
+def from_adamw(state: dict, beta2: float) -> dict:
+    """The state that `AdamW8bit` keeps for a parameter, from that of Paddle's AdamW, `{accumulator: tensor}`.
+
+    Args:
+        beta2: of the steps so far, whose number follows from its power. A power of 0 stands for very many.
+    """
+    power = float(state["beta2_pow_acc_0"])
+    steps = round(math.log(power) / math.log(beta2)) - 1 if 0 < power < 1 else 10**6 if power <= 0 else 1
+    kept = {"step": paddle.to_tensor([max(steps, 1)], dtype="int64")}
+    moments = (state[name].flatten() for name in ("moment1_0", "moment2_0"))
+    store_moments(kept, *moments, Moments(signed=True), Moments(signed=False))
+    return kept
+
+
+def to_adamw(state: dict, shape: list, betas: tuple) -> dict:
+    """The reverse of `from_adamw`.
+
+    Args:
+        shape: of the parameter.
+        betas: of the steps that follow.
+    """
+    moments = float32_moments(state, math.prod(shape), Moments(signed=True), Moments(signed=False))
+    powers = (paddle.full([1], beta ** (int(state["step"]) + 1)) for beta in betas)  # those of the next step
+    return dict(zip(ADAMW_STATE, (*(moment.reshape(shape) for moment in moments), *powers)))

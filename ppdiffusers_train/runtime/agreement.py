@@ -33,6 +33,20 @@ def agree(ranks: Ranks, values: dict) -> None:
         raise UserError(message)
 
 
+def found_by_main(ranks: Ranks, find):
+    """What `find()` returns on rank 0, which alone calls it, on every rank; so is a `UserError` that it raises."""
+    value, mistake = None, ""
+    if ranks.is_main:
+        try:
+            value = find()
+        except UserError as error:
+            mistake = str(error)
+    value, mistake = ranks.broadcast_object((value, mistake))
+    if mistake:
+        raise UserError(mistake)
+    return value
+
+
 def disagreement(values_of_ranks: list) -> str:
     """A line about the first value in which a rank differs from rank 0; empty if all agree.
 

@@ -2,8 +2,6 @@
 
 import paddle
 
-from ppdiffusers_train.runtime.precision import share_storage
-
 
 @paddle.no_grad()
 def clipping_factor(norm, max_norm: float, factor: float = 1.0):
@@ -25,11 +23,3 @@ def scale_gradients(gradients: list, factor) -> None:
     factor = factor.astype("float32")
     for gradient in gradients:
         gradient.multiply_(factor)
-
-
-@paddle.no_grad()
-def zero_unless(is_good, gradients: list) -> None:
-    """Set gradients to zero, even where they are NaN, unless a boolean on the device is true."""
-    zero = paddle.zeros([])
-    for gradient in gradients:
-        share_storage(gradient, paddle.where(is_good, gradient, zero))

@@ -6,8 +6,12 @@ process has created so far: they may differ between a script, a resumed script a
 same name in every precision. The masters are not part of the state: they are the weights that a checkpoint holds.
 """
 
+from functools import partial
+
 import paddle
 from paddle.base.layer_helper import LayerHelper
+
+from ppdiffusers_train.runtime.adamw_8bit import ADAMW_STATE, AdamW8bit, from_adamw, to_adamw
 
 SEPARATOR, OF_MASTER = "//", "fp32_master_0_"
 
@@ -37,11 +41,7 @@ def load_optimizer_tensors(optimizer, parameters: dict, tensors: dict) -> None:
         parameters: `{structured name: parameter}` of those that it updates on this rank; other state is ignored.
         tensors: `{name: array}`, or objects with a method `numpy` that reads the array.
     """
-    arrays = {}  # earlier versions named the state after masters, and saved masters, too
-    for key, value in tensors.items():
-        structured, accumulator = key.split(SEPARATOR)
-        if structured in parameters and accumulator != "master_weight":
-            arrays[f"{structured}{SEPARATOR}{accumulator.removeprefix(OF_MASTER)}"] = value
+    arrays = own_state(parameters, tensors)
     if is_8bit(arrays):
         named = ((parameters[key.split(SEPARATOR)[0]].name, key.split(SEPARATOR)[1]) for key in arrays)
         optimizer.set_state_dict({"_".join(name): as_tensor(value) for name, value in zip(named, arrays.values())})
@@ -54,6 +54,59 @@ def load_optimizer_tensors(optimizer, parameters: dict, tensors: dict) -> None:
     inner._create_accumulators(block, [parameter for name, parameter in parameters.items() if name in used])
     for key, tensor in optimizer_tensors(optimizer, parameters).items():
         tensor.set_value(as_tensor(arrays[key]))
+
+
+def own_state(parameters: dict, tensors: dict) -> dict:
+    """The state of these parameters under the names of now: earlier versions named it after masters, and saved masters,
+    too."""
+    named = {}
+    for key, value in tensors.items():
+        structured, accumulator = key.split(SEPARATOR)
+        if structured in parameters and accumulator != "master_weight":
+            named[f"{structured}{SEPARATOR}{accumulator.removeprefix(OF_MASTER)}"] = value
+    return named
+
+
+def in_form_of(optimizer, parameters: dict, tensors: dict, beta2: float) -> dict:
+    """The state of an optimizer of the other kind, AdamW or `AdamW8bit`, as `load_optimizer_tensors` takes it for this
+    one.
+
+    Args:
+        parameters, tensors: see `load_optimizer_tensors`.
+        beta2: that of the steps that the state comes from.
+    """
+    inner, states = getattr(optimizer, "_inner_opt", optimizer), {}
+    for key, value in own_state(parameters, tensors).items():
+        name, accumulator = key.split(SEPARATOR)
+        states.setdefault(name, {})[accumulator] = value
+    found = {}
+    for name, state in states.items():
+        if isinstance(inner, AdamW8bit):
+            state = from_adamw({accumulator: as_tensor(value) for accumulator, value in state.items()}, beta2)
+        else:
+            state = adamw_later(state, parameters[name].shape, (inner._beta1, inner._beta2))
+        found |= {f"{name}{SEPARATOR}{accumulator}": value for accumulator, value in state.items()}
+    return found
+
+
+def adamw_later(state: dict, shape: list, betas: tuple) -> dict:
+    """What `to_adamw` returns, each computed when it is fetched: float32 moments take four times the memory."""
+
+    def compute(name):
+        return to_adamw({key: as_tensor(value) for key, value in state.items()}, shape, betas)[name]
+
+    return {name: Computed(partial(compute, name)) for name in ADAMW_STATE}
+
+
+class Computed:
+    """A tensor that is computed when it is fetched."""
+
+    def __init__(self, compute):
+        self.compute = compute
+
+    def numpy(self):
+        """The tensor as an array."""
+        return self.compute().numpy()
 
 
 def as_tensor(value):

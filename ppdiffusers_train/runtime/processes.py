@@ -18,6 +18,15 @@ def this_machine() -> int:
     return 1 + int.from_bytes(hashlib.blake2b(words.encode(), digest_size=4).digest(), "big")
 
 
+def started_at(process: int) -> str:
+    """When a process of this machine was started, in the system's own unit: ids of processes are reused. Empty if it is
+    not known."""
+    try:
+        return stat(process)[19]
+    except OSError:
+        return ""
+
+
 def is_alive(process: int) -> bool:
     """Whether a process of this machine is running. A zombie, for which its parent has not waited yet, is not."""
     try:

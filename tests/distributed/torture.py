@@ -426,10 +426,9 @@ def twice_case(case: Case) -> str:
     statuses, _ = case.fork(lambda rank: ([], {"SECONDS_PER_BATCH": "0.4"}), meanwhile=start_second)
     case.assert_nothing_is_left()
     case.assert_same_bits()
-    assert statuses == [0] * case.ranks and second[0] == [0 if resumes else 2] * case.ranks, (statuses, second[0])
-    told = "still writes there; " + ("waiting for its end" if resumes else "expected another folder, or --resume_from_")
-    assert all(log.count(told) == 1 for log in second[1]), second[1]
-    return "waited for: same bits" if resumes else "refused, the first one undisturbed: same bits"
+    assert statuses == [0] * case.ranks and second[0] == [2] * case.ranks, (statuses, second[0])
+    assert all(log.count(": another run is at work there (process ") == 1 for log in second[1]), second[1]
+    return "refused, the first one undisturbed: same bits"
 
 
 KINDS = {"signal": signal_case, "kill": kill_case, "flag": flag_case, "copy": copy_case, "slow": slow_case}

@@ -5,10 +5,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load
 
+from ppdiffusers_train.cli import main
 from ppdiffusers_train.errors import RunError, UserError
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder
 from ppdiffusers_train.reporting.hub import check_hub_login, push_to_hub
-from tests.conftest import weights
+from tests.conftest import last_error, weights
 from tests.fake_hub import FakeHub
 
 pytestmark = pytest.mark.once  # no tensor in what is uploaded and downloaded
@@ -69,6 +70,52 @@ def test_an_upload_without_a_token_is_refused_before_training(monkeypatch):
     with pytest.raises(UserError, match="--push_to_hub: no token; expected the environment variable HF_TOKEN"):
         check_hub_login(None)
     check_hub_login("hf_given")
+
+
+@pytest.mark.parametrize("name", ["a b", "a/b/c", "my-decoder.git", "-x", "a" * 97, "a--b", "a/"])
+def test_a_name_that_cannot_be_is_found_out_before_training(hub, train_decoder, capsys, tmp_path, name):
+    with pytest.raises(SystemExit) as stopped:
+        train_decoder("--push_to_hub", "--hub_token=hf_right", f"--hub_model_id={name}")
+    assert stopped.value.code == 2 and "error: --hub_model_id: no repository can have" in last_error(capsys)
+    assert not list((tmp_path / "out").iterdir()) and not hub.requests
+
+
+def test_so_is_a_token_that_may_not_write_and_a_folder_whose_name_cannot_be(hub, train_decoder, capsys, tmp_path):
+    for flags, out, message in (
+        (["--hub_token=hf_wrong"], "out", f"error: --push_to_hub: {hub.url} refused (401"),
+        (["--hub_token=hf_right"], "my run", "error: --output_dir, the name of the repository without --hub_model_id"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            train_decoder("--push_to_hub", *flags, out=out)
+        message_found = last_error(capsys)
+        assert stopped.value.code == 2 and message in message_found, message_found
+        assert not list((tmp_path / out).iterdir())
+
+
+def test_a_result_can_be_uploaded_later_with_the_same_card(hub, train_decoder, capsys, tmp_path, monkeypatch):
+    flags = ["--hub_token=hf_right", "--validation_prompt=a robot naruto", "--validation_inference_steps=1"]
+    at_once = train_decoder("--push_to_hub", "--hub_model_id=my-decoder", *flags)
+    expected = hub.files.pop("owner/my-decoder")
+    later = train_decoder(*flags, out="later")
+    assert not hub.files and not (later / "README.md").exists()
+    main(["push", str(later), "--hub_model_id=my-decoder", "--hub_token=hf_right"])
+    assert capsys.readouterr().out.splitlines()[-1] == f"uploaded to {hub.url}/owner/my-decoder"
+    files = hub.files["owner/my-decoder"]
+    own = {"training_args.json"}  # its command and its id
+    assert files.keys() == expected.keys() and all(files[name] == expected[name] for name in files.keys() - own)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    (tmp_path / "empty").mkdir()
+    (at_once / "unet" / "config.json").write_text("{}")
+    cases = {
+        (str(tmp_path / "empty"),): "has no result of a training script: it has no result.json",
+        (str(at_once),): "has no complete result: unet/config.json is missing, or does not have",
+        (str(later), "--hub_model_id=a b"): "--hub_model_id: no repository can have this name (Repo id must use",
+        (str(later),): "no token; expected the environment variable HF_TOKEN",
+    }
+    for words, message in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            main(["push", *words])
+        assert stopped.value.code == 2 and message in last_error(capsys)
 
 
 def test_a_hub_name_downloads_the_parts_that_are_needed(hub, tmp_path):

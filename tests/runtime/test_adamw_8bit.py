@@ -7,6 +7,7 @@ import paddle
 import pytest
 
 from ppdiffusers_train.runtime.adamw_8bit import BLOCK, AdamW8bit, Moments, dynamic_tree_map
+from ppdiffusers_train.runtime.optimizer_state import in_form_of, load_optimizer_tensors, optimizer_tensors
 from tests.conftest import optimizer_state, same, scalars, tensors, weights
 
 OPTIONS = {"beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8, "weight_decay": 0.1}
@@ -98,3 +99,42 @@ def test_what_it_cannot_do_is_refused(train, capsys, flag):
     with pytest.raises(SystemExit) as stopped:
         train("prior", "--use_8bit_adam", flag)
     assert stopped.value.code == 2 and "--use_8bit_adam: its state can be neither" in capsys.readouterr().err
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("kind, other", [(paddle.optimizer.AdamW, AdamW8bit), (AdamW8bit, paddle.optimizer.AdamW)])
+def test_the_state_of_each_becomes_that_of_the_other(kind, other):
+    """After 25 steps, two more of the other kind move the parameters nearly as two more of the same."""
+
+    def go_on(optimizer, parameters):
+        for gradient in (0.2, -0.1):
+            for parameter in parameters.values():
+                parameter.grad = paddle.full(parameter.shape, gradient)
+            optimizer.step()
+            optimizer.clear_grad()
+        return np.concatenate([parameter.numpy().ravel() for parameter in parameters.values()])
+
+    random, shapes = np.random.default_rng(2), {"large": [100, 90], "small": [7]}
+
+    def build(kind, values):
+        parameters = {name: paddle.create_parameter(shape, "float32") for name, shape in shapes.items()}
+        for name, parameter in parameters.items():
+            parameter.set_value(values[name])
+        return parameters, kind(learning_rate=0.01, parameters=list(parameters.values()), **OPTIONS)
+
+    parameters, optimizer = build(kind, {n: np.float32(random.standard_normal(s)) for n, s in shapes.items()})
+    for _ in range(25):
+        for parameter in parameters.values():
+            parameter.grad = paddle.to_tensor(np.float32(random.standard_normal(parameter.shape) + 0.3))
+        optimizer.step()
+        optimizer.clear_grad()
+    state = {name: tensor.numpy() for name, tensor in optimizer_tensors(optimizer, parameters).items()}
+    start = np.concatenate([parameter.numpy().ravel() for parameter in parameters.values()])
+    others, converted = build(other, {name: parameter.numpy() for name, parameter in parameters.items()})
+    tensors = in_form_of(converted, others, state, OPTIONS["beta2"])
+    load_optimizer_tensors(converted, others, tensors)
+    if other is AdamW8bit:
+        assert set(converted.counts.values()) == {25}
+    expected, found = go_on(optimizer, parameters), go_on(converted, others)
+    assert np.abs(expected - found).mean() < 0.02 * np.abs(expected - start).mean()
+    assert np.allclose(expected[-7:], found[-7:], atol=1e-6), "a small tensor's moments are float32 in both"

@@ -11,6 +11,7 @@ from ppdiffusers_train.runtime.run_folder import (
     replace_result,
     run_of_folder,
     set_aside_later,
+    set_aside_unlisted_result,
 )
 
 pytestmark = pytest.mark.once  # files only
@@ -120,6 +121,31 @@ def test_a_new_run_does_not_start_in_the_folder_of_another(tmp_path, files, over
     with pytest.raises(UserError) as refused:
         refuse_used_folder(tmp_path, overwrites)
     assert message in str(refused.value)
+
+
+def test_a_result_of_an_older_version_is_set_aside_whole(tmp_path):
+    files = ["training_args.json", "model_index.json", "unet/config.json", "unet/model.safetensors", "notes.txt"]
+    files += ["scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json", "lora.safetensors", "mine/notes"]
+    files += ["checkpoint-4/weights", "encoded/a.safetensors", "encoded/config.json", "validation/step-1.png"]
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(UserError, match="holds checkpoints up to checkpoint-4 and a result of an earlier run; expect"):
+        refuse_used_folder(tmp_path, False)
+    refuse_used_folder(tmp_path, True)
+    (tmp_path / "earlier-result").mkdir()
+    log = []
+    set_aside_unlisted_result(tmp_path, log.append)
+    moved = ["lora.safetensors", "model_index.json", "scheduler", "tokenizer", "unet"]
+    assert names(tmp_path / "earlier-result-2") == moved and names(tmp_path / "earlier-result-2" / "unet")
+    kept = ["checkpoint-4", "earlier-result", "earlier-result-2", "encoded", "mine", "notes.txt", "training_args.json"]
+    assert names(tmp_path) == [*kept, "validation"]
+    assert log == [f"{tmp_path}: the result of an older version is set aside as earlier-result-2"]
+    set_aside_unlisted_result(tmp_path, log.append)
+    result(tmp_path, "a", "lora.safetensors")
+    set_aside_unlisted_result(tmp_path, log.append)
+    assert len(log) == 1 and (tmp_path / "lora.safetensors").exists()
+    refuse_used_folder(tmp_path, True)
 
 
 def test_what_an_earlier_run_wrote_is_overwritten_only_on_demand(tmp_path):

@@ -1,0 +1,138 @@
+"""How much disk a run will need, told before its first step. A run whose disk is too small is refused.
+
+The weights of a checkpoint are rehearsed: they are written by the job's own code, but without contents of tensors. So
+what a job writes besides its parameters counts.
+"""
+
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from ppdiffusers_train.errors import UserError, WriteError, writing
+from ppdiffusers_train.loop.dry_run import human
+from ppdiffusers_train.loop.filling import Cache, missing_bytes
+from ppdiffusers_train.loop.memory_estimate import adamw_state_bytes
+from ppdiffusers_train.loop.plan import Plan
+from ppdiffusers_train.loop.state import TrainingState
+from ppdiffusers_train.reporting.status_line import counted
+from ppdiffusers_train.runtime.adamw_8bit import AdamW8bit
+from ppdiffusers_train.runtime.agreement import found_by_main
+from ppdiffusers_train.runtime.checkpoint import complete_checkpoints, step_of
+from ppdiffusers_train.runtime.run_folder import earlier_checkpoints
+from ppdiffusers_train.tensor_files import rehearsal, rehearsed_size, size_in_bytes
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run will write to a folder."""
+
+    folder: Path
+    flag: str  # that names the folder
+    size: int  # in bytes
+    what: str  # in words
+
+
+def check_disk(plan: Plan, state: TrainingState, cache: Cache | None) -> None:
+    """Print what disk the run will need for samples to encode, checkpoints and the result.
+
+    Args:
+        cache: that of the run, if it has one.
+    Raises:
+        UserError: the same on every rank: it is not there.
+    """
+    with state.float32_weights(only_main=True):  # as in files
+        line = found_by_main(plan.run.ranks, lambda: describe_disks(plan, state, cache))
+    plan.run.log(f"disk: {line}")
+
+
+def describe_disks(plan: Plan, state: TrainingState, cache: Cache | None) -> str:
+    """What `check_disk` prints."""
+    try:
+        needs = list(needs_of(plan, state, cache))
+        free, freed = {}, freed_bytes(plan)
+        for need in needs:
+            free[need.folder] = shutil.disk_usage(need.folder).free + freed * (need.flag == "--output_dir")
+        return describe_needs(needs, {folder: (os.stat(folder).st_dev, size) for folder, size in free.items()})
+    except (OSError, WriteError) as error:  # the run will tell when it writes what matters
+        return f"what the run will need is not known: {error}"
+
+
+def needs_of(plan: Plan, state: TrainingState, cache: Cache | None):
+    """Yield the `Need`s of a run."""
+    folder, module = plan.run.output_dir, plan.module
+    if cache:
+        text = f"{counted(len(cache.missing), 'sample')} to encode"
+        yield Need(cache.root, "--encoded_cache_dir", missing_bytes(cache, module, state), text)
+    count, trained = checkpoints_to_come(plan, state), rehearsed_bytes(folder, module)
+    size = trained + optimizer_bytes(state)
+    if state.ema:
+        size += trained + sum(map(size_in_bytes, state.ema.averages.values()))
+    yield Need(folder, "--output_dir", count * size, f"{counted(count, 'checkpoint')} of {human(size)}")
+    is_narrow = plan.run.args.save_dtype in ("float16", "bfloat16")
+    size = trained // (2 if is_narrow else 1) + module.copied_bytes(folder)
+    yield Need(folder, "--output_dir", size, "the result")
+
+
+def describe_needs(needs: list, disks: dict) -> str:
+    """A line about all of them.
+
+    Args:
+        disks: {folder: (number of the disk that it is on, bytes that are free there)}.
+    Raises:
+        UserError: one of the disks is too small.
+    """
+    by_disk, parts = defaultdict(list), []
+    for need in needs:
+        by_disk[disks[need.folder][0]].append(need)
+    for on_disk in by_disk.values():
+        last, size = on_disk[-1], sum(need.size for need in on_disk)
+        free = disks[last.folder][1]
+        listed = ", ".join(f"{human(need.size)} for {need.what}" for need in on_disk)
+        parts.append(f"{listed} (in {last.folder}; {human(free)} are free)")
+        if size > free:
+            way_out = " or a smaller --checkpoints_total_limit" if last.flag == "--output_dir" else ""
+            raise UserError(
+                f"{last.flag}: {str(last.folder)!r}: the run needs {human(size)} on this disk ({listed}), and "
+                f"{human(free)} are free; expected more space{way_out}"
+            )
+    return "; ".join(parts)
+
+
+def checkpoints_to_come(plan: Plan, state: TrainingState) -> int:
+    """How many more checkpoints than now there will be at most: with a limit, the oldest is deleted after a new one has
+    been written."""
+    args, last = plan.run.args, plan.total_steps
+    written = last // args.checkpointing_steps - state.step // args.checkpointing_steps
+    written += args.final_checkpoint and state.step < last and last % args.checkpointing_steps > 0
+    if args.checkpoints_total_limit is None:
+        return written
+    own = complete_checkpoints(plan.run.output_dir, plan.run.id)
+    kept = sum(step_of(checkpoint) <= state.step for checkpoint in own)  # later ones are set aside
+    return min(written, max(args.checkpoints_total_limit + 1 - kept, 1))
+
+
+def optimizer_bytes(state: TrainingState) -> int:
+    """The size of the optimizer's state in a checkpoint, of all ranks together."""
+    of_parameter = AdamW8bit.state_bytes if isinstance(state.optimizer, AdamW8bit) else adamw_state_bytes
+    return sum(of_parameter(parameter.size) for parameter in state.parameters.values())
+
+
+def freed_bytes(plan: Plan) -> int:
+    """What the checkpoints of earlier runs take, which this run deletes before its first step."""
+    run = plan.run
+    found = earlier_checkpoints(run.output_dir, run.id) if run.args.overwrite_output_dir else []
+    return sum(path.stat().st_size for checkpoint in found for path in checkpoint.rglob("*") if path.is_file())
+
+
+def rehearsed_bytes(folder: Path, module) -> int:
+    """What a module's weights take in a checkpoint. Raises a `WriteError` if nothing can be written to `folder`."""
+    with (
+        writing("--output_dir: a file without contents", folder),
+        tempfile.TemporaryDirectory(prefix=".size-", dir=folder) as inside,
+    ):
+        with rehearsal():
+            module.save_weights(inside)
+        return sum(rehearsed_size(path) for path in Path(inside).rglob("*") if path.is_file())
