@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +49,15 @@ class Cache:
         root: `--encoded_cache_dir`.
         samples: the run's samples in it.
         missing: those that it does not have yet, see `EncodedSamples.missing`.
-        shared: see `SharedEncodings`.
+        shared: the digests of `SharedEncodings`.
+        encoded: {key: arrays} of samples that are encoded, but not written.
     """
 
     root: Path
     samples: EncodedSamples
     missing: np.ndarray
     shared: dict
+    encoded: dict = field(default_factory=dict)
 
 
 def open_cache(plan: Plan, state: TrainingState) -> Cache:
@@ -87,21 +89,24 @@ def open_cache(plan: Plan, state: TrainingState) -> Cache:
 
 def missing_bytes(cache: Cache, module, state: TrainingState) -> int:
     """The size of all samples that are still to be encoded, which is that of the first one that can be, times their
-    number."""
+    number. It is encoded for this, and kept in the cache's `encoded`."""
     for row, number in cache.missing.tolist():
         entry = cache.samples.entries.of_row(row)[number]
         try:
             batch, _ = stack([entry.preprocessed(cache.samples.entries.dataset, module.preprocess)])
         except BadSampleError:
             continue
-        with (
-            SharedEncodings(module, cache.shared, cache.samples.packs.folder, lambda line: None) as sharing,
-            sharing.sample(entry.key) as kept,
-            state.precision.autocast(),
-        ):
-            encoded = encode_alone(module, batch)
-        return len(cache.missing) * sum(map(size_in_bytes, [*encoded.values(), *kept.values()]))
+        with SharedEncodings(module, cache.shared, cache.samples.packs.folder, lambda line: None) as sharing:
+            arrays = cache.encoded[entry.key] = encode_entry(entry.key, batch, module, state, sharing)
+        return len(cache.missing) * sum(map(size_in_bytes, arrays.values()))
     return 0
+
+
+def encode_entry(key: bytes, batch: dict, module, state: TrainingState, sharing) -> dict:
+    """What the cache keeps of a sample, `{name: array}`, from its preprocessed batch of one."""
+    with state.precision.autocast(), sharing.sample(key) as kept:
+        encoded = encode_alone(module, batch)
+    return {**{name: tensor[0].numpy() for name, tensor in encoded.items()}, **kept}
 
 
 def encode_dataset(plan: Plan, state: TrainingState, begin=lambda cache: None) -> EncodedSamples:
@@ -121,7 +126,7 @@ def encode_dataset(plan: Plan, state: TrainingState, begin=lambda cache: None) -
             describe_encoders(samples.packs.folder, module, state.precision, cache.shared)
         began = time.monotonic()
         with SharedEncodings(module, cache.shared, samples.packs.folder, run.log) as sharing:
-            state.bad_samples.add(fill(samples, cache.missing, plan, state, sharing), run.log)
+            state.bad_samples.add(fill(cache, plan, state, sharing), run.log)
         run.log(f"{cache.root}: the cache is complete; encoding took {time.monotonic() - began:.0f} s")
     module.free_encoders()
     return_free_memory()
@@ -140,19 +145,18 @@ def choose_variants(plan: Plan) -> int:
     return variants
 
 
-def fill(samples: EncodedSamples, missing: np.ndarray, plan: Plan, state: TrainingState, sharing) -> dict:
+def fill(cache: Cache, plan: Plan, state: TrainingState, sharing) -> dict:
     """Encode the missing samples. Each rank takes the next row when it is free, so all finish at about the same time.
 
     Args:
-        missing: see `EncodedSamples.missing`.
         sharing: the module's `SharedEncodings`.
     Returns:
         {row: why it cannot be used}, on every rank.
     """
-    ranks, found, total = plan.run.ranks, {}, len(missing)
+    ranks, found, total, samples = plan.run.ranks, {}, len(cache.missing), cache.samples
     with StatusLine("encoding", "samples", total, visible=ranks.is_main) as status:
         with PackWriter(samples.packs.folder) as writer:
-            for row, message in encode_missing(samples, missing, plan, state, sharing, writer, status):
+            for row, message in encode_missing(cache, plan, state, sharing, writer, status):
                 found[row] = message
         parts = ranks.gather_objects((found, writer.written), "the others to encode their last samples")
         status.advance(total - status.done)
@@ -163,9 +167,10 @@ def fill(samples: EncodedSamples, missing: np.ndarray, plan: Plan, state: Traini
     return {row: message for part, _ in parts for row, message in part.items()}
 
 
-def encode_missing(samples: EncodedSamples, missing: np.ndarray, plan: Plan, state, sharing, writer, status):
+def encode_missing(cache: Cache, plan: Plan, state, sharing, writer, status):
     """Encode this rank's share of the missing samples; yields (row, why it cannot be used)."""
-    ranks, module, packs = plan.run.ranks, plan.module, samples.packs
+    ranks, module, samples, missing = plan.run.ranks, plan.module, cache.samples, cache.missing
+    packs = samples.packs
     (rows, starts), taken, done = np.unique(missing[:, 0], return_index=True), deque(), ranks.counter()
     numbers = np.split(missing[:, 1], starts[1:])
     # Another run may be filling the same cache: each starts at a random row, and skips what is already there.
@@ -186,9 +191,8 @@ def encode_missing(samples: EncodedSamples, missing: np.ndarray, plan: Plan, sta
         if errors:
             yield entry.row, errors[0]
         elif batch:  # empty if another run has encoded it by now
-            with state.precision.autocast(), sharing.sample(entry.key) as kept:
-                encoded = encode_alone(module, batch)
-            writer.add(entry.key, {**{name: tensor[0].numpy() for name, tensor in encoded.items()}, **kept})
+            arrays = cache.encoded.pop(entry.key, None) or encode_entry(entry.key, batch, module, state, sharing)
+            writer.add(entry.key, arrays)
         if time.monotonic() - looked > REFRESH_SECONDS:
             packs.refresh()
             looked = time.monotonic()
