@@ -30,6 +30,7 @@ from ppdiffusers_train.data.pack_writer import PackWriter, merge_small
 from ppdiffusers_train.data.packs import Packs
 from ppdiffusers_train.data.pixels import WHITE
 from ppdiffusers_train.errors import BadSampleError
+from ppdiffusers_train.loop.bad_samples import BadSamples
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.shared_encodings import SharedEncodings
 from ppdiffusers_train.loop.state import TrainingState
@@ -47,15 +48,25 @@ class Cache:
 
     Args:
         root: `--encoded_cache_dir`.
-        samples: the run's samples in it.
-        missing: those that it does not have yet, see `EncodedSamples.missing`.
+        parts: the run's samples in it: those to train on and, if there are any, those that are held out.
+        missing: of each part, those that it does not have yet, see `EncodedSamples.missing`.
         shared: see `SharedEncodings`.
     """
 
     root: Path
-    samples: EncodedSamples
-    missing: np.ndarray
+    parts: list
+    missing: list
     shared: dict
+
+    @property
+    def folder(self) -> Path:
+        """That of the run's encoders."""
+        return self.parts[0].packs.folder
+
+    @property
+    def count_missing(self) -> int:
+        """How many samples are still to be encoded."""
+        return sum(map(len, self.missing))
 
 
 def open_cache(plan: Plan, state: TrainingState) -> Cache:
@@ -70,62 +81,73 @@ def open_cache(plan: Plan, state: TrainingState) -> Cache:
     if not folder.exists() and any(root.iterdir()):
         run.log(f"{root}: holds samples of other models, settings, code or versions, which are kept but not used")
     run.ranks.wait_for_all("the others to hash their encoders")  # before anyone makes the folder
-    entries = RunEntries(dataset, plan.order, choose_variants(plan))
-    samples = EncodedSamples(Packs(folder, run.log), entries)
-    missing = samples.missing(run.ranks)
-    run.log(f"{folder}: {len(missing)} of {entries.count} samples are still to be encoded")
+    packs, entries = Packs(folder, run.log), [RunEntries(dataset, plan.order, choose_variants(plan))]
+    if plan.held_out:
+        entries.append(RunEntries(plan.held_out.dataset, plan.held_out, 1))
+    parts = [EncodedSamples(packs, each) for each in entries]
+    missing = [samples.missing(run.ranks) for samples in parts]
+    count = sum(each.count for each in entries)
+    run.log(f"{folder}: {sum(map(len, missing))} of {count} samples are still to be encoded")
     shared = {}
-    if len(missing):
+    if any(map(len, missing)):
         # Compiled encoders round differently, and their methods are no longer called.
         shared = {} if is_compiled else shared_digests(module, state.precision, unloaded)
         for name in module.load_rest():
             state.precision.cast_encoder(module, name)
         if is_compiled:
             module.encode = CompiledEncode(module)
-    return Cache(root, samples, missing, shared)
+    return Cache(root, parts, missing, shared)
 
 
 def missing_bytes(cache: Cache, module, state: TrainingState) -> int:
     """The size of all samples that are still to be encoded, which is that of the first one that can be, times their
     number."""
-    for row, number in cache.missing.tolist():
-        entry = cache.samples.entries.of_row(row)[number]
+    found = ((part.entries, *place) for part, places in zip(cache.parts, cache.missing) for place in places.tolist())
+    for entries, row, number in found:
+        entry = entries.of_row(row)[number]
         try:
-            batch, _ = stack([entry.preprocessed(cache.samples.entries.dataset, module.preprocess)])
+            batch, _ = stack([entry.preprocessed(entries.dataset, module.preprocess)])
         except BadSampleError:
             continue
         with (
-            SharedEncodings(module, cache.shared, cache.samples.packs.folder, lambda line: None) as sharing,
+            SharedEncodings(module, cache.shared, cache.folder, lambda line: None) as sharing,
             sharing.sample(entry.key) as kept,
             state.precision.autocast(),
         ):
             encoded = encode_alone(module, batch)
-        return len(cache.missing) * sum(map(size_in_bytes, [*encoded.values(), *kept.values()]))
+        return cache.count_missing * sum(map(size_in_bytes, [*encoded.values(), *kept.values()]))
     return 0
 
 
-def encode_dataset(plan: Plan, state: TrainingState, begin=lambda cache: None) -> EncodedSamples:
+def encode_dataset(plan: Plan, state: TrainingState, begin=lambda cache: None) -> tuple:
     """Encode the samples that the cache does not have yet, and free the module's encoders, which are no longer needed.
 
     Samples that cannot be used are added to the state's.
 
     Args:
         begin: called with the opened cache before anything is written.
+    Returns:
+        The `EncodedSamples` to train on, and those that are held out, or None.
+    Raises:
+        BadSampleError: more samples than may be skipped cannot be used, or one that is held out.
     """
     cache = open_cache(plan, state)
     begin(cache)
-    run, module, samples = plan.run, plan.module, cache.samples
-    if len(cache.missing):
+    run, module, folder = plan.run, plan.module, cache.folder
+    if cache.count_missing:
         if run.ranks.is_main:
-            remove_leftovers(samples.packs.folder)
-            describe_encoders(samples.packs.folder, module, state.precision, cache.shared)
+            remove_leftovers(folder)
+            describe_encoders(folder, module, state.precision, cache.shared)
         began = time.monotonic()
-        with SharedEncodings(module, cache.shared, samples.packs.folder, run.log) as sharing:
-            state.bad_samples.add(fill(samples, cache.missing, plan, state, sharing), run.log)
+        with SharedEncodings(module, cache.shared, folder, run.log) as sharing:
+            for samples, missing in zip(cache.parts, cache.missing):
+                found = fill(samples, missing, plan, state, sharing) if len(missing) else {}
+                bad = state.bad_samples if samples is cache.parts[0] else BadSamples(0)
+                bad.add(found, run.log)
         run.log(f"{cache.root}: the cache is complete; encoding took {time.monotonic() - began:.0f} s")
     module.free_encoders()
     return_free_memory()
-    return samples
+    return cache.parts[0], cache.parts[1] if plan.held_out else None
 
 
 def choose_variants(plan: Plan) -> int:
