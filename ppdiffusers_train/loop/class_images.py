@@ -31,7 +31,9 @@ def wants_class_images(args) -> bool:
         return False
     for flag, value in given.items():
         if not value:
-            raise UserError(f"{flag}: missing; prior preservation needs --class_data_dir DIR and --class_prompt TEXT")
+            raise UserError(
+                f"{flag}: missing; --with_prior_preservation needs --class_data_dir DIR and --class_prompt TEXT"
+            )
     if args.max_bad_samples:
         raise UserError("--max_bad_samples: expected 0 with class images, because each sample has one of them")
     folder = Path(args.class_data_dir).resolve()

@@ -170,7 +170,10 @@ def test_images_of_another_prompt_are_not_mixed_with_new_ones(train_sd, tmp_path
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--class_prompt=a dog"], "--class_data_dir: missing; prior preservation needs --class_data_dir DIR and"),
+        (
+            ["--class_prompt=a dog"],
+            "--class_data_dir: missing; --with_prior_preservation needs --class_data_dir DIR and",
+        ),
         (["--with_prior_preservation", "--class_data_dir=x"], "--class_prompt: missing"),
         ([*prior("x"), "--max_bad_samples=1"], "--max_bad_samples: expected 0 with class images"),
         ([*prior("x"), "--train_data_dir=x/y"], "and --train_data_dir are one folder, or one lies in the other"),
