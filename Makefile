@@ -149,7 +149,7 @@ torture: .venv/ready
 	.venv/bin/python -m pytest tests/distributed -m slow -n 0
 	MKL_NUM_THREADS=1 .venv/bin/python -m tests.distributed.torture --cases signal=60 kill=40 flag=100 copy=30 slow=20 twice=10
 	.venv/bin/python -m tests.distributed.kill_harness --kills 120 --double_kills 30
-	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lora_sdxl
+	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lora_sd
 	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lora_sd3
 	.venv/bin/python -m tests.distributed.kill_harness --kills 40 --double_kills 10 --job lcm_sd
 

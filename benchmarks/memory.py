@@ -27,13 +27,15 @@ from tests.conftest import load_script, module_class  # noqa: E402
 
 DECODER, PRIOR = "pretrained_decoder_model_name_or_path", "pretrained_prior_model_name_or_path"
 KANDINSKY = {DECODER: "kandinsky2_2_decoder", PRIOR: "kandinsky2_2_prior"}
-SDXL = {"pretrained_model_name_or_path": "sdxl"}
+SD, SDXL = ({"pretrained_model_name_or_path": name} for name in ("sd1_5", "sdxl"))
 SD_TEACHER, SDXL_TEACHER = {"pretrained_teacher_model": "sd1_5"}, {"pretrained_teacher_model": "sdxl"}
 JOBS = [
     ("kandinsky2_2/train_text_to_image_decoder", KANDINSKY, (512, 768)),
     ("kandinsky2_2/train_text_to_image_decoder_lora", KANDINSKY, (512, 768)),
     ("kandinsky2_2/train_text_to_image_prior", KANDINSKY, (512,)),
     ("kandinsky2_2/train_text_to_image_prior_lora", KANDINSKY, (512,)),
+    ("stable_diffusion/train_text_to_image", SD, (512, 768)),
+    ("stable_diffusion/train_text_to_image_lora", SD, (512, 768)),
     ("sdxl/train_text_to_image_sdxl", SDXL, (512, 1024)),
     ("sdxl/train_text_to_image_lora_sdxl", SDXL, (512, 1024)),
     ("lcm/train_lcm_distill_sd_wds", SD_TEACHER, (512,)),
@@ -112,9 +114,10 @@ def figures_of(module, args) -> dict:
 
 
 def short_name(script: str) -> str:
-    """`lcm/train_lcm_distill_sd_wds` -> "lcm sd"."""
+    """`lcm/train_lcm_distill_sd_wds` -> "lcm sd"; Stable Diffusion's scripts do not name it."""
+    script = script.replace("stable_diffusion/train_text_to_image", "train_sd").replace("sd_lora", "lora_sd")
     name = Path(script).name.replace("train_lcm_distill_", "lcm ").removeprefix("train_text_to_image_")
-    return name.removesuffix("_wds")
+    return name.removeprefix("train_").removesuffix("_wds")
 
 
 def flags_for(inventory, options, size: int) -> str:

@@ -1,5 +1,6 @@
 """The contract between a job and the loop: what a job trains, and how it computes the loss of a batch."""
 
+import contextlib
 from fnmatch import fnmatchcase
 
 import paddle
@@ -73,6 +74,7 @@ class DiffusionTrainingModule(nn.Layer):
         """Forget models of `load_later`; they are loaded again when they are used."""
         for name in names:
             self._sub_layers.pop(name, None)
+            vars(self).pop(name, None)
 
     def __getattr__(self, name):
         if name in vars(self).get("_stored", {}) and name not in self._sub_layers:
@@ -177,6 +179,19 @@ def freeze(model: nn.Layer) -> nn.Layer:
     for parameter in model.parameters():
         parameter.stop_gradient = True
     return model
+
+
+@contextlib.contextmanager
+def evaluation(module):
+    """A context in which all of `module` is in evaluation mode and no gradients are recorded."""
+    modes = [(layer, layer.training) for layer in module.sublayers(include_self=True)]
+    module.eval()
+    try:
+        with paddle.no_grad():
+            yield
+    finally:
+        for layer, training in modes:
+            layer.training = training
 
 
 def trained_models(module) -> list:

@@ -22,9 +22,11 @@ from ppdiffusers_train.errors import MissingImagesError
 from ppdiffusers_train.launcher.signals import StopRequest, signal_name
 from ppdiffusers_train.launcher.supervisor import ignore_signals_from_now_on, request_time_to_finish
 from ppdiffusers_train.loop.bad_samples import BadSamples
+from ppdiffusers_train.loop.class_images import add_class_images
 from ppdiffusers_train.loop.disk_space import check_disk
 from ppdiffusers_train.loop.dry_run import describe_run
 from ppdiffusers_train.loop.filling import encode_dataset
+from ppdiffusers_train.loop.held_out import HeldOutLoss, held_out_samples
 from ppdiffusers_train.loop.identity import (
     describe_changed_data,
     job_code,
@@ -96,6 +98,8 @@ def train_job(module, dataset, run: Run) -> None:
     """`launch_training_task` with resolved flags, within the run's lock."""
     repair_kernels()
     index_dataset(dataset, run)
+    dataset = add_class_images(module, dataset, run)
+    index_dataset(dataset, run)
     plan = make_plan(module, dataset, run)
     if run.args.dry_run:
         if run.ranks.is_main:
@@ -105,16 +109,16 @@ def train_job(module, dataset, run: Run) -> None:
     log_start(plan, state)
     check_images(plan)
     if run.args.encoded_cache_dir:
-        samples = encode_dataset(plan, state, partial(begin, plan, state))
+        samples, held_out = encode_dataset(plan, state, partial(begin, plan, state))
     else:
         begin(plan, state)
-        samples = online_samples(plan)
+        samples, held_out = online_samples(plan)
     if run.checkpoint:  # now, because it is large, and a cache has freed the encoders
         state.load_optimizer(run.checkpoint, plan.run.saved, run.log)
     set_training_mode(module)
     if run.args.to_static:
         compile_models(module)
-    train(plan, state, samples)
+    train(plan, state, samples, HeldOutLoss(plan, held_out))
 
 
 def index_dataset(dataset, run: Run) -> None:
@@ -130,6 +134,9 @@ def index_dataset(dataset, run: Run) -> None:
             run.log(summary)
         known = without_rows_of_other_data(run.saved, dataset, run.args).get("bad_rows", ())
         BadSamples(run.args.max_bad_samples, known).refuse_known(dataset)
+    held_out = getattr(dataset, "held_out", None)
+    if held_out is not None and not held_out.facts and not run.args.dry_run:
+        index_images(held_out, run.ranks, index_folder(run.args), run.log)
 
 
 def make_plan(module, dataset, run: Run) -> Plan:
@@ -144,6 +151,8 @@ def make_plan(module, dataset, run: Run) -> Plan:
     if run.ranks.world_size > 1 and not args.dry_run:
         agree(run.ranks, job_code(module))
         agree_on_data(dataset, run.ranks)
+        if getattr(dataset, "held_out", None) is not None:
+            agree_on_data(dataset.held_out, run.ranks)
         agree(run.ranks, digests)
     identity = run_identity(module, dataset, args, run.saved, run.samples_per_step)
     run = replace(run, saved=without_rows_of_other_data(run.saved, dataset, args))
@@ -167,7 +176,8 @@ def make_plan(module, dataset, run: Run) -> Plan:
         "weights": {**run.saved.get("weights", {}), **base_weights(digests)},
         "card": json.loads(json.dumps(module.card_data(), default=str)),
     }
-    return Plan(run, module, dataset, order, total_steps, steps_per_epoch, info)
+    held_out = held_out_samples(dataset, run)
+    return Plan(run, module, dataset, order, total_steps, steps_per_epoch, info, held_out)
 
 
 def initial_weights(module, run: Run) -> dict:
@@ -219,21 +229,26 @@ def begin(plan: Plan, state: TrainingState, cache=None) -> None:
         claim_folder(plan, state.step)
 
 
-def online_samples(plan: Plan) -> OnlineSamples:
-    """The samples of a run without a cache, which are encoded during training."""
+def online_samples(plan: Plan) -> tuple:
+    """The samples of a run without a cache, which are encoded during training: those to train on, and those that are
+    held out, or None."""
     if can_compile(plan.module) and len(plan.dataset) >= COMPILE_FROM_ROWS:
         plan.module.encode = CompiledEncode(plan.module)
-    return OnlineSamples(plan.dataset, plan.module, plan.order)
+    held_out = plan.held_out and OnlineSamples(plan.held_out.dataset, plan.module, plan.held_out)
+    return OnlineSamples(plan.dataset, plan.module, plan.order), held_out
 
 
-def train(plan: Plan, state: TrainingState, samples) -> None:
-    """Take every step from the state's to the last, with checkpoints, validation images and the result."""
+def train(plan: Plan, state: TrainingState, samples, held_out: HeldOutLoss) -> None:
+    """Take every step from the state's to the last, with validation losses, checkpoints, validation images and the
+    result."""
     ranks, args = plan.run.ranks, plan.run.args
     with open_reports(plan, state) as reports, StopRequest(args.stop_signal) as stop:
         images = ValidationImages(plan, reports.trackers)
         plan.run.lock.stop = stop
         request_time_to_finish()
         ranks.wait_for_all("the others to begin")  # rank 0 opens trackers, and some disks are slow
+        if plan.loss_is_due(state):  # also in a resumed run, which may have been stopped before it was reported
+            held_out.report(state, reports.trackers)
         for window, batches in load_steps(plan, state, samples):
             ranks.step = state.step
             seed_layers(plan.order.seed, state.step, ranks.rank)
@@ -249,7 +264,10 @@ def train(plan: Plan, state: TrainingState, samples) -> None:
                 figures = state.take_step(window, loss, missing, partial(reports.check, micro_batches=parts))
             reports.add(figures, parts)
             saves, validates = stopping or plan.checkpoint_is_due(state), plan.validation_is_due(state)
-            with reports.progress.paused() if saves or validates else contextlib.nullcontext():
+            measures = plan.loss_is_due(state) and not stopping
+            with reports.progress.paused() if saves or validates or measures else contextlib.nullcontext():
+                if measures:
+                    held_out.report(state, reports.trackers)
                 is_written = saves and save_checkpoint(plan, state)
                 if stopping:
                     reports.progress.close()

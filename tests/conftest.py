@@ -151,6 +151,34 @@ def sd(tmp_path_factory):
     return build_sd(tmp_path_factory.mktemp("sd"))
 
 
+@pytest.fixture(scope="session")
+def sd_jobs():
+    """The scripts of Stable Diffusion by name: `{"sd": module, "lora_sd": module}`."""
+    folder = ROOT / "examples" / "stable_diffusion"
+    return {
+        name: load_script(folder / f"train_text_to_image{end}.py")
+        for name, end in {"sd": "", "lora_sd": "_lora"}.items()
+    }
+
+
+@pytest.fixture
+def sd_flags(sd, photos):
+    """Flags of a short Stable Diffusion run; later flags win."""
+    return [f"--pretrained_model_name_or_path={sd}", *short_run(photos), "--resolution=32"]
+
+
+@pytest.fixture
+def train_sd(sd_jobs, sd_flags, tmp_path):
+    """`train_sd("lora_sd", *flags, out="out")` runs that script's `main` and returns its output folder."""
+    return runner(sd_jobs, sd_flags, tmp_path)
+
+
+@pytest.fixture
+def build_sd_module(sd_jobs, sd_flags):
+    """`build_sd_module("sd", *flags)` is that script's training module."""
+    return builder(sd_jobs, sd_flags)
+
+
 @pytest.fixture
 def sdxl_flags(sdxl, photos, tmp_path):
     """Flags of a short SDXL run; later flags win."""

@@ -23,16 +23,16 @@ NAMES = {"en": "English", "zh": "中文"}
 
 # The order of pages, by their names on the site; the pages' own titles are shown.
 JOBS = (
-    "kandinsky-decoder", "kandinsky-decoder-lora", "kandinsky-prior", "kandinsky-prior-lora", "sdxl", "sdxl-lora",
-    "sd3", "sd3-lora", "lcm-sd", "lcm-sd-lora", "lcm-sdxl", "lcm-sdxl-lora", "your-own-job",
+    "kandinsky-decoder", "kandinsky-decoder-lora", "kandinsky-prior", "kandinsky-prior-lora", "sd", "sd-lora",
+    "sdxl", "sdxl-lora", "sd3", "sd3-lora", "lcm-sd", "lcm-sd-lora", "lcm-sdxl", "lcm-sdxl-lora", "your-own-job",
 )  # fmt: skip
 GUIDES = (
     "your-data", "large-data", "training", "single-files", "lora-files", "several-gpus", "resume", "memory", "hardware",
     "from-other-trainers", "faq",
 )  # fmt: skip
 REFERENCE = (
-    "flags", "examples/index", "examples/kandinsky2_2", "examples/sdxl", "examples/sd3", "examples/lcm", "architecture",
-    "results", "performance", "true_size", "toys", "changelog",
+    "flags", "examples/index", "examples/kandinsky2_2", "examples/stable_diffusion", "examples/sdxl", "examples/sd3",
+    "examples/lcm", "architecture", "results", "performance", "true_size", "toys", "changelog",
 )  # fmt: skip
 SECTIONS = {
     "en": {"Training jobs": JOBS, "Guides": GUIDES, "Reference": REFERENCE},

@@ -29,6 +29,8 @@ PAGES = {  # {page of a job: its script, below examples/}
     "kandinsky-decoder-lora": "kandinsky2_2/train_text_to_image_decoder_lora.py",
     "kandinsky-prior": "kandinsky2_2/train_text_to_image_prior.py",
     "kandinsky-prior-lora": "kandinsky2_2/train_text_to_image_prior_lora.py",
+    "sd": "stable_diffusion/train_text_to_image.py",
+    "sd-lora": "stable_diffusion/train_text_to_image_lora.py",
     "sdxl": "sdxl/train_text_to_image_sdxl.py",
     "sdxl-lora": "sdxl/train_text_to_image_lora_sdxl.py",
     "sd3": "sd3/train_text_to_image_sd3.py",
@@ -37,21 +39,22 @@ PAGES = {  # {page of a job: its script, below examples/}
     "lcm-sd-lora": "lcm/train_lcm_distill_lora_sd_wds.py",
     "lcm-sdxl": "lcm/train_lcm_distill_sdxl_wds.py",
     "lcm-sdxl-lora": "lcm/train_lcm_distill_lora_sdxl_wds.py",
-    "your-own-job": "your_own_job/train_text_to_image_sd.py",
+    "your-own-job": "your_own_job/train_vae_decoder.py",
 }
 # Names for several scripts at once, largest first; a set of scripts is written as the names that cover it.
 SETS = {
     "all LoRA scripts": [page for page in PAGES if page.endswith("-lora")],
     "Kandinsky": [page for page in PAGES if page.startswith("kandinsky")],
     "LCM": [page for page in PAGES if page.startswith("lcm")],
+    "SD": ["sd", "sd-lora"],
     "SDXL": ["sdxl", "sdxl-lora"],
     "SD3": ["sd3", "sd3-lora"],
 }
 # Order of the groups on the page; a group that is not named here comes last.
 GROUPS = (
-    "positional arguments", "data", "models", "images", "training", "optimizer", "LoRA", "multiple GPUs",
-    "output and checkpoints", "validation", "logging", "diffusion", "flow matching", "timesteps", "distillation",
-    "student and target", "options",
+    "positional arguments", "data", "class images", "models", "images", "training", "optimizer", "LoRA",
+    "multiple GPUs", "output and checkpoints", "validation", "logging", "diffusion", "flow matching", "timesteps",
+    "distillation", "student and target", "options",
 )  # fmt: skip
 
 TEXTS = {

@@ -31,7 +31,8 @@ def build_parser(doc=__doc__, has_student=True):
     arguments.add_distillation_arguments(parser)
     if has_student:
         arguments.add_student_arguments(parser)
-    arguments.add_run_arguments(parser, "lcm-xl-distilled", validation_steps=200, validation_inference_steps=50)
+    defaults = {"validation_steps": 200, "validation_inference_steps": 50}
+    arguments.add_run_arguments(parser, "lcm-xl-distilled", class_images=False, **defaults)
     return parser
 
 

@@ -14,6 +14,7 @@ from ppdiffusers_train.arguments.jobs import (
     add_kandinsky_arguments,
     add_kandinsky_lora_arguments,
     add_lora_arguments,
+    add_perturbation_arguments,
     add_pipeline_arguments,
     add_student_arguments,
     add_timestep_arguments,
@@ -43,17 +44,22 @@ from ppdiffusers_train.arguments.parser import (
 __all__ = [  # for scripts, besides the groups below
     "ArgumentParser", "Flag", "INTERPOLATION_MODES", "add_crop_arguments", "add_diffusion_arguments",
     "add_distillation_arguments", "add_flow_matching_arguments", "add_image_arguments", "add_kandinsky_arguments",
-    "add_kandinsky_lora_arguments", "add_lora_arguments", "add_pipeline_arguments", "add_student_arguments",
-    "add_timestep_arguments", "add_output_arguments", "add_reporting_arguments", "add_validation_arguments",
-    "PIPELINE_FORMATS", "SAVE_FORMATS",
+    "add_kandinsky_lora_arguments", "add_lora_arguments", "add_perturbation_arguments", "add_pipeline_arguments",
+    "add_student_arguments", "add_timestep_arguments", "add_output_arguments", "add_reporting_arguments",
+    "add_validation_arguments", "PIPELINE_FORMATS", "SAVE_FORMATS",
 ]  # fmt: skip
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
-def add_run_arguments(parser, output_dir, save_formats=SAVE_FORMATS, **defaults):
-    """What every job has: data, training, output, validation and logging; `defaults` are other defaults of theirs."""
+def add_run_arguments(parser, output_dir, save_formats=SAVE_FORMATS, class_images=True, **defaults):
+    """What every job has: data, training, output, validation and logging; `defaults` are other defaults of theirs.
+
+    `class_images` is for jobs that can learn a subject.
+    """
     add_data_arguments(parser)
+    if class_images:
+        add_class_arguments(parser)
     add_training_arguments(parser)
     add_output_arguments(parser, output_dir, save_formats)
     add_validation_arguments(parser)
@@ -69,7 +75,7 @@ def add_data_arguments(parser):
     add("--dataset_config_name", help="Use this configuration of the dataset, if it has several.")
     add("--dataset_split", default="train", metavar="SPLIT", help="Train on this split of a table, such as validation.")
     add(
-        "--train_data_dir", metavar="DIR",
+        "--train_data_dir", "--instance_data_dir", metavar="DIR",
         help="Train on the images of this folder, whose captions are in a metadata.jsonl, in text files beside them, "
         "or in --caption.",
     )  # fmt: skip
@@ -136,10 +142,37 @@ def add_data_arguments(parser):
     return group
 
 
+def add_class_arguments(parser):
+    """Prior preservation, as DreamBooth has it, read by the loop."""
+    add = parser.add_argument_group("class images").add_argument
+    add(
+        "--class_data_dir", metavar="DIR",
+        help="Train on the images of this folder beside each sample, so that the model keeps what it knows of their "
+        "class; the base model generates those that are missing there.",
+    )  # fmt: skip
+    add("--class_prompt", type=text, metavar="TEXT", help="Give this caption to the class images.")
+    add(
+        "--num_class_images", type=positive_int, default=100,
+        help="Use this many class images, also of a folder that has more.",
+    )  # fmt: skip
+    add(
+        "--prior_loss_weight", type=positive_float, default=1.0,
+        help="Multiply the mean loss of the class images by this weight.",
+    )  # fmt: skip
+    add(
+        "--with_prior_preservation", action=Flag, default=None,
+        help="Insist on class images, as diffusers' DreamBooth scripts do; the flags above are enough, and "
+        "--no_with_prior_preservation ignores them.",
+    )  # fmt: skip
+
+
 def add_caption_arguments(group):
     """Captions of a folder beside those of metadata, read by `data.image_folder`, for tools as well."""
     add = group.add_argument
-    add("--caption", type=text, metavar="TEXT", help="Give this caption to the images of a folder that have no other.")
+    add(
+        "--caption", "--instance_prompt", type=text, metavar="TEXT",
+        help="Give this caption to the images of a folder that have no other.",
+    )  # fmt: skip
     add(
         "--caption_separator", type=separator, metavar="TEXT",
         help="Split text files into several captions at this text, such as \\n for one in each line; without it, each "

@@ -98,6 +98,22 @@ def add_diffusion_arguments(parser, noise_offset=False):
     return group
 
 
+def add_perturbation_arguments(group):
+    """How the input of the denoising loss differs from what its target is made of, read by the jobs that have it."""
+    add = group.add_argument
+    add(
+        "--input_perturbation", type=non_negative_float, default=0.0,
+        help="Add further noise of this scale to the input, but not to the target; 0 adds none, 0.1 is the paper's "
+        "value.",
+    )  # fmt: skip
+    add(
+        "--dream_training", action=Flag,
+        help="Add the model's own error to its input and target (DREAM), which takes one more forward pass per step.",
+    )  # fmt: skip
+    power = "Weigh that error by this power of the share of noise; higher values keep more detail."
+    add("--dream_detail_preservation", type=non_negative_float, default=1.0, help=power)
+
+
 def add_empty_prompts_argument(group):
     """How often a sample is trained without its conditioning, for classifier-free guidance: read by the jobs."""
     group.add_argument(

@@ -1,6 +1,6 @@
 """Flags of what a run writes and logs, in titled groups; `arguments/__init__.py` has those that all runs need."""
 
-from ppdiffusers_train.arguments.parser import Flag, positive_int
+from ppdiffusers_train.arguments.parser import Flag, positive_int, share
 
 SAVE_FORMATS = ("ppdiffusers", "diffusers")
 PIPELINE_FORMATS = (*SAVE_FORMATS, "single_file")  # of jobs that write a pipeline which has such a layout
@@ -59,7 +59,7 @@ def add_output_arguments(parser, output_dir, save_formats=SAVE_FORMATS):
 
 
 def add_validation_arguments(parser, num_validation_images=1, validation_epochs=5):
-    """Images generated during training, read by the loop."""
+    """Images generated during training and the loss of samples that are not trained on, read by the loop."""
     group = parser.add_argument_group("validation")
     add = group.add_argument
     add(
@@ -78,9 +78,21 @@ def add_validation_arguments(parser, num_validation_images=1, validation_epochs=
         "--validation_steps", type=positive_int,
         help="Generate validation images every N optimizer steps instead, and at the end.",
     )  # fmt: skip
+    steps = "Generate validation images in this many denoising steps."
+    add("--validation_inference_steps", type=positive_int, default=25, help=steps)
     add(
-        "--validation_inference_steps", type=positive_int, default=25,
-        help="Generate validation images in this many denoising steps.",
+        "--validation_loss_steps", type=positive_int, metavar="N",
+        help="Report the mean loss of samples that are not trained on every N optimizer steps, before the first and "
+        "after the last one, as validation/loss.",
+    )  # fmt: skip
+    add(
+        "--validation_data_dir", metavar="DIR",
+        help="Take these samples from this folder; without it and --validation_split, from the split validation of the "
+        "data.",
+    )  # fmt: skip
+    add(
+        "--validation_split", type=share, metavar="X",
+        help="Take this share of the data instead, chosen at random by --seed, and train on the rest.",
     )  # fmt: skip
     return group
 

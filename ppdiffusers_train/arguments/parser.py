@@ -33,6 +33,7 @@ non_negative_int = _number(int, lambda number: number >= 0, "a whole number from
 seed = _number(int, lambda number: 0 <= number < 2**63, "a whole number from 0 to 2**63 - 1")
 positive_float = _number(float, lambda number: 0 < number < math.inf, "a number above 0")
 non_negative_float = _number(float, lambda number: 0 <= number < math.inf, "a number from 0 on")
+share = _number(float, lambda number: 0 < number < 1, "a number between 0 and 1")
 unit_float = _number(float, lambda number: 0 <= number < 1, "a number from 0 to below 1")
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub.constants import HF_HOME
 
 from ppdiffusers_train.data.folder_kinds import SHARDS, TABLES, look_into
@@ -11,6 +12,7 @@ from ppdiffusers_train.data.hub_datasets import image_repository
 from ppdiffusers_train.data.image_folder import THREE_WAYS, build_folder
 from ppdiffusers_train.data.order import permutation
 from ppdiffusers_train.data.rows import Rows
+from ppdiffusers_train.draws import generator
 from ppdiffusers_train.errors import UserError
 
 
@@ -31,13 +33,65 @@ def build_dataset(args):
             "no data: expected --train_data_dir DIR, --dataset_name NAME or --train_shards_path_or_url SHARDS"
         )
     dataset.background = args.background_color
+    dataset, held_out = hold_out(args, dataset)
     if isinstance(dataset, Rows) and args.max_train_samples is not None and args.max_train_samples < len(dataset):
         dataset = dataset.select(permutation(args.seed or 0, 0, len(dataset))[: args.max_train_samples])
+    dataset.held_out = held_out
     return dataset
 
 
-def build_images(args) -> Rows:
-    """The samples of `--train_data_dir` or `--dataset_name`."""
+def hold_out(args, dataset) -> tuple:
+    """(the samples to train on, those of which `--validation_loss_steps` reports the loss, or None).
+
+    The latter are those of `--validation_data_dir`, or a share of the training samples, `--validation_split`, or else
+    the split `validation` of the data.
+
+    Raises:
+        UserError: the flags contradict each other, or there are no such samples.
+    """
+    flags = {"--validation_data_dir": args.validation_data_dir, "--validation_split": args.validation_split}
+    given = [flag for flag, value in flags.items() if value is not None]
+    if args.validation_loss_steps is None:
+        if given:
+            raise UserError(f"{given[0]}: expected --validation_loss_steps N as well, which uses it")
+        return dataset, None
+    if len(given) > 1:
+        raise UserError("--validation_split: there is --validation_data_dir as well; expected one of them")
+    if args.validation_split is not None:
+        return divide(dataset, args.validation_split, args.seed or 0)
+    own = {"repeats": None, "train_shards_path_or_url": None, "dataset_split": "validation"}
+    if args.validation_data_dir:
+        own |= {"train_data_dir": args.validation_data_dir, "dataset_name": None, "dataset_split": "train"}
+        own["dataset_config_name"] = None
+    elif args.train_shards_path_or_url:
+        raise UserError("--validation_loss_steps: expected --validation_data_dir or --validation_split with shards")
+    try:
+        held_out = build_images(argparse.Namespace(**{**vars(args), **own}), is_held_out=True)
+    except UserError as error:
+        if given:
+            raise UserError(f"{given[0]}: {error}") from error
+        raise UserError(
+            f"--validation_loss_steps: the data have no split named validation ({error}); expected "
+            "--validation_data_dir DIR or --validation_split X"
+        ) from error
+    held_out.background = args.background_color
+    return dataset, held_out
+
+
+def divide(rows, share: float, seed: int) -> tuple:
+    """(the other rows, a random share of them, at least one), both in their order."""
+    if not isinstance(rows, Rows):
+        raise UserError("--validation_split: a stream cannot be divided; expected --validation_data_dir")
+    count = max(1, round(share * len(rows)))
+    if count >= len(rows):
+        raise UserError(f"--validation_split: {share:g} of {len(rows)} samples leaves none to train on")
+    chosen = generator(seed, 0, "held out").permutation(len(rows))
+    return rows.select(np.sort(chosen[count:])), rows.select(np.sort(chosen[:count]))
+
+
+def build_images(args, is_held_out=False) -> Rows:
+    """The samples of `--train_data_dir` or `--dataset_name`; those of the split of a folder only if they are held out,
+    because a run trains on all of a folder."""
     if not args.dataset_name and not os.path.isdir(args.train_data_dir):
         table = "; --dataset_name takes files of tables" if os.path.isfile(args.train_data_dir) else ""
         raise UserError(f"--train_data_dir: {args.train_data_dir!r} is not a folder; {THREE_WAYS}{table}")
@@ -45,7 +99,8 @@ def build_images(args) -> Rows:
     if kind == SHARDS and not len(listing.names):
         raise UserError(f"{args.train_data_dir!r} holds tar shards; give it as --train_shards_path_or_url")
     if kind != TABLES:
-        refuse_split(args, "a folder of images has none; --train_data_dir takes the folder of one split")
+        if not is_held_out:
+            refuse_split(args, "a folder of images has none; --train_data_dir takes the folder of one split")
         return build_folder(args, listing, index_folder(args))
     refuse_folder_flags(args)
     from ppdiffusers_train.data.table_sources import build_table  # only here: `datasets` takes a while to import

@@ -31,11 +31,12 @@ MASK, ENDING = r"(?i)\.mask", r"\.[^./]*$"
 
 @dataclass(frozen=True)
 class CaptionFlags:
-    """The values of the flags `--caption_column`, `--caption` and `--caption_separator`."""
+    """The values of the flags `--caption_column`, `--caption` and `--caption_separator`, and the split to read."""
 
     column: str = "text"
     caption: object = None
     separator: object = None
+    split: str = "train"
 
 
 def captioned_images(folder: str, flags: CaptionFlags, listing: Listing, kept_texts: Path) -> tuple:
@@ -49,7 +50,8 @@ def captioned_images(folder: str, flags: CaptionFlags, listing: Listing, kept_te
     """
     names = listing.names
     rows, described, columns = match_metadata(folder, listing, flags.column)
-    used = np.flatnonzero(trained_images(folder, names, listing.problems) & ~masks(folder, names, listing.problems))
+    of_split = images_of_split(folder, names, listing.problems, flags.split)
+    used = np.flatnonzero(of_split & ~masks(folder, names, listing.problems))
     images, rows = taken(listing.images, used), rows[used]
     has_value = described["captions"].is_valid().to_numpy() | described["problem"].is_valid().to_numpy()
     described_well = (rows >= 0) & np.append(has_value, False)[rows]
@@ -85,12 +87,14 @@ def other_rows(flags: CaptionFlags):
     return pyarrow.Table.from_pylist(rows, folder_metadata.SCHEMA)
 
 
-def trained_images(folder: str, names, problems) -> np.ndarray:
-    """Whether each image is trained on, which depends on its folder at the top: bool [n]."""
+def images_of_split(folder: str, names, problems, split: str) -> np.ndarray:
+    """Whether each image is of a split, which depends on its folder at the top: bool [n]."""
 
     def within(split):
         return np.asarray(compute.starts_with(names, f"{split}/"), bool)
 
+    if split != "train":
+        return within(split)
     train, *others = map(within, SPLITS)  # folders of these names at the top; only the first one is trained on
     trained = train if train.any() else ~np.any(others, axis=0)
     where = "it is not in train/, but in another folder" if train.any() else "it is in a folder of that name"

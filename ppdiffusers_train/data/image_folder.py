@@ -138,7 +138,7 @@ def source_digest(folder: str) -> str:
 def caption_flags(args) -> CaptionFlags:
     """The flags that say what the captions of a folder are."""
     separator = (args.caption_separator or "").replace("\\n", "\n").replace("\\t", "\t")
-    return CaptionFlags(args.caption_column, args.caption, separator or None)
+    return CaptionFlags(args.caption_column, args.caption, separator or None, args.dataset_split)
 
 
 def open_folder(args, listing: Listing, index_dir: Path) -> tuple:

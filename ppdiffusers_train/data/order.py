@@ -34,6 +34,9 @@ def grouped(rows: np.ndarray, buckets: np.ndarray, block: int) -> np.ndarray:
     return rows[by_bucket[np.argsort(keys, kind="stable")]]
 
 
+CLASS = 1 << 62  # added to a sample's position in the run: that of the class image that is trained beside it
+
+
 class SampleOrder:
     """The run as one long sequence of positions 0, 1, 2, …; each epoch is the next `size` of them.
 
@@ -44,22 +47,27 @@ class SampleOrder:
         samples_per_step: number of consecutive samples that share a bucket.
         sequential: whether the data has a fixed order, in which the row is the position.
         times: how often an epoch has each row, int64 [size]; None if it has each once.
+        class_rows: number of class images, whose rows follow those `size`.
     """
 
     def __init__(
-        self, seed: int, size: int, buckets=None, samples_per_step: int = 1, sequential: bool = False, times=None
-    ):
+        self, seed: int, size: int, buckets=None, samples_per_step: int = 1, sequential: bool = False, times=None,
+        class_rows: int = 0,
+    ):  # fmt: skip
+        self.class_rows, self.first_class_row = class_rows, size
         self.repeated = None if times is None else np.repeat(np.arange(size), times)
         self.size = size if times is None else len(self.repeated)
         self.seed, self.samples_per_step = seed, samples_per_step
         self.buckets = None if buckets is None else np.asarray(buckets)
         self.sequential = sequential
-        self._permutation = (None, None)  # (epoch, rows) of the last call
+        self._permutation = self._class_permutation = (None, None)  # (epoch, rows) of the last call
 
     def row(self, position: int) -> int:
         """Index of the dataset's row that stands at `position` of the run."""
         if self.sequential:
             return position
+        if position >= CLASS:
+            return self.first_class_row + self._class_image(position - CLASS)
         epoch, offset = divmod(position, self.size)
         known_epoch, rows = self._permutation
         if known_epoch != epoch:
@@ -70,6 +78,19 @@ class SampleOrder:
                 rows = grouped(rows, self.buckets, self.samples_per_step)
             self._permutation = (epoch, rows)  # in one assignment, because several loader threads call this
         return int(rows[offset])
+
+    def _class_image(self, number: int) -> int:
+        """The class image beside the sample at position `number`: all in turn, in another order each time."""
+        turn, offset = divmod(number, self.class_rows)
+        known_turn, images = self._class_permutation
+        if known_turn != turn:
+            images = generator(self.seed, turn, "order of class images").permutation(self.class_rows)
+            self._class_permutation = (turn, images)
+        return int(images[offset])
+
+    def class_window(self, window: range) -> range:
+        """The positions of the class images that are trained beside the samples of a step."""
+        return range(window.start + CLASS, window.stop + CLASS) if self.class_rows else range(0)
 
     def bucket(self, position: int) -> int:
         """The bucket of the sample at `position`."""
@@ -121,4 +142,6 @@ def order_samples(module, dataset, seed: int, samples_per_step: int, log) -> Sam
     if module.buckets:
         buckets = assign_buckets(module.buckets, dataset)
         log(describe_buckets(module.buckets, buckets))
-    return SampleOrder(seed, len(dataset), buckets, samples_per_step, is_sequential, times)
+    class_rows = getattr(dataset, "class_rows", 0)
+    size = len(dataset) - class_rows
+    return SampleOrder(seed, size, buckets, samples_per_step, is_sequential, times, class_rows)

@@ -33,6 +33,9 @@ class Rows:
     times = None
     """How often an epoch uses each row, int64 [n]; None if each is used once."""
 
+    held_out = None
+    """Rows whose loss is reported during training, which are never trained on; None without any."""
+
     background = WHITE
     """The colour behind transparent pixels, as #rrggbb."""
 

@@ -64,7 +64,7 @@ def needs_of(plan: Plan, state: TrainingState, cache: Cache | None):
     """Yield the `Need`s of a run."""
     folder, module = plan.run.output_dir, plan.module
     if cache:
-        text = f"{counted(len(cache.missing), 'sample')} to encode"
+        text = f"{counted(cache.count_missing, 'sample')} to encode"
         yield Need(cache.root, "--encoded_cache_dir", missing_bytes(cache, module, state), text)
     count, trained = checkpoints_to_come(plan, state), rehearsed_bytes(folder, module)
     size = trained + optimizer_bytes(state)

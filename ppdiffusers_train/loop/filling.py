@@ -30,6 +30,7 @@ from ppdiffusers_train.data.pack_writer import PackWriter, merge_small
 from ppdiffusers_train.data.packs import Packs
 from ppdiffusers_train.data.pixels import WHITE
 from ppdiffusers_train.errors import BadSampleError
+from ppdiffusers_train.loop.bad_samples import BadSamples
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.shared_encodings import SharedEncodings
 from ppdiffusers_train.loop.state import TrainingState
@@ -47,17 +48,27 @@ class Cache:
 
     Args:
         root: `--encoded_cache_dir`.
-        samples: the run's samples in it.
-        missing: those that it does not have yet, see `EncodedSamples.missing`.
+        parts: the run's samples in it: those to train on and, if there are any, those that are held out.
+        missing: of each part, those that it does not have yet, see `EncodedSamples.missing`.
         shared: the digests of `SharedEncodings`.
         encoded: {key: arrays} of samples that are encoded, but not written.
     """
 
     root: Path
-    samples: EncodedSamples
-    missing: np.ndarray
+    parts: list
+    missing: list
     shared: dict
     encoded: dict = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """That of the run's encoders."""
+        return self.parts[0].packs.folder
+
+    @property
+    def count_missing(self) -> int:
+        """How many samples are still to be encoded."""
+        return sum(map(len, self.missing))
 
 
 def open_cache(plan: Plan, state: TrainingState) -> Cache:
@@ -72,33 +83,37 @@ def open_cache(plan: Plan, state: TrainingState) -> Cache:
     if not folder.exists() and any(root.iterdir()):
         run.log(f"{root}: holds samples of other models, settings, code or versions, which are kept but not used")
     run.ranks.wait_for_all("the others to hash their encoders")  # before anyone makes the folder
-    entries = RunEntries(dataset, plan.order, choose_variants(plan))
-    samples = EncodedSamples(Packs(folder, run.log), entries)
-    missing = samples.missing(run.ranks)
-    run.log(f"{folder}: {len(missing)} of {entries.count} samples are still to be encoded")
+    packs, entries = Packs(folder, run.log), [RunEntries(dataset, plan.order, choose_variants(plan))]
+    if plan.held_out:
+        entries.append(RunEntries(plan.held_out.dataset, plan.held_out, 1))
+    parts = [EncodedSamples(packs, each) for each in entries]
+    missing = [samples.missing(run.ranks) for samples in parts]
+    count = sum(each.count for each in entries)
+    run.log(f"{folder}: {sum(map(len, missing))} of {count} samples are still to be encoded")
     shared = {}
-    if len(missing):
+    if any(map(len, missing)):
         # Compiled encoders round differently, and their methods are no longer called.
         shared = {} if is_compiled else shared_digests(module, state.precision, unloaded)
         for name in module.load_rest():
             state.precision.cast_encoder(module, name)
         if is_compiled:
             module.encode = CompiledEncode(module)
-    return Cache(root, samples, missing, shared)
+    return Cache(root, parts, missing, shared)
 
 
 def missing_bytes(cache: Cache, module, state: TrainingState) -> int:
     """The size of all samples that are still to be encoded, which is that of the first one that can be, times their
     number. It is encoded for this, and kept in the cache's `encoded`."""
-    for row, number in cache.missing.tolist():
-        entry = cache.samples.entries.of_row(row)[number]
+    found = ((part.entries, *place) for part, places in zip(cache.parts, cache.missing) for place in places.tolist())
+    for entries, row, number in found:
+        entry = entries.of_row(row)[number]
         try:
-            batch, _ = stack([entry.preprocessed(cache.samples.entries.dataset, module.preprocess)])
+            batch, _ = stack([entry.preprocessed(entries.dataset, module.preprocess)])
         except BadSampleError:
             continue
-        with SharedEncodings(module, cache.shared, cache.samples.packs.folder, lambda line: None) as sharing:
+        with SharedEncodings(module, cache.shared, cache.folder, lambda line: None) as sharing:
             arrays = cache.encoded[entry.key] = encode_entry(entry.key, batch, module, state, sharing)
-        return len(cache.missing) * sum(map(size_in_bytes, arrays.values()))
+        return cache.count_missing * sum(map(size_in_bytes, arrays.values()))
     return 0
 
 
@@ -109,28 +124,35 @@ def encode_entry(key: bytes, batch: dict, module, state: TrainingState, sharing)
     return {**{name: tensor[0].numpy() for name, tensor in encoded.items()}, **kept}
 
 
-def encode_dataset(plan: Plan, state: TrainingState, begin=lambda cache: None) -> EncodedSamples:
+def encode_dataset(plan: Plan, state: TrainingState, begin=lambda cache: None) -> tuple:
     """Encode the samples that the cache does not have yet, and free the module's encoders, which are no longer needed.
 
     Samples that cannot be used are added to the state's.
 
     Args:
         begin: called with the opened cache before anything is written.
+    Returns:
+        The `EncodedSamples` to train on, and those that are held out, or None.
+    Raises:
+        BadSampleError: more samples than may be skipped cannot be used, or one that is held out.
     """
     cache = open_cache(plan, state)
     begin(cache)
-    run, module, samples = plan.run, plan.module, cache.samples
-    if len(cache.missing):
+    run, module, folder = plan.run, plan.module, cache.folder
+    if cache.count_missing:
         if run.ranks.is_main:
-            remove_leftovers(samples.packs.folder)
-            describe_encoders(samples.packs.folder, module, state.precision, cache.shared)
+            remove_leftovers(folder)
+            describe_encoders(folder, module, state.precision, cache.shared)
         began = time.monotonic()
-        with SharedEncodings(module, cache.shared, samples.packs.folder, run.log) as sharing:
-            state.bad_samples.add(fill(cache, plan, state, sharing), run.log)
+        with SharedEncodings(module, cache.shared, folder, run.log) as sharing:
+            for samples, missing in zip(cache.parts, cache.missing):
+                found = fill(cache, samples, missing, plan, state, sharing) if len(missing) else {}
+                bad = state.bad_samples if samples is cache.parts[0] else BadSamples(0)
+                bad.add(found, run.log)
         run.log(f"{cache.root}: the cache is complete; encoding took {time.monotonic() - began:.0f} s")
     module.free_encoders()
     return_free_memory()
-    return samples
+    return cache.parts[0], cache.parts[1] if plan.held_out else None
 
 
 def choose_variants(plan: Plan) -> int:
@@ -145,18 +167,19 @@ def choose_variants(plan: Plan) -> int:
     return variants
 
 
-def fill(cache: Cache, plan: Plan, state: TrainingState, sharing) -> dict:
+def fill(cache: Cache, samples: EncodedSamples, missing: np.ndarray, plan: Plan, state, sharing) -> dict:
     """Encode the missing samples. Each rank takes the next row when it is free, so all finish at about the same time.
 
     Args:
+        samples, missing: a part of the cache's.
         sharing: the module's `SharedEncodings`.
     Returns:
         {row: why it cannot be used}, on every rank.
     """
-    ranks, found, total, samples = plan.run.ranks, {}, len(cache.missing), cache.samples
+    ranks, found, total = plan.run.ranks, {}, len(missing)
     with StatusLine("encoding", "samples", total, visible=ranks.is_main) as status:
         with PackWriter(samples.packs.folder) as writer:
-            for row, message in encode_missing(cache, plan, state, sharing, writer, status):
+            for row, message in encode_missing(cache, samples, missing, plan, state, sharing, writer, status):
                 found[row] = message
         parts = ranks.gather_objects((found, writer.written), "the others to encode their last samples")
         status.advance(total - status.done)
@@ -167,10 +190,9 @@ def fill(cache: Cache, plan: Plan, state: TrainingState, sharing) -> dict:
     return {row: message for part, _ in parts for row, message in part.items()}
 
 
-def encode_missing(cache: Cache, plan: Plan, state, sharing, writer, status):
+def encode_missing(cache: Cache, samples, missing: np.ndarray, plan: Plan, state, sharing, writer, status):
     """Encode this rank's share of the missing samples; yields (row, why it cannot be used)."""
-    ranks, module, samples, missing = plan.run.ranks, plan.module, cache.samples, cache.missing
-    packs = samples.packs
+    ranks, module, packs = plan.run.ranks, plan.module, samples.packs
     (rows, starts), taken, done = np.unique(missing[:, 0], return_index=True), deque(), ranks.counter()
     numbers = np.split(missing[:, 1], starts[1:])
     # Another run may be filling the same cache: each starts at a random row, and skips what is already there.

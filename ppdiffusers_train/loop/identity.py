@@ -20,6 +20,8 @@ OWN_PLACES = {
     "train_data_dir",
     "dataset_name",
     "train_shards_path_or_url",
+    "validation_data_dir",
+    "class_data_dir",
     "encoded_cache_dir",
     "pretrained_model_name_or_path",
     "pretrained_decoder_model_name_or_path",

@@ -12,9 +12,11 @@ REFUSED = {
     # What is trained, and for which objective: the weights of the checkpoint would become a mixture.
     *("prediction_type", "lora_rank", "lora_alpha", "lora_target_modules", "trainable_modules", "train_text_encoder"),
     *("snr_gamma", "noise_offset", "loss_type", "huber_c", "t5", "shift"),
+    *("input_perturbation", "dream_training", "dream_detail_preservation"),
     *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "min_timestep_boundary", "max_timestep_boundary"),
     *(f"timestep_bias_{name}" for name in ("strategy", "multiplier", "begin", "end", "portion")),
     *("num_ddim_timesteps", "timestep_scaling_factor", "unet_time_cond_proj_dim", "w_min", "w_max"),
+    "prior_loss_weight",
     "background_color",  # part of the images, which must stay the same
     "aspect_ratio_buckets",  # the order of samples depends on it
 }
@@ -31,6 +33,7 @@ FREE = {
     # Data and models: their contents are compared, wherever they are.
     *("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column"),
     *("train_shards_path_or_url", "caption_column", "caption", "caption_separator", "repeats"),
+    *("class_data_dir", "class_prompt", "num_class_images", "with_prior_preservation"),
     *("max_train_samples", "stream_lanes", "seed", "revision", "teacher_revision", "variant"),
     *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "pretrained_teacher_model"),
     "single_file_config",
@@ -44,6 +47,7 @@ FREE = {
     "accept_changed_data",
     *("checkpointing_steps", "checkpoints_total_limit", "final_checkpoint", "on_save_error", "save_format"),
     *("save_dtype", "validation_prompts", "num_validation_images", "validation_epochs", "validation_steps"),
+    *("validation_loss_steps", "validation_data_dir", "validation_split"),  # the samples to train on are compared
     *("validation_inference_steps", "report_to", "logging_dir", "tracker_project_name", "debug_loss"),
     *("push_to_hub", "hub_token", "hub_model_id"),
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.loop import schedule
+from ppdiffusers_train.loop.class_images import wants_class_images
 from ppdiffusers_train.loop.identity import compared_code, compared_flags
 from ppdiffusers_train.loop.memory_estimate import compute_on_cpu
 from ppdiffusers_train.loop.state import check_optimizer
@@ -123,12 +124,15 @@ def resolve_flags(args, saved: dict, ranks: Ranks) -> argparse.Namespace:
 def check_flags(args, ranks: Ranks) -> None:
     """Raise a `UserError` for flags that contradict each other, or that need something that is missing."""
     check_optimizer(args)
-    output_dir, images = Path(args.output_dir), getattr(args, "train_data_dir", None)
-    if images and output_dir.resolve().is_relative_to(Path(images).resolve()):
-        raise UserError(
-            f"--output_dir: {str(output_dir)!r} lies in --train_data_dir, so the run's own images would become "
-            "training data; expected another folder"
-        )
+    wants_class_images(args)
+    output_dir = Path(args.output_dir)
+    for name in ("train_data_dir", "validation_data_dir", "class_data_dir"):
+        images = getattr(args, name, None)
+        if images and output_dir.resolve().is_relative_to(Path(images).resolve()):
+            raise UserError(
+                f"--output_dir: {str(output_dir)!r} lies in --{name}, so the run's own images would become part of the "
+                "data; expected another folder"
+            )
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         raise UserError("--overwrite_output_dir: there is --resume_from_checkpoint as well; expected one of them")
     require_writable(output_dir, "--output_dir")

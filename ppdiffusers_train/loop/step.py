@@ -26,6 +26,7 @@ class Batch:
     errors: dict  # {index in the batch: message} of the others
     draws: Draws  # the random numbers of all its samples
     is_last: bool  # whether it is this rank's last batch of the step
+    weight: float  # of its samples' losses
 
 
 def load_steps(plan: Plan, state: TrainingState, samples):
@@ -37,7 +38,13 @@ def load_steps(plan: Plan, state: TrainingState, samples):
     loaded = iterate_batches(samples, positions_of_batches(to_load), plan.run.args.dataloader_num_workers)
     draws = iterate_draws(plan.order.seed, positions_of_batches(to_draw), to_device)
     for window, share in steps:
-        yield window, (Batch(positions, *next(loaded), next(draws), positions is share[-1]) for positions in share)
+        yield (
+            window,
+            (
+                Batch(positions, *next(loaded), next(draws), positions is share[-1], plan.loss_weight(positions))
+                for positions in share
+            ),
+        )
 
 
 def positions_of_batches(steps):
@@ -54,6 +61,7 @@ class MicroBatch:
     draws: Draws
     positions: list  # of its samples in the run
     errors: dict  # {position: message} of those that could not be used
+    weight: float = 1.0  # of its samples' losses
 
 
 @no_views()
@@ -72,12 +80,12 @@ def add_gradients(module, samples, batch: Batch, window: range, state: TrainingS
         with state.precision.autocast():
             encoded = samples.encode(batch.tensors)
             # Weighted by the number of samples, which is right for a short last batch and a short last window, too.
-            loss = module(encoded, draws) * (len(good) / len(window))
+            loss = module(encoded, draws) * (batch.weight * len(good) / len(window))
         # Gradients are averaged over ranks, but each rank computes a part of one sum.
         scale = state.precision.loss_scale.value * state.ranks.world_size
         with state.gradients.micro_batch(batch.is_last):
             (loss * scale if scale != 1 else loss).backward()
-    return MicroBatch(loss.detach().astype("float32"), draws, good, errors)
+    return MicroBatch(loss.detach().astype("float32"), draws, good, errors, batch.weight)
 
 
 def complete_gradients(state: TrainingState, parts: list, is_asked_to_stop: bool) -> tuple:
@@ -108,7 +116,7 @@ def count_bad_samples(plan: Plan, state: TrainingState, parts: list) -> None:
 def losses_by_file(parts: list, window_size: int, order: SampleOrder, dataset) -> dict:
     """{name of a sample: the loss of its batch, which is the sample's own with a batch size of 1}."""
     return {
-        dataset.name(order.row(position)): float(part.loss) * window_size / len(part.positions)
+        dataset.name(order.row(position)): float(part.loss) * window_size / (part.weight * len(part.positions))
         for part in parts
         for position in part.positions
     }

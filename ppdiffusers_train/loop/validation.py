@@ -1,28 +1,12 @@
 """Images generated during training, by the same code as inference."""
 
-import contextlib
-
-import paddle
-
 from ppdiffusers_train.errors import UserError, writing
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import TrainingState
+from ppdiffusers_train.module import evaluation
 from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet
 from ppdiffusers_train.runtime.agreement import found_by_main
 from ppdiffusers_train.tensor_files import rehearsal
-
-
-@contextlib.contextmanager
-def evaluation(module):
-    """A context in which all of `module` is in evaluation mode and no gradients are recorded."""
-    modes = [(layer, layer.training) for layer in module.sublayers(include_self=True)]
-    module.eval()
-    try:
-        with paddle.no_grad():
-            yield
-    finally:
-        for layer, training in modes:
-            layer.training = training
 
 
 def generate_validation(module, prompts: list, count: int, seed: int):

@@ -25,13 +25,6 @@ class SDXLFolder(StableDiffusionFolder):
     options = {"add_watermarker": False}
     kept_settings = ("force_zeros_for_empty_prompt",)
 
-    def load_scheduler(self, prediction_type=None, scheduler_class=None):
-        """The scheduler, the pipeline's own or of another class, with another prediction type where one is given."""
-        scheduler = self.load("scheduler", scheduler_class)
-        if prediction_type:
-            scheduler.register_to_config(prediction_type=prediction_type)
-        return scheduler
-
     @cached_property
     def no_prompt_is_zeros(self) -> bool:
         """Whether guidance uses zeros for the empty prompt; if not, the embeddings of an empty text."""

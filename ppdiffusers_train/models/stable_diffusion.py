@@ -77,6 +77,13 @@ class StableDiffusionFolder:
         """A part, as the pipeline's class or as `part_class`."""
         return self.folder(part).load(part, part_class or self.part_class(part))
 
+    def load_scheduler(self, prediction_type=None, scheduler_class=None):
+        """The scheduler, the pipeline's own or of another class, with another prediction type where one is given."""
+        scheduler = self.load("scheduler", scheduler_class)
+        if prediction_type:
+            scheduler.register_to_config(prediction_type=prediction_type)
+        return scheduler
+
     def later(self, part: str):
         """A model of the pipeline that is loaded when it is used."""
         return self.folder(part).later(part, self.part_class(part))

@@ -53,7 +53,7 @@ class Precision:
         dtype = DTYPES[self.mixed_precision]
         for name, model in module.named_children():
             if is_trained_without_lora(model):
-                if self.level == "O2":
+                if self.level == "O2" and not getattr(model, "keeps_float32", False):
                     cast_trained(model, optimizer, dtype)
             else:
                 self.cast_encoder(module, name)

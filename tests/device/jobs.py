@@ -6,11 +6,14 @@ from pathlib import Path
 
 from tests.distributed.launching import script
 
-FULL = ("decoder", "prior", "sdxl", "sd3", "own_sd", "lcm_distill_sd", "lcm_distill_sdxl")
-LORA = ("decoder_lora", "prior_lora", "lora_sdxl", "lora_sd3", "lcm_distill_lora_sd", "lcm_distill_lora_sdxl")
+FULL = ("decoder", "prior", "sdxl", "sd3", "sd", "vae_decoder", "lcm_distill_sd", "lcm_distill_sdxl")
+LORA = (
+    *("decoder_lora", "prior_lora", "lora_sd", "lora_sdxl", "lora_sd3"),
+    *("lcm_distill_lora_sd", "lcm_distill_lora_sdxl"),
+)
 FAMILIES = {
     "kandinsky": ("decoder", "decoder_lora", "prior", "prior_lora"),
-    "stable_diffusion": ("sdxl", "lora_sdxl", "own_sd"),
+    "stable_diffusion": ("sdxl", "lora_sdxl", "sd", "lora_sd", "vae_decoder"),
     "sd3": ("sd3", "lora_sd3"),
     "lcm": ("lcm_distill_sd", "lcm_distill_sdxl", "lcm_distill_lora_sd", "lcm_distill_lora_sdxl"),
 }
@@ -60,7 +63,9 @@ COVERING = {
     "lora_sdxl": Setting("fp16", "O2", cached=True),
     "sd3": Setting("bf16", "O2", ema=False, accumulates=True, recomputes=True, cached=True),
     "lora_sd3": Setting("fp16", "O1", ema=False, cached=True, eight_bits=True),
-    "own_sd": Setting("bf16", "O1", accumulates=True, recomputes=True),
+    "sd": Setting("bf16", "O1", accumulates=True, recomputes=True),
+    "lora_sd": Setting("bf16", "O2", cached=True),
+    "vae_decoder": Setting("fp16", "O2", cached=True),
     "lcm_distill_sd": Setting("fp16", "O1", ema=False, accumulates=True),
     "lcm_distill_sdxl": Setting("fp16", "O2", accumulates=True),
     "lcm_distill_lora_sd": Setting("fp16", "O2", recomputes=True),
@@ -91,7 +96,7 @@ class Jobs:
         """The folder of the pipeline that a job starts from: the part of it that the job trains, for a full one."""
         if name in FAMILIES["kandinsky"]:
             return self.models["kandinsky"]["decoder" in name]
-        return self.models[next(family for family in ("sdxl", "sd3", "sd") if family in name)]
+        return self.models[next((family for family in ("sdxl", "sd3") if family in name), "sd")]
 
     def flags(self, name):
         """What a job has to be told in any case."""

@@ -91,7 +91,7 @@ def multiply(folder, names, factor):
 
 
 FEW = ("lora_sdxl", "lora_sd3", "lcm_distill_lora_sdxl")
-MORE = ("sdxl", "sd3", "own_sd", "lcm_distill_sd", "lcm_distill_sdxl", "lcm_distill_lora_sd")
+MORE = ("sdxl", "sd3", "sd", "lcm_distill_sd", "lcm_distill_sdxl", "lcm_distill_lora_sd")
 
 
 @pytest.mark.parametrize("names", [FEW, pytest.param(MORE, marks=pytest.mark.precision)], ids=["few", "more"])

@@ -27,7 +27,7 @@ STEPS, STOP = 4, 2
 ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 RUN = [f"--max_train_steps={STEPS}", f"--checkpointing_steps={STOP}"]
 DRAW = ["--validation_prompts=a red circle", f"--validation_steps={STEPS}", "--validation_inference_steps=2"]
-PARTS = {"prior": ["prior"], "sd3": ["transformer"], "lcm_distill_sd": ["unet", "unet_target"]}
+PARTS = {"prior": ["prior"], "sd3": ["transformer"], "vae_decoder": ["vae"], "lcm_distill_sd": ["unet", "unet_target"]}
 PARTS["lcm_distill_sdxl"] = PARTS["lcm_distill_sd"]
 MODEL = "diffusion_paddle_model.safetensors"
 
@@ -178,6 +178,8 @@ class Case:
         kernels = [f"{kernel} {dtype} rounded" for kernel in ("matmul", "matmul_grad", "conv2d", "conv2d_grad")]
         if "prior" in self.name or "sd3" in self.name:  # no convolutions that learn or lie before what learns
             kernels = kernels[:2]
+        if self.name == "vae_decoder":  # it learns in float32; the UNet of its validation images does not
+            kernels = kernels[::2]
         found = [f"{kernel} never ran" for kernel in kernels if not reports["whole"]["calls"].get(kernel)]
         warned = [warning for warning in reports["whole"]["warnings"] if "precision" in warning or "amp" in warning]
         return found + first("warned:", warned)

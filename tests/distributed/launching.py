@@ -20,6 +20,11 @@ STEPS = 20
 COMMON = ["--learning_rate=1e-3", "--adam_epsilon=1e-4", f"--max_train_steps={STEPS}", "--checkpointing_steps=10"]
 ONE = ["--train_batch_size=2", "--gradient_accumulation_steps=2"]
 TWO = ["--train_batch_size=1", "--gradient_accumulation_steps=2"]
+OTHERS = {  # scripts whose names do not say their folder
+    "sd": "stable_diffusion/train_text_to_image.py",
+    "lora_sd": "stable_diffusion/train_text_to_image_lora.py",
+    "vae_decoder": "your_own_job/train_vae_decoder.py",
+}
 
 
 def launch_command(*arguments, form=("--nproc_per_node", "2"), log_dir="log"):
@@ -34,8 +39,8 @@ def environment(**more):
 
 def script(name):
     """The file of a job."""
-    if name == "own_sd":
-        return ROOT / "examples" / "your_own_job" / "train_text_to_image_sd.py"
+    if name in OTHERS:
+        return ROOT / "examples" / OTHERS[name]
     if "lcm" in name:
         return LCM / f"train_{name}_wds.py"
     folder = next((family for family in ("sdxl", "sd3") if family in name), KANDINSKY.name)
@@ -120,7 +125,7 @@ def learned(name, folder):
     """What a job has written of its learning."""
     if "lora" in name:
         return tensors(folder / "paddle_lora_weights.safetensors")
-    return weights(folder, {"prior": "prior", "sd3": "transformer"}.get(name, "unet"))
+    return weights(folder, {"prior": "prior", "sd3": "transformer", "vae_decoder": "vae"}.get(name, "unet"))
 
 
 def assert_close(one, other, tolerance=1e-6):

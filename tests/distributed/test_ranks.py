@@ -28,16 +28,19 @@ pytestmark = pytest.mark.once  # test_launches.py compares two processes with on
 # Seven samples, four a step: two epochs, with a short window in each.
 STEPS_OF_OTHERS = 4
 LCM_JOBS = ("lcm_distill_sd", "lcm_distill_lora_sd")
-JOBS = ("decoder", "prior", "decoder_lora", "sdxl", "lora_sdxl", "sd3", "lora_sd3", *LCM_JOBS)
+JOBS = ("decoder", "prior", "decoder_lora", "lora_sd", "sdxl", "lora_sdxl", "sd3", "lora_sd3", *LCM_JOBS)
 
 
 @pytest.fixture(scope="module")
-def runs(base_flags, kandinsky_jobs, sdxl, sdxl_jobs, sd3, sd3_jobs, sd, lcm_jobs, photos, tmp_path_factory):
+def runs(base_flags, kandinsky_jobs, sdxl, sdxl_jobs, sd3, sd3_jobs, sd, sd_jobs, lcm_jobs, photos, tmp_path_factory):
     """A folder with runs of one process (`one-…`) and of two (`two-…`), and some that changed in between."""
     root = tmp_path_factory.mktemp("runs")
     of_sdxl = [f"--pretrained_model_name_or_path={sdxl}", "--random_flip", "--cache_variants=2", *base_flags[2:]]
     of_sdxl += [f"--max_train_steps={STEPS_OF_OTHERS}"]
     of_sd3 = [f"--pretrained_model_name_or_path={sd3}", *of_sdxl[1:], "--gradient_checkpointing"]
+    of_sd = [f"--pretrained_model_name_or_path={sd}", *of_sdxl[1:], "--input_perturbation=0.1", "--train_text_encoder"]
+    of_sd += ["--validation_split=0.2", "--validation_loss_steps=2", "--validation_inference_steps=2"]
+    of_sd += ["--class_prompt=a cat", "--num_class_images=5"]
     shards = photo_shards(photos, root / "shards")
     of_lcm = [
         f"--pretrained_teacher_model={sd}",
@@ -55,13 +58,14 @@ def runs(base_flags, kandinsky_jobs, sdxl, sdxl_jobs, sd3, sd3_jobs, sd, lcm_job
         more = ["--lora_dropout=0.3", *more] if "lora" in out else more
         if "lcm" in out:
             return [*of_lcm, f"--output_dir={root / out}", *more]
-        models = of_sdxl if "sdxl" in out else of_sd3 if "sd3" in out else base_flags
+        models = of_sdxl if "sdxl" in out else of_sd3 if "sd3" in out else of_sd if "_sd" in out else base_flags
         steps = [f"--max_train_steps={STEPS_OF_OTHERS}"] if "decoder" in out else []
+        steps += [f"--class_data_dir={root / 'class' / out}"] if models is of_sd else []
         return [*models, f"--output_dir={root / out}", f"--encoded_cache_dir={root / 'cache'}", *steps, *more]
 
     of_lcm_by_name = {f"lcm_distill_{name}": job for name, job in lcm_jobs.items()}
     for name in JOBS:
-        {**kandinsky_jobs, **sdxl_jobs, **sd3_jobs, **of_lcm_by_name}[name].main(flags(f"one-{name}", *ONE))
+        {**kandinsky_jobs, **sd_jobs, **sdxl_jobs, **sd3_jobs, **of_lcm_by_name}[name].main(flags(f"one-{name}", *ONE))
     kandinsky_jobs["prior"].main(flags("changed", *ONE, "--max_train_steps=10"))
     latest = "--resume_from_checkpoint=latest"
     root.joinpath("said").write_text(
@@ -87,6 +91,11 @@ def test_two_processes_accumulating_two_batches_of_one_equal_one_with_four(runs,
     assert_close(learned(name, runs / f"one-{name}"), learned(name, runs / f"two-{name}"))
     assert scalars(runs / f"one-{name}") == pytest.approx(scalars(runs / f"two-{name}"), rel=1e-4)
     assert len(scalars(runs / f"two-{name}")) == (STEPS if name == "prior" else STEPS_OF_OTHERS)
+    if name == "lora_sd":  # of one sample, which is not trained on
+        one, two = (scalars(runs / f"{count}-{name}", "validation/loss") for count in ("one", "two"))
+        assert len(one) == 3 and one[0] == two[0] and one == pytest.approx(two, rel=1e-4)
+        one, two = (sorted((runs / "class" / f"{count}-{name}").glob("*.png")) for count in ("one", "two"))
+        assert len(one) == 5 and [file.read_bytes() for file in one] == [file.read_bytes() for file in two]
     if name == "lcm_distill_sd":
         assert_close(weights(runs / f"one-{name}", "unet_target"), weights(runs / f"two-{name}", "unet_target"))
 

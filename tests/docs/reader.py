@@ -255,6 +255,8 @@ class Reader:
             flags.append("--report_to=none")
         if args.validation_prompts:
             flags += ["--num_validation_images=1", "--validation_inference_steps=2", "--validation_steps=2"]
+        if getattr(args, "class_prompt", None):
+            flags += ["--num_class_images=2", "--validation_inference_steps=2"]
         for action in parser._actions:
             default = action.default if action.option_strings else None
             if default in self.models and getattr(args, action.dest) == default:

@@ -185,7 +185,7 @@ def test_t5_is_asked_of_a_result_without_it(results, photos):
 
 @pytest.mark.parametrize(
     "name, family",
-    [("train_text_to_image_sd", "sdxl"), ("train_lcm_distill_sd_wds", "sdxl"), ("train_text_to_image_lora_sdxl", "sd")],
+    [("train_text_to_image", "sdxl"), ("train_lcm_distill_sd_wds", "sdxl"), ("train_text_to_image_lora_sdxl", "sd")],
 )
 def test_a_base_of_another_family_is_refused(bases, photos, name, family):
     with pytest.raises(UserError, match="is a StableDiffusionXLPipeline; expected a|has no part 'text_encoder_2'"):

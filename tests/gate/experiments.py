@@ -18,6 +18,7 @@ from ppdiffusers_train.toy.world.shapes_dataset import ShapesDataset
 from ppdiffusers_train.toy.world.shapes_folder import write_shapes_folder
 from tests.conftest import held_out_prompts
 from tests.gate.confusion import confusion_table
+from tests.gate.subject import subject
 from tests.toy_pipelines import pretrained_sampling
 
 PROMPTS = held_out_prompts(200)
@@ -111,7 +112,7 @@ def job_of(name: str) -> Job:
 # What options do to a training from the start: Stable Diffusion's UNet, on plain pictures.
 
 FROM_START = Job(
-    "your_own_job/train_text_to_image_sd.py",
+    "stable_diffusion/train_text_to_image.py",
     ("--encoded_cache", "--train_batch_size=16", "--max_train_steps=2000", "--learning_rate=1e-3"),
     SAMPLING,
     "pipeline",
@@ -151,6 +152,7 @@ EXPERIMENTS = {
     **{name: lambda folder, name=name: new_look(name, folder) for name in FINE_TUNING},
     **{name: lambda folder, name=name: few_steps(name, folder) for name in DISTILLATION},
     "options": lambda folder: options(folder / "options"),
+    "subject": lambda folder: subject(folder / "subject-and-class"),
 }
 
 

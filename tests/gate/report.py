@@ -23,6 +23,7 @@ from tests.gate.experiments import (
     THIRD,
     job_of,
 )
+from tests.gate.subject import IMAGES
 from tests.gate.wall import wall
 
 INTRODUCTION = f"""# Measured results of each job
@@ -39,6 +40,13 @@ NEW_LOOK = """## A new look
 Fine-tuned on images in one look, whose captions do not name it. Before fine-tuning, a caption that names no look gives
 a plain shape; after it, a shape in the new look. The new look is outlined; for the prior it is striped, because
 embeddings distinguish striped shapes from plain ones, but not outlined ones.
+"""
+SUBJECT = f"""## A subject and its class
+
+Stable Diffusion is trained on five images of a subject, an outlined purple circle whose captions say `sks circle`: in
+one run alone, in the other beside 100 class images, red circles that the base has generated (`--class_data_dir`). The
+figures are the shares of {IMAGES} images that show the subject, and of {IMAGES} that show a red circle as their caption
+says.
 """
 OPTIONS = f"""## What options do
 
@@ -69,7 +77,8 @@ HEAD = ["", "shape right", "colour right", "background right", "all three"]
 
 def report(measured: dict) -> str:
     """The page, from {experiment: figures} of what has been measured."""
-    parts = [INTRODUCTION, *pretrained(measured), *new_look(measured), *few_steps(measured), *options(measured)]
+    sections = (pretrained, new_look, few_steps, subject, options)
+    parts = [INTRODUCTION, *(part for section in sections for part in section(measured))]
     missing = [name for name in EXPERIMENTS if name not in measured]
     if missing:
         parts.insert(1, f"Not measured yet: {', '.join(missing)}.\n")
@@ -113,6 +122,14 @@ def few_steps(measured):
     drawn = [(f"{name}: {who}", figures) for name in names for who, figures in measured[name].items()]
     yield table(HEAD, [row(name, figures, PROPERTIES) for name, figures in drawn])
     yield from (f"![{name}](results/{name}.png)\n" for name in names)
+
+
+def subject(measured):
+    if "subject" not in measured:
+        return
+    yield SUBJECT
+    rows = [row(run, figures, ("subject", "class")) for run, figures in measured["subject"].items()]
+    yield table(["", "subject", "class"], rows)
 
 
 def options(measured):

@@ -11,6 +11,8 @@ TITLES = {
     "decoder-lora, longer": "Kandinsky decoder, LoRA",
     "prior": "Kandinsky prior",
     "prior-lora": "Kandinsky prior, LoRA",
+    "sd": "SD",
+    "sd-lora": "SD, LoRA",
     "sdxl": "SDXL",
     "sdxl-lora": "SDXL, LoRA",
     "sd3": "SD3",

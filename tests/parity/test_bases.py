@@ -53,12 +53,12 @@ def test_a_lora_that_is_fused_has_to_be_unloaded(tmp_path, unloaded):
 
 @pytest.mark.parametrize(
     "name, flags",
-    [("train_text_to_image_sd", ()), ("train_text_to_image_sdxl", ()), ("train_text_to_image_sd3", ()),
+    [("train_text_to_image", ()), ("train_text_to_image_sdxl", ()), ("train_text_to_image_sd3", ()),
      ("train_text_to_image_sd3", ("--no_t5",)), ("train_text_to_image_decoder", ())],
 )  # fmt: skip
 def test_results_load_plainly_in_torch(request, photos, tmp_path, name, flags):
     """Frozen models of it are float16, as in the base, under plain names."""
-    fixture = {"sd": "sd", "sdxl": "sdxl", "sd3": "sd3", "decoder": "kandinsky"}[name.rsplit("_", 1)[1]]
+    fixture = {"image": "sd", "sdxl": "sdxl", "sd3": "sd3", "decoder": "kandinsky"}[name.rsplit("_", 1)[1]]
     base = request.getfixturevalue(fixture)
     base = base[::-1] if isinstance(base, tuple) else (base,)
     base = [only_halves(part, tmp_path / f"base{number}") for number, part in enumerate(base)]

@@ -15,7 +15,7 @@ SCRIPTS = {
     DECODER: "train_text_to_image_decoder.py",
     SDXL: "train_text_to_image_sdxl.py",
     SD3: "train_text_to_image_sd3.py",
-    SD: "train_text_to_image_sd.py",
+    SD: "train_text_to_image.py",
 }
 
 

@@ -116,6 +116,10 @@ JOBS = {
         look="striped",
         pictures=MANY,
     ),
+    "sd": _fine_tuning("stable_diffusion/train_text_to_image.py", "pipeline", FULL_RATE, *LONG, DROPOUT, pictures=MANY),
+    "sd-lora": _fine_tuning(
+        "stable_diffusion/train_text_to_image_lora.py", "lora", "--rank=12", "--learning_rate=2e-3", *LONG
+    ),
     "sdxl": _fine_tuning(
         "sdxl/train_text_to_image_sdxl.py",
         "pipeline",

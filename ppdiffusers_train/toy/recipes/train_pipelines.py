@@ -38,7 +38,7 @@ TRAININGS = {
     "prior": _training("kandinsky2_2/train_text_to_image_prior.py", 6000, batch_size=32),
     "decoder_of_all_looks": _training("kandinsky2_2/train_text_to_image_decoder.py", 12000),
     "decoder": _training("kandinsky2_2/train_text_to_image_decoder.py", 1500, learning_rate=1e-3),
-    "sd": _training("your_own_job/train_text_to_image_sd.py", 12000),
+    "sd": _training("stable_diffusion/train_text_to_image.py", 12000),
     "sdxl": _training("sdxl/train_text_to_image_sdxl.py", 9000),
     "sd3": _training("sd3/train_text_to_image_sd3.py", 12000),
 }
