@@ -49,6 +49,8 @@ def hold_out(args, dataset) -> tuple:
     Raises:
         UserError: the flags contradict each other, or there are no such samples.
     """
+    if "validation_loss_steps" not in vars(args):  # a job of a user's own may have fewer flags
+        return dataset, None
     flags = {"--validation_data_dir": args.validation_data_dir, "--validation_split": args.validation_split}
     given = [flag for flag, value in flags.items() if value is not None]
     if args.validation_loss_steps is None:
