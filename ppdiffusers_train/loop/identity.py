@@ -135,7 +135,7 @@ def differences(identity: dict, saved: dict) -> dict:
 
 def without_rows_of_other_data(saved: dict, dataset, args) -> dict:
     """A checkpoint's state, without the numbers of its bad rows if these are rows of other data."""
-    if args.accept_changed_data and differences(data_identity(dataset, args), saved):
+    if saved and args.accept_changed_data and differences(data_identity(dataset, args), saved):
         return {**saved, "bad_rows": []}
     return saved
 
