@@ -369,7 +369,7 @@ def test_numbers_are_kept_in_the_type_in_which_they_were_computed(tmp_path):
         encoded_cache_dir=str(tmp_path / "cache"), cache_variants=1, dataloader_num_workers=1, index_dir=str(tmp_path)
     )
     plan = Plan(Run(args, Ranks(0, 1), None, {}, "run", []), module, Captions(), SampleOrder(0, 5), 1, 1, {})
-    samples = encode_dataset(plan, state)
+    samples, _ = encode_dataset(plan, state)
     batches = iterate_batches(samples, [[0, 1], [2, 3, 4]], 1)
     for positions, (batch, _) in zip(([0, 1], [2, 3, 4]), batches):
         rows = [samples.entries.at(position) for position in positions]
