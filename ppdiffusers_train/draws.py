@@ -113,6 +113,10 @@ class Draws:
         self.drawn_integers[name] = self._stack(row.categorical(name, weights) for row in self.rows)
         return self.drawn_integers[name]
 
+    def each(self, function):
+        """What `function` returns for the `RowDraws` of each row, arrays of one shape, stacked into `[B, …]`."""
+        return self._stack(map(function, self.rows))
+
     def _stack(self, values):
         import paddle  # here, so that loader workers and tools can draw rows without Paddle
 

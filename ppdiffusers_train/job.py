@@ -10,6 +10,15 @@ from ppdiffusers_train.loop.run import resolve_run
 from ppdiffusers_train.models.lora import add_lora, initialize_lora, load_lora_weights, save_lora, save_lora_weights
 from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule
+from ppdiffusers_train.objectives.denoising import (
+    check_multires,
+    denoising_loss,
+    draw_noise,
+    huber_settings,
+    perturb_noise,
+    snr_weighting,
+)
+from ppdiffusers_train.objectives.noise_schedule import add_noise
 from ppdiffusers_train.training import index_dataset, train_job
 
 
@@ -72,6 +81,51 @@ class FullTraining(DiffusionTrainingModule):
         if not is_pipeline or not hasattr(source, "exported_bytes"):
             return 0
         return source.exported_bytes(self.trained, directory, self.args.save_format, self.args.save_dtype)
+
+
+class DenoisingTraining(FullTraining):
+    """Trains a model to denoise, as the flags of `arguments.add_diffusion_arguments` say.
+
+    A job calls `use_scheduler` when it loads its parts, and the other methods in `forward`.
+    """
+
+    def use_scheduler(self, scheduler) -> None:
+        """Train for the process and the prediction type of a scheduler.
+
+        Raises:
+            UserError: a flag does not fit it, or another flag.
+        """
+        self.scheduler, args = scheduler, self.args
+        with named_by_flags():
+            self.weighting = snr_weighting(
+                args.snr_gamma, args.debiased_loss, args.scale_v_pred_loss_like_noise_pred,
+                scheduler.config.prediction_type,
+            )  # fmt: skip
+            self.huber = huber_settings(args.loss_type, args.huber_c, args.huber_schedule)
+
+    def add_noise(self, draws, sample, noise, timesteps):
+        """The model's input: a sample with noise, perturbed if asked for. [B, …] -> [B, …]."""
+        noise = perturb_noise(draws, noise, self.args.input_perturbation)
+        return add_noise(self.scheduler.alphas_cumprod, sample, noise, timesteps)
+
+    def denoising_loss(self, prediction, sample, noise, timesteps):
+        """The loss of the model's prediction. [B, …] -> a scalar."""
+        kind, schedule = self.scheduler.config.prediction_type, self.scheduler.alphas_cumprod
+        return denoising_loss(prediction, kind, schedule, sample, noise, timesteps, self.weighting, self.huber)
+
+
+class LatentDenoisingTraining(DenoisingTraining):
+    """The same for latents of images, whose noise may have offsets and coarse parts."""
+
+    def use_scheduler(self, scheduler):
+        super().use_scheduler(scheduler)
+        with named_by_flags():
+            check_multires(self.args.multires_noise_discount, self.args.multires_noise_iterations)
+
+    def draw_noise(self, draws, latents):
+        """Noise of the shape of latents [B, C, h, w]."""
+        args, shape = self.args, latents.shape[1:]
+        return draw_noise(draws, shape, args.noise_offset, args.multires_noise_discount, args.multires_noise_iterations)
 
 
 class LoRATraining:

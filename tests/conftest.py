@@ -347,6 +347,34 @@ def encode(module, rows, indices):
     )
 
 
+HUBER = ["--loss_type=huber", "--huber_c=0.3"]
+LEVERS = [  # flags that all denoising jobs have
+    ["--snr_gamma=1"], ["--debiased_loss"], ["--input_perturbation=0.3"], ["--ip_noise_gamma=0.6"],
+    ["--loss_type=huber"], HUBER, [*HUBER, "--huber_schedule=constant"], [*HUBER, "--huber_schedule=exponential"],
+    ["--loss_type=smooth_l1", "--huber_c=0.3"], ["--loss_type=huber", "--huber_c=0.3", "--debiased_loss"],
+]  # fmt: skip
+OF_LATENTS = [
+    ["--noise_offset=0.5"], ["--multires_noise_discount=0.5"], ["--multires_noise_discount=0.8"],
+    ["--multires_noise_discount=0.5", "--multires_noise_iterations=2"],
+]  # fmt: skip
+
+
+def first_losses(build, *flag_lists):
+    """The losses of two samples, as the modules compute them that `build(*flags)` makes of lists of flags. Samples are
+    encoded by the first one."""
+    from ppdiffusers_train.data.dataset import build_dataset
+    from ppdiffusers_train.draws import Draws
+
+    losses, encoded = [], None
+    for flags in flag_lists:
+        module = build(*flags)
+        module.eval()
+        with paddle.no_grad():
+            encoded = encoded or encode(module, build_dataset(module.args), [0, 1])
+            losses.append(float(f"{module(encoded, Draws(7, [0, 1])).item():.6g}"))
+    return losses
+
+
 def kept_for_backward(module):
     """Bytes that the forward pass of two samples keeps for the backward pass, and the gradients that come of it."""
     from ppdiffusers_train.data.dataset import build_dataset

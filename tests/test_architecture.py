@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "data": {"cpu", "draws", "errors", "module", "reporting", "runtime", "tensor_files"},
     "loop": {"data", "draws", "errors", "launcher", "module", "reporting", "runtime", "tensor_files", "cpu"},
     "training": {"cpu", "data", "draws", "errors", "launcher", "loop", "module", "reporting", "runtime"},
-    "job": {"data", "errors", "loop", "models", "module", "training"},
+    "job": {"data", "errors", "loop", "models", "module", "objectives", "training"},
     "tools": {"arguments", "cpu", "data", "errors", "launcher", "loop", "models", "module", "reporting", "runtime"}
     | {"tensor_files", "training"},
     "cli": {"arguments", "data", "errors", "models", "tools", "toy", "launcher"},

@@ -14,22 +14,20 @@ from ppdiffusers import DDPMScheduler, UNet2DConditionModel, VQModel
 from ppdiffusers.transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels, without_ends
-from ppdiffusers_train.job import FullTraining, job_main
+from ppdiffusers_train.job import LatentDenoisingTraining, job_main
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, WithImageEmbeddings
 from ppdiffusers_train.models.unet import save_memory
-from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
-from ppdiffusers_train.objectives.noise_schedule import add_noise
 
 
 def build_parser(doc=__doc__):
     parser = arguments.ArgumentParser(description=doc.splitlines()[0])
     arguments.add_kandinsky_arguments(parser)
-    arguments.add_diffusion_arguments(parser, noise_offset=True)
+    arguments.add_diffusion_arguments(parser, noise_offset=True, captions=False)
     arguments.add_run_arguments(parser, "kandi_2_2-model-finetuned", train_batch_size=1, adam_weight_decay=0.0)
     return parser
 
 
-class KandinskyDecoderTrainingModule(WithImageEmbeddings, FullTraining):
+class KandinskyDecoderTrainingModule(WithImageEmbeddings, LatentDenoisingTraining):
     """Trains the UNet to denoise MoVQ latents, conditioned on the CLIP embedding of the same image."""
 
     title = "Kandinsky 2.2 decoder"
@@ -47,7 +45,7 @@ class KandinskyDecoderTrainingModule(WithImageEmbeddings, FullTraining):
         self.load_later("image_encoder", prior.later("image_encoder", CLIPVisionModelWithProjection))
         self.load_later("movq", decoder.later("movq", VQModel))
         self.unet = decoder.load("unet", UNet2DConditionModel)
-        self.scheduler = decoder.load("scheduler", DDPMScheduler)
+        self.use_scheduler(decoder.load("scheduler", DDPMScheduler))
         save_memory(self.unet, args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention)
 
     def preprocess(self, row, draws):
@@ -74,19 +72,17 @@ class KandinskyDecoderTrainingModule(WithImageEmbeddings, FullTraining):
         }
 
     def forward(self, encoded, draws):
-        latents, schedule = encoded["latents"], self.scheduler.alphas_cumprod
-        noise = draw_noise(draws, latents.shape[1:], self.args.noise_offset)
+        latents = encoded["latents"]
+        noise = self.draw_noise(draws, latents)
         timesteps = draws.integers("timesteps", 0, self.scheduler.config.num_train_timesteps)
         prediction = self.unet(
-            add_noise(schedule, latents, noise, timesteps),
+            self.add_noise(draws, latents, noise, timesteps),
             timesteps,
             encoder_hidden_states=None,
             added_cond_kwargs={"image_embeds": encoded["image_embeds"]},
         ).sample
         # The other half of the channels predicts the variance, which no loss here trains.
-        prediction = prediction[:, : latents.shape[1]]
-        prediction_type = self.scheduler.config.prediction_type
-        return denoising_loss(prediction, prediction_type, schedule, latents, noise, timesteps, self.args.snr_gamma)
+        return self.denoising_loss(prediction[:, : latents.shape[1]], latents, noise, timesteps)
 
     def generate(self, prompts, seeds):
         own = {"unet": self.unet, "movq": self.movq}

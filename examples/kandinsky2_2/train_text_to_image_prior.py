@@ -16,15 +16,14 @@ from ppdiffusers.transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from ppdiffusers_train.data.tags import draw_caption
 from ppdiffusers_train.data.transforms import without_ends
-from ppdiffusers_train.job import FullTraining, job_main
+from ppdiffusers_train.job import DenoisingTraining, job_main
 from ppdiffusers_train.models.attention import announce_plain_attention
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, WithImageEmbeddings
 from ppdiffusers_train.models.recompute import enable_block_recompute
 from ppdiffusers_train.models.text import as_computed, tokenize, warn_of_long_captions
 from ppdiffusers_train.module import keep_frozen
-from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
-from ppdiffusers_train.objectives.noise_schedule import add_noise
 
 
 def build_parser(doc=__doc__):
@@ -35,7 +34,7 @@ def build_parser(doc=__doc__):
     return parser
 
 
-class KandinskyPriorTrainingModule(WithImageEmbeddings, FullTraining):
+class KandinskyPriorTrainingModule(WithImageEmbeddings, DenoisingTraining):
     """Trains the prior to predict an image's normalised CLIP embedding from a noisy one, conditioned on the caption."""
 
     title = "Kandinsky 2.2 prior"
@@ -59,23 +58,26 @@ class KandinskyPriorTrainingModule(WithImageEmbeddings, FullTraining):
         self.folders.check_clip_std(self.prior)
         keep_frozen(self.prior.clip_mean, self.prior.clip_std)  # statistics of the embeddings, stored as parameters
         # Inference uses a scheduler of another class for the same diffusion process.
-        self.scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
+        self.use_scheduler(DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample"))
         if args.gradient_checkpointing:
             enable_block_recompute(self.prior.transformer_blocks)
         if args.enable_xformers_memory_efficient_attention:
             announce_plain_attention("the prior's attention has a mask")
 
     def encoding_settings(self):
+        names = ["proportion_empty_prompts", "shuffle_tags", "keep_tags", "tag_dropout"]
         return {
+            **{name: getattr(self.args, name) for name in names},
             "image_processor": self.image_processor.to_dict(),
             "tokenizer": self.tokenizer.get_vocab(),
-            "proportion_empty_prompts": self.args.proportion_empty_prompts,
         }
 
     def preprocess(self, row, draws):
         """clip_pixel_values as CLIP crops them; input_ids and text_mask [L] of the caption."""
-        dropped = draws.bernoulli("drop_caption", self.args.proportion_empty_prompts)
-        input_ids, text_mask = tokenize(self.tokenizer, "" if dropped else row["caption"])
+        args = self.args
+        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout
+        caption = draw_caption(draws, row["caption"], *how)
+        input_ids, text_mask = tokenize(self.tokenizer, caption)
         clip_pixels = self.image_processor(without_ends(row["image"]), return_tensors="np").pixel_values[0]
         return {"clip_pixel_values": clip_pixels, "input_ids": input_ids, "text_mask": text_mask}
 
@@ -93,18 +95,17 @@ class KandinskyPriorTrainingModule(WithImageEmbeddings, FullTraining):
         warn_of_long_captions(self.tokenizer, dataset)
 
     def forward(self, encoded, draws):
-        schedule = self.scheduler.alphas_cumprod
         target = (encoded["image_embeds"] - self.prior.clip_mean) / self.prior.clip_std
-        noise = draw_noise(draws, target.shape[1:])
+        noise = draws.normal("noise", target.shape[1:])
         timesteps = draws.integers("timesteps", 0, self.scheduler.config.num_train_timesteps)
         prediction = self.prior(
-            add_noise(schedule, target, noise, timesteps),
+            self.add_noise(draws, target, noise, timesteps),
             timesteps,
             proj_embedding=encoded["prompt_embeds"],
             encoder_hidden_states=encoded["prompt_hidden_states"],
             attention_mask=encoded["text_mask"],
         ).predicted_image_embedding
-        return denoising_loss(prediction, "sample", schedule, target, noise, timesteps, self.args.snr_gamma)
+        return self.denoising_loss(prediction, target, noise, timesteps)
 
     def generate(self, prompts, seeds):
         names = ("prior", "image_encoder", "text_encoder", "tokenizer", "image_processor")

@@ -11,6 +11,7 @@ from ppdiffusers_train import arguments
 import paddle
 from ppdiffusers import DDPMScheduler
 
+from ppdiffusers_train.data.tags import draw_caption
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.job import FullTraining, job_main, named_by_flags
@@ -88,11 +89,13 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         """pixel_values [3, R, R]; input_ids [L]."""
         args, image, size = self.args, row["image"], self.args.resolution
         image, *_ = fit(image, size, size, draws, args.interpolation_type, args.center_crop, args.random_flip)
-        caption = "" if draws.bernoulli("drop_caption", args.proportion_empty_prompts) else row["caption"]
+        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout
+        caption = draw_caption(draws, row["caption"], *how)
         return {"pixel_values": normalize_pixels(image), "input_ids": tokenize(self.tokenizer, caption)[0]}
 
     def encoding_settings(self):
         names = ["resolution", "interpolation_type", "center_crop", "random_flip", "proportion_empty_prompts"]
+        names += ["shuffle_tags", "keep_tags", "tag_dropout"]
         settings = {name: getattr(self.args, name) for name in names}
         settings["scaling_factor"] = self.folder.vae.config("vae").get("scaling_factor")
         return {**settings, "tokenizer": self.tokenizer.get_vocab()}

@@ -13,6 +13,7 @@ from train_lcm_distill_sd_wds import LCMTrainingModule
 from train_lcm_distill_sd_wds import build_parser as build_sd_parser
 
 from ppdiffusers_train.arguments import Flag
+from ppdiffusers_train.data.tags import vary_tags
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.job import job_main
 from ppdiffusers_train.models.sdxl import SDXLFolder, encode_captions, tokenize_caption
@@ -54,15 +55,14 @@ class LCMSDXLTrainingModule(LCMTrainingModule):
         time_ids [6]: height and width of the file, top and left of the crop, height and width of the crop."""
         args, image, size = self.args, row["image"], self.args.resolution
         crop, top, left = fit(image, size, size, draws, args.interpolation_type, args.center_crop, args.random_flip)
-        is_dropped, zeros = (
-            draws.bernoulli("drop_caption", args.proportion_empty_prompts),
-            self.folder.no_prompt_is_zeros,
-        )
+        caption = vary_tags(draws, row["caption"], args.shuffle_tags, args.keep_tags, args.tag_dropout)
+        is_dropped = draws.bernoulli("drop_caption", args.proportion_empty_prompts)
+        zeros = self.folder.no_prompt_is_zeros
         original = (size, size, 0, 0) if args.use_fix_crop_and_size else (image.height, image.width, top, left)
         return {
             "pixel_values": normalize_pixels(crop),
             "time_ids": np.float32([*original, size, size]),
-            **tokenize_caption(self.tokenizer, self.tokenizer_2, row["caption"], is_dropped, zeros),
+            **tokenize_caption(self.tokenizer, self.tokenizer_2, caption, is_dropped, zeros),
         }
 
     def encoding_settings(self):

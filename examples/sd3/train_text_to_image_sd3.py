@@ -12,6 +12,7 @@ import paddle
 
 from ppdiffusers_train.data.buckets import bucket_sizes, size_for
 from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
+from ppdiffusers_train.data.tags import draw_caption
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.job import FullTraining, job_main, named_by_flags
 from ppdiffusers_train.models.attention import announce_joint_attention
@@ -19,6 +20,7 @@ from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.recompute import enable_block_recompute
 from ppdiffusers_train.models.sd3 import SD3Folder, check_prompts, encode_captions, tokenize_caption
 from ppdiffusers_train.models.stable_diffusion import encode_images
+from ppdiffusers_train.objectives.denoising import perturb_noise
 from ppdiffusers_train.objectives.flow_matching import interpolate, shifted_sigmas, timestep_weighting, velocity
 from ppdiffusers_train.objectives.losses import mse_loss
 
@@ -86,16 +88,17 @@ class SD3TrainingModule(FullTraining):
 
     def preprocess(self, row, draws):
         """pixel_values [3, H, W]; input_ids, input_ids_2, and with T5 input_ids_3 [L]."""
-        args, image, caption = self.args, row["image"], row["caption"]
+        args, image = self.args, row["image"]
         refuse_small_image(row, args.min_image_size)
         size = size_for(*image.size, args.resolution, self.buckets)
         image, *_ = fit(image, *size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
-        if draws.bernoulli("drop_caption", args.proportion_empty_prompts):
-            caption = ""
+        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout
+        caption = draw_caption(draws, row["caption"], *how)
         return {"pixel_values": normalize_pixels(image), **tokenize_caption(self.tokenizers, caption)}
 
     def encoding_settings(self):
         names = ["resolution", "center_crop", "random_flip", "image_interpolation_mode", "proportion_empty_prompts"]
+        names += ["shuffle_tags", "keep_tags", "tag_dropout"]
         return {
             **{name: getattr(self.args, name) for name in [*names, "min_image_size", "t5"]},
             "buckets": self.buckets,
@@ -118,7 +121,7 @@ class SD3TrainingModule(FullTraining):
         steps = draws.categorical("timesteps", self.density)
         sigmas = self.sigmas[steps]
         prediction = self.transformer(
-            interpolate(latents, noise, sigmas),
+            interpolate(latents, perturb_noise(draws, noise, self.args.input_perturbation), sigmas),
             encoder_hidden_states=encoded["prompt_embeds"],
             pooled_projections=encoded["pooled_prompt_embeds"],
             timestep=sigmas * len(self.sigmas),

@@ -39,7 +39,8 @@ class SDXLLoRATrainingModule(LoRATraining, SDXLTrainingModule):
 
     def forward(self, encoded, draws):
         if self.adapted:
-            encoded = {**encoded, **encode_captions(self.text_encoder, self.text_encoder_2, encoded)}
+            encoders = self.text_encoder, self.text_encoder_2
+            encoded = {**encoded, **encode_captions(*encoders, encoded, self.args.clip_skip)}
         return super().forward(encoded, draws)
 
 

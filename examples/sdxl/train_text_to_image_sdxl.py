@@ -13,29 +13,23 @@ from ppdiffusers import DDPMScheduler
 
 from ppdiffusers_train.data.buckets import bucket_sizes, size_for
 from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
+from ppdiffusers_train.data.tags import vary_tags
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
-from ppdiffusers_train.job import FullTraining, job_main, named_by_flags
+from ppdiffusers_train.job import LatentDenoisingTraining, job_main, named_by_flags
 from ppdiffusers_train.models.attention import announce_plain_attention
 from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.sdxl import SDXLFolder, encode_captions, tokenize_caption
 from ppdiffusers_train.models.stable_diffusion import encode_images
 from ppdiffusers_train.models.unet import save_memory
-from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise
-from ppdiffusers_train.objectives.noise_schedule import add_noise
 from ppdiffusers_train.objectives.timesteps import draw_timesteps, timestep_weights
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def build_parser(doc=__doc__, save_formats=arguments.PIPELINE_FORMATS):
     parser = arguments.ArgumentParser(description=doc.splitlines()[0])
-    add = arguments.add_pipeline_arguments(parser).add_argument
+    group = arguments.add_pipeline_arguments(parser)
     no_kernel = "This flag has no effect: it is accepted for old commands, but ppdiffusers has no such kernel."
-    add("--enable_npu_flash_attention", action=arguments.Flag, help=no_kernel)
-    add(
-        "--prediction_type", choices=PREDICTION_TYPES,
-        help="Train the UNet to predict this; without it, what its scheduler says.",
-    )  # fmt: skip
+    group.add_argument("--enable_npu_flash_attention", action=arguments.Flag, help=no_kernel)
+    arguments.add_prediction_arguments(group)
     arguments.add_image_arguments(parser)
     arguments.add_diffusion_arguments(parser, noise_offset=True)
     arguments.add_timestep_arguments(parser)
@@ -46,7 +40,7 @@ def build_parser(doc=__doc__, save_formats=arguments.PIPELINE_FORMATS):
     return parser
 
 
-class SDXLTrainingModule(FullTraining):
+class SDXLTrainingModule(LatentDenoisingTraining):
     """Trains the UNet to denoise VAE latents, conditioned on the caption, the image's size and the crop."""
 
     title = "SDXL"
@@ -61,12 +55,13 @@ class SDXLTrainingModule(FullTraining):
         options = {"weights": not args.dry_run, "single_file_config": args.single_file_config}
         self.folder = SDXLFolder(*names, "--pretrained_model_name_or_path", *where, **options)
         self.folder.check_resolution(args.resolution)
-        self.scheduler = self.folder.load_scheduler(args.prediction_type, DDPMScheduler)
+        self.use_scheduler(self.load_scheduler(args.prediction_type, DDPMScheduler))
         with named_by_flags():
             self.timestep_weights = timestep_weights(
                 args.timestep_bias_strategy, self.scheduler.config.num_train_timesteps, args.timestep_bias_multiplier,
                 args.timestep_bias_portion, args.timestep_bias_begin, args.timestep_bias_end,
             )  # fmt: skip
+        self.folder.check_clip_skip(args.clip_skip)
         self.tokenizer, self.tokenizer_2 = self.folder.load("tokenizer"), self.folder.load("tokenizer_2")
         for name in ("text_encoder", "text_encoder_2", "vae"):
             self.load_later(name, self.folder.later(name))
@@ -74,6 +69,9 @@ class SDXLTrainingModule(FullTraining):
         save_memory(self.unet, args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention)
         if args.enable_npu_flash_attention:
             announce_plain_attention("ppdiffusers has no kernel for NPUs", "--enable_npu_flash_attention")
+
+    def load_scheduler(self, prediction_type, scheduler_class=None):
+        return self.folder.load_scheduler(prediction_type, self.args.rescale_betas_zero_snr, scheduler_class)
 
     @property
     def buckets(self):
@@ -86,18 +84,20 @@ class SDXLTrainingModule(FullTraining):
         refuse_small_image(row, args.min_image_size)
         size = size_for(*image.size, args.resolution, self.buckets)
         crop, top, left = fit(image, *size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
+        caption = vary_tags(draws, row["caption"], args.shuffle_tags, args.keep_tags, args.tag_dropout)
         is_dropped = draws.bernoulli("drop_caption", args.proportion_empty_prompts)
         zeros = self.folder.no_prompt_is_zeros
         return {
             "pixel_values": normalize_pixels(crop),
             "time_ids": np.float32([image.height, image.width, top, left, *size]),
-            **tokenize_caption(self.tokenizer, self.tokenizer_2, row["caption"], is_dropped, zeros),
+            **tokenize_caption(self.tokenizer, self.tokenizer_2, caption, is_dropped, zeros),
         }
 
     def encoding_settings(self):
         names = ["resolution", "center_crop", "random_flip", "image_interpolation_mode", "proportion_empty_prompts"]
+        names += ["shuffle_tags", "keep_tags", "tag_dropout"]
         return {
-            **{name: getattr(self.args, name) for name in [*names, "min_image_size"]},
+            **{name: getattr(self.args, name) for name in [*names, "min_image_size", "clip_skip"]},
             "buckets": self.buckets,
             "scaling_factor": self.folder.vae.config("vae").get("scaling_factor"),
             "no_prompt_is_zeros": self.folder.no_prompt_is_zeros,
@@ -111,33 +111,34 @@ class SDXLTrainingModule(FullTraining):
         """
         captions = {name: batch[name] for name in ("input_ids", "input_ids_2", "has_prompt")}
         if "text_encoder" in self.encoders:
-            captions = encode_captions(self.text_encoder, self.text_encoder_2, captions)
+            captions = encode_captions(self.text_encoder, self.text_encoder_2, captions, self.args.clip_skip)
         return {"latents": encode_images(self.vae, batch["pixel_values"]), **captions, "time_ids": batch["time_ids"]}
 
     def inspect_dataset(self, dataset):
         warn_of_small_images(dataset, self.args.resolution)
 
     def forward(self, encoded, draws):
-        latents, schedule = encoded["latents"], self.scheduler.alphas_cumprod
-        noise = draw_noise(draws, latents.shape[1:], self.args.noise_offset)
+        latents = encoded["latents"]
+        noise = self.draw_noise(draws, latents)
         timesteps = draw_timesteps(draws, self.scheduler.config.num_train_timesteps, self.timestep_weights)
         prediction = self.unet(
-            add_noise(schedule, latents, noise, timesteps),
+            self.add_noise(draws, latents, noise, timesteps),
             timesteps,
             encoder_hidden_states=encoded["prompt_embeds"],
             added_cond_kwargs={"text_embeds": encoded["pooled_prompt_embeds"], "time_ids": encoded["time_ids"]},
         ).sample
-        prediction_type = self.scheduler.config.prediction_type
-        return denoising_loss(prediction, prediction_type, schedule, latents, noise, timesteps, self.args.snr_gamma)
+        return self.denoising_loss(prediction, latents, noise, timesteps)
 
     def generate(self, prompts, seeds):
-        scheduler = self.folder.load_scheduler(self.scheduler.config.prediction_type)
+        scheduler = self.load_scheduler(self.scheduler.config.prediction_type)
         own = {name: getattr(self, name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
         pipeline = self.folder.pipeline(scheduler=scheduler, **own)
-        return generate_images(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        args = self.args
+        steps, clip_skip = args.validation_inference_steps, args.clip_skip or None
+        return generate_images(pipeline, prompts, seeds, args.resolution, steps, clip_skip=clip_skip)
 
     def save_pretrained(self, directory):
-        scheduler = self.folder.load_scheduler(self.scheduler.config.prediction_type)
+        scheduler = self.load_scheduler(self.scheduler.config.prediction_type)
         self.folder.export(directory, {"unet": self.unet, "scheduler": scheduler}, self.args.save_format)
 
     def card_data(self):

@@ -13,30 +13,27 @@ from ppdiffusers import DDPMScheduler
 
 from ppdiffusers_train.data.buckets import bucket_sizes, size_for
 from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
+from ppdiffusers_train.data.tags import draw_caption
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.job import FullTraining, job_main
+from ppdiffusers_train.job import LatentDenoisingTraining, job_main
 from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder, encode_images, encode_prompt
 from ppdiffusers_train.models.text import tokenize
 from ppdiffusers_train.models.unet import save_memory
-from ppdiffusers_train.objectives.denoising import denoising_loss, draw_noise, perturb_noise, rectify_noise
-from ppdiffusers_train.objectives.noise_schedule import add_noise
+from ppdiffusers_train.objectives.denoising import rectify_noise
 
 
 def build_parser(doc=__doc__, save_formats=arguments.PIPELINE_FORMATS):
     parser = arguments.ArgumentParser(description=doc.splitlines()[0])
-    arguments.add_pipeline_arguments(parser).add_argument(
-        "--prediction_type", choices=("epsilon", "v_prediction", "sample"),
-        help="Train the UNet to predict this; without it, what its scheduler says.",
-    )  # fmt: skip
+    arguments.add_prediction_arguments(arguments.add_pipeline_arguments(parser))
     arguments.add_image_arguments(parser)
-    arguments.add_perturbation_arguments(arguments.add_diffusion_arguments(parser, noise_offset=True))
+    arguments.add_dream_arguments(arguments.add_diffusion_arguments(parser, noise_offset=True))
     arguments.add_run_arguments(parser, "sd-model-finetuned", save_formats, num_validation_images=4)
     return parser
 
 
-class SDTrainingModule(FullTraining):
+class SDTrainingModule(LatentDenoisingTraining):
     """Trains the UNet to denoise VAE latents, conditioned on the caption."""
 
     title = "Stable Diffusion"
@@ -51,7 +48,8 @@ class SDTrainingModule(FullTraining):
         options = {"weights": not args.dry_run, "single_file_config": args.single_file_config}
         self.folder = StableDiffusionFolder(*names, "--pretrained_model_name_or_path", *where, **options)
         self.folder.check_resolution(args.resolution)
-        self.scheduler = self.folder.load_scheduler(args.prediction_type, DDPMScheduler)
+        self.folder.check_clip_skip(args.clip_skip)
+        self.use_scheduler(self.load_scheduler(args.prediction_type, DDPMScheduler))
         kind = self.scheduler.config.prediction_type
         if args.dream_training and kind != "epsilon":
             raise UserError(f"--dream_training: this model predicts {kind}; expected one that predicts epsilon")
@@ -60,24 +58,28 @@ class SDTrainingModule(FullTraining):
         self.tokenizer, self.unet = self.folder.load("tokenizer"), self.folder.load("unet")
         save_memory(self.unet, args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention)
 
+    def load_scheduler(self, prediction_type, scheduler_class=None):
+        return self.folder.load_scheduler(prediction_type, self.args.rescale_betas_zero_snr, scheduler_class)
+
     @property
     def buckets(self):
         return bucket_sizes(self.args.resolution) if self.args.aspect_ratio_buckets else ()
 
     def preprocess(self, row, draws):
         """pixel_values [3, H, W]; input_ids [L], those of an empty text where the caption is dropped."""
-        args, image, caption = self.args, row["image"], row["caption"]
+        args, image = self.args, row["image"]
         refuse_small_image(row, args.min_image_size)
         size = size_for(*image.size, args.resolution, self.buckets)
         image, *_ = fit(image, *size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
-        if draws.bernoulli("drop_caption", args.proportion_empty_prompts):
-            caption = ""
+        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout
+        caption = draw_caption(draws, row["caption"], *how)
         return {"pixel_values": normalize_pixels(image), "input_ids": tokenize(self.tokenizer, caption)[0]}
 
     def encoding_settings(self):
-        names = ("resolution", "image_interpolation_mode", "center_crop", "random_flip", "proportion_empty_prompts")
+        names = ["resolution", "image_interpolation_mode", "center_crop", "random_flip", "proportion_empty_prompts"]
+        names += ["shuffle_tags", "keep_tags", "tag_dropout"]
         return {
-            **{name: getattr(self.args, name) for name in (*names, "min_image_size")},
+            **{name: getattr(self.args, name) for name in [*names, "min_image_size", "clip_skip"]},
             "buckets": self.buckets,
             "scaling_factor": self.folder.vae.config("vae").get("scaling_factor"),
             "tokenizer": self.tokenizer.get_vocab(),
@@ -86,32 +88,35 @@ class SDTrainingModule(FullTraining):
     def encode(self, batch):
         """latents [B, 4, h, w], scaled; prompt_embeds [B, L, D]."""
         latents = encode_images(self.vae, batch["pixel_values"])
-        return {"latents": latents, "prompt_embeds": encode_prompt(self.text_encoder, batch["input_ids"])}
+        embeds = encode_prompt(self.text_encoder, batch["input_ids"], self.args.clip_skip)
+        return {"latents": latents, "prompt_embeds": embeds}
 
     def inspect_dataset(self, dataset):
         warn_of_small_images(dataset, self.args.resolution)
 
     def forward(self, encoded, draws):
         args, latents, prompt_embeds = self.args, encoded["latents"], encoded["prompt_embeds"]
-        schedule, kind = self.scheduler.alphas_cumprod, self.scheduler.config.prediction_type
-        noise = draw_noise(draws, latents.shape[1:], args.noise_offset)
+        schedule = self.scheduler.alphas_cumprod
+        noise = self.draw_noise(draws, latents)
         timesteps = draws.integers("timesteps", 0, len(schedule))
-        noisy = add_noise(schedule, latents, perturb_noise(draws, noise, args.input_perturbation), timesteps)
+        noisy = self.add_noise(draws, latents, noise, timesteps)
         if args.dream_training:
             with paddle.no_grad():
                 own = self.unet(noisy, timesteps, prompt_embeds).sample
             noisy, noise = rectify_noise(schedule, noisy, noise, timesteps, own, args.dream_detail_preservation)
         prediction = self.unet(noisy, timesteps, prompt_embeds).sample
-        return denoising_loss(prediction, kind, schedule, latents, noise, timesteps, args.snr_gamma)
+        return self.denoising_loss(prediction, latents, noise, timesteps)
 
     def generate(self, prompts, seeds):
-        scheduler = self.folder.load_scheduler(self.scheduler.config.prediction_type)
+        scheduler = self.load_scheduler(self.scheduler.config.prediction_type)
         own = {name: getattr(self, name) for name in ("unet", "vae", "text_encoder")}
         pipeline = self.folder.pipeline(scheduler=scheduler, **own)
-        return generate_images(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        args = self.args
+        steps, clip_skip = args.validation_inference_steps, args.clip_skip or None
+        return generate_images(pipeline, prompts, seeds, args.resolution, steps, clip_skip=clip_skip)
 
     def save_pretrained(self, directory):
-        scheduler = self.folder.load_scheduler(self.scheduler.config.prediction_type)
+        scheduler = self.load_scheduler(self.scheduler.config.prediction_type)
         self.folder.export(directory, {"unet": self.unet, "scheduler": scheduler}, self.args.save_format)
 
     def card_data(self):

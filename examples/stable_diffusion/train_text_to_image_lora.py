@@ -45,7 +45,8 @@ class SDLoRATrainingModule(LoRATraining, SDTrainingModule):
 
     def forward(self, encoded, draws):
         if self.adapted:
-            encoded = {**encoded, "prompt_embeds": encode_prompt(self.text_encoder, encoded["input_ids"])}
+            embeds = encode_prompt(self.text_encoder, encoded["input_ids"], self.args.clip_skip)
+            encoded = {**encoded, "prompt_embeds": embeds}
         return super().forward(encoded, draws)
 
 

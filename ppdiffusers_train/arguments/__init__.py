@@ -4,20 +4,23 @@ A script builds its parser from the groups it needs and adds its own. The parser
 keys are the flags' names (the command line wins), and reports every mistake in one line with exit status 2.
 """
 
+from ppdiffusers_train.arguments.diffusion import (
+    add_diffusion_arguments,
+    add_dream_arguments,
+    add_flow_matching_arguments,
+    add_prediction_arguments,
+    add_timestep_arguments,
+)
 from ppdiffusers_train.arguments.jobs import (
     INTERPOLATION_MODES,
     add_crop_arguments,
-    add_diffusion_arguments,
     add_distillation_arguments,
-    add_flow_matching_arguments,
     add_image_arguments,
     add_kandinsky_arguments,
     add_kandinsky_lora_arguments,
     add_lora_arguments,
-    add_perturbation_arguments,
     add_pipeline_arguments,
     add_student_arguments,
-    add_timestep_arguments,
 )
 from ppdiffusers_train.arguments.output import (
     PIPELINE_FORMATS,
@@ -43,10 +46,10 @@ from ppdiffusers_train.arguments.parser import (
 
 __all__ = [  # for scripts, besides the groups below
     "ArgumentParser", "Flag", "INTERPOLATION_MODES", "add_crop_arguments", "add_diffusion_arguments",
-    "add_distillation_arguments", "add_flow_matching_arguments", "add_image_arguments", "add_kandinsky_arguments",
-    "add_kandinsky_lora_arguments", "add_lora_arguments", "add_perturbation_arguments", "add_pipeline_arguments",
-    "add_student_arguments", "add_timestep_arguments", "add_output_arguments", "add_reporting_arguments",
-    "add_validation_arguments", "PIPELINE_FORMATS", "SAVE_FORMATS",
+    "add_distillation_arguments", "add_dream_arguments", "add_flow_matching_arguments", "add_image_arguments",
+    "add_kandinsky_arguments", "add_kandinsky_lora_arguments", "add_lora_arguments", "add_pipeline_arguments",
+    "add_prediction_arguments", "add_student_arguments", "add_timestep_arguments", "add_output_arguments",
+    "add_reporting_arguments", "add_validation_arguments", "PIPELINE_FORMATS", "SAVE_FORMATS",
 ]  # fmt: skip
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")

@@ -1,11 +1,11 @@
-"""Flags of single jobs, in titled groups: their models, images, losses and LoRA layers. The jobs read them.
+"""Flags of single jobs, in titled groups: their models, images, distillation and LoRA layers. The jobs read them.
 
 Scripts import them from `ppdiffusers_train.arguments`, like the flags that all runs need.
 """
 
-from ppdiffusers_train.arguments.parser import Flag, non_negative_float, positive_float, positive_int, unit_float
+from ppdiffusers_train.arguments.diffusion import add_dropout_arguments
+from ppdiffusers_train.arguments.parser import Flag, positive_float, positive_int, unit_float
 
-TIMESTEP_BIAS_STRATEGIES = ("none", "earlier", "later", "range")
 INTERPOLATION_MODES = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest-exact")
 
 
@@ -82,106 +82,6 @@ def add_crop_arguments(parser):
     return group
 
 
-def add_diffusion_arguments(parser, noise_offset=False):
-    """How the denoising loss is computed, read by the jobs; `noise_offset` where there are latents to offset."""
-    group = parser.add_argument_group("diffusion")
-    group.add_argument(
-        "--snr_gamma", type=positive_float,
-        help="Weight losses by min-SNR with this gamma, 5.0 in the paper; without it, losses are not weighted.",
-    )  # fmt: skip
-    add_empty_prompts_argument(group)
-    if noise_offset:
-        group.add_argument(
-            "--noise_offset", type=non_negative_float, default=0.0,
-            help="Add a random offset of this scale to the noise of each channel; 0 adds none.",
-        )  # fmt: skip
-    return group
-
-
-def add_perturbation_arguments(group):
-    """How the input of the denoising loss differs from what its target is made of, read by the jobs that have it."""
-    add = group.add_argument
-    add(
-        "--input_perturbation", type=non_negative_float, default=0.0,
-        help="Add further noise of this scale to the input, but not to the target; 0 adds none, 0.1 is the paper's "
-        "value.",
-    )  # fmt: skip
-    add(
-        "--dream_training", action=Flag,
-        help="Add the model's own error to its input and target (DREAM), which takes one more forward pass per step.",
-    )  # fmt: skip
-    power = "Weigh that error by this power of the share of noise; higher values keep more detail."
-    add("--dream_detail_preservation", type=non_negative_float, default=1.0, help=power)
-
-
-def add_empty_prompts_argument(group):
-    """How often a sample is trained without its conditioning, for classifier-free guidance: read by the jobs."""
-    group.add_argument(
-        "--proportion_empty_prompts", type=unit_float, default=0.0,
-        help="Drop captions with this probability, for classifier-free guidance.",
-    )  # fmt: skip
-
-
-def add_flow_matching_arguments(parser):
-    """How often timesteps of a flow are sampled, and how their losses are weighted, read by the jobs of SD3."""
-    group = parser.add_argument_group("flow matching")
-    add = group.add_argument
-    add(
-        "--weighting_scheme", choices=("uniform", "logit-normal", "mode", "bell"), default="logit-normal",
-        type=lambda name: name.replace("_", "-"),
-        help="Sample timesteps with this density; bell samples uniformly and weights losses most in the middle.",
-    )  # fmt: skip
-    add(
-        "--logit_mean", type=float, default=0.0,
-        help="Use this mean of the logit-normal density; a mean above 0 favours noise.",
-    )  # fmt: skip
-    add("--logit_std", type=float, default=1.0, help="Use this standard deviation of the logit-normal density.")
-    add(
-        "--mode_scale", type=float, default=1.29,
-        help="Use this scale of the mode density; above 0, it favours the middle.",
-    )  # fmt: skip
-    add(
-        "--shift", type=positive_float,
-        help="Shift timesteps towards noise by this factor; without it, by that of the pipeline's scheduler.",
-    )  # fmt: skip
-    add(
-        "--min_timestep_boundary", type=float, default=0.0,
-        help="Train timesteps from this fraction of the way from noise (0) to image (1) on.",
-    )  # fmt: skip
-    add(
-        "--max_timestep_boundary", type=float, default=1.0,
-        help="Train timesteps up to this fraction of the way from noise (0) to image (1).",
-    )  # fmt: skip
-    add_empty_prompts_argument(group)
-    return group
-
-
-def add_timestep_arguments(parser):
-    """Which timesteps are sampled more often, read by the jobs."""
-    group = parser.add_argument_group("timesteps")
-    group.add_argument(
-        "--timestep_bias_strategy", choices=TIMESTEP_BIAS_STRATEGIES, default="none",
-        help="Sample these timesteps more often than others.",
-    )  # fmt: skip
-    group.add_argument(
-        "--timestep_bias_multiplier", type=float, default=1.0,
-        help="Multiply their probability by this factor.",
-    )  # fmt: skip
-    group.add_argument(
-        "--timestep_bias_begin", type=int, default=0,
-        help="Begin the strategy `range` at this timestep.",
-    )  # fmt: skip
-    group.add_argument(
-        "--timestep_bias_end", type=int, default=1000,
-        help="End the strategy `range` before this timestep.",
-    )  # fmt: skip
-    group.add_argument(
-        "--timestep_bias_portion", type=float, default=0.25,
-        help="Apply the strategies `earlier` and `later` to this fraction of all timesteps.",
-    )  # fmt: skip
-    return group
-
-
 def add_distillation_arguments(parser):
     """The teacher, and how a student with few steps is distilled from it, read by the jobs of latent consistency."""
     models = parser.add_argument_group("models")
@@ -228,7 +128,7 @@ def add_distillation_arguments(parser):
         "--interpolation_type", choices=INTERPOLATION_MODES, default="bilinear",
         help="Resize images with this interpolation.",
     )  # fmt: skip
-    add_empty_prompts_argument(group)
+    add_dropout_arguments(group)
     group.add_argument(
         "--vae_encode_batch_size", type=positive_int, default=1,
         help="Encode this many samples together: more are faster on a GPU; with 1, a sample's encoding has the same "

@@ -12,7 +12,9 @@ REFUSED = {
     # What is trained, and for which objective: the weights of the checkpoint would become a mixture.
     *("prediction_type", "lora_rank", "lora_alpha", "lora_target_modules", "trainable_modules", "train_text_encoder"),
     *("snr_gamma", "noise_offset", "loss_type", "huber_c", "t5", "shift"),
-    *("input_perturbation", "dream_training", "dream_detail_preservation"),
+    *("input_perturbation", "dream_training", "dream_detail_preservation", "huber_schedule", "debiased_loss"),
+    *("rescale_betas_zero_snr", "scale_v_pred_loss_like_noise_pred", "clip_skip"),
+    *("multires_noise_discount", "multires_noise_iterations"),
     *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "min_timestep_boundary", "max_timestep_boundary"),
     *(f"timestep_bias_{name}" for name in ("strategy", "multiplier", "begin", "end", "portion")),
     *("num_ddim_timesteps", "timestep_scaling_factor", "unet_time_cond_proj_dim", "w_min", "w_max"),
@@ -26,6 +28,7 @@ APPLIED = {
     *("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps"),
     *("resolution", "center_crop", "random_flip", "image_interpolation_mode", "interpolation_type", "min_image_size"),
     *("use_fix_crop_and_size", "proportion_empty_prompts", "encoded_cache", "cache_variants", "cast_teacher_unet"),
+    *("shuffle_tags", "keep_tags", "tag_dropout"),
     *("mixed_precision", "amp_level", "allow_tf32", "max_bad_samples", "skip_nonfinite"),
     *("use_ema", "use_8bit_adam"),  # `TrainingState.load_optimizer` converts what the checkpoint has
 }

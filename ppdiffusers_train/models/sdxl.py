@@ -24,6 +24,7 @@ class SDXLFolder(StableDiffusionFolder):
     }
     options = {"add_watermarker": False}
     kept_settings = ("force_zeros_for_empty_prompt",)
+    unused_layers = 1
 
     @cached_property
     def no_prompt_is_zeros(self) -> bool:
@@ -42,23 +43,23 @@ def tokenize_caption(tokenizer, tokenizer_2, caption: str, is_dropped: bool, no_
     }
 
 
-def encode_captions(text_encoder, text_encoder_2, tokens: dict) -> dict:
+def encode_captions(text_encoder, text_encoder_2, tokens: dict, clip_skip: int = 0) -> dict:
     """prompt_embeds [B, L, D1 + D2], pooled_prompt_embeds [B, D] of the stacked results of `tokenize_caption`."""
     embeds, pooled = encode_prompts(
-        text_encoder, text_encoder_2, tokens["input_ids"], tokens["input_ids_2"], tokens["has_prompt"]
+        text_encoder, text_encoder_2, tokens["input_ids"], tokens["input_ids_2"], tokens["has_prompt"], clip_skip
     )
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-def encode_prompts(text_encoder, text_encoder_2, input_ids, input_ids_2, has_prompt=None) -> tuple:
+def encode_prompts(text_encoder, text_encoder_2, input_ids, input_ids_2, has_prompt=None, clip_skip=0) -> tuple:
     """Token ids [B, L] of both tokenizers -> prompt embeddings [B, L, D1 + D2], pooled embedding [B, D].
 
     The penultimate hidden states of both encoders, and the second one's projection (Podell et al. 2023, arXiv
-    2307.01952, section 2.1); zeros where `has_prompt` [B] is 0.
+    2307.01952, section 2.1), or those `clip_skip` layers before; zeros where `has_prompt` [B] is 0.
     """
     first = text_encoder(input_ids, output_hidden_states=True)
     second = text_encoder_2(input_ids_2, output_hidden_states=True)
-    hidden = paddle.concat([first.hidden_states[-2], second.hidden_states[-2]], axis=-1)
+    hidden = paddle.concat([states.hidden_states[-2 - clip_skip] for states in (first, second)], axis=-1)
     embeds, pooled = as_computed(text_encoder_2, hidden), second[0]
     if has_prompt is None:
         return embeds, pooled

@@ -1,8 +1,9 @@
 """Stable Diffusion on disk, and how its text encoder and VAE encode a sample."""
 
+import inspect
 from pathlib import Path
 
-from ppdiffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from ppdiffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, schedulers
 from ppdiffusers.transformers import CLIPTextModel, CLIPTokenizer
 
 from ppdiffusers_train.errors import UserError
@@ -37,6 +38,7 @@ class StableDiffusionFolder:
     # Arguments of the pipeline besides its parts. Validation images need no safety checker.
     options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     kept_settings = ("requires_safety_checker",)
+    unused_layers = 0  # of text encoders, at their end
 
     def __init__(
         self, name_or_path, vae, flag, cache_dir=None, revision=None, variant=None, weights=True,
@@ -77,12 +79,18 @@ class StableDiffusionFolder:
         """A part, as the pipeline's class or as `part_class`."""
         return self.folder(part).load(part, part_class or self.part_class(part))
 
-    def load_scheduler(self, prediction_type=None, scheduler_class=None):
-        """The scheduler, the pipeline's own or of another class, with another prediction type where one is given."""
+    def load_scheduler(self, prediction_type=None, zero_snr=False, scheduler_class=None):
+        """The scheduler, the pipeline's own or of another class, with another prediction type where one is given.
+
+        Args:
+            zero_snr: whether its last timestep is to be pure noise.
+        Raises:
+            UserError: it is, but the model predicts that noise.
+        """
         scheduler = self.load("scheduler", scheduler_class)
         if prediction_type:
             scheduler.register_to_config(prediction_type=prediction_type)
-        return scheduler
+        return with_zero_snr(scheduler) if zero_snr else scheduler
 
     def later(self, part: str):
         """A model of the pipeline that is loaded when it is used."""
@@ -98,6 +106,13 @@ class StableDiffusionFolder:
         if resolution % factor:
             raise UserError(f"--resolution: {resolution} does not fit this VAE; expected a multiple of {factor}")
 
+    def check_clip_skip(self, clip_skip: int) -> None:
+        """Raise a `UserError` unless each text encoder has a layer left to use."""
+        encoders = [part for part in self.parts if part.startswith("text_encoder")]
+        layers = min(self.base.config(part)["num_hidden_layers"] for part in encoders) - self.unused_layers
+        if clip_skip >= layers:
+            raise UserError(f"--clip_skip: {clip_skip} of {layers} layers; expected less than {layers}")
+
     def pixels_per_token(self) -> int:
         """Side, in pixels, of the square that becomes one position of the model's input."""
         return 2 ** (len(self.vae.config("vae")["block_out_channels"]) - 1)
@@ -111,6 +126,8 @@ class StableDiffusionFolder:
         """Write a folder for the pipeline's `from_pretrained`: `own` parts saved, the others unchanged. As a
         "single_file", the folder holds one file, `model.safetensors`."""
         parts = {name: (self.folder(name), name, self.part_class(name)) for name in self.parts}
+        if "scheduler" in own:
+            parts["scheduler"] = (self.base, "scheduler", type(own["scheduler"]))
         kind = self.pipeline_class.__name__
         if save_format == "single_file":
             for words in export_single_file(Path(directory) / FILE, kind, parts, own):
@@ -137,9 +154,31 @@ def family_of(class_name: str):
     return next((family for family in FAMILIES if class_name.startswith(family)), None)
 
 
-def encode_prompt(text_encoder, input_ids):
-    """Token ids [B, L] -> prompt embeddings [B, L, D]: the last hidden states."""
-    return as_computed(text_encoder, text_encoder(input_ids)[0])
+def with_zero_snr(scheduler):
+    """A scheduler whose betas are rescaled to zero terminal SNR (Lin et al. 2023, arXiv 2305.08891, algorithm 1), and
+    which begins to generate at the last timestep (section 3.3 there). A DDIM scheduler where its class cannot do that.
+
+    Raises:
+        UserError: the model predicts epsilon.
+    """
+    if scheduler.config.prediction_type == "epsilon":
+        raise UserError(
+            "--rescale_betas_zero_snr: this model predicts epsilon, which is its input where that is pure noise; "
+            "expected --prediction_type v_prediction"
+        )
+    settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    kind = type(scheduler)
+    if "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
+        kind, settings["clip_sample"] = schedulers.DDIMScheduler, False  # latents have no limits
+    return kind.from_config(scheduler.config, **settings)
+
+
+def encode_prompt(text_encoder, input_ids, clip_skip: int = 0):
+    """Token ids [B, L] -> prompt embeddings [B, L, D]: the last hidden states, or those `clip_skip` layers before."""
+    if not clip_skip:
+        return as_computed(text_encoder, text_encoder(input_ids)[0])
+    states = text_encoder(input_ids, output_hidden_states=True).hidden_states[-1 - clip_skip]
+    return as_computed(text_encoder, text_encoder.text_model.final_layer_norm(states))
 
 
 def encode_images(vae, pixels):

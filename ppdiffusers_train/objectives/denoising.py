@@ -1,7 +1,11 @@
 """What all denoising jobs share: the noise that is added, and the loss of the prediction."""
 
-from ppdiffusers_train.objectives.losses import mse_loss
+from ppdiffusers_train.objectives.losses import huber_loss, mse_loss
+from ppdiffusers_train.objectives.multires_noise import coarse_noise
 from ppdiffusers_train.objectives.noise_schedule import (
+    debiased_weights,
+    epsilon_like_weights,
+    huber_thresholds,
     min_snr_weights,
     offset_noise,
     per_sample,
@@ -9,13 +13,20 @@ from ppdiffusers_train.objectives.noise_schedule import (
     training_target,
 )
 
+MULTIRES_ITERATIONS, HUBER_C, HUBER_SCHEDULE = 6, 0.1, "snr"  # where a flag does not say it
 
-def draw_noise(draws, shape, offset_strength: float = 0.0):
-    """Noise [B, *shape] for samples of `shape` [C, H, W], plus offset noise where `offset_strength` is not 0."""
+
+def draw_noise(draws, shape, offset_strength: float = 0.0, discount: float = 0.0, iterations=None):
+    """Noise [B, *shape] for samples of `shape` [C, H, W], plus offset noise where `offset_strength` is not 0, plus
+    `coarse_noise` where `discount` is not 0; each sample's noise is then scaled back to a standard deviation of 1."""
     noise = draws.normal("noise", shape)
-    if not offset_strength:
+    if offset_strength:
+        noise = offset_noise(noise, draws.normal("noise_offset", [shape[0], 1, 1]), offset_strength)
+    if not discount:
         return noise
-    return offset_noise(noise, draws.normal("noise_offset", [shape[0], 1, 1]), offset_strength)
+    levels = MULTIRES_ITERATIONS if iterations is None else iterations
+    noise = noise + draws.each(lambda row: coarse_noise(row, shape, discount, levels))
+    return noise / per_sample(noise.flatten(1).std(1), noise)
 
 
 def perturb_noise(draws, noise, strength: float = 0.0):
@@ -43,15 +54,60 @@ def rectify_noise(alphas_cumprod, noisy, noise, timesteps, prediction, detail_pr
     return noisy + deviation * difference, noise + difference
 
 
-def denoising_loss(prediction, prediction_type, alphas_cumprod, sample, noise, timesteps, snr_gamma=None):
-    """The mean squared error of a prediction, with min-SNR weights where a γ is given. [B, …] -> a scalar, float32.
+def denoising_loss(prediction, prediction_type, alphas_cumprod, sample, noise, timesteps, weighting=None, huber=None):
+    """The squared error or Huber loss of a prediction, weighted by timestep if asked for. [B, …] -> a scalar, float32.
 
     Args:
         prediction: a model's output for `add_noise(alphas_cumprod, sample, noise, timesteps)`.
-        snr_gamma: γ of `min_snr_weights`, or None.
+        weighting: weights [B] from SNR [B] and prediction type, such as `debiased_weights`; `None` for equal weights.
+        huber: (loss type, threshold, its schedule) of `huber_loss` and `huber_thresholds`; `None` for squared errors.
     """
     target = training_target(prediction_type, alphas_cumprod, sample, noise, timesteps)
-    if snr_gamma is None:
-        return mse_loss(prediction, target)
     snr = signal_to_noise_ratio(alphas_cumprod, timesteps)
-    return mse_loss(prediction, target, min_snr_weights(snr, snr_gamma, prediction_type))
+    weights = weighting(snr, prediction_type) if weighting else None
+    if huber is None:
+        return mse_loss(prediction, target, weights)
+    loss_type, c, schedule = huber
+    thresholds = huber_thresholds(schedule, c, alphas_cumprod, timesteps)
+    return huber_loss(prediction, target, thresholds, loss_type == "smooth_l1", weights)
+
+
+def snr_weighting(snr_gamma, debiased_loss: bool, scale_v_pred_loss_like_noise_pred: bool, prediction_type: str):
+    """The `weighting` of `denoising_loss` that these flags ask for.
+
+    Raises:
+        ValueError: they exclude each other, or do not fit the prediction type.
+    """
+    if debiased_loss and snr_gamma is not None:
+        raise ValueError("debiased_loss: both this flag and --snr_gamma weight the loss; expected one of them")
+    if not scale_v_pred_loss_like_noise_pred:
+        if snr_gamma is None:
+            return debiased_weights if debiased_loss else None
+        return lambda snr, kind: min_snr_weights(snr, snr_gamma, kind)
+    name = "scale_v_pred_loss_like_noise_pred"
+    if prediction_type != "v_prediction":
+        raise ValueError(f"{name}: this model predicts {prediction_type}; expected one that predicts v_prediction")
+    if debiased_loss or snr_gamma is not None:
+        other = "--debiased_loss" if debiased_loss else "--snr_gamma"
+        raise ValueError(f"{name}: both this flag and {other} weight the loss; expected one of them")
+    return lambda snr, kind: epsilon_like_weights(snr)
+
+
+def huber_settings(loss_type: str, c, schedule) -> tuple | None:
+    """The `huber` of `denoising_loss` that these flags ask for; c and schedule may be None.
+
+    Raises:
+        ValueError: one of them is given with squared errors.
+    """
+    given = [name for name, value in (("huber_c", c), ("huber_schedule", schedule)) if value is not None]
+    if loss_type == "l2":
+        if given:
+            raise ValueError(f"{given[0]}: --loss_type is l2, which has no threshold; expected huber or smooth_l1")
+        return None
+    return loss_type, HUBER_C if c is None else c, HUBER_SCHEDULE if schedule is None else schedule
+
+
+def check_multires(discount: float, iterations) -> None:
+    """Raise a ValueError if a number of levels of coarse noise is given, but no coarse noise."""
+    if iterations is not None and not discount:
+        raise ValueError("multires_noise_iterations: --multires_noise_discount is 0, so there is no such noise")

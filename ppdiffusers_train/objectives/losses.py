@@ -10,9 +10,7 @@ def mse_loss(prediction, target, weights=None):
     Returns:
         A scalar.
     """
-    squared_error = (prediction.astype("float32") - target.astype("float32")).square()
-    per_sample = squared_error.flatten(1).mean(1)
-    return (per_sample if weights is None else per_sample * weights).mean()
+    return weighted_mean(difference(prediction, target).square(), weights)
 
 
 def pseudo_huber_loss(prediction, target, c: float):
@@ -21,5 +19,32 @@ def pseudo_huber_loss(prediction, target, c: float):
     Charbonnier et al. 1994; Song & Dhariwal 2023, arXiv 2310.14189, section 3.3, with one root per element instead of
     one per sample, as latent consistency models are trained. [B, …] -> a scalar.
     """
-    difference = prediction.astype("float32") - target.astype("float32")
-    return ((difference.square() + c * c).sqrt() - c).flatten(1).mean(1).mean()
+    return weighted_mean(charbonnier(difference(prediction, target), c))
+
+
+def huber_loss(prediction, target, c, is_smooth_l1: bool, weights=None):
+    """The same with a c for each sample [B] and the factor 2c, with which it is (prediction - target)² far below c; or,
+    for smooth L1, the factor 2, with which it is 2 |prediction - target| far above c.
+
+    Khrapov et al. 2024, "Improving diffusion models's data-corruption resistance using scheduled pseudo-Huber loss",
+    arXiv 2403.16728; the two factors are those of diffusers' and kohya's trainers. [B, …] -> a scalar.
+    """
+    error = difference(prediction, target)
+    c = c.reshape([-1] + [1] * (error.ndim - 1))
+    return weighted_mean((2 if is_smooth_l1 else 2 * c) * charbonnier(error, c), weights)
+
+
+def charbonnier(error, c):
+    """√(error² + c²) - c of each element."""
+    return (error.square() + c * c).sqrt() - c
+
+
+def difference(prediction, target):
+    """prediction - target in float32."""
+    return prediction.astype("float32") - target.astype("float32")
+
+
+def weighted_mean(errors, weights=None):
+    """mean_i( w_i · mean(errors_i) ) of errors [B, …] and weights [B]."""
+    per_sample = errors.flatten(1).mean(1)
+    return (per_sample if weights is None else per_sample * weights).mean()

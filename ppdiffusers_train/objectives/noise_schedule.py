@@ -4,7 +4,11 @@ Throughout, `alphas_cumprod` [T] float32 holds ᾱ_t, the product of (1 - β_s) 
 section 2), and `timesteps` [B] int64 indexes it. Per-sample coefficients are broadcast over all other axes of a sample.
 """
 
+import math
+
 import paddle
+
+HIGHEST_SNR = 1000.0  # the limit of kohya's trainer, for weights that grow or vanish without noise
 
 
 def per_sample(values, like):
@@ -52,6 +56,43 @@ def offset_noise(noise, offset_per_channel, strength: float):
     noise", www.crosslabs.org/blog/diffusion-with-offset-noise).
     """
     return noise + strength * offset_per_channel
+
+
+def debiased_weights(snr, prediction_type: str):
+    """Loss weights 1 / √SNR for epsilon (Yu et al. 2023, arXiv 2310.08442, eq. 10). [B] -> [B].
+
+    For sample prediction, whose squared error times SNR is that of epsilon, √SNR; for v_prediction 1 / (SNR + 1), as
+    kohya's trainer has it, which weights the error of the sample by 1. SNR counts as at most `HIGHEST_SNR`.
+    """
+    snr = paddle.clip(snr, max=HIGHEST_SNR)
+    if prediction_type == "epsilon":
+        return 1 / snr.sqrt()
+    return 1 / (snr + 1) if prediction_type == "v_prediction" else snr.sqrt()
+
+
+def epsilon_like_weights(snr):
+    """SNR / (SNR + 1): the squared error of v times this is that of epsilon. [B] -> [B]. SNR is limited as above."""
+    snr = paddle.clip(snr, max=HIGHEST_SNR)
+    return snr / (snr + 1)
+
+
+def huber_thresholds(schedule: str, c: float, alphas_cumprod, timesteps):
+    """Where the Huber loss turns from quadratic to linear, at each timestep. [B] -> [B] float32.
+
+    "constant": c. "exponential": c^(t / T), from 1 at t = 0. "snr": c + (1 - c) / (1 + σ_t)² with the noise σ_t = √(1 /
+    SNR), from 1 without noise to c (Khrapov et al. 2024, arXiv 2403.16728, section 3.3).
+
+    Raises:
+        ValueError: for any other schedule.
+    """
+    if schedule == "constant":
+        return paddle.full(timesteps.shape, c, "float32")
+    if schedule == "exponential":
+        return paddle.exp(timesteps.astype("float32") * (math.log(c) / len(alphas_cumprod)))
+    if schedule == "snr":
+        sigma = 1 / signal_to_noise_ratio(alphas_cumprod, timesteps).sqrt()
+        return c + (1 - c) / (1 + sigma).square()
+    raise ValueError(f"schedule {schedule!r} is none of constant, exponential, snr")
 
 
 def min_snr_weights(snr, gamma: float, prediction_type: str):

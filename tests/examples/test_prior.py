@@ -12,7 +12,7 @@ from ppdiffusers import DiffusionPipeline, KandinskyV22CombinedPipeline, UnCLIPS
 
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import Draws
-from tests.conftest import copy_photos, distance, encode, encoded_samples, same, scalars, weights
+from tests.conftest import LEVERS, copy_photos, distance, encode, encoded_samples, first_losses, same, scalars, weights
 
 
 def test_the_guides_snippet_draws_with_the_trained_prior_and_any_decoder(train, kandinsky):
@@ -64,8 +64,9 @@ def test_padding_is_masked(build, photos):
     assert float(module(seen, Draws(0, [0, 1]))) != loss
 
 
-def test_min_snr_weighs_by_the_clipped_ratio(train):
-    assert scalars(train("prior", out="plain"))[0] != scalars(train("prior", "--snr_gamma=5", out="weighed"))[0]
+def test_each_flag_of_the_loss_changes_it(build):
+    losses = first_losses(lambda *flags: build("prior", *flags), [], *LEVERS)
+    assert len({*losses}) == len(losses), losses
 
 
 @pytest.mark.once

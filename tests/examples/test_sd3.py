@@ -25,6 +25,7 @@ from tests.conftest import (
     copy_photos,
     encode,
     encoded_samples,
+    first_losses,
     kept_for_backward,
     optimizer_state,
     same,
@@ -160,6 +161,12 @@ def test_the_loss_is_the_weighted_error_of_the_velocity(build_sd3_module):
     errors = ((prediction - (noise - encoded["latents"])) ** 2).mean([1, 2, 3])
     expected = float((errors * module.weights[steps]).mean())
     assert loss == pytest.approx(expected, rel=1e-5) and loss != pytest.approx(float(errors.mean()), rel=1e-2)
+
+
+@pytest.mark.once
+def test_the_perturbation_of_the_input_changes_the_loss(build_sd3_module):
+    losses = first_losses(lambda *flags: build_sd3_module("sd3", *flags), [], ["--ip_noise_gamma=0.3"])
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.once

@@ -144,11 +144,12 @@ def test_the_cached_latents_are_those_of_the_crop_that_their_time_ids_name(
     assert len(found) == len(entries) == 14
 
 
-def test_prompts_are_encoded_as_the_pipeline_encodes_them(build_sdxl_module, sdxl):
-    module, pipe = build_sdxl_module("sdxl"), load_pipeline(sdxl)
+@pytest.mark.parametrize("clip_skip", [0, 1])
+def test_prompts_are_encoded_as_the_pipeline_encodes_them(build_sdxl_module, sdxl, clip_skip):
+    module, pipe = build_sdxl_module("sdxl", f"--clip_skip={clip_skip}"), load_pipeline(sdxl)
     rows = build_dataset(module.args)
     encoded = encode(module, rows, [0])
-    expected = pipe.encode_prompt(rows[0]["caption"], do_classifier_free_guidance=False)
+    expected = pipe.encode_prompt(rows[0]["caption"], do_classifier_free_guidance=False, clip_skip=clip_skip or None)
     assert np.array_equal(encoded["prompt_embeds"].numpy(), expected[0].numpy())
     assert np.array_equal(encoded["pooled_prompt_embeds"].numpy(), expected[2].numpy())
     ids = pipe._get_add_time_ids((3, 4), (5, 6), (64, 64), "float32", text_encoder_projection_dim=32)
@@ -342,7 +343,7 @@ def refused(capsys, run, status=2):
         ("--timestep_bias_strategy=range --timestep_bias_end=1001", "expected 0 <= begin < end <= 1000"),
         (
             "--proportion_empty_prompts=1.5",
-            "--proportion_empty_prompts: '1.5' is not a number from 0 to below 1",
+            "/--caption_dropout_rate: '1.5' is not a number from 0 to below 1",
         ),
         ("--image_interpolation_mode=sinc", "--image_interpolation_mode: invalid choice: 'sinc'"),
         (

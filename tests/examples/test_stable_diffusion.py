@@ -3,6 +3,7 @@
 import ppdiffusers_train  # noqa: F401
 
 import json
+import shutil
 
 import numpy as np
 import paddle
@@ -13,8 +14,11 @@ from ppdiffusers import StableDiffusionPipeline
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import RowDraws
 from tests.conftest import (
+    LEVERS,
+    OF_LATENTS,
     encode,
     encoded_samples,
+    first_losses,
     last_error,
     optimizer_state,
     same,
@@ -62,7 +66,7 @@ def test_their_flags_mean_what_those_of_the_sdxl_scripts_mean(sd_jobs, sdxl_jobs
     for ours, theirs in (("sd", "sdxl"), ("lora_sd", "lora_sdxl")):
         own = {action.dest: action for action in sd_jobs[ours].build_parser()._actions}
         other = {action.dest: action for action in sdxl_jobs[theirs].build_parser()._actions}
-        assert own.keys() - other.keys() == {"input_perturbation", "dream_training", "dream_detail_preservation"}
+        assert own.keys() - other.keys() == {"dream_training", "dream_detail_preservation"}
         for name in own.keys() & other.keys():
             for trait in ("option_strings", "type", "choices", "nargs", "required"):
                 assert getattr(own[name], trait) == getattr(other[name], trait), name
@@ -108,14 +112,72 @@ def test_dream_training_needs_a_model_that_predicts_the_noise(train_sd, capsys):
     )
 
 
+@pytest.mark.once
+def test_each_flag_of_the_loss_changes_it(build_sd_module):
+    kind = "--prediction_type=v_prediction"
+    of_velocity = [[kind, *flags] for flags in ([], ["--scale_v_pred_loss_like_noise_pred"], ["--debiased_loss"])]
+    of_velocity += [[kind, "--rescale_betas_zero_snr"], [kind, "--snr_gamma=1"]]
+    dream = [["--dream_training"], ["--dream_training", "--dream_detail_preservation=3"]]
+    flags = [[], *LEVERS, *OF_LATENTS, *of_velocity, *dream, ["--prediction_type=sample"]]
+    losses = first_losses(lambda *flags: build_sd_module("sd", *flags), *flags)
+    assert len({*losses}) == len(flags), dict(zip(map(str, flags), losses))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--rescale_betas_zero_snr"], "--rescale_betas_zero_snr: this model predicts epsilon"),
+        (["--scale_v_pred_loss_like_noise_pred"], "--scale_v_pred_loss_like_noise_pred: this model predicts epsilon"),
+        (
+            ["--prediction_type=v_prediction", "--scale_v_pred_loss_like_noise_pred", "--snr_gamma=5"],
+            "--scale_v_pred_loss_like_noise_pred: both this flag and --snr_gamma weight the loss",
+        ),
+        (["--debiased_loss", "--snr_gamma=5"], "--debiased_loss: both this flag and --snr_gamma weight the loss"),
+        (["--huber_c=0.1"], "--huber_c: --loss_type is l2, which has no threshold; expected huber or smooth_l1"),
+        (["--huber_schedule=snr"], "--huber_schedule: --loss_type is l2"),
+        (["--multires_noise_iterations=3"], "--multires_noise_iterations: --multires_noise_discount is 0"),
+    ],
+)
+def test_flags_that_exclude_each_other_are_refused_in_one_line(train_sd, capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        train_sd("sd", *flags)
+    assert stopped.value.code == 2 and message in last_error(capsys)
+
+
+@pytest.mark.once
+def test_zero_terminal_snr_is_trained_and_stands_in_the_result(train_sd, build_sd_module, sd, tmp_path):
+    base = shutil.copytree(sd, tmp_path / "base")
+    for file in (base / "model_index.json", base / "scheduler" / "scheduler_config.json"):
+        text = file.read_text()
+        file.unlink()
+        file.write_text(text.replace("DDPMScheduler", "EulerDiscreteScheduler"))  # which cannot do it
+    flags = [f"--pretrained_model_name_or_path={base}", "--rescale_betas_zero_snr", "--prediction_type=v_prediction"]
+    schedule = build_sd_module("sd", *flags).scheduler.alphas_cumprod.numpy()
+    roots = np.sqrt(build_sd_module("sd").scheduler.alphas_cumprod.numpy())
+    expected = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+    assert schedule[-1] == 0 and np.allclose(schedule, expected, atol=1e-5)
+    out = train_sd("sd", *flags, "--validation_prompts", "a cat", "--validation_inference_steps=1")
+    pipe = load_pipeline(out)
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler" and pipe.scheduler.alphas_cumprod[-1] == 0
+    config = pipe.scheduler.config
+    assert config.rescale_betas_zero_snr and not config.clip_sample and config.beta_start == 0.00085
+    assert (config.timestep_spacing, config.prediction_type) == ("trailing", "v_prediction")
+    image = pipe("a cat", height=32, width=32, num_inference_steps=2, output_type="np").images
+    assert np.isfinite(image).all()
+
+
 # The inputs.
 
 
-def test_samples_are_encoded_as_the_pipeline_does_it(build_sd_module, sd, photos):
-    module = build_sd_module("sd", "--center_crop", "--image_interpolation_mode=bicubic")
+@pytest.mark.parametrize("clip_skip", [0, 1])
+def test_samples_are_encoded_as_the_pipeline_does_it(build_sd_module, sd, photos, clip_skip):
+    flags = ["--center_crop", "--image_interpolation_mode=bicubic", f"--clip_skip={clip_skip}"]
+    module = build_sd_module("sd", *flags)
     pipe, rows = load_pipeline(sd), build_dataset(module.args)
     encoded = encode(module, rows, [0])
-    expected, _ = pipe.encode_prompt(rows[0]["caption"], 1, do_classifier_free_guidance=False)
+    skipping = {"clip_skip": clip_skip} if clip_skip else {}
+    expected, _ = pipe.encode_prompt(rows[0]["caption"], 1, do_classifier_free_guidance=False, **skipping)
     assert np.array_equal(encoded["prompt_embeds"].numpy(), expected.numpy())
     image = Image.open(next(file for file in photos.glob("*.jpg") if file.name in rows.name(0))).convert("RGB")
     scale = 32 / min(image.size)

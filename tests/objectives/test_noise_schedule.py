@@ -6,6 +6,9 @@ import pytest
 
 from ppdiffusers_train.objectives.noise_schedule import (
     add_noise,
+    debiased_weights,
+    epsilon_like_weights,
+    huber_thresholds,
     min_snr_weights,
     offset_noise,
     signal_to_noise_ratio,
@@ -72,6 +75,41 @@ def test_min_snr_weights_are_numbers_at_snr_zero_and_infinity(prediction_type, e
     snr = signal_to_noise_ratio(SCHEDULE, paddle.to_tensor([3, 2]))
     assert snr.tolist() == [0.0, np.inf]
     assert min_snr_weights(snr, 5.0, prediction_type).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "prediction_type, expected",
+    [
+        ("epsilon", [1 / np.sqrt(1000), 0.5, 2.0]),
+        ("v_prediction", [1 / 1001, 1 / 5, 1 / 1.25]),
+        ("sample", [np.sqrt(1000), 2.0, 0.5]),
+    ],
+)
+def test_debiased_weights_by_hand_with_snr_at_most_1000(prediction_type, expected):
+    weights = debiased_weights(paddle.to_tensor([np.inf, 4.0, 0.25], "float32"), prediction_type)
+    assert weights.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_loss_of_velocity_is_scaled_to_that_of_the_noise():
+    assert epsilon_like_weights(paddle.to_tensor([np.inf, 4.0, 0.0], "float32")).tolist() == pytest.approx(
+        [1000 / 1001, 0.8, 0.0], rel=1e-6
+    )
+    alpha, error = 0.64, 0.1  # what is wrong in v is wrong in epsilon = √ᾱ · v + √(1 - ᾱ) · x_t by √ᾱ as much
+    snr = signal_to_noise_ratio(SCHEDULE, STEPS)[:1]
+    assert error**2 * float(epsilon_like_weights(snr)) == pytest.approx(alpha * error**2)
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [0.1] * 4),
+        ("exponential", [1.0, 0.1**0.25, 0.1**0.5, 0.1**0.75]),  # of four timesteps
+        ("snr", [0.1 + 0.9 / 1.75**2, 0.1 + 0.9 / (1 + 4 / 3) ** 2, 1.0, 0.1]),  # σ is 3/4, 4/3, 0, inf
+    ],
+)
+def test_thresholds_of_the_huber_loss_by_hand(schedule, expected):
+    thresholds = huber_thresholds(schedule, 0.1, SCHEDULE, paddle.arange(4))
+    assert thresholds.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_offset_noise_moves_each_channel_by_its_own_offset():

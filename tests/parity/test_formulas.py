@@ -4,15 +4,21 @@ import ppdiffusers_train  # noqa: F401
 
 import numpy as np
 import paddle
+import ppdiffusers
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 from diffusers.training_utils import EMAModel, compute_snr
 
+from ppdiffusers_train.models.stable_diffusion import with_zero_snr
+from ppdiffusers_train.objectives.losses import huber_loss
+from ppdiffusers_train.objectives.multires_noise import enlarge
 from ppdiffusers_train.objectives.noise_schedule import add_noise, min_snr_weights, signal_to_noise_ratio, velocity
 from ppdiffusers_train.runtime.ema import EMA
 
 STEPS = np.arange(1000)
+VELOCITY = {"prediction_type": "v_prediction"}
 
 
 @pytest.fixture(params=["linear", "scaled_linear", "squaredcos_cap_v2"])
@@ -43,6 +49,38 @@ def test_min_snr_weights_agree_at_every_timestep(scheduler, prediction_type):
     expected = {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}[prediction_type]
     ours = min_snr_weights(signal_to_noise_ratio(schedule, paddle.to_tensor(STEPS)), 5.0, prediction_type)
     assert ours.numpy() == pytest.approx(expected.numpy(), rel=1e-5)
+
+
+def test_schedules_of_zero_terminal_snr_agree(scheduler):
+    ours = with_zero_snr(ppdiffusers.DDPMScheduler(**{"beta_schedule": scheduler.config.beta_schedule, **VELOCITY}))
+    betas = rescale_zero_terminal_snr(scheduler.betas)
+    assert np.abs(ours.alphas_cumprod.numpy() - torch.cumprod(1 - betas, dim=0).numpy()).max() < 5e-6
+    for_inference = with_zero_snr(ppdiffusers.EulerDiscreteScheduler(**VELOCITY))
+    theirs = DDIMScheduler(**VELOCITY, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
+    for side in (for_inference, theirs):
+        side.set_timesteps(7)
+    assert for_inference.timesteps.numpy().tolist() == theirs.timesteps.numpy().tolist()
+    sample, velocity = (np.random.default_rng(seed).standard_normal([1, 2, 3], dtype=np.float32) for seed in (0, 1))
+    for step in theirs.timesteps.tolist():
+        expected = theirs.step(torch.from_numpy(velocity), step, torch.from_numpy(sample)).prev_sample.numpy()
+        found = for_inference.step(paddle.to_tensor(velocity), step, paddle.to_tensor(sample)).prev_sample.numpy()
+        assert np.abs(found - expected).max() < 1e-4  # ᾱ is rounded near 0
+
+
+def test_coarse_noise_is_enlarged_as_torch_does_it():
+    for size, enlarged in (((3, 5), (16, 24)), ((1, 2), (9, 7)), ((8, 8), (8, 8))):
+        array = np.random.default_rng(0).standard_normal([2, *size], dtype=np.float32)
+        expected = torch.nn.Upsample(enlarged, mode="bilinear")(torch.from_numpy(array)[None])[0].numpy()
+        assert np.abs(enlarge(array, *enlarged) - expected).max() < 1e-5
+
+
+def test_huber_losses_have_the_curve_of_torch_s_within_and_beyond_their_threshold():
+    """torch's are made of a parabola and lines, ours are smooth: they agree far from the threshold."""
+    errors, zero, c = np.float32([[1e-3], [50.0]]), paddle.zeros([2, 1]), paddle.full([2], 0.5)
+    for is_smooth_l1, loss, factor in ((False, torch.nn.HuberLoss, 2.0), (True, torch.nn.SmoothL1Loss, 2.0)):
+        argument = {"beta": 0.5} if is_smooth_l1 else {"delta": 0.5}
+        expected = factor * loss(**argument)(torch.from_numpy(errors), torch.zeros(2, 1)).item()
+        assert float(huber_loss(paddle.to_tensor(errors), zero, c, is_smooth_l1)) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_moving_average_agrees():
