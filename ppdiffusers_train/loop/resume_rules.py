@@ -11,6 +11,7 @@ from ppdiffusers_train.errors import UserError
 REFUSED = {
     # What is trained, and for which objective: the weights of the checkpoint would become a mixture.
     *("prediction_type", "lora_rank", "lora_alpha", "lora_target_modules", "trainable_modules", "train_text_encoder"),
+    "quantize_base",  # another base model
     *("snr_gamma", "noise_offset", "loss_type", "huber_c", "t5", "shift"),
     *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "min_timestep_boundary", "max_timestep_boundary"),
     *(f"timestep_bias_{name}" for name in ("strategy", "multiplier", "begin", "end", "portion")),
