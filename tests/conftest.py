@@ -327,6 +327,7 @@ def kept_for_backward(module):
 
     set_training_mode(module)
     encoded = encode(module, build_dataset(module.args), [0, 1])
+    gc.collect()  # what earlier modules have left behind would be freed in between
     before = core.host_memory_stat_current_value("Allocated", 0)
     loss = module(encoded, Draws(0, [0, 1]))
     kept = core.host_memory_stat_current_value("Allocated", 0) - before
