@@ -8,6 +8,7 @@ from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.errors import UserError, one_line_errors
 from ppdiffusers_train.loop.run import resolve_run
 from ppdiffusers_train.models.lora import add_lora, initialize_lora, load_lora_weights, save_lora, save_lora_weights
+from ppdiffusers_train.models.unloaded import loading_on_host
 from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.objectives.denoising import (
@@ -142,7 +143,11 @@ class LoRATraining:
     """The libraries that the result is written for; if empty, the one of `--save_format`."""
 
     def __init__(self, args):
-        super().__init__(args)
+        if args.quantize_base != "no" and args.to_static:
+            raise UserError("--quantize_base: traced graphs may keep whole weights; expected it without --to_static")
+        # A device need not have room for the weights before they are quantized, one after the other.
+        with loading_on_host() if args.quantize_base != "no" else contextlib.nullcontext():
+            super().__init__(args)
         self.title = f"{self.title}, LoRA"
         self.add_lora(getattr(self, self.trained), args.lora_target_modules)
 
@@ -150,6 +155,11 @@ class LoRATraining:
         """Freeze a model and add LoRA to the layers that `targets` names, as the flags say."""
         args = self.args
         add_lora(model, targets, args.lora_rank, args.lora_alpha, args.lora_dropout, args.seed or 0)
+
+    @property
+    def quantized(self):
+        models, kind = (self.trained, *self.adapted), self.args.quantize_base
+        return {} if kind == "no" else dict.fromkeys(models, kind)
 
     @property
     def save_formats(self):

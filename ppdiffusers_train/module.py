@@ -36,6 +36,10 @@ class DiffusionTrainingModule(nn.Layer):
     keep_float32_in_fp16 = ()
     """Names of frozen models whose weights stay float32 under fp16, because their activations overflow float16."""
 
+    quantized = {}
+    """{name: "int8" or "nf4"} of the attributes that hold models whose frozen weights are kept in so many bits. Models
+    that are saved must not be among them, and those that keep float32 are left out."""
+
     encode_batch_size = 1
     """Number of samples that `encode` gets at once."""
 

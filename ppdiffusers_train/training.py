@@ -63,6 +63,7 @@ from ppdiffusers_train.module import choose_trainable
 from ppdiffusers_train.reporting.status_line import counted, print_line
 from ppdiffusers_train.runtime.agreement import agree, model_digests
 from ppdiffusers_train.runtime.flops import FlopCounter
+from ppdiffusers_train.runtime.quantized import quantize_models
 from ppdiffusers_train.runtime.tracing import compile_models
 
 
@@ -144,9 +145,11 @@ def make_plan(module, dataset, run: Run) -> Plan:
     args = run.args
     if args.dry_run or not args.encoded_cache_dir:
         module.load_rest()
-    digests = {} if args.dry_run else {**model_digests(module), **stored_digests(module, index_folder(args))}
     for pattern, size in choose_trainable(module, args.trainable_modules).items():
         run.log(f"--trainable_modules: {pattern}, {size:,} parameters, trained in full")
+    for line in quantize_models(module, has_values=not args.dry_run):
+        run.log(line)
+    digests = {} if args.dry_run else {**model_digests(module), **stored_digests(module, index_folder(args))}
     digests |= initial_weights(module, run)
     if run.ranks.world_size > 1 and not args.dry_run:
         agree(run.ranks, job_code(module))

@@ -383,11 +383,13 @@ def kept_for_backward(module):
 
     set_training_mode(module)
     encoded = encode(module, build_dataset(module.args), [0, 1])
+    gc.collect()  # what earlier modules have left behind would be freed in between
     before = core.host_memory_stat_current_value("Allocated", 0)
     loss = module(encoded, Draws(0, [0, 1]))
     kept = core.host_memory_stat_current_value("Allocated", 0) - before
     loss.backward()
-    return kept, [parameter.grad.numpy() for parameter in module.trainable_parameters()]
+    # Text encoders have layers whose results SDXL does not use.
+    return kept, [parameter.grad.numpy() for parameter in module.trainable_parameters() if parameter.grad is not None]
 
 
 def same(one, other):

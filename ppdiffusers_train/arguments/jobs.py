@@ -172,6 +172,11 @@ def add_lora_arguments(parser, targets, rank=4, **defaults):
         "--init_lora", metavar="PATH",
         help="Start from the LoRA of this file or folder; without it, training starts at the base model.",
     )  # fmt: skip
+    group.add_argument(
+        "--quantize_base", choices=("no", "int8", "nf4"), default="no",
+        help="Keep the frozen weights of the base model in 8 bits (int8) or 4 bits (nf4) in memory; no keeps them in "
+        "float32 or --mixed_precision.",
+    )  # fmt: skip
     return group
 
 

@@ -27,6 +27,7 @@ from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.step import set_training_mode
 from ppdiffusers_train.module import choose_trainable, encode_batch
 from ppdiffusers_train.reporting.status_line import counted
+from ppdiffusers_train.runtime.quantized import quantize_models, quantized_size
 
 MEASURED = (128, 192, 256)  # heights and widths in pixels; below, gradients of weights hide the activations
 GPU_SIZES = (8, 12, 16, 24, 40, 80)  # GB
@@ -38,11 +39,12 @@ def describe_run(plan: Plan) -> None:
     print(f"{module.title}: a dry run, nothing is loaded, trained or written\n\nmodels")
     trainable = {id(parameter) for parameter in module.trainable_parameters()}
     for name, model in module.named_children():
-        size = sum(parameter.size for parameter in model.parameters())
+        size = sum(parameter.size for parameter in model.parameters()) + quantized_size(model)
         trained = sum(parameter.size for parameter in model.parameters() if id(parameter) in trainable)
         role = (
             f"{trained:,} trainable" if trained else "frozen, encodes samples" if name in module.encoders else "frozen"
         )
+        role += f", frozen weights in {module.quantized[name]}" if quantized_size(model) else ""
         print(f"  {name:<16} {size:>15,} parameters of {type(model).__name__}, {role}")
 
     inventory, options = inventory_of(module, first_row(dataset), args), options_of(args)
@@ -145,6 +147,7 @@ def inventory_of(module, row: dict, args) -> Inventory:
         job = type(module)(small)
         job.load_rest()
         choose_trainable(job, small.trainable_modules)
+        quantize_models(job, has_values=False)
         set_training_mode(job)
         meter, peaks = StepMeter(job.trainable_parameters()), []
         for small.resolution in sizes:

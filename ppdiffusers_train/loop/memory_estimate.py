@@ -11,6 +11,7 @@ from ppdiffusers_train.cpu import patches
 from ppdiffusers_train.runtime.adamw_8bit import AdamW8bit
 from ppdiffusers_train.runtime.gradient_sums import BUCKET_BYTES, BUCKETS_IN_FLIGHT
 from ppdiffusers_train.runtime.precision import DTYPES, is_trained_without_lora, keeps_float32
+from ppdiffusers_train.runtime.quantized import code_bytes
 
 IN_FLIGHT_BYTES = (BUCKETS_IN_FLIGHT + 1) * BUCKET_BYTES  # copies of gradients on several ranks; one is being filled
 EMA_UPDATE_BYTES = 12  # for each element of a parameter whose average is updated: two products and their sum
@@ -146,8 +147,8 @@ def take_inventory(module, activations: dict, encoding: int, encoded: int) -> In
 
 
 def frozen_bytes(module, name: str, mixed_precision: str) -> int:
-    """Bytes of the frozen parameters of a module's model after `Precision.cast_models`, and of its floating-point
-    buffers, such as SD3's position embeddings.
+    """Bytes of the frozen parameters of a module's model after `Precision.cast_models`, of the codes of quantized
+    weights, and of its floating-point buffers, such as scales of these codes and SD3's position embeddings.
 
     In float16, Paddle keeps layer norms in float32: too few elements to be counted.
     """
@@ -157,8 +158,8 @@ def frozen_bytes(module, name: str, mixed_precision: str) -> int:
     kept = sum(parameter.size for parameter in parameters if getattr(parameter, "stays_frozen", False))
     size = sum(parameter.size for parameter in parameters)
     if mixed_precision == "no" or is_trained_without_lora(model) or keeps_float32(module, name, mixed_precision):
-        return 4 * (size + buffers)
-    return 4 * (kept + buffers) + 2 * (size - kept)
+        return 4 * (size + buffers) + code_bytes(model)
+    return 4 * (kept + buffers) + 2 * (size - kept) + code_bytes(model)
 
 
 class Peaks:

@@ -1,4 +1,5 @@
-"""Models of their real size without their weights, so that their memory can be counted before they are loaded."""
+"""Models of their real size without their weights, so that their memory can be counted before they are loaded; and
+where the weights of models are put when they are loaded."""
 
 import contextlib
 
@@ -36,3 +37,27 @@ def nothing_initialised():
         yield
     finally:
         Initializer.__call__ = initialise
+
+
+_PLACES = []  # the devices on which models are loaded instead of the current one; the last one counts
+
+
+@contextlib.contextmanager
+def loading_on_host():
+    """A context in which folders load their models into the host's memory, whatever the device in use is."""
+    _PLACES.append("cpu")
+    try:
+        yield
+    finally:
+        _PLACES.pop()
+
+
+@contextlib.contextmanager
+def loading_place():
+    """The context in which a folder loads a model."""
+    current = paddle.get_device()
+    paddle.set_device(_PLACES[-1] if _PLACES else current)
+    try:
+        yield
+    finally:
+        paddle.set_device(current)

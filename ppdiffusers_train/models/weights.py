@@ -9,7 +9,7 @@ from pathlib import Path
 import paddle
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.models.unloaded import build_new, build_unloaded
+from ppdiffusers_train.models.unloaded import build_new, build_unloaded, loading_place
 from ppdiffusers_train.models.weight_files import SHARED_NAME, find_weights, remove_weights
 from ppdiffusers_train.models.weight_names import (
     fitting_tensors,
@@ -89,6 +89,7 @@ def load_in_place(model, folder) -> None:
     set_tensors(own, saved)
 
 
+@loading_place()
 def load_model(part_class, folder: str, files):
     """The model that `folder` has a configuration of, with the weights of `WeightFiles` in either layout, as float32.
     In a rehearsal, names and shapes of the weights are looked at, and no values are read.

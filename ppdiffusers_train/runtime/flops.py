@@ -30,6 +30,7 @@ class FlopCounter:
         for owner, name, count in (
             (functional.conv, "_conv_nd", convolution),
             (functional, "conv2d", convolution),
+            (functional, "conv2d_transpose", transposed_convolution),
             (functional, "linear", linear),
             (paddle, "matmul", product),
             (paddle, "bmm", product),
@@ -65,6 +66,11 @@ class FlopCounter:
 def convolution(result, x, weight, *_, **__) -> int:
     """`[B, C, H, W]`, `[N, C / groups, h, w]` -> operations of both passes."""
     return 2 * result.size * (weight.size // weight.shape[0]) * passes(x, weight)
+
+
+def transposed_convolution(result, x, weight, *_, **__) -> int:
+    """`[B, N, H, W]`, `[N, C / groups, h, w]` -> operations of both passes."""
+    return 2 * x.size * (weight.size // weight.shape[0]) * passes(x, weight)
 
 
 def linear(result, x, weight, *_, **__) -> int:

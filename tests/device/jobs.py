@@ -71,6 +71,7 @@ COVERING = {
     "lcm_distill_lora_sd": Setting("fp16", "O2", recomputes=True),
     "lcm_distill_lora_sdxl": Setting("bf16", "O2"),
 }
+QUANTIZED = {"prior_lora": "int8", "lcm_distill_lora_sd": "nf4"}  # the others keep their base in 16 bits
 EVERYTHING = [
     (name, Setting(dtype, level)) for name in (*FULL, *LORA) for dtype in ("fp16", "bf16") for level in ("O1", "O2")
 ]
@@ -109,7 +110,8 @@ class Jobs:
             what = "teacher_model" if "lcm" in name else "model_name_or_path"
             model = [f"--pretrained_{what}={self.base(name)}"]
         size = ["--resolution=32", "--learning_rate=1e-3", "--seed=0", f"--train_data_dir={self.photos}"]
-        return [*model, *size, "--report_to=visualdl"]
+        quantized = [f"--quantize_base={QUANTIZED[name]}"] if name in QUANTIZED else []
+        return [*model, *size, *quantized, "--report_to=visualdl"]
 
     def add(self, name, out, *flags) -> Path:
         """Append a run of a job; returns its output folder."""
