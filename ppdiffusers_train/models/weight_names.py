@@ -7,10 +7,13 @@ import paddle
 from ppdiffusers.models.normalization import AdaLayerNormContinuous
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.tensor_files import Converted
+from ppdiffusers_train.tensor_files import FLOATS, Converted, dtype_of
 
 SHOWN = 3  # differences in a message
 LORA_WORDS = {"base_layer", "lora", "lora_A", "lora_B", "lora_layer", "lora_linear_layer", "lora_magnitude_vector"}
+
+# First words of the names of encoders' parts that a pipeline may not use: those of CLIP, and those of T5.
+TOWERS = {"text_model", "vision_model", "text_projection", "visual_projection", "logit_scale", "decoder", "lm_head"}
 
 
 def fitting_tensors(model, files) -> dict:
@@ -25,6 +28,12 @@ def fitting_tensors(model, files) -> dict:
     missing = [name for name in sorted(parameters) if id(own[name]) not in found]
     unknown = [name for name in sorted(saved.keys() - own.keys()) if matters(name, model, own)]
     wrong = [name for name in sorted(saved.keys() & own.keys()) if shape(saved[name]) != shape(own[name])]
+    numbers = [name for name in sorted(saved.keys() & own.keys()) if is_integer(saved[name]) > is_integer(own[name])]
+    if numbers:
+        raise UserError(
+            f"{files.files[0]} holds {numbers[0]} as {saved[numbers[0]].dtype}; expected floating-point numbers "
+            f"({len(numbers)} of {len(own)} tensors)"
+        )
     if missing or unknown or wrong:
         differences = [f"{name} is {shape(saved[name])}, expected {shape(own[name])}" for name in wrong]
         differences += [f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in unknown]
@@ -55,7 +64,7 @@ def matters(name: str, model, own: dict) -> bool:
     """
     if name.endswith("position_ids"):
         return False
-    is_of_other_tower = hasattr(model, "base_model_prefix") and first_word(name) not in set(map(first_word, own))
+    is_of_other_tower = first_word(name) in TOWERS - set(map(first_word, own)) and hasattr(model, "base_model_prefix")
     return has_lora(name) or not is_of_other_tower
 
 
@@ -76,6 +85,11 @@ def meaning(missing: list, unknown: list, wrong: list, saved: dict, own: dict) -
     if missing and not unknown:
         return "a part of the weights is not there; expected all of them"
     return "the weights are those of another model than config.json says"
+
+
+def is_integer(tensor) -> bool:
+    """Whether a tensor holds no floating-point numbers."""
+    return dtype_of(tensor) not in FLOATS
 
 
 def has_lora(name: str) -> bool:

@@ -6,6 +6,7 @@ sharded above 10 GB, as theirs are.
 
 from pathlib import Path
 
+import numpy as np
 import paddle
 
 from ppdiffusers_train.errors import UserError
@@ -104,7 +105,7 @@ def load_model(part_class, folder: str, files):
     found = {id(own[name]) for name in saved}
     if any(id(tensor) not in found for tensor in own.values()):  # buffers, and biases of ppdiffusers' own
         own = (model := build_new(part_class, folder)).state_dict()
-    set_tensors({name: own[name] for name in saved}, saved)
+    set_tensors({name: own[name] for name in saved}, saved, files.files[0].parent)
     return model
 
 
@@ -138,10 +139,18 @@ def stored_tensors(model, files):
 
 
 @paddle.no_grad()
-def set_tensors(own: dict, saved: dict) -> None:
-    """Set each tensor of `own` to the value that is saved under its name, cast to its dtype."""
+def set_tensors(own: dict, saved: dict, base=None) -> None:
+    """Set each tensor of `own` to the value that is saved under its name, cast to its dtype.
+
+    Args:
+        base: the folder that the values come from, where they have to be finite.
+    Raises:
+        UserError: a value of a base is NaN or inf.
+    """
     for name, tensor in own.items():
         array = as_array(saved[name]).astype(dtype_of(tensor), copy=False)
+        if base and not np.isfinite(array).all():
+            raise UserError(f"{base}: {name} has values that are NaN or inf; expected finite weights")
         # Paddle expects bfloat16 as uint16 with the same bits.
         tensor.set_value(array.view("uint16") if array.dtype.name == "bfloat16" else array)
 

@@ -101,6 +101,27 @@ def test_weights_that_are_not_the_model_s_are_refused_with_what_that_means(rewri
         pipeline(base, "unet").load("unet", UNet2DConditionModel)
 
 
+def with_value(value):
+    """A change that sets all values of the first tensor."""
+    return lambda content: content.update({min(content): np.full_like(content[min(content)], value)})
+
+
+BAD_NUMBERS = {
+    "NaN": (with_value(np.nan), "has values that are NaN or inf"),
+    "inf": (with_value(np.inf), "has values that are NaN or inf"),
+    "integers": (lambda c: c.update({min(c): c[min(c)].astype("int32")}), "as int32; expected floating-point"),
+    "a layer more": (lambda c: c.update({"extra.weight": np.zeros(3, "float32")}), r"extra\.weight is unknown"),
+}
+
+
+@pytest.mark.parametrize("part", CLASSES)
+@pytest.mark.parametrize("wrong", BAD_NUMBERS)
+def test_weights_that_are_no_numbers_or_of_no_layer_are_refused_by_name(rewrite, wrong, part):
+    change, message = BAD_NUMBERS[wrong]
+    with pytest.raises(UserError, match=f"--pretrained_x: .*{part}.*{message}"):
+        pipeline(rewrite(part, "diffusers", change), part).load(part, CLASSES[part])
+
+
 def test_matrices_in_the_other_layout_are_named(rewrite):
     base = rewrite("text_encoder", "diffusers", lambda c: {n: a.T if a.ndim == 2 and "embedding" not in n else a
                                                             for n, a in c.items()})  # fmt: skip
