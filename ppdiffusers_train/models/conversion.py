@@ -17,7 +17,7 @@ NOT_CONVERTED = ("safety_checker", "feature_extractor")  # Stable Diffusion draw
 OPTIONAL = ("text_encoder_3", "tokenizer_3")  # of SD3, which draws without them
 
 
-def write_converted(source: str, to: str, target: Path, config=None) -> list:
+def write_converted(source: str, to: str, target: Path, config=None, variant=None) -> list:
     """Write a pipeline for a library, or into a single file.
 
     Args:
@@ -25,6 +25,7 @@ def write_converted(source: str, to: str, target: Path, config=None) -> list:
         to: "ppdiffusers", "diffusers" or "single_file".
         target: an empty folder or, of a single file, the new file.
         config: the `config` of a `SingleFile`.
+        variant: of the weights of a folder, see `PipelineFolder`.
     Returns:
         What was written, and what the new layout cannot hold: lines for the user.
     Raises:
@@ -32,7 +33,9 @@ def write_converted(source: str, to: str, target: Path, config=None) -> list:
     """
     provide_joint_attention()  # which the model of SD3 needs to be built
     file = find_single_file(source)
-    folder, index = open_single(file, config) if file else open_folder(source)
+    if file and variant:
+        raise UserError(f"--variant: {source!r} is a single file, which has no variants")
+    folder, index = open_single(file, config) if file else open_folder(source, variant)
     kind, left_out = str(index.get("_class_name")), [name for name in NOT_CONVERTED if is_part(index.get(name))]
     entries = {name: entry for name, entry in index.items() if name not in left_out and not name.startswith("_")}
     parts = {name: (folder, name, class_of(name, entry)) for name, entry in entries.items() if is_part(entry)}
@@ -43,11 +46,11 @@ def write_converted(source: str, to: str, target: Path, config=None) -> list:
     return lines
 
 
-def open_folder(source: str) -> tuple:
+def open_folder(source: str, variant=None) -> tuple:
     """`(PipelineFolder, its model_index.json)`."""
     index = PipelineFolder(source, SOURCE, []).index()
     parts = [name for name, entry in index.items() if is_part(entry) and name not in NOT_CONVERTED]
-    return PipelineFolder(source, SOURCE, parts), index
+    return PipelineFolder(source, SOURCE, parts, variant=variant), index
 
 
 def open_single(source: Path, config) -> tuple:

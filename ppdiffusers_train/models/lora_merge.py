@@ -1,6 +1,7 @@
 """LoRAs added to the weights of a pipeline's folder, and a LoRA taken from the difference of two, a tensor at a time.
 
-Models are not built: folders are read and written as files, so the host holds one tensor of a model, whatever its size.
+Models are built without weights, to see that the files fit them. Files are read and written as they are, so the host
+holds one tensor of a model, whatever its size.
 """
 
 import importlib
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.models.attention import provide_joint_attention
 from ppdiffusers_train.models.lora_files import read_lora
 from ppdiffusers_train.models.lora_init import FULL_FILE
 from ppdiffusers_train.models.lora_names import LAYERS_PER_BLOCK, NAMES
@@ -34,13 +36,15 @@ class WholePipeline(PipelineFolder):
 
     def __init__(self, name_or_path, flag, variant=None):
         self._tensors = {}
+        provide_joint_attention()  # which the model of SD3 needs to be built
         super().__init__(name_or_path, flag, [])
         entries = {name: entry for name, entry in self.index().items() if isinstance(entry, list) and entry[0]}
         super().__init__(name_or_path, flag, list(entries), variant=variant)
 
     def tensors(self, part: str) -> dict:
-        """{name: tensor} of a part, in torch's layout; {} if it has no weights."""
+        """{name: tensor} of a part, in torch's layout; {} if it has no weights and its class needs none."""
         if part not in self._tensors:
+            self.check_weights(part, self.part_class(part))
             files = self.weights(part)
             found = files.tensors() if files else {}
             self._tensors[part] = {name: in_torch_layout(name, found[name], self.is_torch(part)) for name in found}
@@ -183,7 +187,7 @@ class Difference:
     def __init__(self, base: WholePipeline, tuned: WholePipeline, rank: int, targets=None):
         self.base, self.tuned, self.rank, self.targets = base, tuned, rank, targets
         self.updates, self.left_out, self.lost = {}, [], {}
-        parts = [part for part in base.folders if base.weights(part) is not None]
+        parts = [part for part in base.folders if base.tensors(part)]
         for part in parts:
             if part in tuned.folders:
                 self._compare(part)
@@ -199,7 +203,10 @@ class Difference:
         for name in sorted({*one, *other}):
             if name.endswith("position_ids"):  # torch's buffers
                 continue
-            if name not in one or name not in other or list(one[name].shape) != list(other[name].shape):
+            if name not in one or name not in other:
+                found = "lacks {}, which the base has" if name in one else "has {}, which the base lacks"
+                raise self.tuned._error(f"is of another model: its {part} {found.format(name)}")
+            if list(one[name].shape) != list(other[name].shape):
                 raise self.tuned._error(f"is of another model: {part} has another shape of {name} than the base's")
             if np.array_equal(as_array(one[name]), as_array(other[name])):
                 continue

@@ -26,6 +26,7 @@ from ppdiffusers_train.models.no_pipeline import describe
 from ppdiffusers_train.models.own_type import compute_in_own_type
 from ppdiffusers_train.models.unloaded import build_unloaded
 from ppdiffusers_train.models.weight_files import NAMES, find_weights, parse_name, remove_weights
+from ppdiffusers_train.models.weight_names import fitting_tensors
 from ppdiffusers_train.models.weights import load_model, save_model, unloaded_copy
 
 CONFIG = "config.json"
@@ -208,6 +209,7 @@ class PipelineFolder:
         Files are hard links where the disk allows. Only weights in the other library's layout and pickled ones are
         converted; they keep their dtype.
         """
+        self.check_weights(part, part_class)
         files = self.weights(part)
         if files is None or (files.is_torch == (save_format == "diffusers") and not files.is_pickled):
             source = self.folders[part]
@@ -217,6 +219,12 @@ class PipelineFolder:
                 files.link_plainly(target, link_file)
         else:
             self.export_converted(part, part_class, target, save_format)
+
+    def check_weights(self, part: str, part_class) -> None:
+        """Raise a `UserError` if a part whose class has weights has none, or not those of its configuration."""
+        if hasattr(part_class, "parameters"):
+            with self._naming(part):
+                fitting_tensors(build_unloaded(part_class, str(self.folders[part])), self._existing_weights(part))
 
     def export_converted(self, part: str, part_class, target: Path, save_format: str) -> None:
         """Write a part for the library `save_format` from its tensors, one at a time."""

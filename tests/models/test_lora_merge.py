@@ -385,3 +385,52 @@ def test_mistakes_get_one_line_and_leave_nothing(bases, tmp_path, capsys):
         last = last_error(capsys)
         assert stopped.value.code == 2 and "error: " in last and expected in last, (words, last)
         assert not os.path.exists(new) and os.listdir(there) == [], words
+
+
+def without_weights(part):
+    for file in part.glob("*.safetensors"):
+        file.unlink()
+
+
+def as_fp16(part):
+    for file in part.glob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+
+
+def without_a_tensor(part):
+    (file,) = part.glob("*.safetensors")
+    tensors, metadata = read_tensors(file)
+    tensors.pop(sorted(tensors)[0])
+    write_tensors(file, tensors, metadata)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (without_weights, "has no weights in "),
+        (as_fp16, "only --variant fp16"),
+        (without_a_tensor, "is missing (1 of "),
+    ],
+)
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_base_with_a_part_that_is_not_whole_is_refused_by_every_command(
+    bases, tmp_path, capsys, part, damage, expected
+):
+    lora = random_lora(bases["sd"], "sd", tmp_path / "lora.safetensors")
+    base, whole, new = shutil.copytree(bases["sd"], tmp_path / "base"), str(bases["sd"]), str(tmp_path / "new")
+    damage(base / part)
+    commands = [
+        ["lora", "merge", "--base", str(base), "--lora", str(lora), "--output", new],
+        ["lora", "extract", "--base", whole, "--tuned", str(base), "--rank=2", "--output", new],
+        ["lora", "extract", "--base", str(base), "--tuned", whole, "--rank=2", "--output", new],
+        *(["convert", str(base), "--to", to, "--output", new] for to in ("diffusers", "ppdiffusers", "single_file")),
+    ]
+    for words in commands:
+        with pytest.raises(SystemExit) as stopped:
+            cli(words)
+        last = last_error(capsys)
+        assert stopped.value.code == 2 and expected in last and f"/{part}" in last.replace(f"in {part}/", f"/{part}")
+        assert not os.path.exists(new), words
+    if damage is as_fp16:
+        cli(["convert", str(base), "--to", "diffusers", "--output", new, "--variant", "fp16"])
+        assert list((tmp_path / "new" / part).glob("*.safetensors"))
