@@ -13,6 +13,7 @@ from ppdiffusers.transformers import (
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.exported_size import exported_bytes
 from ppdiffusers_train.models.generation import generate_images
+from ppdiffusers_train.models.part_settings import check_settings
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder, export_pipeline
 
 VERSION = 1  # raised when its functions change encoded samples
@@ -55,13 +56,17 @@ class KandinskyFolders:
     def decoder(self) -> PipelineFolder:
         """The decoder's folder. A `UserError` when it is no such pipeline."""
         flag = "--pretrained_decoder_model_name_or_path"
-        return PipelineFolder(self.names[0], flag, list(DECODER_PARTS), **self.options)
+        folder = PipelineFolder(self.names[0], flag, list(DECODER_PARTS), **self.options)
+        check_settings(folder, DECODER_PARTS)
+        return folder
 
     @cached_property
     def prior(self) -> PipelineFolder:
         """The prior's folder. A `UserError` when it is no such pipeline."""
         flag, aliases = "--pretrained_prior_model_name_or_path", {part: f"prior_{part}" for part in PRIOR_PARTS}
-        return PipelineFolder(self.names[1], flag, list(PRIOR_PARTS), aliases, **self.options)
+        folder = PipelineFolder(self.names[1], flag, list(PRIOR_PARTS), aliases, **self.options)
+        check_settings(folder, PRIOR_PARTS)
+        return folder
 
     def check_resolution(self, resolution: int) -> None:
         """Raise a `UserError` unless images of `resolution` fit MoVQ and UNet, without loading either."""

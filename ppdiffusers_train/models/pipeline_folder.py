@@ -24,6 +24,7 @@ from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.hub_folders import UNREACHABLE, cached, download, is_other, reason_of
 from ppdiffusers_train.models.no_pipeline import describe
 from ppdiffusers_train.models.own_type import compute_in_own_type
+from ppdiffusers_train.models.part_settings import require_tokens
 from ppdiffusers_train.models.unloaded import build_unloaded
 from ppdiffusers_train.models.weight_files import NAMES, find_weights, parse_name, remove_weights
 from ppdiffusers_train.models.weight_names import fitting_tensors
@@ -173,7 +174,7 @@ class PipelineFolder:
         folder = str(self.folders[part])
         with self._naming(part):
             if not hasattr(part_class, "parameters"):  # schedulers, tokenizers, image processors
-                return part_class.from_pretrained(folder)
+                return require_tokens(part_class.from_pretrained(folder))
             if not self.wants_weights:
                 return compute_in_own_type(build_unloaded(part_class, folder))
             model = load_model(part_class, folder, self._existing_weights(part))

@@ -8,6 +8,7 @@ from ppdiffusers.transformers import CLIPTextModel, CLIPTokenizer
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.exported_size import exported_bytes
+from ppdiffusers_train.models.part_settings import check_settings
 from ppdiffusers_train.models.pipeline_folder import ModelFolder, PipelineFolder, export_pipeline
 from ppdiffusers_train.models.single_file.reading import FILE, SingleFile, SingleFileVAE, find_single_file
 from ppdiffusers_train.models.single_file.writing import export_single_file
@@ -50,12 +51,16 @@ class StableDiffusionFolder:
             self.base = SingleFile(file, flag, parts, kind, single_file_config, **options)
         else:
             self.base = PipelineFolder(name_or_path, flag, parts, revision=revision, variant=variant, **options)
+            if single_file_config:
+                print(f"--single_file_config has no effect: {flag} {str(name_or_path)!r} is not a single file")
         vae_flag, options = "--pretrained_vae_model_name_or_path", {**options, "variant": variant}
         if vae and (file := find_single_file(vae)):
             self.vae = SingleFileVAE(file, vae_flag, self.base)
         else:
             self.vae = ModelFolder(vae, vae_flag, "vae", "AutoencoderKL", **options) if vae else self.base
         self._check_kind()
+        check_settings(self.base, [part for part in self.parts if part != "vae"])
+        check_settings(self.vae, ["vae"])
 
     def _check_kind(self):
         """Raise a `UserError` for a pipeline of another family, or one whose model and VAE do not fit together."""
@@ -63,6 +68,10 @@ class StableDiffusionFolder:
         if family_of(found) not in (None, family_of(expected)):
             raise UserError(f"{self.base.flag}: {self.base.name_or_path!r} is a {found}; expected a {expected}")
         trained = "transformer" if "transformer" in self.parts else "unet"
+        scheduler, is_flow = self.base.scheduler_class("scheduler").__name__, trained == "transformer"
+        if scheduler.startswith("FlowMatch") != is_flow:
+            kind = "one whose name begins with FlowMatch" if is_flow else "one of diffusion"
+            raise UserError(f"{self.base.flag}: {self.base.name_or_path!r} has a {scheduler}; expected {kind}")
         taken = self.base.config(trained).get("in_channels")
         given = self.vae.config("vae").get("latent_channels", 4)
         if taken not in (None, given):

@@ -16,6 +16,7 @@ from ppdiffusers_train.cli import main
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.kandinsky2_2 import DECODER_PARTS, PRIOR_PARTS, KandinskyFolders
 from ppdiffusers_train.models.pipeline_folder import ModelFolder, PipelineFolder
+from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder
 from ppdiffusers_train.models.weights import FILES, save_model
 from ppdiffusers_train.tensor_files import read_tensors, write_tensors
 from ppdiffusers_train.toy.models.t5 import build_t5
@@ -120,6 +121,52 @@ def test_weights_that_are_no_numbers_or_of_no_layer_are_refused_by_name(rewrite,
     change, message = BAD_NUMBERS[wrong]
     with pytest.raises(UserError, match=f"--pretrained_x: .*{part}.*{message}"):
         pipeline(rewrite(part, "diffusers", change), part).load(part, CLASSES[part])
+
+
+def edited(file, change):
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+UNUSABLE = {
+    (
+        "model_index.json",
+        "scheduler",
+        ("diffusers", "NoSuchScheduler"),
+    ): "class 'NoSuchScheduler'; expected a scheduler",
+    ("model_index.json", "scheduler", ("os", "system")): "class 'system'; expected a scheduler of ppdiffusers",
+    ("scheduler/scheduler_config.json", "prediction_type", "foo"): "prediction_type 'foo'; expected one of epsilon",
+    ("vae/config.json", "scaling_factor", "x"): "scaling_factor 'x'; expected a number above 0",
+    ("vae/config.json", "shift_factor", "x"): "shift_factor 'x'; expected a number",
+}
+
+
+@pytest.mark.parametrize("setting", UNUSABLE)
+def test_settings_that_cannot_be_used_are_refused_before_anything_is_loaded(sd, kandinsky, tmp_path, setting):
+    name, key, value = setting
+    base = shutil.copytree(sd, tmp_path / "base")
+    edited(base / name, lambda content: content.update({key: value}))
+    with pytest.raises(UserError, match=f"--base: .*{UNUSABLE[setting]}"):
+        StableDiffusionFolder(base, None, "--base")
+    if not name.startswith("vae"):
+        decoder = shutil.copytree(kandinsky[1], tmp_path / "decoder")
+        edited(decoder / name, lambda content: content.update({key: value}))
+        with pytest.raises(UserError, match=f"--pretrained_decoder.*{UNUSABLE[setting]}"):
+            print(KandinskyFolders(decoder, kandinsky[0]).decoder)
+
+
+def test_a_scheduler_of_another_family_and_a_vocabulary_without_its_tokens_are_refused(sd, tmp_path, capsys):
+    base = shutil.copytree(sd, tmp_path / "base")
+    edited(base / "tokenizer" / "vocab.json", lambda content: content.pop("<|endoftext|>"))
+    folder = StableDiffusionFolder(base, None, "--base", single_file_config="x")
+    assert "--single_file_config has no effect: --base" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--base: .* has a tokenizer/ that cannot be loaded: .*<\|endoftext\|>"):
+        folder.load("tokenizer")
+    flow = ["ppdiffusers", "FlowMatchEulerDiscreteScheduler"]
+    edited(base / "model_index.json", lambda content: content.update(scheduler=flow))
+    with pytest.raises(UserError, match="has a FlowMatchEulerDiscreteScheduler; expected one of diffusion"):
+        StableDiffusionFolder(base, None, "--base")
 
 
 def test_matrices_in_the_other_layout_are_named(rewrite):
