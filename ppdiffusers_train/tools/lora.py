@@ -156,6 +156,9 @@ def resize(args) -> None:
 
     target, source, lost, updates = new_path(args.output), find_lora(args.source, "PATH"), {}, {}
     before = read_lora(source)
+    largest = max(max(update.rank, min(update.shape)) for update in before.values())
+    if args.rank > largest:
+        raise UserError(f"--rank: {args.rank} is more than any layer of {source} can use; expected at most {largest}")
     for layer, update in before.items():
 
         def compute(layer=layer, update=update):

@@ -377,6 +377,7 @@ def test_mistakes_get_one_line_and_leave_nothing(bases, tmp_path, capsys):
         ("extract", "--base", base, "--tuned", other, "--rank=2", "--output", new): "is of another model",
         ("resize", there, "--rank=2", "--output", new): "PATH: ",
         ("resize", str(lora), "--rank=2", "--output", there): "exists; expected a new folder",
+        ("resize", str(lora), "--rank=100000000", "--output", new): "is more than any layer",
         ("inspect", str(lora), "--base", other): "which prior of the base does not have",
     }
     for words, expected in cases.items():
