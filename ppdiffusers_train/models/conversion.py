@@ -40,6 +40,8 @@ def write_converted(source: str, to: str, target: Path, config=None, variant=Non
     entries = {name: entry for name, entry in index.items() if name not in left_out and not name.startswith("_")}
     parts = {name: (folder, name, class_of(name, entry)) for name, entry in entries.items() if is_part(entry)}
     lines = [f"{kind} for {to}", *([f"without {', '.join(left_out)}"] if left_out else [])]
+    if config and not file:
+        lines.append(f"--single_file_config has no effect: {source!r} is not a single file")
     if to == "single_file":
         return lines + export_single_file(target, kind, parts, {})
     export_pipeline(target, kind, parts, {}, to, {name: entry for name, entry in entries.items() if name not in parts})
