@@ -335,11 +335,11 @@ def test_a_full_disk_ends_a_merge_in_one_line(bases, tmp_path, capsys):
 
 
 def test_a_merge_needs_memory_for_one_tensor(tmp_path):
-    """20 tensors of 4 MB, with a LoRA on each."""
+    """20 tensors of 4 MB, with a LoRA on each, of a class that is not ppdiffusers' and so may have any tensors."""
     size, count, (base, lora) = 1000, 20, (tmp_path / "base", tmp_path / "lora.safetensors")
     (base / "unet").mkdir(parents=True)
     (base / "unet" / "config.json").write_text("{}")
-    (base / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DConditionModel"]}))
+    (base / "model_index.json").write_text(json.dumps({"unet": ["own", "OwnUNet"]}))
     names = [f"down_blocks.{number}.attentions.0.proj_in" for number in range(count)]
     matrix = np.random.default_rng(0).standard_normal((size, size)).astype("float32")
     file = base / "unet" / "diffusion_pytorch_model.safetensors"
