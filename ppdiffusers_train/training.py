@@ -123,8 +123,7 @@ def train_job(module, dataset, run: Run) -> None:
 
 
 def index_dataset(dataset, run: Run) -> None:
-    """Look at the images of which the index knows nothing yet, and print what is used; a dry run, and a stream, do
-    without.
+    """Look at images that the index does not know, and print what is used; not in a dry run, nor of a stream.
 
     Raises:
         BadSampleError: more samples are known to be bad than may be skipped.
@@ -179,8 +178,7 @@ def make_plan(module, dataset, run: Run) -> Plan:
         "weights": {**run.saved.get("weights", {}), **base_weights(digests)},
         "card": json.loads(json.dumps(module.card_data(), default=str)),
     }
-    held_out = held_out_samples(dataset, run)
-    return Plan(run, module, dataset, order, total_steps, steps_per_epoch, info, held_out)
+    return Plan(run, module, dataset, order, total_steps, steps_per_epoch, info, held_out_samples(dataset, run))
 
 
 def initial_weights(module, run: Run) -> dict:
