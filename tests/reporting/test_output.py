@@ -24,6 +24,7 @@ OWN_LINES = [
     r".*/photos: 7 images; captions: 7 of metadata",
     r"Kandinsky 2\.2 prior: [\d,]+ trainable parameters, 7 samples; 4 steps of 2 samples, 4 per epoch; seed 0",
     r".*/encoded/\w+: 7 of 7 samples are still to be encoded",
+    r"disk: [\d.]+ MB for 7 samples to encode, .* checkpoints .*, .* for the result \(in .*; [\d.]+ GB are free\)",
     r".*/encoded: the cache is complete; encoding took \d+ s",
     r"step [24]: wrote (checkpoint-[24]|validation/step-[24]\.png)",
     r"wrote the result to .*/out",
