@@ -151,7 +151,9 @@ def extract(args) -> None:
 
 def resize(args) -> None:
     """Change a LoRA's rank."""
-    from ppdiffusers_train.models.lora_files import dtype_of, find_lora, read_lora
+    import numpy as np
+
+    from ppdiffusers_train.models.lora_files import find_lora, padded, read_lora
     from ppdiffusers_train.models.lora_svd import computed_later, resized
 
     target, source, lost, updates = new_path(args.output), find_lora(args.source, "PATH"), {}, {}
@@ -163,11 +165,11 @@ def resize(args) -> None:
 
         def compute(layer=layer, update=update):
             found, lost[layer] = resized(update, args.rank)
-            return found.down.astype(dtype_of(update.stored_up)), found.up
+            return found.down, found.up
 
         shapes = [args.rank, *update.stored_down.shape[1:]], [update.shape[0], args.rank, *update.stored_up.shape[2:]]
-        alpha = None if update.alpha is None or args.rank < update.rank else update.scale * args.rank
-        updates[layer] = computed_later(*shapes, dtype_of(update.stored_up), compute, alpha)
+        is_cut = args.rank < update.rank
+        updates[layer] = computed_later(*shapes, np.dtype("float32"), compute) if is_cut else padded(update, args.rank)
     file = write_new(target, updates, args.to)
     ranks = sorted({update.rank for update in before.values()})
     print(f"{file}: {len(updates)} layers of rank {args.rank}, before {', '.join(map(str, ranks))}, for {args.to}")
@@ -194,8 +196,7 @@ def convert(args) -> None:
 
     source = find_lora(args.source, "SOURCE")
     target = lora_file(args.output, args.to)
-    if target.exists() and target.samefile(source):
-        raise UserError(f"--output: {str(target)!r} is the file that is read; expected another one")
+    new_path(target)
     updates = {layer: update.times(args.scale) for layer, update in read_lora(source).items()}
     with writing("--output: the LoRA", target.parent, kind=UserError):
         write_lora(target, updates, args.to)
@@ -224,10 +225,10 @@ def path_and_scale(text: str) -> tuple:
     return text, 1.0
 
 
-def new_path(output: str) -> Path:
+def new_path(output) -> Path:
     """The path of `--output`; a `UserError` if there is something already."""
     if Path(output).exists() or Path(output).is_symlink():
-        raise UserError(f"--output: {output!r} exists; expected a new folder or file")
+        raise UserError(f"--output: {str(output)!r} exists; expected a new folder or file")
     return Path(output).absolute()
 
 
