@@ -126,8 +126,9 @@ def merge(args) -> None:
     for text in args.lora:
         path, scale = path_and_scale(text)
         file = find_lora(path, "--lora")
-        count = add_changes(changes, base, file, scale, Path(path).is_dir())
-        print(f"{file}: {count} layers, times {scale:g}")
+        count, full = add_changes(changes, base, file, scale, path)
+        beside = f" and {full} tensors that were trained in full" if full else ""
+        print(f"{file}: {count} layers{beside}, times {scale:g}")
     with writing("--output: the pipeline", target.parent, kind=UserError), atomic_folder(target) as folder:
         write_merged(base, changes, folder)
     print(f"wrote {target}: changed {', '.join(changes)}; the rest is the base's")
@@ -207,10 +208,11 @@ def convert(args) -> None:
 
 def remark_on_full(path) -> None:
     """Say that a LoRA's folder also has parameters that were trained in full, which a LoRA's file has no place for."""
-    from ppdiffusers_train.models.lora_init import FULL_FILE
+    from ppdiffusers_train.models.lora_files import find_lora
+    from ppdiffusers_train.models.lora_init import find_full
 
-    if (Path(path) / FULL_FILE).is_file():
-        print(f"{Path(path) / FULL_FILE}: not part of the new file; `lora merge` and `load_lora` read the folder")
+    if full := find_full(find_lora(path, "PATH"), path):
+        print(f"{full}: not part of the new file; `lora merge` and `load_lora` read the folder")
 
 
 def path_and_scale(text: str) -> tuple:
