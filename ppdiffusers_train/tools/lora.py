@@ -9,6 +9,8 @@ from ppdiffusers_train.arguments.parser import Flag, non_negative_float, positiv
 from ppdiffusers_train.errors import UserError, writing
 from ppdiffusers_train.models.lora_libraries import FILES
 
+WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".pdparams")  # names of files, where a folder is written
+
 # Each command imports what it needs, so that `--help` is fast.
 
 
@@ -122,6 +124,8 @@ def merge(args) -> None:
     from ppdiffusers_train.runtime.checkpoint import atomic_folder
 
     target = new_path(args.output)
+    if target.suffix in WEIGHTS or Path(args.base).resolve() in target.resolve().parents:
+        raise UserError(f"--output: {args.output!r} is a file's name or within --base; expected another new folder")
     base, changes = WholePipeline(args.base, "--base", args.variant), {}
     for text in args.lora:
         path, scale = path_and_scale(text)

@@ -389,6 +389,8 @@ def test_mistakes_get_one_line_and_leave_nothing(bases, tmp_path, capsys):
     differ = ("extract", "--base", base, "--tuned", twice, "--rank=2", "--output", new)
     cases = {
         ("merge", "--base", base, "--lora", str(lora), "--output", there): "exists; expected a new folder",
+        ("merge", "--base", base, "--lora", str(lora), "--output", f"{new}.safetensors"): "is a file's name or within",
+        ("merge", "--base", base, "--lora", str(lora), "--output", f"{base}/new"): "is a file's name or within --base",
         ("merge", "--base", other, "--lora", str(lora), "--output", new): "which prior of the base does not have",
         ("merge", "--base", base, "--lora", str(tmp_path / "wide.safetensors"), "--output", new): "fits another base",
         ("merge", "--base", base, "--lora", f"{lora}:nan", "--output", new): "expected a finite number",
