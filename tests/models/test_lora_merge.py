@@ -400,7 +400,7 @@ def test_mistakes_get_one_line_and_leave_nothing(bases, tmp_path, capsys):
         ("extract", "--base", base, "--tuned", other, "--rank=2", "--output", new): "is of another model",
         ("extract", "--base", base, "--tuned", nan, "--rank=2", "--output", new): "NaN or inf in unet.conv_in.weight",
         (*differ, "--lora_target_modules", "nosuch"): "--lora_target_modules: none of the layers that differ ends with",
-        ("extract", "--base", lacking, "--tuned", base, "--rank=2", "--output", new): "which the base lacks",
+        ("extract", "--base", lacking, "--tuned", base, "--rank=2", "--output", new): "conv_in.weight is missing",
         ("merge", "--base", nan, "--lora", str(conv_file), "--output", new): "--base: conv_in.weight has NaN or inf",
         ("resize", there, "--rank=2", "--output", new): "PATH: ",
         ("resize", str(lora), "--rank=2", "--output", there): "exists; expected a new folder",
