@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.pickles.files import SUFFIXES as PICKLES
-from ppdiffusers_train.pickles.files import open_pickle
+from ppdiffusers_train.pickles.files import is_pickle, is_safetensors, open_pickle
 
 DTYPES = {
     "F64": np.dtype("float64"),
@@ -99,20 +99,24 @@ class Computed:
         self.dtype, self.shape, self.numpy = dtype, list(shape), compute
 
 
-def open_tensors(file) -> tuple:
+def open_tensors(file, any_name: bool = False) -> tuple:
     """`({name: tensor}, metadata)` of a safetensors file or pickled weights; a tensor is read when it is fetched.
 
+    Args:
+        any_name: whether pickled weights may have a name of safetensors files.
     Raises:
         UserError: it is missing, damaged, has tensors of a dtype that is not in `DTYPES`, or is a pickle of more.
     """
-    if str(file).endswith(PICKLES):
+    may_be_pickled = str(file).endswith(PICKLES) or (any_name and is_pickle(file))
+    if may_be_pickled and not is_safetensors(file):
         return open_pickle(file), {"format": "pd" if str(file).endswith(".pdparams") else "pt"}
     try:
         with safe_open(str(file), "np"):  # checks the header and the length of the file
             pass
         return read_header(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: cannot be read as safetensors: {error}") from error
+        found = "it is pickled, whatever its name" if is_pickle(file) else error
+        raise UserError(f"{file}: cannot be read as safetensors: {found}") from error
     except KeyError as error:
         raise UserError(f"{file}: holds tensors of type {error}; expected one of {', '.join(DTYPES)}") from error
 

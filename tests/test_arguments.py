@@ -49,6 +49,8 @@ def refusal(parser, capsys, *flags):
     "flags, expected",
     [
         (["--learning_rat=1"], "--learning_rat is not a flag of this script; did you mean --learning_rate?"),
+        (["--train_data_dir="], "--train_data_dir/--instance_data_dir: '' is empty; expected a value, or no such flag"),
+        (["--dataset_name", ""], "argument --dataset_name: '' is empty; expected a value, or no such flag"),
         (["--zzz"], "--zzz is not a flag of this script; --help lists them"),
         (["photos"], "unexpected argument 'photos'; flags begin with --"),
         (["--train_batch_size=0"], "argument --train_batch_size: '0' is not a whole number above 0"),

@@ -112,6 +112,9 @@ class HelpFormatter(argparse.HelpFormatter):
         return f"{action.help.removesuffix('.')} (default: {text})."
 
 
+EMPTY_IS_A_VALUE = ("TEXT", "TOKEN")  # captions and prompts; a token that the environment may not have
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """An argument parser with `--config`, nearest names for typos, and errors of one line.
 
@@ -147,6 +150,13 @@ class ArgumentParser(argparse.ArgumentParser):
         if unknown:
             self.refuse(unknown[0])
         return values
+
+    def _get_value(self, action, arg_string):
+        # As of a variable that is not set in a shell. It would count as no flag, or as the current folder.
+        is_command = action.nargs in (argparse.REMAINDER, argparse.PARSER)
+        if arg_string == "" and action.type is None and action.metavar not in EMPTY_IS_A_VALUE and not is_command:
+            raise argparse.ArgumentError(action, "'' is empty; expected a value, or no such flag")
+        return super()._get_value(action, arg_string)
 
     def refuse(self, argument: str) -> None:
         """Exit with one line about an unknown argument."""

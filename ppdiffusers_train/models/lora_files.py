@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.models.lora_layout import guessed_layout, in_torch_layout, stated_layout
 from ppdiffusers_train.models.lora_libraries import FILES, OTHER_FILES, PEFT_CONFIG, PEFT_STEM
 from ppdiffusers_train.models.lora_names import (
     LAYERS_PER_BLOCK,
@@ -25,7 +26,7 @@ from ppdiffusers_train.models.lora_names import (
     split_key,
     with_component,
 )
-from ppdiffusers_train.tensor_files import Computed, Converted, as_array, dtype_of, open_tensors, write_tensors
+from ppdiffusers_train.tensor_files import FLOATS, Computed, Converted, as_array, dtype_of, open_tensors, write_tensors
 
 ADAPTER_METADATA = "lora_adapter_metadata"  # PEFT's configuration in files of diffusers from 0.35 on
 OUR_ALPHA = "lora_alpha"  # in the metadata of our files, whose B is already scaled
@@ -95,17 +96,18 @@ def find_lora(path, flag: str) -> Path:
 def write_lora(file, updates: dict, file_format: str) -> None:
     """Write `{layer: Update}` for "ppdiffusers", "diffusers" or "kohya", each matrix in its own dtype, one at a time.
 
-    Except bfloat16 for ppdiffusers, whose reader (0.29.0) fails on it: float32 is written, which loses nothing.
+    Except matrices that would lose precision, and bfloat16 for ppdiffusers, whose reader (0.29.0) fails on it: float32
+    is written, which loses nothing.
 
     Raises:
-        UserError: no program reads the kohya layout of this model.
+        UserError: no program reads the kohya layout of this model, or a number is too large.
     """
     tensors, metadata = {}, {"format": "pd" if file_format == "ppdiffusers" else "pt"}
     if file_format == "kohya":
         has_second_encoder = any(name.startswith("text_encoder_2.") for name in updates)
         for layer, update in updates.items():
             name = kohya_name(layer, has_second_encoder)
-            tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = matrices(update)
+            tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = matrices(layer, update)
             tensors[f"{name}.alpha"] = np.float32(update.rank * update.scale)
     else:
         rank = max((update.rank for update in updates.values()), default=0)
@@ -113,7 +115,7 @@ def write_lora(file, updates: dict, file_format: str) -> None:
             # diffusers scales all layers by one α / r, whatever their own ranks.
             update = padded(update, rank) if file_format == "diffusers" else update
             names = NAMES.get(layer.split(".")[0], TEXT_ENCODER_NAMES)
-            for name, matrix in zip(names, matrices(update.times(update.scale))):
+            for name, matrix in zip(names, matrices(layer, update.times(update.scale))):
                 if file_format == "ppdiffusers":
                     widened = np.dtype(np.float32) if matrix.dtype == ml_dtypes.bfloat16 else matrix.dtype
                     matrix = Converted(matrix, widened, transposed=len(matrix.shape) == 2)
@@ -136,14 +138,24 @@ def padded(update: Update, rank: int) -> Update:
         return Computed(dtype_of(stored), shape, lambda: np.pad(array(), widths))
 
     down = matrix(update.stored_down, lambda: update.down, 0)
-    up = matrix(update.stored_up, lambda: update.up, 1)
-    return Update(down, up, None if update.alpha is None else update.scale * rank)
+    up = matrix(update.stored_up, lambda: as_array(update.stored_up), 1)
+    return replace(update, stored_down=down, stored_up=up, alpha=None if update.alpha is None else update.scale * rank)
 
 
-def matrices(update: Update) -> tuple:
-    """(A, B), each computed when it is written."""
-    down, up = update.stored_down, update.stored_up
-    return down, Computed(dtype_of(up), up.shape, lambda: update.up)
+def matrices(layer: str, update: Update) -> tuple:
+    """(A, B), each computed when it is written. B has its stored dtype if that holds the factor's multiples exactly;
+    float16 has too few small and large numbers for most α / r.
+
+    Raises:
+        UserError: B times the factor is too large even for float32.
+    """
+    up, dtype = update.up, dtype_of(update.stored_up)
+    if not np.isfinite(up).all():
+        raise UserError(f"{layer} would be NaN or inf as {up.dtype}; expected a smaller scale or alpha")
+    with np.errstate(over="ignore", under="ignore"):
+        is_exact = np.array_equal(up.astype(dtype).astype(up.dtype), up)
+    dtype = dtype if is_exact else up.dtype
+    return update.stored_down, Computed(dtype, up.shape, lambda: update.up.astype(dtype))
 
 
 def read_lora(file, layers_per_block: int = LAYERS_PER_BLOCK) -> dict:
@@ -171,19 +183,37 @@ def read_lora(file, layers_per_block: int = LAYERS_PER_BLOCK) -> dict:
     config = adapter_config(file, metadata, any(key.startswith(PEFT_PREFIX) for key in tensors))
     is_kohya = any(".lora_down." in key for key in tensors)
     recorded = None if is_kohya or config else our_alpha(file, metadata)
-    return {layer: read_layer(file, layer, found, metadata, config, recorded) for layer, found in layers.items()}
+    layout = stated_layout(tensors, metadata)
+    if layout is None:
+        layout = guessed_layout(file, [(layer, *both(file, layer, found)) for layer, found in layers.items()])
+    return {layer: read_layer(file, layer, found, layout, config, recorded) for layer, found in layers.items()}
 
 
-def read_layer(file, layer: str, found: dict, metadata: dict, config: dict, recorded) -> Update:
-    """One layer of a file.
+def both(file, layer: str, found: dict) -> tuple:
+    """A and B of a layer, as they are stored.
 
-    Args:
-        found: {"down", "up", "alpha": stored tensor}. config: PEFT's, or {}. recorded: α of our own files, or None.
+    Raises:
+        UserError: one is missing.
     """
     if not {"down", "up"} <= set(found):
         raise UserError(f"{file}: {layer} has no {'up' if 'down' in found else 'down'} matrix")
-    down, up = torch_layout(file, layer, found["down"], found["up"], metadata.get("format"))
+    return found["down"], found["up"]
+
+
+def read_layer(file, layer: str, found: dict, layout: str, config: dict, recorded) -> Update:
+    """One layer of a file.
+
+    Args:
+        found: {"down", "up", "alpha": stored tensor}. layout: see `lora_layout`. config: PEFT's, or {}.
+        recorded: α of our own files, or None.
+    """
+    down, up = in_torch_layout(file, layer, *both(file, layer, found), layout)
     rank = down.shape[0]
+    for stored, name in ((found["down"], "down"), (found["up"], "up")):
+        array = as_array(stored)
+        if array.dtype not in FLOATS or not np.isfinite(array).all():
+            wrong = "NaN or inf" if array.dtype in FLOATS else str(array.dtype)
+            raise UserError(f"{file}: the {name} matrix of {layer} has {wrong}; expected finite floating-point numbers")
     if "alpha" in found:
         alpha = as_array(found["alpha"]).astype(np.float64).reshape(-1)
         if alpha.size != 1 or not np.isfinite(alpha[0]):
@@ -240,29 +270,17 @@ def configured_alpha(file, config: dict, layer: str, rank: int):
                 alpha = value
                 break
         alpha = None if alpha is None else float(alpha)
+        if alpha is not None and not math.isfinite(alpha):
+            raise ValueError(f"it is {alpha}; expected a number")
     except (re.error, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: its configuration has no alpha for {layer} that can be read: {error}") from error
     return alpha * math.sqrt(rank) if alpha is not None and config.get(f"{own}use_rslora") else alpha
 
 
 def scaled(array: np.ndarray, factor: float) -> np.ndarray:
-    """`array` times `factor`, computed in float32, in its own dtype."""
-    return array if factor == 1 else (array.astype(np.float32) * np.float32(factor)).astype(array.dtype)
-
-
-def torch_layout(file, layer: str, down, up, library):
-    """Both matrices in torch's layout. Which layout they have follows from their shapes, or else from the metadata, or
-    else from the rank, which is the smaller side.
-
-    Raises:
-        UserError: they are no two matrices or kernels with a rank in common.
-    """
-    kinds = len(down.shape), len(up.shape)
-    is_torch = kinds in ((2, 2), (4, 4)) and down.shape[0] == up.shape[1] and list(up.shape[2:]) in ([], [1, 1])
-    is_paddle = kinds == (2, 2) and down.shape[1] == up.shape[0]
-    if not (is_torch or is_paddle) or 0 in (*down.shape, *up.shape):
-        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
-        raise UserError(f"{file}: {layer} has matrices of {shapes}, which have no rank in common")
-    if is_torch and is_paddle:
-        is_torch = {"pd": False, "pt": True}.get(library, down.shape[0] <= down.shape[1])
-    return (down, up) if is_torch else tuple(Converted(part, part.dtype, transposed=True) for part in (down, up))
+    """`array` times `factor`, in float32 or more: a product may have no number in a smaller dtype."""
+    if factor == 1:
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):
+        wide = np.promote_types(array.dtype, np.float32)
+        return array.astype(wide) * wide.type(factor)

@@ -1,6 +1,8 @@
 """LoRA files in models: initial values of a run's layers, and a result in a pipeline's models."""
 
+import contextlib
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +30,9 @@ class LoRASource:
     def __init__(self, path, flag: str, model, text_encoders: dict):
         self.file, self.flag = find_lora(path, flag), flag
         self.models = {**dict.fromkeys(NAMES, model), **text_encoders}
-        self.full_file = self.file.with_name(FULL_FILE) if Path(path).is_dir() else None
-        if self.full_file and not self.full_file.is_file():
-            self.full_file = None
-        self.updates = read_lora(self.file, layers_per_block(model))
+        self.full_file = find_full(self.file, path)
+        with named(flag):
+            self.updates = read_lora(self.file, layers_per_block(model))
 
     def error(self, found: str) -> UserError:
         return UserError(f"{self.flag}: {self.file} {found}")
@@ -52,7 +53,8 @@ class LoRASource:
         """
         if not self.full_file:
             return {}
-        tensors, metadata = open_tensors(self.full_file)
+        with named(self.flag):
+            tensors, metadata = open_tensors(self.full_file)
         found = {}
         for key, tensor in tensors.items():
             component, _, name = key.partition(".")
@@ -60,8 +62,13 @@ class LoRASource:
             array = as_array(tensor)
             if metadata.get("format") == "pt" and is_linear(self.models.get(component), name):
                 array = array.T
-            if name not in own or list(own[name].shape) != list(array.shape):
+            if name not in own:
                 raise UserError(f"{self.flag}: {self.full_file} holds {key}, which is no parameter of this model")
+            if list(own[name].shape) != list(array.shape):
+                shapes = f"{list(array.shape)}, expected {list(own[name].shape)}"
+                raise UserError(f"{self.flag}: {self.full_file} has {key} of {shapes}; it fits another model")
+            if not np.isfinite(array.astype(np.float32)).all():
+                raise UserError(f"{self.flag}: {self.full_file} has NaN or inf in {key}")
             found.setdefault(component, {})[name] = array
         return found
 
@@ -73,6 +80,29 @@ class LoRASource:
                 while piece := opened.read(2**24):
                     found.update(piece)
         return found.hexdigest()
+
+
+def find_full(file: Path, path):
+    """The file of parameters that were trained in full beside a LoRA that was named by its folder; None if there is
+    none. One that a run's result does not list was left by another run.
+    """
+    found = file.with_name(FULL_FILE)
+    if not Path(path).is_dir() or not found.is_file():
+        return None
+    try:
+        listed = json.loads(found.with_name("result.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):  # no result of a run, such as a checkpoint
+        return found
+    return found if FULL_FILE in listed else None
+
+
+@contextlib.contextmanager
+def named(flag: str):
+    """A context in which errors about a file begin with the flag that named it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(f"{flag}: ") else f"{flag}: {error}") from error
 
 
 def layers_per_block(model) -> int:

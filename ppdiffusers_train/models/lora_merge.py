@@ -15,12 +15,12 @@ import numpy as np
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.attention import provide_joint_attention
 from ppdiffusers_train.models.lora_files import read_lora
-from ppdiffusers_train.models.lora_init import FULL_FILE
+from ppdiffusers_train.models.lora_init import find_full, named
 from ppdiffusers_train.models.lora_names import LAYERS_PER_BLOCK, NAMES
 from ppdiffusers_train.models.lora_svd import computed_later, low_rank, matrix_of
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder
 from ppdiffusers_train.models.weight_files import find_weights
-from ppdiffusers_train.tensor_files import Computed, Converted, as_array, open_tensors, write_tensors
+from ppdiffusers_train.tensor_files import FLOATS, Computed, Converted, as_array, open_tensors, write_tensors
 
 # Parts of pipelines that LoRAs are trained on, and what files call them.
 PARTS = {
@@ -69,9 +69,11 @@ class Change:
     updates: list = field(default_factory=list)  # [(scale, Update)]
     full: list = field(default_factory=list)  # [(scale, tensor in torch's layout)] that were trained in full
 
-    def applied_to(self, array: np.ndarray) -> np.ndarray:
+    def applied_to(self, name: str, array: np.ndarray) -> np.ndarray:
         """The changed tensor, in torch's layout, in its own dtype. A `UserError` if that cannot hold it."""
         value = array.astype(np.float32)
+        if not np.isfinite(value).all():
+            raise UserError(f"--base: {name} has NaN or inf; expected a base with finite weights")
         total = value.copy()
         for scale, tensor in self.full:
             total += np.float32(scale) * (as_array(tensor).astype(np.float32) - value)
@@ -80,7 +82,7 @@ class Change:
         with np.errstate(over="ignore"):
             changed = total.astype(array.dtype)
         if not np.isfinite(changed).all():
-            raise UserError(f"--lora: a weight would be NaN or inf as {array.dtype}; expected another scale or base")
+            raise UserError(f"--lora: {name} would be NaN or inf as {array.dtype}; expected another scale or base")
         return changed
 
 
@@ -95,16 +97,20 @@ def is_matrix(name: str, tensor) -> bool:
     return kind == "weight" and len(tensor.shape) == 2 and layer.rpartition(".")[2] not in TABLES
 
 
-def add_changes(changes: dict, base: WholePipeline, file: Path, scale: float, is_folder: bool) -> int:
-    """Add a LoRA times `scale` to what changes in a pipeline; returns the number of its layers.
+def add_changes(changes: dict, base: WholePipeline, file: Path, scale: float, path) -> tuple:
+    """Add a LoRA times `scale` to what changes in a pipeline.
 
     Args:
         changes: {part: {tensor: Change}}, which is added to.
-        is_folder: whether the file was named by its folder; then the parameters trained in full beside it count, too.
+        path: what the user named: the file, or its folder; then the parameters trained in full beside it count, too.
+    Returns:
+        the number of its layers, and of the tensors that were trained in full.
     Raises:
         UserError: it has a layer that the pipeline does not have, or that has another shape there.
     """
-    updates = read_lora(file, base.layers_per_block())
+    with named("--lora"):
+        updates = read_lora(file, base.layers_per_block())
+        tensors, metadata = open_tensors(beside) if (beside := find_full(file, path)) else ({}, {})
     for (part, name), update in place(f"--lora: {file}", updates, base).items():
         tensor = base.tensors(part)[name]
         expected = (tensor.shape[0], math.prod(tensor.shape[1:]))
@@ -112,15 +118,12 @@ def add_changes(changes: dict, base: WholePipeline, file: Path, scale: float, is
             found = f"is of {list(update.shape)} (out, in), {part} has {list(expected)}"
             raise UserError(f"--lora: {file}: {name} {found}; it fits another base model")
         changes.setdefault(part, {}).setdefault(name, Change()).updates.append((scale, update))
-    beside = file.with_name(FULL_FILE)
-    if is_folder and beside.is_file():
-        tensors, metadata = open_tensors(beside)
-        for (part, name), tensor in place(f"--lora: {beside}", tensors, base, end="").items():
-            tensor = in_torch_layout(name, tensor, metadata.get("format") == "pt")
-            if list(base.tensors(part)[name].shape) != list(tensor.shape):
-                raise UserError(f"--lora: {beside}: {name} has another shape in {part}; it fits another base model")
-            changes.setdefault(part, {}).setdefault(name, Change()).full.append((scale, tensor))
-    return len(updates)
+    for (part, name), tensor in place(f"--lora: {beside}", tensors, base, end="").items():
+        tensor = in_torch_layout(name, tensor, metadata.get("format") == "pt")
+        if list(base.tensors(part)[name].shape) != list(tensor.shape):
+            raise UserError(f"--lora: {beside}: {name} has another shape in {part}; it fits another base model")
+        changes.setdefault(part, {}).setdefault(name, Change()).full.append((scale, tensor))
+    return len(updates), len(tensors)
 
 
 def place(file: str, layers: dict, base: WholePipeline, end: str = ".weight") -> dict:
@@ -171,7 +174,7 @@ def write_merged(base: WholePipeline, changes: dict, target: Path) -> None:
 def merged(name: str, tensor, change: Change, is_torch: bool):
     """A changed tensor in the layout of the base, computed when it is written."""
     found = in_torch_layout(name, tensor, is_torch)
-    changed = Computed(found.dtype, found.shape, lambda: change.applied_to(as_array(found)))
+    changed = Computed(found.dtype, found.shape, lambda: change.applied_to(name, as_array(found)))
     return in_torch_layout(name, changed, is_torch)  # to transpose again is the way back
 
 
@@ -195,6 +198,9 @@ class Difference:
                 raise tuned._error(f"has no part {part!r}, which the base has")
             else:
                 self.left_out.append(f"{part}, which is missing in --tuned")
+        if not self.updates and self.left_out and targets:
+            found = f"none of the layers that differ ends with {','.join(targets)}; such as {self.left_out[0]}"
+            raise UserError(f"--lora_target_modules: {found} differs")
         if not self.updates:
             raise tuned._error("has the same weights as the base in all layers that a LoRA can change")
 
@@ -208,6 +214,9 @@ class Difference:
                 raise self.tuned._error(f"is of another model: its {part} {found.format(name)}")
             if list(one[name].shape) != list(other[name].shape):
                 raise self.tuned._error(f"is of another model: {part} has another shape of {name} than the base's")
+            for pipeline, tensor in ((self.base, one[name]), (self.tuned, other[name])):
+                if tensor.dtype in FLOATS and not np.isfinite(as_array(tensor)).all():
+                    raise pipeline._error(f"has NaN or inf in {part}.{name}; expected finite weights")
             if np.array_equal(as_array(one[name]), as_array(other[name])):
                 continue
             if part in PARTS and self._is_held(name, one[name]):

@@ -44,7 +44,7 @@ def low_rank(matrix: np.ndarray, rank: int) -> tuple:
 def resized(update: Update, rank: int) -> tuple:
     """An update with another rank, and the share of its norm that is lost, 0 to 1.
 
-    A larger rank changes nothing. A smaller one gives the best approximation of that rank, with α = r.
+    A larger rank changes nothing. A smaller one gives the best approximation of that rank, in float32, with α = r.
     """
     if rank >= update.rank:
         return padded(update, rank), 0.0
@@ -53,8 +53,8 @@ def resized(update: Update, rank: int) -> tuple:
     (left, small_up), (right, small_down) = np.linalg.qr(up), np.linalg.qr(down.T)
     rows, columns, error = low_rank(update.scale * small_up @ small_down.T, rank)
     kernel, whole = update.stored_down.shape[1:], norm_of(update)
-    down = (rows @ right.T).astype(update.down.dtype).reshape(len(rows), *kernel)
-    up = (left @ columns).astype(update.up.dtype)
+    down = (rows @ right.T).astype(np.float32).reshape(len(rows), *kernel)
+    up = (left @ columns).astype(np.float32)
     found = Update(down, up[:, :, None, None] if len(kernel) == 3 else up)
     return padded(found, rank), error / whole if whole else 0.0  # a layer may be smaller than the rank
 

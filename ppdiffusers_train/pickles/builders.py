@@ -87,6 +87,10 @@ class Builder:
     def parameter(self, tensor, *_):
         return tensor
 
+    def default_dictionary(self, *_):
+        """A dictionary whose missing values a function makes, which is not called."""
+        return {}
+
     def dictionary(self, pairs=()):
         return {key: value for key, value in pairs if type(key) is str}
 
@@ -121,6 +125,7 @@ FUNCTIONS = {
     ("numpy", "dtype"): Builder.type,
     ("_codecs", "encode"): Builder.encoded,
     ("collections", "OrderedDict"): Builder.dictionary,
+    ("collections", "defaultdict"): Builder.default_dictionary,
     ("torch._utils", "_rebuild_tensor"): Builder.tensor,
     ("torch._utils", "_rebuild_tensor_v2"): Builder.tensor,
     ("torch._utils", "_rebuild_tensor_v3"): Builder.typed_tensor,

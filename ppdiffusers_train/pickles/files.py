@@ -25,6 +25,26 @@ MALFORMED = (
 LOCAL_HEADER = 30  # bytes of a zip member's header, without its name
 
 
+def is_safetensors(file) -> bool:
+    """Whether a file begins as safetensors do: with the length of a header in JSON."""
+    start = first_bytes(file)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= os.path.getsize(file)
+
+
+def is_pickle(file) -> bool:
+    """Whether a file begins as pickles do, or as the archives of torch."""
+    return not is_safetensors(file) and first_bytes(file).startswith((b"PK\x03\x04", b"\x80"))
+
+
+def first_bytes(file) -> bytes:
+    """The first nine bytes of a file; none if it cannot be read."""
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(9)
+    except OSError:
+        return b""
+
+
 def open_pickle(file) -> dict:
     """`{name: tensor}` of pickled weights; each has a dtype and a shape, and is read when `numpy()` is called.
 

@@ -134,8 +134,9 @@ class Machine:
     def set_items(self, items: list) -> None:
         """Put keys and values into the dictionary on the top of the stack."""
         target = self.stack[-1]
-        if type(target) is not dict or not all(type(key) in (str, int) for key in items[::2]):
-            raise RefusedPickle("it has a dictionary whose keys are not text or numbers")
+        # Names are those of classes: Lightning keeps the states of callbacks under them.
+        if type(target) is not dict or not all(type(key) in (str, int, Name) for key in items[::2]):
+            raise RefusedPickle("it has a dictionary whose keys are not text, numbers or names")
         target.update(zip(items[::2], items[1::2], strict=True))
 
     def extend(self, items: list) -> None:

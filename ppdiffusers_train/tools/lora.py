@@ -9,6 +9,8 @@ from ppdiffusers_train.arguments.parser import Flag, non_negative_float, positiv
 from ppdiffusers_train.errors import UserError, writing
 from ppdiffusers_train.models.lora_libraries import FILES
 
+WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".pdparams")  # names of files, where a folder is written
+
 # Each command imports what it needs, so that `--help` is fast.
 
 
@@ -122,12 +124,15 @@ def merge(args) -> None:
     from ppdiffusers_train.runtime.checkpoint import atomic_folder
 
     target = new_path(args.output)
+    if target.suffix in WEIGHTS or Path(args.base).resolve() in target.resolve().parents:
+        raise UserError(f"--output: {args.output!r} is a file's name or within --base; expected another new folder")
     base, changes = WholePipeline(args.base, "--base", args.variant), {}
     for text in args.lora:
         path, scale = path_and_scale(text)
         file = find_lora(path, "--lora")
-        count = add_changes(changes, base, file, scale, Path(path).is_dir())
-        print(f"{file}: {count} layers, times {scale:g}")
+        count, full = add_changes(changes, base, file, scale, path)
+        beside = f" and {full} tensors that were trained in full" if full else ""
+        print(f"{file}: {count} layers{beside}, times {scale:g}")
     with writing("--output: the pipeline", target.parent, kind=UserError), atomic_folder(target) as folder:
         write_merged(base, changes, folder)
     print(f"wrote {target}: changed {', '.join(changes)}; the rest is the base's")
@@ -151,7 +156,9 @@ def extract(args) -> None:
 
 def resize(args) -> None:
     """Change a LoRA's rank."""
-    from ppdiffusers_train.models.lora_files import dtype_of, find_lora, read_lora
+    import numpy as np
+
+    from ppdiffusers_train.models.lora_files import find_lora, padded, read_lora
     from ppdiffusers_train.models.lora_svd import computed_later, resized
 
     target, source, lost, updates = new_path(args.output), find_lora(args.source, "PATH"), {}, {}
@@ -163,11 +170,11 @@ def resize(args) -> None:
 
         def compute(layer=layer, update=update):
             found, lost[layer] = resized(update, args.rank)
-            return found.down.astype(dtype_of(update.stored_up)), found.up
+            return found.down, found.up
 
         shapes = [args.rank, *update.stored_down.shape[1:]], [update.shape[0], args.rank, *update.stored_up.shape[2:]]
-        alpha = None if update.alpha is None or args.rank < update.rank else update.scale * args.rank
-        updates[layer] = computed_later(*shapes, dtype_of(update.stored_up), compute, alpha)
+        is_cut = args.rank < update.rank
+        updates[layer] = computed_later(*shapes, np.dtype("float32"), compute) if is_cut else padded(update, args.rank)
     file = write_new(target, updates, args.to)
     ranks = sorted({update.rank for update in before.values()})
     print(f"{file}: {len(updates)} layers of rank {args.rank}, before {', '.join(map(str, ranks))}, for {args.to}")
@@ -194,8 +201,7 @@ def convert(args) -> None:
 
     source = find_lora(args.source, "SOURCE")
     target = lora_file(args.output, args.to)
-    if target.exists() and target.samefile(source):
-        raise UserError(f"--output: {str(target)!r} is the file that is read; expected another one")
+    new_path(target)
     updates = {layer: update.times(args.scale) for layer, update in read_lora(source).items()}
     with writing("--output: the LoRA", target.parent, kind=UserError):
         write_lora(target, updates, args.to)
@@ -206,10 +212,11 @@ def convert(args) -> None:
 
 def remark_on_full(path) -> None:
     """Say that a LoRA's folder also has parameters that were trained in full, which a LoRA's file has no place for."""
-    from ppdiffusers_train.models.lora_init import FULL_FILE
+    from ppdiffusers_train.models.lora_files import find_lora
+    from ppdiffusers_train.models.lora_init import find_full
 
-    if (Path(path) / FULL_FILE).is_file():
-        print(f"{Path(path) / FULL_FILE}: not part of the new file; `lora merge` and `load_lora` read the folder")
+    if full := find_full(find_lora(path, "PATH"), path):
+        print(f"{full}: not part of the new file; `lora merge` and `load_lora` read the folder")
 
 
 def path_and_scale(text: str) -> tuple:
@@ -224,10 +231,10 @@ def path_and_scale(text: str) -> tuple:
     return text, 1.0
 
 
-def new_path(output: str) -> Path:
+def new_path(output) -> Path:
     """The path of `--output`; a `UserError` if there is something already."""
     if Path(output).exists() or Path(output).is_symlink():
-        raise UserError(f"--output: {output!r} exists; expected a new folder or file")
+        raise UserError(f"--output: {str(output)!r} exists; expected a new folder or file")
     return Path(output).absolute()
 
 

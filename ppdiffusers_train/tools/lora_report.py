@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from ppdiffusers_train.models.lora_files import adapter_config, read_lora
-from ppdiffusers_train.models.lora_init import FULL_FILE
+from ppdiffusers_train.models.lora_init import find_full
 from ppdiffusers_train.models.lora_merge import WholePipeline, add_changes
 from ppdiffusers_train.models.lora_names import PEFT_PREFIX
 from ppdiffusers_train.models.lora_svd import norm_of
@@ -31,7 +31,7 @@ def report(file: Path, base=None) -> dict:
     updates = read_lora(file, pipeline.layers_per_block()) if pipeline else read_lora(file)
     if pipeline:
         changes = {}
-        add_changes(changes, pipeline, file, 1.0, is_folder=False)
+        add_changes(changes, pipeline, file, 1.0, file)
     norms = {layer: norm_of(update) for layer, update in updates.items()}
     return {
         "file": str(file),
@@ -44,7 +44,7 @@ def report(file: Path, base=None) -> dict:
         "alphas": counted(update.scale * update.rank for update in updates.values()),
         "dtypes": counted(str(update.stored_up.dtype) for update in updates.values()),
         "norms": norms,
-        "trained_in_full": sorted(open_tensors(beside)[0]) if (beside := file.with_name(FULL_FILE)).is_file() else [],
+        "trained_in_full": sorted(open_tensors(beside)[0]) if (beside := find_full(file, file.parent)) else [],
         "metadata": metadata,
         "config": adapter_config(file, {}, any(key.startswith(PEFT_PREFIX) for key in tensors)),
         "flags": training_flags(file.parent),

@@ -101,6 +101,21 @@ def test_half_precision_stays_what_it_is(tmp_path, dtype):
         assert_same_effect(read_lora(target), lora(alpha=4.0, dtype=dtype))
 
 
+@pytest.mark.parametrize("size, alpha", [(1e-3, 1.0), (4e4, 8.0), (1.0, 3.0)])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_no_alpha_costs_precision(tmp_path, dtype, size, alpha):
+    random = np.random.default_rng(0)
+    down, up = (random.uniform(size / 2, size, shape).astype(dtype) for shape in ((4, 5), (7, 4)))
+    original = {LAYERS[0]: Update(down, up, alpha)}
+    write_lora(tmp_path / "a.safetensors", original, "kohya")
+    for name in FILES:
+        main(["convert-lora", str(tmp_path / "a.safetensors"), "--to", name, "--output", str(tmp_path / name)])
+        assert np.allclose(effect(read_lora(tmp_path / name / FILES[name])[LAYERS[0]]), effect(original[LAYERS[0]]))
+    file = tmp_path / "resized.safetensors"
+    main(["lora", "resize", str(tmp_path / "a.safetensors"), "--rank=5", "--to=diffusers", "--output", str(file)])
+    assert np.allclose(effect(read_lora(file)[LAYERS[0]]), effect(original[LAYERS[0]]))
+
+
 def test_layers_of_two_text_encoders_are_told_apart(tmp_path):
     updates = {
         f"{encoder}.text_model.encoder.layers.0.mlp.fc1": Update(np.ones((1, 2), "float32"), np.ones((2, 1), "float32"))
@@ -148,9 +163,54 @@ def test_any_shapes_give_an_update_or_a_line(tmp_path_factory, down, up, alpha, 
     try:
         (update,) = read_lora(file).values()
     except UserError as error:
-        assert "no rank in common" in str(error) or "expected a number" in str(error)
+        assert any(words in str(error) for words in ("no rank in common", "expected a number", "rank cannot be told"))
         return
     assert update.down.shape[0] == update.up.shape[1] == update.rank > 0 and update.alpha == 1
+
+
+SQUARE = "unet.mid_block.attentions.0.proj_in"
+KOHYA, DOTTED = SQUARE.replace(".", "_").replace("unet", "lora_unet", 1), SQUARE
+
+
+@pytest.mark.parametrize(
+    "layer, ends, metadata, down, up, expected",
+    [
+        (KOHYA, ("lora_down", "lora_up"), {}, (9, 4), (4, 9), 9),
+        (KOHYA, ("lora_down", "lora_up"), {"format": "pd"}, (4, 4), (4, 4), 4),
+        (KOHYA, ("lora_down", "lora_up"), {}, (3, 8), (8, 4), "no rank in common"),
+        (f"base_model.model.{DOTTED[5:]}", ("lora_A", "lora_B"), {}, (9, 4), (4, 9), 9),
+        (DOTTED, ("lora_A", "lora_B"), {"format": "pt"}, (9, 4), (4, 9), 9),
+        (DOTTED, ("lora.down", "lora.up"), {"format": "pd"}, (4, 9), (9, 4), 9),
+        (DOTTED, ("lora.down", "lora.up"), {"format": "pt"}, (4, 9), (9, 5), "no rank in common"),
+        (DOTTED, ("lora.down", "lora.up"), {}, (2, 4), (4, 2), 2),
+        (DOTTED, ("lora.down", "lora.up"), {}, (4, 2), (2, 4), 2),
+        (DOTTED, ("lora.down", "lora.up"), {}, (4, 4), (4, 4), "rank cannot be told"),
+        (DOTTED, ("lora.down", "lora.up"), {}, (3, 8), (8, 4), "rank cannot be told"),
+    ],
+)
+def test_names_and_metadata_say_the_layout_and_only_then_shapes(tmp_path, layer, ends, metadata, down, up, expected):
+    file, random = tmp_path / "a.safetensors", np.random.default_rng(0)
+    arrays = {f"{layer}.{end}.weight": random.standard_normal(shape) for end, shape in zip(ends, (down, up))}
+    write_tensors(file, arrays, metadata)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            read_lora(file)
+        return
+    (update,), (one, other) = read_lora(file).values(), arrays.values()
+    assert update.rank == expected
+    is_torch = one.shape[0] == expected and metadata.get("format") != "pd" or layer == KOHYA
+    assert np.allclose(effect(update), other @ one if is_torch else (one @ other).T)
+
+
+@pytest.mark.parametrize("other", [(2, 3, 5), (3, 2, 3)])
+def test_the_layers_of_a_file_have_one_layout(tmp_path, other):
+    rank, inner, outer = other  # a second layer, in torch's layout
+    shapes = {DOTTED: ((9, 4), (4, 9)), LAYERS[0]: ((rank, inner), (outer, rank))}
+    ends = ("lora.down", "lora.up")
+    arrays = {f"{n}.{e}.weight": np.ones(shape, "f") for n, pair in shapes.items() for e, shape in zip(ends, pair)}
+    write_tensors(tmp_path / "a.safetensors", arrays, {})
+    with pytest.raises(UserError, match="rank cannot be told"):  # rank 9 of 4 x 4 is no likely one, 4 does not fit both
+        read_lora(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -194,6 +254,15 @@ def test_mistakes_get_one_line_and_status_two(tmp_path, capsys):
         {f"lora_unet_double_blocks_1.lora_{p}.weight": np.ones((2, 2)) for p in ("down", "up")},
         {},
     )
+    ones = np.ones((1, 2), "f"), np.ones((2, 1), "f")
+    broken = {"nan": (ones[0] * np.nan, ones[1]), "whole": (ones[0], np.int32(ones[1])), "huge": (ones[0], ones[1] * 9)}
+    for name, pair in broken.items():
+        write_tensors(
+            tmp_path / f"{name}.safetensors",
+            {f"{CONV}.lora.{end}.weight": part for end, part in zip(("down", "up"), pair)}
+            | ({f"{CONV}.alpha": np.float32(3e38)} if name == "huge" else {}),
+            {"format": "pt"},
+        )
     (tmp_path / "text.safetensors").write_text("no tensors")
     (tmp_path / "empty").mkdir()
     ok = tmp_path / "ok"
@@ -214,7 +283,11 @@ def test_mistakes_get_one_line_and_status_two(tmp_path, capsys):
             tmp_path,
         ): "no program reads the kohya layout of Kandinsky's UNet",
         (tmp_path / "prior.safetensors", "kohya", tmp_path): "the kohya layout is for UNets",
-        (ok, "diffusers", ok): "is the file that is read; expected another one",
+        (ok, "diffusers", ok): "exists; expected a new folder or file",
+        (ok, "kohya", tmp_path / "prior.safetensors"): "exists; expected a new folder or file",
+        (tmp_path / "nan.safetensors", "diffusers", tmp_path): "conv_shortcut has NaN or inf; expected finite",
+        (tmp_path / "whole.safetensors", "diffusers", tmp_path): "conv_shortcut has int32; expected finite",
+        (tmp_path / "huge.safetensors", "diffusers", tmp_path): "conv_shortcut would be NaN or inf as float32",
         (ok, "onnx", ok): "argument --to: invalid choice: 'onnx'",
     }
     for (source, to, output), expected in cases.items():

@@ -167,11 +167,12 @@ def test_several_loras_add_up_with_their_scales(bases, tmp_path):
         assert np.allclose(after[name], array + change, atol=1e-6), name
 
 
-def test_what_was_trained_in_full_is_merged_too(bases, train, tmp_path):
+def test_what_was_trained_in_full_is_merged_too(bases, train, tmp_path, capsys):
     flags = ["--trainable_modules=conv_in,time_embedding.linear_1", "--learning_rate=1e-2"]
     for library in ("ppdiffusers", "diffusers"):
         out = train("decoder_lora", *flags, f"--save_format={library}", out=library)
         merged = merge(bases["decoder"], tmp_path / f"merged-{library}", out)
+        assert " layers and 4 tensors that were trained in full, times 1" in capsys.readouterr().out
         model = model_of(bases["decoder"], "unet")
         load_lora(model, out)
         expected, found = answer_of(model, "decoder"), answer_of(model_of(merged, "unet"), "decoder")
@@ -179,6 +180,11 @@ def test_what_was_trained_in_full_is_merged_too(bases, train, tmp_path):
         assert not np.array_equal(
             matrices_of(merged, "unet")["conv_in.bias"], matrices_of(bases["decoder"], "unet")["conv_in.bias"]
         )
+    result = json.loads((out / "result.json").read_text())
+    del result["files"]["trainable_modules.safetensors"]
+    (out / "result.json").write_text(json.dumps(result))
+    merge(bases["decoder"], tmp_path / "stale", out)
+    assert "trained in full" not in capsys.readouterr().out, "the file is of another run"
 
 
 def test_dtype_shards_and_files_are_the_bases(bases, tmp_path):
@@ -359,6 +365,16 @@ def test_a_merge_needs_memory_for_one_tensor(tmp_path):
     assert not (tmp_path / "overflow").exists()
 
 
+def with_conv_in(base, target, change):
+    """A copy of a pipeline whose conv_in.weight is NaN, missing, or doubled."""
+    (file,) = (shutil.copytree(base, target) / "unet").glob("*.safetensors")
+    arrays, metadata = read_tensors(file)
+    weight = arrays.pop("conv_in.weight")
+    changed = {"nan": weight * np.nan, "twice": weight * 2}.get(change)
+    write_tensors(file, arrays if changed is None else {**arrays, "conv_in.weight": changed}, metadata)
+    return str(target)
+
+
 def test_mistakes_get_one_line_and_leave_nothing(bases, tmp_path, capsys):
     lora = random_lora(bases["sdxl"], "sdxl", tmp_path / "lora.safetensors")
     wide = {"unet.mid_block.attentions.0.proj_in": Update(np.ones((1, 3), "float32"), np.ones((3, 1), "float32"))}
@@ -366,8 +382,15 @@ def test_mistakes_get_one_line_and_leave_nothing(bases, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     new, there = str(tmp_path / "new"), str(tmp_path / "there")
     base, other = str(bases["sdxl"]), str(bases["prior"])
+    nan, lacking, twice = (with_conv_in(bases["sdxl"], tmp_path / name, name) for name in ("nan", "lacking", "twice"))
+    shape = matrices_of(bases["sdxl"], "unet")["conv_in.weight"].shape
+    conv = {"unet.conv_in": Update(np.ones((1, *shape[1:]), "float32"), np.ones((shape[0], 1, 1, 1), "float32"))}
+    write_lora(conv_file := tmp_path / "conv.safetensors", conv, "diffusers")
+    differ = ("extract", "--base", base, "--tuned", twice, "--rank=2", "--output", new)
     cases = {
         ("merge", "--base", base, "--lora", str(lora), "--output", there): "exists; expected a new folder",
+        ("merge", "--base", base, "--lora", str(lora), "--output", f"{new}.safetensors"): "is a file's name or within",
+        ("merge", "--base", base, "--lora", str(lora), "--output", f"{base}/new"): "is a file's name or within --base",
         ("merge", "--base", other, "--lora", str(lora), "--output", new): "which prior of the base does not have",
         ("merge", "--base", base, "--lora", str(tmp_path / "wide.safetensors"), "--output", new): "fits another base",
         ("merge", "--base", base, "--lora", f"{lora}:nan", "--output", new): "expected a finite number",
@@ -375,6 +398,10 @@ def test_mistakes_get_one_line_and_leave_nothing(bases, tmp_path, capsys):
         ("merge", "--base", there, "--lora", str(lora), "--output", new): "it has no model_index.json",
         ("extract", "--base", base, "--tuned", base, "--rank=2", "--output", new): "has the same weights as the base",
         ("extract", "--base", base, "--tuned", other, "--rank=2", "--output", new): "is of another model",
+        ("extract", "--base", base, "--tuned", nan, "--rank=2", "--output", new): "NaN or inf in unet.conv_in.weight",
+        (*differ, "--lora_target_modules", "nosuch"): "--lora_target_modules: none of the layers that differ ends with",
+        ("extract", "--base", lacking, "--tuned", base, "--rank=2", "--output", new): "conv_in.weight is missing",
+        ("merge", "--base", nan, "--lora", str(conv_file), "--output", new): "--base: conv_in.weight has NaN or inf",
         ("resize", there, "--rank=2", "--output", new): "PATH: ",
         ("resize", str(lora), "--rank=2", "--output", there): "exists; expected a new folder",
         ("resize", str(lora), "--rank=100000000", "--output", new): "is more than any layer",

@@ -1,5 +1,6 @@
 import ppdiffusers_train  # noqa: F401
 
+import collections
 import json
 import pickle
 import shutil
@@ -139,10 +140,19 @@ class Hostile:
         return open, (str(self.file), "w")
 
 
+class ModelCheckpoint:
+    """Stands for a class whose name Lightning's files hold."""
+
+
 def test_a_ckpt_is_read_and_nothing_in_it_is_run(sdxl, sdxl_file, tmp_path, capsys):
     content = {"state_dict": read_tensors(sdxl_file)[0], "global_step": 7, "callbacks": {}}
     (tmp_path / "good.ckpt").write_bytes(pickle.dumps(content, protocol=2))
     assert_same_folders(sdxl, convert(tmp_path / "good.ckpt", "ppdiffusers", tmp_path / "out", sdxl))
+    kept = {ModelCheckpoint: {"best": 0.5}, "counts": collections.defaultdict(int, a=1)}
+    (tmp_path / "pickled.safetensors").write_bytes(pickle.dumps({**content, "callbacks": kept}, protocol=2))
+    (tmp_path / "named.ckpt").write_bytes(sdxl_file.read_bytes())
+    for name in ("pickled.safetensors", "named.ckpt"):
+        assert_same_folders(sdxl, convert(tmp_path / name, "ppdiffusers", tmp_path / f"from-{name}", sdxl))
     (tmp_path / "bad.ckpt").write_bytes(pickle.dumps({**content, "callbacks": Hostile(tmp_path / "ran")}, protocol=2))
     with pytest.raises(SystemExit) as ended:
         convert(tmp_path / "bad.ckpt", "ppdiffusers", tmp_path / "bad", sdxl)

@@ -47,7 +47,7 @@ def open_file(file, flag: str) -> tuple:
     if not Path(file).is_file():
         raise UserError(f"{flag}: {str(file)!r} is not a file")
     try:
-        return open_tensors(file)
+        return open_tensors(file, any_name=True)
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error
 
