@@ -26,7 +26,7 @@ from ppdiffusers_train.loop.class_images import add_class_images
 from ppdiffusers_train.loop.disk_space import check_disk
 from ppdiffusers_train.loop.dry_run import describe_run
 from ppdiffusers_train.loop.filling import encode_dataset
-from ppdiffusers_train.loop.held_out import HeldOutLoss, held_out_samples
+from ppdiffusers_train.loop.held_out import HeldOutLoss, held_out_rows, held_out_samples
 from ppdiffusers_train.loop.identity import (
     describe_changed_data,
     job_code,
@@ -134,7 +134,7 @@ def index_dataset(dataset, run: Run) -> None:
             run.log(summary)
         known = without_rows_of_other_data(run.saved, dataset, run.args).get("bad_rows", ())
         BadSamples(run.args.max_bad_samples, known).refuse_known(dataset)
-    held_out = getattr(dataset, "held_out", None)
+    held_out = held_out_rows(dataset)
     if held_out is not None and not held_out.facts and not run.args.dry_run:
         index_images(held_out, run.ranks, index_folder(run.args), run.log)
 
@@ -153,7 +153,7 @@ def make_plan(module, dataset, run: Run) -> Plan:
     if run.ranks.world_size > 1 and not args.dry_run:
         agree(run.ranks, job_code(module))
         agree_on_data(dataset, run.ranks)
-        if getattr(dataset, "held_out", None) is not None:
+        if held_out_rows(dataset) is not None:
             agree_on_data(dataset.held_out, run.ranks)
         agree(run.ranks, digests)
     identity = run_identity(module, dataset, args, run.saved, run.samples_per_step)

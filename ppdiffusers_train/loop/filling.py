@@ -37,7 +37,6 @@ from ppdiffusers_train.loop.state import TrainingState
 from ppdiffusers_train.module import encode_alone
 from ppdiffusers_train.reporting.status_line import StatusLine
 from ppdiffusers_train.runtime.checkpoint import require_writable
-from ppdiffusers_train.tensor_files import size_in_bytes
 
 REFRESH_SECONDS = 10  # seconds between two searches for packs of other runs that fill the same cache
 
@@ -113,7 +112,7 @@ def missing_bytes(cache: Cache, module, state: TrainingState) -> int:
             continue
         with SharedEncodings(module, cache.shared, cache.folder, lambda line: None) as sharing:
             arrays = cache.encoded[entry.key] = encode_entry(entry.key, batch, module, state, sharing)
-        return cache.count_missing * sum(map(size_in_bytes, arrays.values()))
+        return cache.count_missing * sum(array.nbytes for array in arrays.values())
     return 0
 
 

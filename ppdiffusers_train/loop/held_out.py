@@ -48,13 +48,19 @@ class HeldOut:
         return int(self.rows[position])
 
 
+def held_out_rows(dataset):
+    """The `Rows` of a data set that are not trained on, or None. A data set of one's own has none."""
+    rows = getattr(dataset, "held_out", None)
+    return rows if isinstance(rows, Rows) else None
+
+
 def held_out_samples(dataset, run):
     """The `HeldOut` samples of a data set, or None; logs how many there are.
 
     Raises:
         UserError: none of them can be used.
     """
-    held_out = getattr(dataset, "held_out", None)
+    held_out = held_out_rows(dataset)
     if held_out is None:
         return None
     bad = known_bad(held_out) if held_out.facts else []
