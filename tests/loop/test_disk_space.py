@@ -114,7 +114,7 @@ def test_what_overwriting_frees_counts(train, small_disk, tmp_path):
     [
         ("movq", "has no part 'movq'"),
         ("movq/diffusion_paddle_model.safetensors", "has no weights in movq/"),
-        ("scheduler/scheduler_config.json", "has a scheduler/ that cannot be loaded"),
+        ("scheduler/scheduler_config.json", "has no configuration in scheduler/"),
     ],
 )
 def test_what_pictures_need_is_opened_before_the_first_step(train, kandinsky, tmp_path, capsys, damage, message):
