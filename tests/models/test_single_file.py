@@ -152,7 +152,9 @@ def test_a_ckpt_is_read_and_nothing_in_it_is_run(sdxl, sdxl_file, tmp_path, caps
     (tmp_path / "pickled.safetensors").write_bytes(pickle.dumps({**content, "callbacks": kept}, protocol=2))
     (tmp_path / "named.ckpt").write_bytes(sdxl_file.read_bytes())
     for name in ("pickled.safetensors", "named.ckpt"):
-        assert_same_folders(sdxl, convert(tmp_path / name, "ppdiffusers", tmp_path / f"from-{name}", sdxl))
+        assert_same_folders(
+            sdxl, convert(tmp_path / name, "ppdiffusers", tmp_path / f"from-{name.split('.')[0]}", sdxl)
+        )
     (tmp_path / "bad.ckpt").write_bytes(pickle.dumps({**content, "callbacks": Hostile(tmp_path / "ran")}, protocol=2))
     with pytest.raises(SystemExit) as ended:
         convert(tmp_path / "bad.ckpt", "ppdiffusers", tmp_path / "bad", sdxl)
