@@ -121,8 +121,10 @@ def merge(args) -> None:
     """Write a pipeline with LoRAs in its weights."""
     from ppdiffusers_train.models.lora_files import find_lora
     from ppdiffusers_train.models.lora_merge import WholePipeline, add_changes, write_merged
+    from ppdiffusers_train.reporting.quiet import quiet_libraries
     from ppdiffusers_train.runtime.checkpoint import atomic_folder
 
+    quiet_libraries()
     target = new_path(args.output)
     if target.suffix in WEIGHTS or Path(args.base).resolve() in target.resolve().parents:
         raise UserError(f"--output: {args.output!r} is a file's name or within --base; expected another new folder")
@@ -141,7 +143,9 @@ def merge(args) -> None:
 def extract(args) -> None:
     """Write the difference of two pipelines as a LoRA."""
     from ppdiffusers_train.models.lora_merge import Difference, WholePipeline
+    from ppdiffusers_train.reporting.quiet import quiet_libraries
 
+    quiet_libraries()
     target = new_path(args.output)
     base = WholePipeline(args.base, "--base", args.variant)
     tuned = WholePipeline(args.tuned, "--tuned", args.variant)

@@ -321,8 +321,9 @@ def test_other_mistakes_are_one_line_too(tmp_path, capsys):
     assert "OUTPUT_DIR: files cannot be written to" in refused(
         capsys, "pack", PHOTOS, folder / "metadata.jsonl" / "shards"
     )
-    for name in ("a/b", ".a", ""):
-        assert f"--name: {name!r} is not" in refused(capsys, "pack", folder, tmp_path / "shards", f"--name={name}")
+    for name, problem in {"a/b": "not", ".a": "not", "": "empty"}.items():
+        line = refused(capsys, "pack", folder, tmp_path / "shards", f"--name={name}")
+        assert f"--name: {name!r} is {problem}" in line
     for size in ("much", "0", "-5MB", "5 apples"):
         line = refused(capsys, "pack", folder, tmp_path / "shards", f"--shard_size={size}")
         assert f"--shard_size: '{size}' is not a size such as 500MB or 2GiB" in line
