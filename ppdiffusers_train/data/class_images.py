@@ -4,7 +4,6 @@ Prior preservation (Ruiz et al. 2022, arXiv 2208.12242, section 3.2): the loss i
 weight times the mean over as many class images, which the base model has generated.
 """
 
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -33,7 +32,8 @@ def class_images(folder: Path, count: int) -> tuple:
     found = list(filter(is_image, walk(str(folder)))) if folder.exists() else []
     given = [name for name in found if not GENERATED.fullmatch(name)][:count]
     numbers = range(count - len(given))
-    missing = [number for number in numbers if generated_name(number) not in set(found)]
+    generated = set(found)
+    missing = [number for number in numbers if generated_name(number) not in generated]
     return given + list(map(generated_name, numbers)), missing
 
 
@@ -119,9 +119,7 @@ class WithClassImages(Rows):
         return self.parts[0].without_captions()
 
     def source_digest(self) -> str:
-        return hashlib.blake2b(
-            "".join(part.source_digest() for part in self.parts).encode(), digest_size=16
-        ).hexdigest()
+        return content_digest("".join(part.source_digest() for part in self.parts).encode()).hex()
 
     def stamps(self) -> np.ndarray:
         return np.concatenate([part.stamps() for part in self.parts])

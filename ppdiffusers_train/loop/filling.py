@@ -49,14 +49,14 @@ class Cache:
         root: `--encoded_cache_dir`.
         parts: the run's samples in it: those to train on and, if there are any, those that are held out.
         missing: of each part, those that it does not have yet, see `EncodedSamples.missing`.
-        shared: the digests of `SharedEncodings`.
+        sharing: the module's `SharedEncodings`.
         encoded: {key: arrays} of samples that are encoded, but not written.
     """
 
     root: Path
     parts: list
     missing: list
-    shared: dict
+    sharing: SharedEncodings
     encoded: dict = field(default_factory=dict)
 
     @property
@@ -97,7 +97,7 @@ def open_cache(plan: Plan, state: TrainingState) -> Cache:
             state.precision.cast_encoder(module, name)
         if is_compiled:
             module.encode = CompiledEncode(module)
-    return Cache(root, parts, missing, shared)
+    return Cache(root, parts, missing, SharedEncodings(module, shared, folder, run.log))
 
 
 def missing_bytes(cache: Cache, module, state: TrainingState) -> int:
@@ -110,8 +110,8 @@ def missing_bytes(cache: Cache, module, state: TrainingState) -> int:
             batch, _ = stack([entry.preprocessed(entries.dataset, module.preprocess)])
         except BadSampleError:
             continue
-        with SharedEncodings(module, cache.shared, cache.folder, lambda line: None) as sharing:
-            arrays = cache.encoded[entry.key] = encode_entry(entry.key, batch, module, state, sharing)
+        with cache.sharing:
+            arrays = cache.encoded[entry.key] = encode_entry(entry.key, batch, module, state, cache.sharing)
         return cache.count_missing * sum(array.nbytes for array in arrays.values())
     return 0
 
@@ -141,11 +141,11 @@ def encode_dataset(plan: Plan, state: TrainingState, begin=lambda cache: None) -
     if cache.count_missing:
         if run.ranks.is_main:
             remove_leftovers(folder)
-            describe_encoders(folder, module, state.precision, cache.shared)
+            describe_encoders(folder, module, state.precision, cache.sharing.digests)
         began = time.monotonic()
-        with SharedEncodings(module, cache.shared, folder, run.log) as sharing:
+        with cache.sharing:
             for samples, missing in zip(cache.parts, cache.missing):
-                found = fill(cache, samples, missing, plan, state, sharing) if len(missing) else {}
+                found = fill(cache, samples, missing, plan, state) if len(missing) else {}
                 bad = state.bad_samples if samples is cache.parts[0] else BadSamples(0)
                 bad.add(found, run.log)
         run.log(f"{cache.root}: the cache is complete; encoding took {time.monotonic() - began:.0f} s")
@@ -166,19 +166,18 @@ def choose_variants(plan: Plan) -> int:
     return variants
 
 
-def fill(cache: Cache, samples: EncodedSamples, missing: np.ndarray, plan: Plan, state, sharing) -> dict:
+def fill(cache: Cache, samples: EncodedSamples, missing: np.ndarray, plan: Plan, state: TrainingState) -> dict:
     """Encode the missing samples. Each rank takes the next row when it is free, so all finish at about the same time.
 
     Args:
         samples, missing: a part of the cache's.
-        sharing: the module's `SharedEncodings`.
     Returns:
         {row: why it cannot be used}, on every rank.
     """
     ranks, found, total = plan.run.ranks, {}, len(missing)
     with StatusLine("encoding", "samples", total, visible=ranks.is_main) as status:
         with PackWriter(samples.packs.folder) as writer:
-            for row, message in encode_missing(cache, samples, missing, plan, state, sharing, writer, status):
+            for row, message in encode_missing(cache, samples, missing, plan, state, writer, status):
                 found[row] = message
         parts = ranks.gather_objects((found, writer.written), "the others to encode their last samples")
         status.advance(total - status.done)
@@ -189,7 +188,7 @@ def fill(cache: Cache, samples: EncodedSamples, missing: np.ndarray, plan: Plan,
     return {row: message for part, _ in parts for row, message in part.items()}
 
 
-def encode_missing(cache: Cache, samples, missing: np.ndarray, plan: Plan, state, sharing, writer, status):
+def encode_missing(cache: Cache, samples, missing: np.ndarray, plan: Plan, state, writer, status):
     """Encode this rank's share of the missing samples; yields (row, why it cannot be used)."""
     ranks, module, packs = plan.run.ranks, plan.module, samples.packs
     (rows, starts), taken, done = np.unique(missing[:, 0], return_index=True), deque(), ranks.counter()
@@ -212,7 +211,7 @@ def encode_missing(cache: Cache, samples, missing: np.ndarray, plan: Plan, state
         if errors:
             yield entry.row, errors[0]
         elif batch:  # empty if another run has encoded it by now
-            arrays = cache.encoded.pop(entry.key, None) or encode_entry(entry.key, batch, module, state, sharing)
+            arrays = cache.encoded.pop(entry.key, None) or encode_entry(entry.key, batch, module, state, cache.sharing)
             writer.add(entry.key, arrays)
         if time.monotonic() - looked > REFRESH_SECONDS:
             packs.refresh()

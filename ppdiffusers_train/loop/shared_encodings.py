@@ -25,7 +25,7 @@ class SharedEncodings:
     """
 
     def __init__(self, module, digests: dict, folder: Path, log):
-        self.module, self.key, self.kept, self.others = module, None, {}, {}
+        self.module, self.digests, self.key, self.kept, self.others = module, digests, None, {}, {}
         for other in sorted(folder.parent.iterdir()) if digests else ():
             known = read_about(other).get("shared", {}) if other != folder else {}
             for method in (method for method in digests if known.get(method) == digests[method]):

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import ppdiffusers
-from ppdiffusers import transformers
-
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.models.attention import provide_joint_attention
+from ppdiffusers_train.models.part_settings import named_class
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder, export_pipeline
 from ppdiffusers_train.models.single_file.families import Family
 from ppdiffusers_train.models.single_file.reading import SingleFile, find_single_file, open_pipeline_file
@@ -79,8 +77,7 @@ def is_part(entry) -> bool:
 
 def class_of(part: str, entry: list):
     """The class of a part, from its entry in a model_index.json of either library."""
-    name = entry[1].removesuffix("Fast")  # tokenizers of transformers that are written in Rust
-    library = transformers if "transformers" in entry[0] else ppdiffusers
-    if not hasattr(library, name):
+    found = named_class(entry)
+    if found is None:
         raise UserError(f"{SOURCE}: its {part} is a {entry[1]}, for which ppdiffusers has no class")
-    return getattr(library, name)
+    return found

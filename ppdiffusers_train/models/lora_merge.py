@@ -4,7 +4,6 @@ Models are built without weights, to see that the files fit them. Files are read
 holds one tensor of a model, whatever its size.
 """
 
-import importlib
 import math
 import shutil
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from ppdiffusers_train.models.lora_files import read_lora
 from ppdiffusers_train.models.lora_init import find_full, named
 from ppdiffusers_train.models.lora_names import LAYERS_PER_BLOCK, NAMES
 from ppdiffusers_train.models.lora_svd import computed_later, low_rank, matrix_of
+from ppdiffusers_train.models.part_settings import named_class
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder
 from ppdiffusers_train.models.weight_files import find_weights
 from ppdiffusers_train.tensor_files import FLOATS, Computed, Converted, as_array, open_tensors, write_tensors
@@ -52,9 +52,7 @@ class WholePipeline(PipelineFolder):
 
     def part_class(self, part: str):
         """The class that the pipeline's model_index.json gives a part; None if ppdiffusers has no such class."""
-        name = self.index()[part][1]
-        modules = map(importlib.import_module, ("ppdiffusers", "ppdiffusers.transformers"))
-        return next(filter(None, (getattr(module, name, None) for module in modules)), None)
+        return named_class(self.index()[part])
 
     def layers_per_block(self) -> int:
         """That of its UNet; the usual number where it has none."""

@@ -2,11 +2,21 @@
 
 import math
 
+import ppdiffusers
 from paddlenlp.transformers import PretrainedTokenizer
+from ppdiffusers import transformers
 
 from ppdiffusers_train.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # those that there are losses for
+
+
+def named_class(entry: list):
+    """The class of a part, from its entry [library, class] in a model_index.json of either library; None if ppdiffusers
+    has no such class."""
+    library, name = entry
+    # Tokenizers of transformers that are written in Rust have a name of their own.
+    return getattr(transformers if "transformers" in library else ppdiffusers, name.removesuffix("Fast"), None)
 
 
 def check_settings(folder, parts) -> None:

@@ -210,9 +210,9 @@ class PipelineFolder:
         Files are hard links where the disk allows. Only weights in the other library's layout and pickled ones are
         converted; they keep their dtype.
         """
-        self.check_weights(part, part_class)
         files = self.weights(part)
         if files is None or (files.is_torch == (save_format == "diffusers") and not files.is_pickled):
+            self.check_weights(part, part_class)
             source = self.folders[part]
             link_tree(source, target, leave_out=[path.name for path in source.iterdir() if is_other(path.name)])
             remove_weights(target)
