@@ -48,6 +48,7 @@ for plugin in PLUGINS:
 @functools.cache
 def extensions() -> frozenset:
     """The extensions of files that are images: all that Pillow can read, and those that its plugins can."""
+    Image.preinit()  # Pillow tries formats in this order: else the most common ones came after rare ones
     Image.init()
     known = {extension for extension, form in Image.EXTENSION.items() if form in Image.OPEN and form not in NO_PICTURES}
     return frozenset(known | MORE_EXTENSIONS)

@@ -2,8 +2,11 @@ import ppdiffusers_train  # noqa: F401
 from ppdiffusers_train import cli
 
 import argparse
+import ast
 import io
 import json
+import subprocess
+import sys
 import time
 
 import datasets
@@ -188,3 +191,11 @@ def test_a_png_that_is_cut_short_is_noticed_with_its_header():
     Image.fromarray(pixels(0, (90, 90))).save(file, "PNG")
     with open_image(file.getvalue()[:9000]) as cut, pytest.raises(OSError, match="truncated"):
         upright_size(cut)
+
+
+@pytest.mark.once
+def test_the_most_common_formats_are_tried_first():
+    """Pillow tries one after the other, and takes longer to refuse a format than to read a header."""
+    code = "from ppdiffusers_train.data.pixels import extensions; from PIL import Image; extensions(); print(Image.ID)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(ast.literal_eval(done.stdout)[:6]) == {"BMP", "DIB", "GIF", "JPEG", "PPM", "PNG"}
