@@ -299,37 +299,36 @@ def test_inspect_tells_what_a_file_is(bases, train, tmp_path, capsys):
         )
 
 
-def test_a_kill_during_a_merge_leaves_nothing_half_done(bases, tmp_path):
-    """It is killed at any time after the folder is begun; the same command then writes it whole."""
-    lora, target = random_lora(bases["sdxl"], "sdxl", tmp_path / "lora.safetensors"), tmp_path / "out" / "merged"
-    words = ["lora", "merge", "--base", str(bases["sdxl"]), "--lora", str(lora), "--output", str(target)]
-    job, before = SimpleNamespace(main=cli), matrices_of(bases["sdxl"], "unet")
-    temporary, killed = target.with_name(".merged.tmp"), 0
-    for files in range(1, 14, 3):
-        (process,) = start(job, words, 1, tmp_path / "log")
-        is_done = end([process], 60, lambda files=files: count_files(temporary) >= files)
+@pytest.mark.parametrize("tool", ["merge", "convert to a folder", "convert to a file"])
+def test_a_kill_during_a_merge_or_a_conversion_leaves_nothing_half_done(bases, tmp_path, tool):
+    """It is killed at several moments after the output is begun; the same command then writes it whole."""
+    base, target = bases["sdxl"], tmp_path / "out" / ("all.safetensors" if tool.endswith("a file") else "whole")
+    words = ["convert", str(base), "--to", "single_file" if tool.endswith("a file") else "diffusers"]
+    if tool == "merge":
+        words = ["lora", "merge", "--base", str(base)]
+        words += ["--lora", str(random_lora(base, "sdxl", tmp_path / "lora.safetensors"))]
+    cli([*words, "--output", str(tmp_path / target.name)])
+    expected, before, killed = contents(tmp_path / target.name), contents(base), 0
+    for files in (0, 0, 1, 8):
+        (process,) = start(SimpleNamespace(main=cli), [*words, "--output", str(target)], 1, tmp_path / "log")
+        is_done = end([process], 60, lambda files=files: count_files(target.parent) > files)
         killed += not is_done and not target.exists()
-        assert not target.exists() or same(
-            matrices_of(target, "unet"), matrices_of(merge_again(words, tmp_path), "unet")
-        )
-        shutil.rmtree(target, ignore_errors=True)
-    assert killed >= 2
-    cli(words)
-    assert sorted(path.name for path in target.parent.iterdir()) == ["merged"]
-    assert same(before, matrices_of(bases["sdxl"], "unet"))
+        assert not target.exists() or contents(target) == expected
+        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+    assert killed >= 1
+    cli([*words, "--output", str(target)])
+    assert contents(target) == expected and [path.name for path in target.parent.iterdir()] == [target.name]
+    assert contents(base) == before
+
+
+def contents(path):
+    """{a file's name below a path: its bytes}."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in [path, *path.rglob("*")] if file.is_file()}
 
 
 def count_files(folder):
     """The files below a folder, which may be removed at any time."""
     return sum(len(folders) + len(files) for _, folders, files in os.walk(folder))
-
-
-def merge_again(words, folder):
-    """The same merge, whole."""
-    again = folder / "again"
-    if not again.exists():
-        cli([*words[:-1], str(again)])
-    return again
 
 
 def test_a_full_disk_ends_a_merge_in_one_line(bases, tmp_path, capsys):
