@@ -189,6 +189,13 @@ def as_array(tensor) -> np.ndarray:
     return np.ascontiguousarray(array).view(dtype_of(tensor)).reshape(tensor.shape)
 
 
+def first_not_finite(tensors: dict):
+    """The name of the first tensor of floating-point numbers that has a NaN or an inf, or None. One is read at a
+    time."""
+    floats = (name for name, tensor in tensors.items() if dtype_of(tensor) in FLOATS)
+    return next((name for name in floats if not np.isfinite(as_array(tensors[name])).all()), None)
+
+
 def size_in_bytes(tensor) -> int:
     """Bytes of a tensor in a file, without fetching it."""
     return int(np.prod(tensor.shape)) * dtype_of(tensor).itemsize

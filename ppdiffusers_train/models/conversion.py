@@ -9,6 +9,7 @@ from ppdiffusers_train.models.pipeline_folder import PipelineFolder, export_pipe
 from ppdiffusers_train.models.single_file.families import Family
 from ppdiffusers_train.models.single_file.reading import SingleFile, find_single_file, open_pipeline_file
 from ppdiffusers_train.models.single_file.writing import export_single_file
+from ppdiffusers_train.tensor_files import first_not_finite
 
 SOURCE = "SOURCE"
 NOT_CONVERTED = ("safety_checker", "feature_extractor")  # Stable Diffusion draws without them
@@ -37,6 +38,8 @@ def write_converted(source: str, to: str, target: Path, config=None, variant=Non
     kind, left_out = str(index.get("_class_name")), [name for name in NOT_CONVERTED if is_part(index.get(name))]
     entries = {name: entry for name, entry in index.items() if name not in left_out and not name.startswith("_")}
     parts = {name: (folder, name, class_of(name, entry)) for name, entry in entries.items() if is_part(entry)}
+    for name in parts:
+        require_finite(folder, name)
     lines = [f"{kind} for {to}", *([f"without {', '.join(left_out)}"] if left_out else [])]
     if config and not file:
         lines.append(f"--single_file_config has no effect: {source!r} is not a single file")
@@ -63,6 +66,14 @@ def open_single(source: Path, config) -> tuple:
         index |= {name: [None, None] for name in OPTIONAL if name in index}
     parts = [name for name, entry in index.items() if is_part(entry)]
     return SingleFile(source, SOURCE, parts, family.pipeline_class, config), index
+
+
+def require_finite(folder: PipelineFolder, part: str) -> None:
+    """Raise a `UserError` if the weights of a part have a NaN or an inf, which no copy should carry on."""
+    files = folder.weights(part)
+    name = first_not_finite(files.tensors()) if files else None
+    if name:
+        raise UserError(f"{SOURCE}: {part}: {name} has values that are NaN or inf; expected finite weights")
 
 
 def is_missing(part: str, family: Family, tensors: dict) -> bool:

@@ -20,7 +20,7 @@ from ppdiffusers_train.models.lora_svd import computed_later, low_rank, matrix_o
 from ppdiffusers_train.models.part_settings import named_class
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder
 from ppdiffusers_train.models.weight_files import find_weights
-from ppdiffusers_train.tensor_files import FLOATS, Computed, Converted, as_array, open_tensors, write_tensors
+from ppdiffusers_train.tensor_files import Computed, Converted, as_array, first_not_finite, open_tensors, write_tensors
 
 # Parts of pipelines that LoRAs are trained on, and what files call them.
 PARTS = {
@@ -213,7 +213,7 @@ class Difference:
             if list(one[name].shape) != list(other[name].shape):
                 raise self.tuned._error(f"is of another model: {part} has another shape of {name} than the base's")
             for pipeline, tensor in ((self.base, one[name]), (self.tuned, other[name])):
-                if tensor.dtype in FLOATS and not np.isfinite(as_array(tensor)).all():
+                if first_not_finite({name: tensor}):
                     raise pipeline._error(f"has NaN or inf in {part}.{name}; expected finite weights")
             if np.array_equal(as_array(one[name]), as_array(other[name])):
                 continue

@@ -288,3 +288,19 @@ def test_a_pipeline_without_such_a_layout_and_an_output_that_exists_are_refused(
     with pytest.raises(SystemExit):
         main(["lora", "merge", "--base", str(torch / "model_index.json"), "--lora=x", f"--output={tmp_path}/y"])
     assert "is a file; expected a folder, as ppdiffusers-train convert makes" in last_error(capsys)
+
+
+@pytest.mark.parametrize("to", ["single_file", "diffusers", "ppdiffusers"])
+def test_weights_that_are_not_finite_are_not_converted(to, changed, sdxl, tmp_path, capsys):
+    """Those of a VAE's decoder, too, which training does not look at."""
+    name = "first_stage_model.decoder.conv_out.bias"
+    spoilt = changed({name: np.array([0, np.nan, 0], "float32")})
+    folder = shutil.copytree(sdxl, tmp_path / "base")
+    file = folder / "vae" / "diffusion_paddle_model.safetensors"
+    tensors, metadata = read_tensors(file)
+    write_tensors(file, tensors | {"decoder.conv_out.bias": np.array([0, 0, np.inf], "float16")}, metadata)
+    for source, config in ((spoilt, sdxl), (folder, None)):
+        with pytest.raises(SystemExit) as ended:
+            convert(source, to, tmp_path / "out", config)
+        assert ended.value.code == 2 and not (tmp_path / "out").exists()
+        assert "SOURCE: vae: decoder.conv_out.bias has values that are NaN or inf" in last_error(capsys)
