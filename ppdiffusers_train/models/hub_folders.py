@@ -9,6 +9,7 @@ from ppdiffusers_train.models.weight_files import choose_weights, is_weights, pa
 
 UNREACHABLE = (OSError, ValueError, huggingface_hub.errors.HTTPError)
 OTHER_WEIGHTS = (".msgpack", ".onnx", ".ckpt", ".pb", ".h5", ".pt", ".pth", ".pkl", ".pdopt")
+CODE = (".py", ".pyc", ".so")
 
 
 def download(name: str, parts, cache_dir=None, revision=None, variant=None, weights=True) -> Path:
@@ -61,8 +62,8 @@ def files_to_download(files, parts, variant=None):
 
 
 def is_other(name: str) -> bool:
-    """Whether a file is none of a part's configuration: weights, also those for other programs, or a pickle."""
-    return is_weights(name) or name.endswith(OTHER_WEIGHTS)
+    """Whether a file is none of a part's configuration: weights, also those for other programs, a pickle, or code."""
+    return is_weights(name) or name.endswith((*OTHER_WEIGHTS, *CODE))
 
 
 def reason_of(error: Exception) -> str:

@@ -213,8 +213,7 @@ class PipelineFolder:
         files = self.weights(part)
         if files is None or (files.is_torch == (save_format == "diffusers") and not files.is_pickled):
             self.check_weights(part, part_class)
-            source = self.folders[part]
-            link_tree(source, target, leave_out=[path.name for path in source.iterdir() if is_other(path.name)])
+            link_tree(self.folders[part], target)
             remove_weights(target)
             if files:
                 files.link_plainly(target, link_file)
@@ -283,11 +282,13 @@ def export_pipeline(directory, pipeline_class: str, parts: dict, own: dict, save
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def link_tree(source: Path, target: Path, leave_out=()) -> None:
-    """Copy a folder with hard links, without the names in `leave_out`."""
-    shutil.copytree(
-        source, target, copy_function=link_file, dirs_exist_ok=True, ignore=lambda folder, names: set(leave_out)
-    )
+def link_tree(source: Path, target: Path) -> None:
+    """Copy a part's folder with hard links, without weights and code."""
+
+    def ignored(_, names):
+        return set(filter(is_other, names))
+
+    shutil.copytree(source, target, copy_function=link_file, dirs_exist_ok=True, ignore=ignored)
 
 
 def link_file(file, copy) -> None:

@@ -12,7 +12,7 @@ from ppdiffusers import (
     UNet2DConditionModel,
     VQModel,
 )
-from ppdiffusers.transformers import CLIPVisionModelWithProjection
+from ppdiffusers.transformers import CLIPTokenizer, CLIPVisionModelWithProjection
 from safetensors import safe_open
 
 from ppdiffusers_train.errors import UserError
@@ -181,6 +181,18 @@ def test_linking_copies_where_the_disk_cannot_link(tmp_path, monkeypatch):
     monkeypatch.setattr("os.link", refuse)
     link_tree(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b" / "x").read_text() == "x" and not (tmp_path / "b" / "x").samefile(tmp_path / "a" / "x")
+
+
+@pytest.mark.parametrize("save_format", ["ppdiffusers", "diffusers"])
+def test_a_result_has_no_code_and_no_pickle_that_lay_beside_a_model(kandinsky, tmp_path, save_format):
+    base = shutil.copytree(kandinsky[0], tmp_path / "base")
+    (base / "tokenizer" / "more").mkdir()
+    left_out = ("tokenizer.py", "fast.so", "state.pkl", "more/also.py")
+    for name in (*left_out, "added.json"):
+        (base / "tokenizer" / name).write_text("{}")
+    folder(base, "tokenizer").export("tokenizer", CLIPTokenizer, tmp_path / "out", save_format)
+    copied = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert "added.json" in copied and not copied & {name.split("/")[-1] for name in left_out}
 
 
 def test_loading_in_place_keeps_the_parameter_objects(kandinsky):
