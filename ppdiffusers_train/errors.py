@@ -66,7 +66,8 @@ WAYS_OUT = {
     errno.EROFS: "the disk is read-only",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR), OTHER_FOLDER),
 }
-LIBRARY_ERRNO = re.compile(r"\(os error (\d+)\)")  # as in the messages of safetensors
+# As in the messages of safetensors, and of `shutil.copytree`, which lists several errors.
+LIBRARY_ERRNO = re.compile(r"(?:\(os error |\[Errno )(\d+)[\])]")
 
 
 @contextlib.contextmanager
@@ -110,9 +111,11 @@ def scratch_folder(what: str):
 def reason_of(error: Exception) -> tuple:
     """(errno or None, the reason) of an error of the system, whether raised by Python or quoted in a library's message;
     the reason of any other error is empty."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno:
         return error.errno, error.strerror or str(error)
     found = LIBRARY_ERRNO.search(str(error))
+    if isinstance(error, OSError) and not found:
+        return None, str(error)
     return (int(found[1]), os.strerror(int(found[1]))) if found else (None, "")
 
 

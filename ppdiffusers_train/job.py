@@ -65,8 +65,9 @@ class FullTraining(DiffusionTrainingModule):
     """The same names of its moving averages, which are saved beside it."""
 
     def save_weights(self, directory):
+        library = "diffusers" if self.args.save_format == "diffusers" else "ppdiffusers"  # a single file is a pipeline
         for name in (self.trained, *self.averages):
-            save_model(getattr(self, name), f"{directory}/{name}")
+            save_model(getattr(self, name), f"{directory}/{name}", library)
 
     def load_weights(self, directory):
         for name in (self.trained, *self.averages):

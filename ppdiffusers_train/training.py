@@ -29,6 +29,7 @@ from ppdiffusers_train.loop.filling import encode_dataset
 from ppdiffusers_train.loop.held_out import HeldOutLoss, held_out_rows, held_out_samples
 from ppdiffusers_train.loop.identity import (
     describe_changed_data,
+    initial_weights,
     job_code,
     public_arguments,
     public_command,
@@ -38,8 +39,8 @@ from ppdiffusers_train.loop.identity import (
 )
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.reports import open_reports
-from ppdiffusers_train.loop.resume_rules import base_weights, describe_changes, refuse_mixture, weights_named
-from ppdiffusers_train.loop.run import Run, notices, refuse_fewer_steps, resolve_run
+from ppdiffusers_train.loop.resume_rules import base_identity, describe_changes, refuse_mixture
+from ppdiffusers_train.loop.run import Run, notices, refuse_shorter_run, resolve_run
 from ppdiffusers_train.loop.saving import (
     checkpoint_before_end,
     claim_folder,
@@ -158,7 +159,7 @@ def make_plan(module, dataset, run: Run) -> Plan:
         agree(run.ranks, digests)
     identity = run_identity(module, dataset, args, run.saved, run.samples_per_step)
     run = replace(run, saved=without_rows_of_other_data(run.saved, dataset, args))
-    refuse_mixture(run.checkpoint, run.saved, public_arguments(args), base_weights(digests))
+    refuse_mixture(run.checkpoint, run.saved, public_arguments(args), base_identity(digests))
     order = order_samples(module, dataset, identity["seed"], run.samples_per_step, run.log)
     steps_per_epoch = order.steps_per_epoch(run.samples_per_step)
     # Epochs are counted in samples: after a resume, a step may have another number of them.
@@ -168,25 +169,19 @@ def make_plan(module, dataset, run: Run) -> Plan:
     left = order.steps_until(args.num_train_epochs, position, run.samples_per_step)
     total_steps = args.max_train_steps or step + left
     check_schedule(args, total_steps, min(run.samples_per_step, order.size))
-    refuse_fewer_steps(run, total_steps)
+    refuse_shorter_run(run, total_steps, order.size)
     info = {
         "run": run.id,
         **identity,
         "arguments": public_arguments(args),
         "command": public_command(args),
         "versions": versions(),
-        "weights": {**run.saved.get("weights", {}), **base_weights(digests)},
+        **{kind: {**run.saved.get(kind, {}), **found} for kind, found in base_identity(digests).items()},
         "card": json.loads(json.dumps(module.card_data(), default=str)),
     }
-    return Plan(run, module, dataset, order, total_steps, steps_per_epoch, info, held_out_samples(dataset, run))
-
-
-def initial_weights(module, run: Run) -> dict:
-    """Set the initial values that flags ask for; returns the hashes of their files, named as ranks compare them."""
-    found = module.initialize((lambda line: None) if run.checkpoint else run.log)
-    for flag in found if run.checkpoint else ():
-        run.log(f"{flag}: the file is only compared, because the weights are those of the checkpoint")
-    return weights_named(found)
+    held_out = held_out_samples(dataset, run)
+    info["held_out"] = held_out and held_out.digest()
+    return Plan(run, module, dataset, order, total_steps, steps_per_epoch, info, held_out)
 
 
 def build_state(plan: Plan) -> TrainingState:
@@ -267,9 +262,10 @@ def train(plan: Plan, state: TrainingState, samples, held_out: HeldOutLoss) -> N
             saves, validates = stopping or plan.checkpoint_is_due(state), plan.validation_is_due(state)
             measures = plan.loss_is_due(state) and not stopping
             with reports.progress.paused() if saves or validates or measures else contextlib.nullcontext():
-                if measures:
-                    held_out.report(state, reports.trackers)
                 is_written = saves and save_checkpoint(plan, state)
+                if measures:
+                    with checkpoint_before_end(plan, state):
+                        held_out.report(state, reports.trackers)
                 if stopping:
                     reports.progress.close()
                     end_stopped(stop, plan, state, is_written)

@@ -281,6 +281,21 @@ def test_a_finished_run_goes_on_with_more_steps_and_to_the_same_bits(train):
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("job, part", [("prior", "prior"), ("decoder", "unet")])
+def test_checkpoints_have_the_layout_of_the_result_and_resume_to_the_same_bits_in_any(train, job, part):
+    flags = ["--max_train_steps=3", "--use_ema", "--checkpointing_steps=1"]
+    whole = train(job, *flags, "--save_format=diffusers", out="whole")
+    for folder in (whole / "checkpoint-2" / part, whole / "checkpoint-2" / "ema" / part):
+        assert (folder / "diffusion_pytorch_model.safetensors").is_file()
+    resume = f"--resume_from_checkpoint={whole / 'checkpoint-2'}"
+    resumed = train(job, *flags, "--save_format=diffusers", resume)
+    assert same(*(tensors(out / part / "diffusion_pytorch_model.safetensors") for out in (whole, resumed)))
+    plain = train(job, *flags, "--save_format=ppdiffusers", resume, out="plain")
+    direct = train(job, *flags, "--save_format=ppdiffusers", out="direct")
+    assert same(weights(plain, part), weights(direct, part))
+
+
+@pytest.mark.once
 def test_a_changed_learning_rate_or_length_holds_from_the_first_step_after_a_resume(train):
     cosine = ["--lr_scheduler=cosine", "--lr_warmup_steps=0", "--resume_from_checkpoint=latest"]
     out = train("prior", *cosine, "--max_train_steps=2")
@@ -290,7 +305,9 @@ def test_a_changed_learning_rate_or_length_holds_from_the_first_step_after_a_res
 
 
 @pytest.mark.once
-def test_epochs_are_counted_in_samples_when_the_batch_changes_at_a_resume(kandinsky_jobs, decoder_flags, tmp_path):
+def test_epochs_are_counted_in_samples_when_the_batch_changes_at_a_resume(
+    kandinsky_jobs, decoder_flags, tmp_path, capsys
+):
     """One epoch of seven samples in steps of two, then two in steps of seven."""
     flags = [flag for flag in decoder_flags if not flag.startswith("--max_train_steps")]
     flags += [f"--output_dir={tmp_path / 'out'}", "--resume_from_checkpoint=latest"]
@@ -298,6 +315,11 @@ def test_epochs_are_counted_in_samples_when_the_batch_changes_at_a_resume(kandin
     kandinsky_jobs["prior"].main([*flags, "--num_train_epochs=3", "--train_batch_size=7"])
     steps = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*"))
     assert steps == [4, 6] and read_state(tmp_path / "out" / "checkpoint-6")["position"] == 21
+    kandinsky_jobs["prior"].main([*flags, "--num_train_epochs=3", "--train_batch_size=2"])
+    with pytest.raises(SystemExit) as stopped:
+        kandinsky_jobs["prior"].main([*flags, "--num_train_epochs=2", "--train_batch_size=2"])
+    expected = "checkpoint-6 is of epoch 3, but the run has 2 epochs; expected more epochs, or an earlier checkpoint"
+    assert stopped.value.code == 2 and expected in last_error(capsys)
 
 
 @pytest.mark.once
@@ -308,12 +330,18 @@ def test_a_change_that_would_mix_two_runs_is_refused_and_others_are_announced(tr
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
+    words = shutil.copytree(kandinsky[0], tmp_path / "words")
+    vocabulary = json.loads((words / "tokenizer" / "vocab.json").read_text())
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (words / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
     flags = ["--lora_alpha=4", "--max_train_steps=2", "--resume_from_checkpoint=latest"]
     cases = {
         "--lora_alpha=8": "--lora_alpha: .*checkpoint-1 was trained with 4.*, now it is 8.*, which would mix two runs",
-        "--snr_gamma=5": "--snr_gamma: .* was trained with None, now it is 5.0",
+        "--snr_gamma=5": "--snr_gamma: .* was trained with None, now it is 5.0.*; expected no --snr_gamma, or",
         "--lora_rank=8": "--lora_rank: .* was trained with 4, now it is 8",
         f"--pretrained_prior_model_name_or_path={other}": "was trained from other weights of prior; expected the same",
+        f"--pretrained_prior_model_name_or_path={words}": "was trained from other settings of tokenizer; expected",
     }
     for flag, message in cases.items():
         with pytest.raises(SystemExit) as stopped:

@@ -24,7 +24,8 @@ WRITES = set(
     correct_size save_model export_pipeline export link_tree link_file link_plainly remove_weights write_lora save_lora
     save_lora_weights save_weights save_optimizer write_plan write_shards Shard build_tokenizer
     build_t5_tokenizer export_combined export_prior sample_files require_room VisualDLTracker
-    TensorBoardTracker build_kandinsky build_prior_pipeline build_sdxl write_weights replace_result set_aside_later
+    TensorBoardTracker build_kandinsky build_prior_pipeline build_sdxl write_weights replace_result delete_inside
+    set_aside_other_branches keep_others link_or_copy
     set_aside_unlisted_result remove_earlier_checkpoints remove_folder make_once link_files UnfinishedPack write_merged
     export_converted export_single_file write_converted
     write_pretrained write_kandinsky write_sd write_sdxl write_sd3""".split()

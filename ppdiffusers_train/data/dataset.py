@@ -70,10 +70,11 @@ def hold_out(args, dataset) -> tuple:
     try:
         held_out = build_images(argparse.Namespace(**{**vars(args), **own}), is_held_out=True)
     except UserError as error:
+        reason = str(error).removeprefix("--train_data_dir: ")  # which `own` has replaced
         if given:
-            raise UserError(f"{given[0]}: {error}") from error
+            raise UserError(f"{given[0]}: {reason}") from error
         raise UserError(
-            f"--validation_loss_steps: the data have no split named validation ({error}); expected "
+            f"--validation_loss_steps: the data have no split named validation ({reason}); expected "
             "--validation_data_dir DIR or --validation_split X"
         ) from error
     held_out.background = args.background_color

@@ -1,4 +1,4 @@
-"""Signals that stop a run: SIGTERM, Ctrl-C, and, with --stop_signal, a scheduler's warning.
+"""Signals that stop a run: SIGTERM, Ctrl-C, the end of its terminal, and, with --stop_signal, a scheduler's warning.
 
 In the loop, the first signal stops the run after its step, with a checkpoint; another SIGTERM or SIGINT, some seconds
 later, ends it at once. Before and after the loop, the first signal ends it at once.
@@ -70,7 +70,11 @@ class StopRequest:
 
     def __init__(self, also=None):
         self.numbers = [*STOP_SIGNALS, *_supervisor_signals, *([signal.Signals[f"SIG{also}"]] if also else [])]
+        is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # as after `nohup`
+        if not is_ignored and signal.SIGHUP not in self.numbers:
+            self.numbers.append(signal.SIGHUP)
         self.received = None
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
         self._classifier, self._previous = SignalClassifier(), {}
 
     def __enter__(self):
@@ -93,10 +97,19 @@ class StopRequest:
         kind = self._classifier.classify(number)
         if self.received is None:
             self.received = signal.Signals(number)
+            if number == signal.SIGHUP:
+                self._leave_terminals()
             self.on_first_signal()
         elif kind == SECOND:
             signal.signal(number, self._previous[number])
             os.kill(os.getpid(), number)
+
+    def _leave_terminals(self) -> None:
+        """Write to nowhere what was written to terminals: one that has been closed answers with errors."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in self._terminals:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
 
     def on_first_signal(self) -> None:
         """Called at the first signal, after `received` is set."""
@@ -124,7 +137,7 @@ class ExitOnSignal(StopRequest):
 
 def signal_name(number: int) -> str:
     """The name of a signal in messages."""
-    return "the end of the launcher" if number == LAUNCHER_ENDED else signal.Signals(number).name
+    return "the end of the launcher" if number in _supervisor_signals else signal.Signals(number).name
 
 
 def restore_handlers() -> None:

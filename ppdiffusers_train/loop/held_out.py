@@ -18,6 +18,7 @@ from ppdiffusers_train.errors import BadSampleError, UserError
 from ppdiffusers_train.loop.bad_samples import known_bad, why_bad
 from ppdiffusers_train.module import evaluation
 from ppdiffusers_train.reporting.status_line import counted
+from ppdiffusers_train.runtime.agreement import digest
 
 SEED = 2**63  # of all draws, which no run has as its own
 FEWEST = 50  # losses of which the mean is taken; of fewer samples, each has several, each with other noise
@@ -42,6 +43,12 @@ class HeldOut:
     def losses_each(self) -> int:
         """How many losses are computed of each sample."""
         return math.ceil(FEWEST / len(self.rows))
+
+    def digest(self) -> str:
+        """A hash of the contents of the images, in their order; of a dry run, which has not read them, of their
+        number."""
+        contents = self.dataset.facts.digests[self.rows] if self.dataset.facts else repr(len(self.rows)).encode()
+        return digest(bytes(contents))
 
     def row(self, position: int) -> int:
         """The row at a position."""
@@ -77,6 +84,11 @@ def held_out_samples(dataset, run):
     unused = f"; not used: {counted(len(bad), 'sample')}, for example {example}" if bad else ""
     losses = len(rows) * found.losses_each
     run.log(f"validation loss: the mean of {losses} losses of {counted(len(rows), 'sample')}{unused}")
+    if run.saved.get("held_out", found.digest()) not in (None, found.digest()):
+        run.log(
+            "validation loss: these are other samples than the checkpoint's, some of which may have been trained on; "
+            "the numbers before and after this step cannot be compared"
+        )
     return found
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import paddle
 
 from ppdiffusers_train.errors import UserError, hide_tokens
+from ppdiffusers_train.loop.resume_rules import weights_named
 from ppdiffusers_train.runtime.agreement import digest
 
 LIBRARY = Path(__file__).parents[1].name
@@ -94,9 +95,10 @@ def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
         UserError: it has another one, except other data with `--accept_changed_data`.
     """
     identity = {"job": type(module).__name__, "seed": args.seed, **data_identity(dataset, args)}
-    if module.buckets:  # then the order of samples depends on it
-        identity["samples_per_step"] = samples_per_step
+    if module.buckets:  # then the order of samples depends on both
+        identity |= {"samples_per_step": samples_per_step, "buckets": digest(repr(module.buckets).encode())}
     words = {"seed": "--seed", "samples_per_step": "number of samples per step", **DATA}
+    words["buckets"] = "sizes of buckets, which depend on --resolution,"
     for name, (before, now) in differences(identity, saved).items():
         if name in DATA and args.accept_changed_data:
             continue
@@ -106,6 +108,14 @@ def run_identity(module, dataset, args, saved, samples_per_step: int) -> dict:
             f"{words.get(name, name)} is {before}, here it is {now}{way_out}"
         )
     return identity
+
+
+def initial_weights(module, run) -> dict:
+    """Set the initial values that flags ask for; returns the hashes of their files, named as ranks compare them."""
+    found = module.initialize((lambda line: None) if run.checkpoint else run.log)
+    for flag in found if run.checkpoint else ():
+        run.log(f"{flag}: the file is only compared, because the weights are those of the checkpoint")
+    return weights_named(found)
 
 
 def data_identity(dataset, args) -> dict:
@@ -127,9 +137,9 @@ def differences(identity: dict, saved: dict) -> dict:
     """{name: (value in the checkpoint, value now)} of what differs; empty without a checkpoint."""
     if not saved:
         return {}
-    saved = {"repeats": describe_repeats(None), **saved}  # older versions had no such flag
-    # Older versions did not know the last three.
-    names = [name for name in identity if name in saved or name not in ("images", "lanes", "split")]
+    # Older versions had no such flag, and did not know the entries below.
+    saved = {"repeats": describe_repeats(None), **saved}
+    names = [name for name in identity if name in saved or name not in ("images", "lanes", "split", "buckets")]
     return {name: (saved.get(name), identity[name]) for name in names if saved.get(name) != identity[name]}
 
 

@@ -7,6 +7,7 @@ Each flag of every script is in one of the three sets. Flags that only a user's 
 import json
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.runtime.agreement import digest
 
 REFUSED = {
     # What is trained, and for which objective: the weights of the checkpoint would become a mixture.
@@ -57,16 +58,20 @@ FREE = {
 }
 
 
-WEIGHTS = "weights of "  # how the names begin under which ranks compare weights
+WEIGHTS, SETTINGS = "weights of ", "settings of "  # how the names begin under which ranks compare models
 
 
-def base_weights(digests: dict) -> dict:
-    """{model or flag: hash of the weights at the start of a run}, taken from what ranks compare."""
-    return {name.removeprefix(WEIGHTS): digest for name, digest in digests.items() if name.startswith(WEIGHTS)}
+def base_identity(compared: dict) -> dict:
+    """What a run starts from: `{"weights": {model or flag: hash}, "settings": {model, scheduler or tokenizer: hash}}`,
+    taken from what ranks compare."""
+    weights = {name.removeprefix(WEIGHTS): value for name, value in compared.items() if name.startswith(WEIGHTS)}
+    settings = {name.removeprefix(SETTINGS): value for name, value in compared.items() if name.startswith(SETTINGS)}
+    hashes = {name: digest(json.dumps(value, sort_keys=True).encode()) for name, value in settings.items()}
+    return {"weights": weights, "settings": hashes}
 
 
 def weights_named(digests: dict) -> dict:
-    """The reverse of `base_weights`."""
+    """The names under which ranks compare hashes of weights."""
     return {f"{WEIGHTS}{name}": digest for name, digest in digests.items()}
 
 
@@ -75,29 +80,48 @@ def changed_flags(saved: dict, arguments: dict) -> dict:
     checkpoint does not have, because an older version wrote it, does not count as changed."""
     now = json.loads(json.dumps(arguments, default=str))
     names = [name for name in now if name in saved and name not in FREE and saved[name] != now[name]]
-    return {name: (saved[name], now[name]) for name in names}
+    return {name: (saved[name], now[name]) for name in names if meaning(saved, name) != meaning(now, name)}
 
 
-def refuse_mixture(checkpoint, saved: dict, arguments: dict, weights: dict) -> None:
-    """Raise a `UserError` if the run would become a mixture of two: by a flag, or by a base model with other weights.
+def meaning(arguments: dict, name: str):
+    """The value of a flag, or the one that it has where it is not given."""
+    unset = {"lora_alpha": arguments.get("lora_rank")}
+    return unset.get(name) if arguments[name] is None else arguments[name]
+
+
+def refuse_mixture(checkpoint, saved: dict, arguments: dict, base: dict) -> None:
+    """Raise a `UserError` if the run would become a mixture of two: by a flag, or by another base.
 
     Args:
         saved: the checkpoint's `state.json`.
         arguments: the flags of now.
-        weights: `base_weights` of now; a model that one of the two lacks is not compared.
+        base: `base_identity` of now; what one of the two lacks is not compared.
     """
+    schedulers = [found.get("settings", {}).get("scheduler") for found in (saved, base)]
     for name, (before, now) in changed_flags(saved.get("arguments", {}), arguments).items():
+        if name == "prediction_type" and schedulers[0] and schedulers[0] == schedulers[1]:
+            continue  # it names what the base predicts anyway
         if name in REFUSED:
             raise UserError(
-                f"--{name}: {checkpoint} was trained with {before}, now it is {now}, which would mix two runs; "
-                f"expected --{name} {before}, or a new run in another folder"
+                f"--{name}: {checkpoint} was trained with {before}, now it is {now}, which would mix two "
+                f"runs; expected {as_flag(name, before)}, or a new run in another folder"
             )
-    for name, digest in saved.get("weights", {}).items():
-        if weights.get(name, digest) != digest:
-            raise UserError(
-                f"--resume_from_checkpoint: {checkpoint} was trained from other weights of {name}; expected the same "
-                "ones, or a new run in another folder"
-            )
+    for kind, digests in base.items():
+        for name, before in saved.get(kind, {}).items():
+            if digests.get(name, before) != before:
+                raise UserError(
+                    f"--resume_from_checkpoint: {checkpoint} was trained from other {kind} of {name}; expected the "
+                    "same ones, or a new run in another folder"
+                )
+
+
+def as_flag(name: str, value) -> str:
+    """What to write on a command line for a flag to have a value."""
+    if value is None or value is False:
+        return f"no --{name}"
+    if value is True:
+        return f"--{name}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def describe_changes(checkpoint, saved: dict, arguments: dict) -> str:

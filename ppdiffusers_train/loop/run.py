@@ -148,14 +148,17 @@ def check_flags(args, ranks: Ranks) -> None:
         )
 
 
-def refuse_fewer_steps(run: Run, total_steps: int) -> None:
-    """Raise a `UserError` if the checkpoint is of a later step than the last one of the run."""
-    step = run.saved.get("step", 0)
-    if step > total_steps:
-        raise UserError(
-            f"--resume_from_checkpoint: {run.checkpoint} is of step {step}, but the run has {total_steps} steps; "
-            "expected more steps, or an earlier checkpoint"
-        )
+def refuse_shorter_run(run: Run, total_steps: int, epoch_size: int) -> None:
+    """Raise a `UserError` if the checkpoint is of a later step, or of a later epoch, than the last one of the run."""
+    step, epochs = run.saved.get("step", 0), run.saved.get("position", 0) / epoch_size
+    found, more = f"step {step}, but the run has {total_steps} steps", "steps"
+    if not run.args.max_train_steps and epochs > run.args.num_train_epochs:
+        found, more = f"epoch {epochs:.3g}, but the run has {run.args.num_train_epochs} epochs", "epochs"
+    elif step <= total_steps:
+        return
+    raise UserError(
+        f"--resume_from_checkpoint: {run.checkpoint} is of {found}; expected more {more}, or an earlier checkpoint"
+    )
 
 
 def choose_checkpoint(args, ranks: Ranks) -> tuple:

@@ -18,7 +18,7 @@ from ppdiffusers_train.runtime.run_folder import (
     ARGUMENTS_FILE,
     remove_earlier_checkpoints,
     replace_result,
-    set_aside_later,
+    set_aside_other_branches,
     set_aside_unlisted_result,
 )
 from ppdiffusers_train.tensor_files import cast_files
@@ -121,10 +121,10 @@ def claim_folder(plan: Plan, step: int) -> None:
     text = json.dumps(plan.info, indent=1, ensure_ascii=False)
     with writing(f"--output_dir: {ARGUMENTS_FILE}", run.output_dir, UNTOUCHED):
         remove_stale_shards(run.output_dir)
-        set_aside_later(run.output_dir, run.id, step, run.log)
+        set_aside_other_branches(run.output_dir, run.id, run.checkpoint, step, run.log)
         if run.args.overwrite_output_dir:
             remove_earlier_checkpoints(run.output_dir, run.id)
-            set_aside_unlisted_result(run.output_dir, run.log)
+        set_aside_unlisted_result(run.output_dir, run.log)
         write_text(run.output_dir / ARGUMENTS_FILE, text)
 
 

@@ -40,30 +40,44 @@ def atomic_folder(target: Path):
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def replace_children(folder: Path, write) -> list:
-    """`write(path)` fills an empty folder; its files and folders then replace those of the same name in `folder`.
+def replace_children(folder: Path, new: Path, listed=()) -> None:
+    """Move the files and folders in `new` into `folder`, where they replace those of the same name; `new` is removed.
 
     Existing files are never opened for writing: they may be hard links to a base model.
 
-    Returns:
-        the names of what was written.
+    Args:
+        listed: files that may go, with paths relative to `folder`. Others in a folder that is replaced are kept;
+            without a list, none are.
     """
-    temporary = folder / ".result"
-    with atomic_folder(temporary) as inside:
-        write(str(inside))
-    names = []
-    for child in sorted(temporary.iterdir()):
-        names.append(child.name)
-        replaced = folder / f".{child.name}.old"
-        if (folder / child.name).exists():
-            os.rename(folder / child.name, replaced)
-        os.rename(child, folder / child.name)
-        if replaced.is_dir():
+    for child in sorted(new.iterdir()):
+        old, replaced = folder / child.name, folder / f".{child.name}.old"
+        if listed and child.is_dir() and old.is_dir() and not old.is_symlink():
+            keep_others(folder, new, child.name, listed)
+        if os.path.lexists(old):
+            os.rename(old, replaced)
+        os.rename(child, old)
+        if replaced.is_dir() and not replaced.is_symlink():
             shutil.rmtree(replaced)
         else:
             replaced.unlink(missing_ok=True)
-    temporary.rmdir()
-    return names
+    new.rmdir()
+
+
+def keep_others(folder: Path, new: Path, name: str, listed) -> None:
+    """Link the files below `folder/name` that are neither `listed` nor in `new` into `new/name`."""
+    for path in (folder / name).rglob("*"):
+        inside = path.relative_to(folder)
+        if (path.is_symlink() or not path.is_dir()) and str(inside) not in listed and not os.path.lexists(new / inside):
+            (new / inside).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(path, new / inside)
+
+
+def link_or_copy(file, copy) -> None:
+    """Make `copy` a hard link to a file, or a copy where the disk cannot link. A symbolic link stays one."""
+    try:
+        os.link(file, copy, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(file, copy, follow_symlinks=False)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -123,7 +137,11 @@ def write_checkpoint(output_dir: Path, step: int, write, state: dict, total_limi
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a checkpoint. It is renamed first, so that after a kill no part of it looks like a checkpoint."""
+    """Delete a checkpoint. It is renamed first, so that after a kill no part of it looks like a checkpoint. Of a link
+    to a folder elsewhere, only the link is deleted."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
     doomed = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
@@ -148,12 +166,15 @@ def checkpoints(output_dir: Path) -> list:
 
 def complete_checkpoints(output_dir: Path, run_id: str) -> list:
     """The complete checkpoints of one run in `output_dir`, oldest first."""
-    found = []
-    for path in checkpoints(output_dir):
-        with contextlib.suppress(UserError):
-            if run_of(read_state(path)) == run_id:
-                found.append(path)
-    return found
+    found = filter(is_complete, checkpoints(output_dir))
+    return [path for path in found if run_of(read_state(path)) == run_id]
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a folder is a complete checkpoint."""
+    with contextlib.suppress(UserError):
+        return bool(read_state(checkpoint))
+    return False
 
 
 def read_state(checkpoint: Path) -> dict:

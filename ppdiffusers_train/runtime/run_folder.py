@@ -13,17 +13,21 @@ from pathlib import Path
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.runtime.checkpoint import (
     STATE_FILE,
+    atomic_folder,
     checkpoints,
     complete_checkpoints,
+    is_complete,
+    link_or_copy,
     remove_folder,
     replace_children,
     run_of,
     step_of,
+    write_text,
 )
 
 ARGUMENTS_FILE, RESULT_FILE = "training_args.json", "result.json"
 WEIGHTS = (".safetensors", ".pdparams", ".bin")  # extensions of files with weights
-EARLIER_RESULT = "earlier-result"
+EARLIER_RESULT, ABANDONED = "earlier-result", "abandoned-"
 # Not part of a result.
 OTHER_FOLDERS = ("checkpoint-*", "abandoned-checkpoint-*", f"{EARLIER_RESULT}*", "encoded*", "logs", "validation")
 # What each folder of a part has, with or without weights.
@@ -56,7 +60,7 @@ def refuse_used_folder(folder: Path, overwrites: bool) -> None:
     Args:
         overwrites: whether the files that an earlier run wrote may be replaced.
     """
-    found = [path.name for path in checkpoints(folder)]
+    found = checkpoints(folder)
     result = read_json(folder / RESULT_FILE)
     unknown = [] if result else weights_in(folder)
     flag = f"--output_dir: {str(folder)!r} holds"
@@ -64,12 +68,16 @@ def refuse_used_folder(folder: Path, overwrites: bool) -> None:
     if unknown and not is_earlier:
         raise UserError(f"{flag} weights that no {RESULT_FILE} lists, such as {unknown[0]}; expected another folder")
     has_result = result or unknown
-    if not overwrites and (found or has_result):
-        what = " and ".join([f"checkpoints up to {found[-1]}"] * bool(found) + ["a result"] * bool(has_result))
-        raise UserError(
-            f"{flag} {what} of an earlier run; expected --resume_from_checkpoint latest to continue it, "
-            "--overwrite_output_dir to replace it, or another folder"
-        )
+    if overwrites or not (found or has_result):
+        return
+    listed = [f"checkpoints up to {found[-1].name}"] if found else []
+    listed += ["a result"] if has_result else []
+    ways = ["--overwrite_output_dir to replace it", "or another folder"]
+    if any(map(is_complete, found)):
+        ways.insert(0, "--resume_from_checkpoint latest to continue it")
+    elif found:
+        listed[0] += ", none of them complete,"
+    raise UserError(f"{flag} {' and '.join(listed)} of an earlier run; expected {', '.join(ways)}")
 
 
 def weights_in(folder: Path) -> list:
@@ -102,32 +110,56 @@ def set_aside_unlisted_result(folder: Path, log) -> None:
 def free_name(path: Path) -> Path:
     """A path that does not exist: this one, or with a number after it."""
     found, number = path, 2
-    while found.exists():
+    while os.path.lexists(found):  # also a link to nothing
         found, number = path.with_name(f"{path.name}-{number}"), number + 1
     return found
 
 
+def listed_files(folder: Path) -> dict:
+    """{path relative to a folder: size in bytes} of the files of the result in it; empty without a result, or for a
+    damaged list."""
+    files = (read_json(folder / RESULT_FILE) or {}).get("files")
+    is_list = isinstance(files, dict) and all(isinstance(size, int) for size in files.values())
+    return files if is_list else {}
+
+
 def require_result(folder: Path) -> None:
     """Raise a `UserError` unless a folder holds a complete result; a result of an older version is taken as it is."""
-    result = read_json(folder / RESULT_FILE)
-    if result is None and not (read_json(folder / ARGUMENTS_FILE) and weights_in(folder)):
-        raise UserError(f"{str(folder)!r} has no result of a training script: it has no {RESULT_FILE}")
-    for name, size in (result or {}).get("files", {}).items():
+    result, files = read_json(folder / RESULT_FILE), listed_files(folder)
+    if not files and not (result is None and read_json(folder / ARGUMENTS_FILE) and weights_in(folder)):
+        raise UserError(f"{str(folder)!r} has no result of a training script: it has no {RESULT_FILE} with its files")
+    if result and result.get("unfinished"):
+        raise UserError(f"{str(folder)!r} has no complete result: its run was ended while it replaced another one")
+    for name, size in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise UserError(f"{str(folder)!r} has no complete result: {name} is missing, or does not have {size} bytes")
 
 
-def set_aside_later(folder: Path, run_id: str, step: int, log) -> None:
-    """Rename this run's checkpoints of steps after `step` to `abandoned-checkpoint-<step>`: the run goes back."""
-    later = [path for path in complete_checkpoints(folder, run_id) if step_of(path) > step]
+def set_aside_other_branches(folder: Path, run_id: str, checkpoint, step: int, log) -> None:
+    """Rename what a run that goes back to `checkpoint` abandons to `abandoned-checkpoint-<step>`: its checkpoints of
+    later steps and, if `checkpoint` is another, that of the same step.
+
+    If `checkpoint` was abandoned itself, it becomes `checkpoint-<step>` again, so that it is the latest one.
+
+    Args:
+        checkpoint: the folder that the run resumes from, or None at step 0.
+        step: the step after which it resumes.
+    """
+    own = complete_checkpoints(folder, run_id)
+    later = [path for path in own if step_of(path) > step or (step_of(path) == step and path != checkpoint)]
     for path in later:
-        os.rename(path, free_name(path.with_name(f"abandoned-{path.name}")))
+        os.rename(path, free_name(path.with_name(f"{ABANDONED}{path.name}")))
     if later:
         log(
             f"{later[0].name}{f' to {later[-1].name}' if later[1:] else ''}: set aside as abandoned-checkpoint-…, "
             f"because the run resumes at step {step}"
         )
+    if checkpoint and checkpoint.parent == folder and checkpoint.name.startswith(ABANDONED):
+        target = folder / f"checkpoint-{step}"
+        with atomic_folder(target) as inside:
+            shutil.copytree(checkpoint, inside, copy_function=link_or_copy, dirs_exist_ok=True)
+        log(f"{checkpoint.name}: is {target.name} again")
 
 
 def earlier_checkpoints(folder: Path, run_id: str) -> list:
@@ -142,24 +174,40 @@ def remove_earlier_checkpoints(folder: Path, run_id: str) -> None:
 
 
 def replace_result(folder: Path, run_id: str, step: int, write) -> None:
-    """Replace the result in a folder: files of the earlier result that are not written again are deleted.
+    """Replace the result in a folder: files of the earlier result that are not written again are deleted, and no other
+    files.
+
+    After a kill, `result.json` lists the files of both results, and says so.
 
     Args:
         write: `write(path)` fills an empty folder with the new result.
     """
 
-    def write_with_list(inside):
-        write(inside)
-        found = [path for path in Path(inside).rglob("*") if path.is_file()]
-        files = {str(path.relative_to(inside)): path.stat().st_size for path in found}
-        text = json.dumps({"run": run_id, "step": step, "files": files}, indent=1, ensure_ascii=False)
-        (Path(inside) / RESULT_FILE).write_text(text, encoding="utf-8")
+    def record(files, **more):
+        text = json.dumps({"run": run_id, "step": step, **more, "files": files}, indent=1, ensure_ascii=False)
+        write_text(folder / RESULT_FILE, text)
 
-    before = (read_json(folder / RESULT_FILE) or {}).get("files", {})
-    written = replace_children(folder, write_with_list)
-    for name in {Path(file).parts[0] for file in before} - set(written):
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    new = folder / ".result"
+    with atomic_folder(new) as inside:
+        write(str(inside))
+    found = [path for path in new.rglob("*") if path.is_file()]
+    files = {str(path.relative_to(new)): path.stat().st_size for path in found}
+    before = listed_files(folder)
+    record({**before, **files}, unfinished=True)
+    replace_children(folder, new, before)
+    for name in sorted(before.keys() - files.keys()):
+        delete_inside(folder, name)
+    record(files)
+
+
+def delete_inside(folder: Path, name: str) -> None:
+    """Delete a file that a list names, and the folders that are empty then. A file outside of `folder`, such as
+    `../file` or one behind a link, is left alone."""
+    path, root = folder / name, folder.resolve()
+    if Path(name).is_absolute() or path.parent.resolve() != root / Path(name).parent or not path.is_file():
+        return
+    path.unlink()
+    for parent in path.parents:
+        if parent == folder or any(parent.iterdir()):
+            break
+        parent.rmdir()

@@ -437,6 +437,10 @@ def test_buckets_train_alike_cached_online_accumulated_and_resumed(train_sdxl, s
     flags += ["--train_batch_size=3", f"--resume_from_checkpoint={whole / 'checkpoint-3'}"]
     message = refused(capsys, lambda: train_sdxl("sdxl", *flags, out="other"))
     assert "its number of samples per step is 2, here it is 3" in message
+    message = refused(
+        capsys, lambda: train_sdxl("sdxl", *flags, "--train_batch_size=2", "--resolution=192", out="other")
+    )
+    assert "its sizes of buckets, which depend on --resolution, is " in message
 
 
 # What the result is written as.

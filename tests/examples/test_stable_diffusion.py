@@ -230,6 +230,24 @@ def test_a_resumed_run_ends_in_the_same_bits(train_sd, name):
 
 
 @pytest.mark.once
+def test_a_base_whose_scheduler_has_changed_is_refused_at_a_resume(train_sd, sd, tmp_path, capsys):
+    base = shutil.copytree(sd, tmp_path / "base")
+    flags = [f"--pretrained_model_name_or_path={base}", "--resume_from_checkpoint=latest"]
+    train_sd("lora_sd", *flags, "--max_train_steps=1")
+    file = base / "scheduler" / "scheduler_config.json"
+    before = file.read_text()
+    for change in ({"prediction_type": "v_prediction"}, {"beta_end": 0.02}):
+        file.unlink()  # it may be a hard link
+        file.write_text(json.dumps({**json.loads(before), **change}))
+        with pytest.raises(SystemExit) as stopped:
+            train_sd("lora_sd", *flags, "--max_train_steps=2")
+        message = "was trained from other settings of scheduler; expected the same ones, or a new run"
+        assert stopped.value.code == 2 and message in last_error(capsys)
+    file.write_text(before)
+    train_sd("lora_sd", *flags, "--max_train_steps=2", "--prediction_type=epsilon")
+
+
+@pytest.mark.once
 def test_the_cache_and_validation_pictures_change_no_bit(train_sd):
     plain = train_sd("sd", "--center_crop", out="plain")
     flags = ["--encoded_cache", "--validation_prompts", "a cat", "a dog", "--validation_inference_steps=1"]

@@ -1,6 +1,7 @@
 """What signals do to a run, and to a rank that Paddle's launcher has started. Real processes, without Paddle."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -67,6 +68,47 @@ def test_a_worker_that_a_run_forks_ends_when_it_is_asked_to(heard_outside):
         time.sleep(0.1)
         os.kill(worker, signal.SIGTERM)
         assert os.WTERMSIG(os.waitpid(worker, 0)[1]) == signal.SIGTERM
+
+
+ENDS_ITS_STEP = """
+import sys, time
+from ppdiffusers_train.launcher.signals import ExitOnSignal, StopRequest, signal_name
+with ExitOnSignal(), StopRequest() as stop:
+    print("ready", flush=True)
+    while not stop.received:
+        time.sleep(0.01)
+    for _ in range(3):
+        print("to a terminal that is gone", flush=True)
+        print("here, too", file=sys.stderr, flush=True)
+    open(sys.argv[1], "w").write(signal_name(stop.received))
+    sys.exit(128 + stop.received)
+"""
+
+
+def test_a_terminal_that_is_closed_stops_a_run_as_sigterm_does(tmp_path):
+    process, terminal = pty.fork()
+    if not process:
+        os.execv(sys.executable, [sys.executable, "-c", ENDS_ITS_STEP, str(tmp_path / "said")])
+    while b"ready" not in os.read(terminal, 1000):
+        pass
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + signal.SIGHUP
+    assert (tmp_path / "said").read_text() == "SIGHUP"
+
+
+def test_a_run_that_shall_outlive_its_terminal_does(tmp_path):
+    def ignore():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+
+    command = [sys.executable, "-c", ENDS_ITS_STEP, str(tmp_path / "said")]
+    with subprocess.Popen(command, preexec_fn=ignore, stdout=subprocess.PIPE) as run:
+        run.stdout.readline()
+        run.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        assert run.poll() is None
+        run.send_signal(signal.SIGTERM)
+        run.communicate()
+    assert (tmp_path / "said").read_text() == "SIGTERM"
 
 
 def test_the_launcher_takes_longer_to_tell_more_ranks(monkeypatch):

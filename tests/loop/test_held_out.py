@@ -16,7 +16,7 @@ from ppdiffusers_train.data.dataset import build_dataset, divide
 from ppdiffusers_train.data.tables import TableRows
 from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.module import encode_batch
-from tests.conftest import PHOTOS, last_error, same, scalars, weights
+from tests.conftest import PHOTOS, last_error, module_class, same, scalars, weights
 
 LOSS, OF_AVERAGES = "validation/loss", "validation/loss_ema"
 STEPS = ["--max_train_steps=4", "--validation_loss_steps=2"]
@@ -128,7 +128,7 @@ def test_without_other_flags_they_are_those_of_the_data_s_own_split(build_sd_mod
         (["--validation_split=1", "--validation_loss_steps=2"], "'1' is not a number between 0 and 1"),
         (
             ["--validation_data_dir=none", "--validation_loss_steps=2"],
-            "--validation_data_dir: --train_data_dir: 'none'",
+            "--validation_data_dir: 'none' is not a folder",
         ),
         (
             ["--validation_data_dir=x", "--validation_split=0.1", "--validation_loss_steps=2"],
@@ -151,3 +151,36 @@ def test_bad_images_and_those_that_are_trained_on_are_named(train_sd, others, ph
     said = capsys.readouterr().out
     assert "the mean of 51 losses of 3 samples; not used: 1 sample, for example" in said and "moon.jpg" in said
     assert "1 image of these are also trained on, for example" in said and "copy.jpg" in said
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("interval", [9, 2])
+def test_a_sample_that_breaks_during_the_run_costs_no_step(
+    train_sd, sd_jobs, others, tmp_path, capsys, monkeypatch, interval
+):
+    folder, training = shutil.copytree(others, tmp_path / "others"), module_class(sd_jobs["sd"])
+    forward = training.forward
+
+    def break_one(self, *inputs):
+        if self.training:
+            (folder / "moon.jpg").write_bytes(b"")
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(training, "forward", break_one)
+    flags = [f"--validation_data_dir={folder}", "--validation_loss_steps=2", f"--checkpointing_steps={interval}"]
+    with pytest.raises(SystemExit) as stopped:
+        train_sd("sd", *flags, "--max_train_steps=3")
+    message = last_error(capsys)
+    assert stopped.value.code == 2 and "moon.jpg" in message and (tmp_path / "out" / "checkpoint-2").is_dir()
+    assert ("; wrote checkpoint-2 before it" in message) == (interval == 9)
+
+
+@pytest.mark.once
+def test_other_samples_after_a_resume_are_told(train_sd, others, tmp_path, capsys):
+    folder = shutil.copytree(others, tmp_path / "others")
+    flags = [f"--validation_data_dir={folder}", "--validation_loss_steps=1", "--resume_from_checkpoint=latest"]
+    for steps, says in ((1, False), (2, False), (3, True), (4, False)):
+        if says:
+            (folder / "moon.jpg").unlink()
+        train_sd("sd", *flags, f"--max_train_steps={steps}")
+        assert ("these are other samples than the checkpoint's" in capsys.readouterr().out) == says

@@ -66,14 +66,28 @@ def test_a_change_of_each_flag_does_what_the_table_says(script, tmp_path):
         rule = next(rule for rule in (REFUSED, APPLIED, FREE) if action.dest in rule)
         name = f"--{action.dest}"
         if rule is REFUSED:
-            with pytest.raises(UserError, match=rf"^{name}: .*, which would mix two runs; expected {name} "):
+            with pytest.raises(UserError, match=rf"^{name}: .*, which would mix two runs; expected (no )?{name}[ ,]"):
                 refuse_mixture("checkpoint-1", saved, now, {})
+            refuse_mixture("checkpoint-1", {**saved, "arguments": now}, now, {})
         else:
             refuse_mixture("checkpoint-1", saved, now, {})
             line = describe_changes(tmp_path / "checkpoint-1", saved, now)
             assert (f"{name} " in line) == (rule is APPLIED), (name, line)
         seen.add(action.dest)
     assert len(seen) > 80
+
+
+def test_a_value_that_a_flag_has_anyway_is_no_change():
+    saved = {"arguments": {"lora_rank": 4, "lora_alpha": None, "prediction_type": None, "snr_gamma": None}}
+    base = {"weights": {}, "settings": {"scheduler": "a"}}
+    refuse_mixture("checkpoint-1", {**saved, **base}, {"lora_rank": 4, "lora_alpha": 4, "prediction_type": "x"}, base)
+    with pytest.raises(UserError, match="--lora_alpha: .* expected no --lora_alpha, or a new run"):
+        refuse_mixture("checkpoint-1", saved, {"lora_rank": 4, "lora_alpha": 8}, base)
+    other = {**base, "settings": {"scheduler": "b"}}
+    with pytest.raises(UserError, match="--prediction_type: .* expected no --prediction_type, or a new run"):
+        refuse_mixture("checkpoint-1", {**saved, **base}, {"prediction_type": "x"}, other)
+    with pytest.raises(UserError, match="was trained from other settings of scheduler; expected the same"):
+        refuse_mixture("checkpoint-1", {**saved, **base}, {}, other)
 
 
 def test_a_change_of_a_flag_gets_as_far_as_the_rules_or_is_refused_by_its_name(tmp_path):

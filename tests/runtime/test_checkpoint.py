@@ -132,12 +132,9 @@ def test_replacing_never_writes_into_a_hard_link(tmp_path):
     os.link(base, out / "unet" / "weights")
     (out / "kept").write_text("kept")
 
-    def write_result(folder):
-        os.mkdir(f"{folder}/unet")
-        with open(f"{folder}/unet/weights", "w") as file:
-            file.write("trained")
-
-    replace_children(out, write_result)
+    (out / ".result" / "unet").mkdir(parents=True)
+    (out / ".result" / "unet" / "weights").write_text("trained")
+    replace_children(out, out / ".result")
     assert base.read_text() == "base model" and (out / "unet" / "weights").read_text() == "trained"
     assert names(out) == ["kept", "unet"] and names(out / "unet") == ["weights"]
 

@@ -1,5 +1,6 @@
 import json
 import os
+from contextlib import nullcontext
 
 import pytest
 
@@ -9,8 +10,9 @@ from ppdiffusers_train.runtime.run_folder import (
     refuse_used_folder,
     remove_earlier_checkpoints,
     replace_result,
+    require_result,
     run_of_folder,
-    set_aside_later,
+    set_aside_other_branches,
     set_aside_unlisted_result,
 )
 
@@ -69,14 +71,37 @@ def test_a_run_that_goes_back_sets_its_later_checkpoints_aside_and_no_others(tmp
         checkpoint(tmp_path, step, run)
     (tmp_path / "abandoned-checkpoint-4").mkdir()
     log = []
-    set_aside_later(tmp_path, "a", 2, log.append)
+    set_aside_other_branches(tmp_path, "a", tmp_path / "checkpoint-2", 2, log.append)
     expected = ["abandoned-checkpoint-4", "abandoned-checkpoint-4-2", "abandoned-checkpoint-6", "checkpoint-2"]
     assert names(tmp_path) == [*expected, "checkpoint-8"]
     assert log == [
         "checkpoint-4 to checkpoint-6: set aside as abandoned-checkpoint-…, because the run resumes at step 2"
     ]
-    set_aside_later(tmp_path, "a", 2, log.append)
+    set_aside_other_branches(tmp_path, "a", tmp_path / "checkpoint-2", 2, log.append)
     assert len(log) == 1
+
+
+def test_a_run_that_goes_back_to_an_abandoned_checkpoint_makes_it_the_latest(tmp_path):
+    for step in (2, 4, 6):
+        checkpoint(tmp_path, step)
+    set_aside_other_branches(tmp_path, "a", tmp_path / "checkpoint-2", 2, print)
+    for step in (3, 4, 6):
+        checkpoint(tmp_path, step)
+    (tmp_path / "abandoned-checkpoint-4" / "weights").write_bytes(b"first")
+    (tmp_path / "abandoned-checkpoint-4-2").symlink_to("nothing")
+    log = []
+    set_aside_other_branches(tmp_path, "a", tmp_path / "abandoned-checkpoint-4", 4, log.append)
+    assert log[1] == "abandoned-checkpoint-4: is checkpoint-4 again"
+    latest, _ = find_checkpoint("latest", tmp_path, "a")
+    assert latest.name == "checkpoint-4" and (latest / "weights").read_bytes() == b"first"
+    assert {"checkpoint-2", "checkpoint-3", "abandoned-checkpoint-4-3", "abandoned-checkpoint-6-2"} < {*names(tmp_path)}
+
+
+def test_the_limit_deletes_the_link_to_a_checkpoint_elsewhere_but_not_the_checkpoint(tmp_path):
+    elsewhere = checkpoint(tmp_path, 1).rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoint-1").symlink_to(elsewhere)
+    checkpoint(tmp_path, 2, total_limit=1)
+    assert names(tmp_path) == ["checkpoint-2", "elsewhere"] and names(elsewhere)
 
 
 def result(folder, run, *files):
@@ -99,12 +124,91 @@ def test_a_result_replaces_exactly_the_one_before(tmp_path):
     assert listed == {"run": "b", "step": 5, "files": {"other.pdparams": 1, "unet/one": 1}}
 
 
+def test_files_of_others_in_a_folder_of_a_result_are_kept(tmp_path):
+    for file in ("unet/notes/mine.md", "unet/two"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("mine")
+    (tmp_path / "unet" / "link").symlink_to("nothing")
+    (tmp_path / "result.json").write_text('{"files": {"lora.safetensors": 1}}')
+    for run in "ab":
+        result(tmp_path, run, "unet/one", "vae/x")
+    (tmp_path / "vae" / "mine.safetensors").write_text("mine")
+    result(tmp_path, "c", "lora.safetensors")
+    assert names(tmp_path) == ["lora.safetensors", "result.json", "unet", "vae"]
+    assert names(tmp_path / "unet") == ["link", "notes", "two"] and names(tmp_path / "vae") == ["mine.safetensors"]
+    assert (tmp_path / "unet" / "notes" / "mine.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["../work/x", "{root}/work/x", "..", "/", ".", "link/x", "unet/../../work/x"])
+def test_a_damaged_list_deletes_nothing_beyond_the_folder(tmp_path, name):
+    out = tmp_path / "out"
+    for folder in (out / "unet", tmp_path / "work"):
+        folder.mkdir(parents=True)
+        (folder / "x").write_text("mine")
+    (out / "link").symlink_to(tmp_path / "work")
+    (out / "result.json").write_text(json.dumps({"files": {name.format(root=tmp_path): 4}}))
+    result(out, "a", "lora.safetensors")
+    assert names(tmp_path) == ["out", "work"] and names(tmp_path / "work") == ["x"]
+    assert names(out) == ["link", "lora.safetensors", "result.json", "unet"] and names(out / "unet") == ["x"]
+
+
+@pytest.mark.parametrize("files", [None, [], "x", 3, {"x": None}])
+def test_a_damaged_list_is_as_none(tmp_path, files):
+    (tmp_path / "lora.safetensors").write_text("mine")
+    (tmp_path / "result.json").write_text(json.dumps({"run": "a", "files": files}))
+    with pytest.raises(UserError, match="has no result.json with its files"):
+        require_result(tmp_path)
+    result(tmp_path, "b", "other.safetensors")
+    assert names(tmp_path) == ["lora.safetensors", "other.safetensors", "result.json"]
+
+
+def test_a_replacement_that_was_interrupted_is_no_result_and_the_next_one_clears_up(tmp_path, monkeypatch):
+    result(tmp_path, "a", "model_index.json", "unet/one", "vae/x")
+    require_result(tmp_path)
+    before, renamed = os.rename, []
+
+    def rename(source, target):
+        renamed.append(target)
+        if len(renamed) == 4:  # of six
+            raise KeyboardInterrupt
+        before(source, target)
+
+    monkeypatch.setattr("os.rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        result(tmp_path, "b", "model_index.json", "unet/one", "new/x")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="its run was ended while it replaced another one"):
+        require_result(tmp_path)
+    result(tmp_path, "c", "unet/one")
+    require_result(tmp_path)
+    assert names(tmp_path) == ["result.json", "unet"]
+
+
+@pytest.mark.parametrize("has_result", [True, False])
+def test_only_a_complete_checkpoint_is_one_to_continue(tmp_path, has_result):
+    if has_result:
+        result(tmp_path, "a", "lora.safetensors")
+    with pytest.raises(UserError) if has_result else nullcontext() as refused:
+        refuse_used_folder(tmp_path, False)
+    assert not has_result or str(refused.value).endswith(
+        "holds a result of an earlier run; expected --overwrite_output_dir to replace it, or another folder"
+    )
+    damage(checkpoint(tmp_path, 5))
+    with pytest.raises(UserError) as refused:
+        refuse_used_folder(tmp_path, False)
+    assert "holds checkpoints up to checkpoint-5, none of them complete," in str(refused.value)
+    assert "--resume_from_checkpoint" not in str(refused.value)
+    checkpoint(tmp_path, 3)
+    with pytest.raises(UserError, match="expected --resume_from_checkpoint latest to continue it, --overwrite"):
+        refuse_used_folder(tmp_path, False)
+
+
 @pytest.mark.parametrize(
     "files, overwrites, message",
     [
         ([], False, None),
         (["logs/x", "validation/step-1.png", "notes.txt", "encoded/a.safetensors"], False, None),
-        (["checkpoint-7/x"], False, "holds checkpoints up to checkpoint-7 of an earlier run; expected --resume_from_"),
+        (["checkpoint-7/x"], False, "holds checkpoints up to checkpoint-7, none of them complete, of an earlier run"),
         (["checkpoint-7/x"], True, None),
         (["unet/model.safetensors"], False, "holds weights that no result.json lists, such as unet/model.safetensors"),
         (["unet/model.safetensors"], True, "holds weights that no result.json lists, such as unet/model.safetensors"),
@@ -130,7 +234,9 @@ def test_a_result_of_an_older_version_is_set_aside_whole(tmp_path):
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("{}")
-    with pytest.raises(UserError, match="holds checkpoints up to checkpoint-4 and a result of an earlier run; expect"):
+    with pytest.raises(
+        UserError, match="holds checkpoints up to checkpoint-4, none of them complete, and a result of an earlier run"
+    ):
         refuse_used_folder(tmp_path, False)
     refuse_used_folder(tmp_path, True)
     (tmp_path / "earlier-result").mkdir()
