@@ -77,8 +77,25 @@ class FullTraining(DiffusionTrainingModule):
         for name in (self.trained, *self.averages):
             save_model(getattr(self, name), f"{directory}/{name}", self.args.save_format)
 
+    @property
+    def _base_folder(self):
+        """The folder of the base's pipeline, or None."""
+        return getattr(self, "folder", None) or getattr(self, "folders", None)
+
+    def generation_settings(self):
+        names = ("resolution", "validation_inference_steps", "clip_skip")
+        return {name: getattr(self.args, name) for name in names if hasattr(self.args, name)}
+
+    def generation_files(self):
+        return self._base_folder.files() if hasattr(self._base_folder, "files") else super().generation_files()
+
+    def changed_process(self):
+        scheduler = getattr(self, "scheduler", None)
+        has_own = scheduler is not None and hasattr(self._base_folder, "changed_process")
+        return self._base_folder.changed_process(scheduler) if has_own else ""
+
     def copied_bytes(self, directory):
-        source = getattr(self, "folder", None) or getattr(self, "folders", None)
+        source = self._base_folder
         is_pipeline = type(self).save_pretrained is not FullTraining.save_pretrained
         if not is_pipeline or not hasattr(source, "exported_bytes"):
             return 0

@@ -127,6 +127,19 @@ class DiffusionTrainingModule(nn.Layer):
         """One PIL image per pair of prompt and seed, generated the way a user would run inference."""
         raise NotImplementedError
 
+    def generation_settings(self):
+        """Settings that `generate` depends on besides prompt, seed and the base's files: `{flag: value}`, as JSON."""
+        return {}
+
+    def generation_files(self):
+        """`{part: its files}` of the base that `generate` uses. Their contents identify what has generated an image."""
+        return {name: stored.files for name, stored in self.stored().items()}
+
+    def changed_process(self):
+        """The flag that trains the base for another diffusion process than its own, which `generate` then follows, so
+        that the base generates nothing of use before it is trained; empty if there is none."""
+        return ""
+
     def save_weights(self, directory):
         """Write the trained weights below `directory`, for a checkpoint."""
         raise NotImplementedError

@@ -22,7 +22,7 @@ from ppdiffusers_train.errors import MissingImagesError
 from ppdiffusers_train.launcher.signals import StopRequest, signal_name
 from ppdiffusers_train.launcher.supervisor import ignore_signals_from_now_on, request_time_to_finish
 from ppdiffusers_train.loop.bad_samples import BadSamples
-from ppdiffusers_train.loop.class_images import add_class_images
+from ppdiffusers_train.loop.class_images import add_class_images, wants_class_images
 from ppdiffusers_train.loop.disk_space import check_disk
 from ppdiffusers_train.loop.dry_run import describe_run
 from ppdiffusers_train.loop.filling import encode_dataset
@@ -134,7 +134,7 @@ def index_dataset(dataset, run: Run) -> None:
         if summary := dataset.summary():
             run.log(summary)
         known = without_rows_of_other_data(run.saved, dataset, run.args).get("bad_rows", ())
-        BadSamples(run.args.max_bad_samples, known).refuse_known(dataset)
+        BadSamples(run.args.max_bad_samples, known).refuse_known(dataset, not wants_class_images(run.args))
     held_out = held_out_rows(dataset)
     if held_out is not None and not held_out.facts and not run.args.dry_run:
         index_images(held_out, run.ranks, index_folder(run.args), run.log)

@@ -49,12 +49,10 @@ def refusal(parser, capsys, *flags):
     "flags, expected",
     [
         (["--learning_rat=1"], "--learning_rat is not a flag of this script; did you mean --learning_rate?"),
-        (
-            ["--use_dora"],
-            "--use_dora is not a flag of this script: there is no DoRA here; leave it out to train a plain",
-        ),
         (["--train_data_dir="], "--train_data_dir/--instance_data_dir: '' is empty; expected a value, or no such flag"),
         (["--dataset_name", ""], "argument --dataset_name: '' is empty; expected a value, or no such flag"),
+        (["--sample_batch_size=4"], "not a flag of this script; expected no such flag: class images are generated one"),
+        (["--use_dora"], "--use_dora is not a flag of this script; not offered here: LoRA has no magnitudes here"),
         (["--zzz"], "--zzz is not a flag of this script; --help lists them"),
         (["photos"], "unexpected argument 'photos'; flags begin with --"),
         (["--train_batch_size=0"], "argument --train_batch_size: '0' is not a whole number above 0"),
@@ -102,8 +100,12 @@ def test_config_sets_flags_and_the_command_line_wins(parser, config):
 @pytest.mark.parametrize(
     "text, expected",
     [
+        ("offload_ema: true", "'offload_ema', which is not a flag; expected no such flag: averages stay on the GPU"),
         ("learning_rat: 1", "sets 'learning_rat', which is not a flag; did you mean --learning_rate?"),
-        ("offset_noise: true", "sets 'offset_noise', which is not a flag: --noise_offset 0.1 does it"),
+        (
+            "offset_noise: true",
+            "sets 'offset_noise', which is not a flag; expected --noise_offset 0.1, in scripts that have it",
+        ),
         ("train_batch_size: many", "argument --train_batch_size: 'many' is not a whole number above 0"),
         ("use_ema: 3", "sets 'use_ema' to 3; expected true or false"),
         ("background_color: #ffffff", "sets 'background_color' to nothing; a text that begins with # needs quotes"),

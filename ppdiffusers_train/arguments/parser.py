@@ -8,7 +8,7 @@ import re
 import sys
 
 from ppdiffusers_train.arguments.config import read_entries
-from ppdiffusers_train.arguments.other_scripts import INSTEAD
+from ppdiffusers_train.arguments.elsewhere import ADVICE
 from ppdiffusers_train.errors import one_line
 from ppdiffusers_train.launcher.final_message import print_after_launcher
 
@@ -172,8 +172,8 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{message}\n")
 
     def _nearest(self, name):
-        if name in INSTEAD:
-            return f": {INSTEAD[name]}"
+        if name in ADVICE:
+            return f"; {ADVICE[name]}"
         matches = difflib.get_close_matches(name, self._option_string_actions, n=1)
         return f"; did you mean {matches[0]}?" if matches else "; --help lists them"
 

@@ -4,6 +4,7 @@ Prior preservation (Ruiz et al. 2022, arXiv 2208.12242, section 3.2): the loss i
 weight times the mean over as many class images, which the base model has generated.
 """
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from ppdiffusers_train.data.folder_files import is_image, walk
+from ppdiffusers_train.data.inspection import NOTHING
 from ppdiffusers_train.data.rows import Rows, content_digest, stamp_of
+from ppdiffusers_train.errors import BadSampleError
 
 GENERATED = re.compile(r"class-\d{6}\.png")
 
@@ -19,6 +22,11 @@ GENERATED = re.compile(r"class-\d{6}\.png")
 def generated_name(number: int) -> str:
     """The file name of the generated image of this number."""
     return f"class-{number:06}.png"
+
+
+def is_generated(name: str) -> bool:
+    """Whether a file name, relative to the folder of class images, is that of a generated one."""
+    return GENERATED.fullmatch(name) is not None
 
 
 def class_images(folder: Path, count: int) -> tuple:
@@ -30,7 +38,7 @@ def class_images(folder: Path, count: int) -> tuple:
         (names of all, relative to the folder; the numbers of those that are still to be generated).
     """
     found = list(filter(is_image, walk(str(folder)))) if folder.exists() else []
-    given = [name for name in found if not GENERATED.fullmatch(name)][:count]
+    given = [name for name in found if not is_generated(name)][:count]
     numbers = range(count - len(given))
     generated = set(found)
     missing = [number for number in numbers if generated_name(number) not in generated]
@@ -64,13 +72,19 @@ class ClassImages(Rows):
         return self.names[start:stop]
 
     def stored_sizes(self, start: int, stop: int) -> list:
-        return [os.stat(self.location(index)).st_size for index in range(start, stop)]
+        return [stat and stat.st_size for stat in map(self._stat, range(start, stop))]
 
     def source_digest(self) -> str:
         return content_digest(os.path.realpath(self.folder).encode(errors="surrogateescape")).hex()
 
     def stamps(self) -> np.ndarray:
-        return np.array([stamp_of(os.stat(self.location(index))) for index in range(len(self))], "S16")
+        stats = map(self._stat, range(len(self)))
+        return np.array([NOTHING if stat is None else stamp_of(stat) for stat in stats], "S16")
+
+    def _stat(self, index: int):
+        """What the system knows of a file; None if it is gone, or is a link that leads nowhere."""
+        with contextlib.suppress(OSError):
+            return os.stat(self.location(index))
 
 
 class WithClassImages(Rows):
@@ -96,6 +110,25 @@ class WithClassImages(Rows):
         first = (min(start, len(rows)), min(stop, len(rows)))
         second = (max(start - len(rows), 0), max(stop - len(rows), 0))
         return [*getattr(rows, method)(*first), *getattr(class_rows, method)(*second)]
+
+    @contextlib.contextmanager
+    def _advising(self, index: int):
+        """A context in which an error about a class image says what to do."""
+        try:
+            yield
+        except BadSampleError as error:
+            if index < len(self.parts[0]):
+                raise
+            way_out = "delete this class image, and one is generated anew, or replace it"
+            raise BadSampleError(f"{error}; {way_out}") from error
+
+    def __getitem__(self, index: int) -> dict:
+        with self._advising(index):
+            return super().__getitem__(index)
+
+    def image_size(self, index: int) -> tuple:
+        with self._advising(index):
+            return super().image_size(index)
 
     def name(self, index: int) -> str:
         return self._of("name", index)

@@ -49,18 +49,25 @@ class BadSamples:
             self.rows.add(row)
             log(f"skipped, {len(self.rows)} of at most {self.limit} bad samples: {message}")
 
-    def refuse_known(self, dataset: Rows) -> None:
+    def refuse_known(self, dataset: Rows, can_skip: bool = True) -> None:
         """Raise a `BadSampleError` if more rows than the limit, or all rows, are known to be unusable before the first
-        step."""
+        step.
+
+        Args:
+            can_skip: whether `--max_bad_samples` may be raised.
+        """
         known = known_bad(dataset)
         new = [row for row in known if row not in self.rows]
         count = len(self.rows) + len(new)
         if (new and count > self.limit) or len(known) == len(dataset):
             first = (new or known)[0]
             more = f" (and {len(known) - 1:,} more)" if len(known) > 1 else ""
+            found, why = f"{len(known):,} of {len(dataset):,} samples cannot be used", why_bad(dataset, first)
+            if not can_skip:
+                raise BadSampleError(f"{found}: {why}{more}; with class images, no sample can be left out")
             raise BadSampleError(
-                f"{len(known):,} of {len(dataset):,} samples cannot be used ({count} bad samples, --max_bad_samples is "
-                f"{self.limit}): {why_bad(dataset, first)}{more}; --max_bad_samples {count} leaves them out"
+                f"{found} ({count} bad samples, --max_bad_samples is {self.limit}): {why}{more}; "
+                f"--max_bad_samples {count} leaves them out"
             )
 
     def add_known(self, dataset: Rows, log) -> None:

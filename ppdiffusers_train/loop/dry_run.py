@@ -50,9 +50,12 @@ def describe_run(plan: Plan) -> None:
     inventory, options = inventory_of(module, first_row(dataset), args), options_of(args)
     captions = dataset.count_captions()
     entries = captions * args.cache_variants
-    print(f"\ndata\n  {counted(len(dataset), 'sample')} with {counted(captions, 'caption')}")
+    beside = counted(plan.order.class_rows, "class image") if plan.order.class_rows else ""
+    samples = counted(len(dataset) - plan.order.class_rows, "sample")
+    print(f"\ndata\n  {samples}{beside and f' and {beside}'} with {counted(captions, 'caption')}")
+    per_step = counted(plan.run.samples_per_step, "sample")
     print(
-        f"  {counted(plan.total_steps, 'step')} of {counted(plan.run.samples_per_step, 'sample')}: "
+        f"  {counted(plan.total_steps, 'step')} of {per_step}{beside and ' and as many class images'}: "
         f"{plan.total_steps / plan.steps_per_epoch:.1f} epochs of {counted(plan.steps_per_epoch, 'step')}"
     )
     print(

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.loop import schedule
-from ppdiffusers_train.loop.class_images import wants_class_images
+from ppdiffusers_train.loop import class_images, schedule
 from ppdiffusers_train.loop.identity import compared_code, compared_flags
 from ppdiffusers_train.loop.memory_estimate import compute_on_cpu
 from ppdiffusers_train.loop.state import check_optimizer
@@ -124,7 +123,7 @@ def resolve_flags(args, saved: dict, ranks: Ranks) -> argparse.Namespace:
 def check_flags(args, ranks: Ranks) -> None:
     """Raise a `UserError` for flags that contradict each other, or that need something that is missing."""
     check_optimizer(args)
-    wants_class_images(args)
+    class_images.wants_class_images(args)
     output_dir = Path(args.output_dir)
     for name in ("train_data_dir", "validation_data_dir", "class_data_dir"):
         images = getattr(args, name, None)
@@ -246,4 +245,5 @@ def notices(args, precision: Precision, total_steps: int):
         yield "--to_static: no effect, it needs Paddle 3"
     if args.local_rank is not None:
         yield f"--local_rank {args.local_rank}: no effect, paddle.distributed.launch sets the rank"
+    yield from class_images.notices(args)
     yield from schedule.notices(args, total_steps)

@@ -100,6 +100,10 @@ class KandinskyFolders:
             prior_num_inference_steps=max(inference_steps, 2),  # the prior's scheduler needs at least two
         )  # fmt: skip
 
+    def files(self) -> dict:
+        """`{part: its files}` of the combined pipeline."""
+        return {name: folder.files(part) for name, (folder, part, _) in self._combined_parts().items()}
+
     def export_combined(self, directory, own: dict, save_format: str) -> None:
         """Write a folder for `KandinskyV22CombinedPipeline.from_pretrained`: `own` parts saved, the others unchanged.
 

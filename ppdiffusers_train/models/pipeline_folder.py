@@ -26,11 +26,10 @@ from ppdiffusers_train.models.no_pipeline import describe
 from ppdiffusers_train.models.own_type import compute_in_own_type
 from ppdiffusers_train.models.part_settings import require_tokens
 from ppdiffusers_train.models.unloaded import build_unloaded
-from ppdiffusers_train.models.weight_files import NAMES, find_weights, parse_name, remove_weights
+from ppdiffusers_train.models.weight_files import CONFIG, NAMES, files_of, find_weights, parse_name, remove_weights
 from ppdiffusers_train.models.weight_names import fitting_tensors
 from ppdiffusers_train.models.weights import load_model, save_model, unloaded_copy
 
-CONFIG = "config.json"
 TRANSFORMERS = {"ppdiffusers": "ppdiffusers.transformers", "diffusers": "transformers"}
 # What libraries raise on files that are damaged, or not what their names say.
 BROKEN = (AssertionError, OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
@@ -159,11 +158,12 @@ class PipelineFolder:
 
     def later(self, part: str, part_class) -> StoredModel:
         """The part as an object that is loaded later. A `UserError` if it has no weights, or not all."""
-        files = [self.folders[part] / CONFIG]
-        if self.wants_weights:
-            weights = self._existing_weights(part)
-            files += [*weights.files, *weights.indices]
-        return StoredModel(lambda: self.load(part, part_class), tuple(files))
+        weights = self._existing_weights(part) if self.wants_weights else None
+        return StoredModel(lambda: self.load(part, part_class), tuple(files_of(self.folders[part], weights)))
+
+    def files(self, part: str) -> list:
+        """The files that a part depends on."""
+        return files_of(self.folders[part], self.weights(part))
 
     def load(self, part: str, part_class):
         """The part as an object of `part_class`, its weights as float32.

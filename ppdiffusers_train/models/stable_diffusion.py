@@ -15,6 +15,8 @@ from ppdiffusers_train.models.single_file.writing import export_single_file
 from ppdiffusers_train.models.text import as_computed
 
 VERSION = 1  # raised when its functions change encoded samples
+# Settings of schedulers that flags of the same names change, with their defaults.
+PROCESS = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "shift": 1.0}
 FAMILIES = ("StableDiffusionXL", "StableDiffusion3", "StableDiffusion", "Kandinsky")  # how classes of pipelines begin
 
 
@@ -100,6 +102,19 @@ class StableDiffusionFolder:
         if prediction_type:
             scheduler.register_to_config(prediction_type=prediction_type)
         return with_zero_snr(scheduler) if zero_snr else scheduler
+
+    def changed_process(self, scheduler) -> str:
+        """The flag by which a scheduler of `load_scheduler` has another process than the pipeline's own, or nothing."""
+        own = self.base.config("scheduler")
+        for name, default in PROCESS.items():
+            value = scheduler.config.get(name)
+            if value not in (None, own.get(name, default)):
+                return f"--{name}" if value is True else f"--{name} {value}"
+        return ""
+
+    def files(self) -> dict:
+        """`{part: its files}` of the pipeline."""
+        return {part: self.folder(part).files(part) for part in self.parts}
 
     def later(self, part: str):
         """A model of the pipeline that is loaded when it is used."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.tensor_files import open_tensors
 
+CONFIG = "config.json"
 SUFFIXES = (".safetensors", ".pdparams", ".bin")
 PADDLE_NAMES = ("diffusion_paddle_model.safetensors", "model_state.pdparams")
 TORCH_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "pytorch_model.bin")
@@ -151,6 +152,13 @@ def find_weights(folder, variant=None):
     """
     names = choose_weights((path.name for path in Path(folder).iterdir()), variant)
     return WeightFiles(folder, names) if names else None
+
+
+def files_of(folder: Path, weights) -> list:
+    """The files of a part: its configuration and `WeightFiles`; where it has no weights, all."""
+    if weights is None:
+        return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return [folder / CONFIG, *weights.files, *weights.indices]
 
 
 def remove_weights(folder) -> None:

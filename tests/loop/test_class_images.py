@@ -157,16 +157,6 @@ def test_images_that_are_there_come_first_and_no_more_than_asked(photos_of_class
 
 
 @pytest.mark.once
-def test_images_of_another_prompt_are_not_mixed_with_new_ones(train_sd, tmp_path, capsys):
-    flags = ["--max_train_steps=1", "--validation_inference_steps=2"]
-    train_sd("sd", *flags, *prior(tmp_path / "class", 1))
-    with pytest.raises(SystemExit) as stopped:
-        train_sd("sd", *flags, *prior(tmp_path / "class", 2), "--class_prompt=a cat", out="other")
-    assert stopped.value.code == 2
-    assert "were generated with --class_prompt a dog, now it is a cat; expected another folder" in last_error(capsys)
-
-
-@pytest.mark.once
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -185,14 +175,6 @@ def test_a_mistake_is_one_line(train_sd, flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         train_sd("sd", *flags)
     assert stopped.value.code == 2 and message in last_error(capsys)
-
-
-@pytest.mark.once
-def test_a_class_image_that_cannot_be_used_ends_the_run_by_name(train_sd, class_folder, capsys):
-    (class_folder / "a.png").write_bytes(b"no image")
-    with pytest.raises(SystemExit):
-        train_sd("sd", *prior(class_folder, 1))
-    assert "a.png (class image 0): the image cannot be read" in last_error(capsys)
 
 
 @pytest.mark.once
