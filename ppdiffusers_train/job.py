@@ -152,6 +152,13 @@ class LoRATraining:
         self.title = f"{self.title}, LoRA"
         self.add_lora(getattr(self, self.trained), args.lora_target_modules)
 
+    def rate_factor(self, name):
+        # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): the matrix that begins as zeros learns faster.
+        factor = self.args.lora_plus_ratio if name.endswith(".lora_layer.up.weight") else 1.0
+        if name.split(".")[0] in self.adapted and self.args.text_encoder_lr is not None:
+            factor *= self.args.text_encoder_lr / self.args.learning_rate
+        return factor
+
     def add_lora(self, model, targets: str) -> None:
         """Freeze a model and add LoRA to the layers that `targets` names, as the flags say."""
         args = self.args
