@@ -6,9 +6,10 @@ import contextlib
 
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.errors import UserError, one_line_errors
+from ppdiffusers_train.loop.optimizers import change_before_loading
 from ppdiffusers_train.loop.run import resolve_run
 from ppdiffusers_train.models.lora import add_lora, initialize_lora, load_lora_weights, save_lora, save_lora_weights
-from ppdiffusers_train.models.unloaded import loading_on_host
+from ppdiffusers_train.models.unloaded import changed_before_loading, loading_on_host
 from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.objectives.denoising import (
@@ -39,7 +40,9 @@ def job_main(build_parser, module_class, build_dataset=build_dataset):
         with run.lock:
             dataset = build_dataset(run.args)
             index_dataset(dataset, run)
-            module = module_class(run.args)
+            change = change_before_loading(run.args, module_class)
+            with changed_before_loading(module_class.trained, change) if change else contextlib.nullcontext():
+                module = module_class(run.args)
             module.inspect_dataset(dataset)
             train_job(module, dataset, run)
 

@@ -2,7 +2,7 @@
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.module import is_lora
-from ppdiffusers_train.runtime.bf16_weights import Rounding
+from ppdiffusers_train.runtime.bf16_weights import Rounding, narrow_models
 from ppdiffusers_train.runtime.groups import check_sharding_degree
 from ppdiffusers_train.runtime.optimizers import registry
 
@@ -128,6 +128,20 @@ def build_optimizer(module, args, parameters: dict, rate):
         names = {parameter.name: name for name, parameter in parameters.items()}
         rounding = Rounding(args.param_rounding, args.seed, names)
     return registry.build_optimizer(kind, rate, list(parameters.values()), options_of(args), rounding)
+
+
+def change_before_loading(args, job):
+    """What is done to the model that a job trains before its weights are read, so that they need not be in memory in
+    float32; None if nothing is.
+
+    Not where the same part is loaded twice, or some of its weights stay as they are.
+
+    Args:
+        job: the class of the training module.
+    """
+    if args.param_dtype != "bf16" or args.trainable_modules or getattr(job, "averages", ()):
+        return None
+    return lambda model: narrow_models([model])
 
 
 def notices(args):

@@ -40,8 +40,8 @@ class Rounding:
         """{name: (shape, dtype)} of what is kept beside a parameter."""
         return {self.LOST: (shape, "bfloat16")} if self.kind == "kahan" else {}
 
-    def take(self, state: dict, parameter):
-        """Remove from a parameter's state what was lost so far; None if nothing is kept."""
+    def take(self, state: dict):
+        """Remove from a parameter's state what was lost so far, and return it; None if nothing is kept."""
         return state.pop(self.LOST, None)
 
     @staticmethod
@@ -95,21 +95,18 @@ class WideProduct(PyLayer):
     @staticmethod
     def forward(ctx, x, weight, layer):
         ctx.save_for_backward(x, weight)
-        ctx.layer = layer
+        ctx.layer, ctx.is_constant = layer, x.stop_gradient  # a recomputed block gives back tensors without this
         return layer.product(x, weight.astype(x.dtype))
 
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensor()
-        wide = weight.detach().astype(x.dtype)
-        inputs = [x.detach(), wide]
-        inputs[0].stop_gradient, wide.stop_gradient = x.stop_gradient, False
+        own, wide = x.detach(), weight.detach().astype(x.dtype)
+        own.stop_gradient, wide.stop_gradient = ctx.is_constant, False
         with paddle.enable_grad():
-            y = ctx.layer.product(*inputs)
-        wanted = [tensor for tensor in inputs if not tensor.stop_gradient]
-        found = paddle.grad(y, wanted, gradient)
-        of_weight = found[-1].astype(weight.dtype)
-        return found[0] if len(found) > 1 else None, of_weight
+            y = ctx.layer.product(own, wide)
+        y.backward(gradient)
+        return own.grad, wide.grad.astype(weight.dtype)
 
 
 class Wide:

@@ -147,7 +147,7 @@ def test_stochastic_rounding_keeps_the_mean_and_kahan_the_sum():
         rounding = Rounding(kind, 0, {parameter.name: "w"})
         lost = {}
         for step in range(1, steps + 1):
-            value = rounding.widen(parameter, rounding.take(lost, parameter)) + 2**-7 / 100
+            value = rounding.widen(parameter, rounding.take(lost)) + 2**-7 / 100
             lost = rounding.store(parameter, value, step)
         found = parameter.astype("float32").numpy().astype(np.float64)
         assert set(np.round((found - 1) * 2**7, 6)) <= (set(range(15)) if kind == "stochastic" else {2})

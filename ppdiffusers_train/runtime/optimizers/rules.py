@@ -88,11 +88,11 @@ class RuleOptimizer(paddle.optimizer.Optimizer):
         name, target = parameter.name, self._master_weights.get(parameter.name, parameter)
         count = self.counts[name] = self.counts.get(name, 0) + 1
         state = self.states.pop(name, None) or self.initial_state(target)
-        extra = self.rounding.take(state, target) if self.rounding else None
-        value = target if target.dtype == paddle.float32 else self.rounding.widen(target, extra)
+        is_narrow = target.dtype == paddle.bfloat16
+        value = self.rounding.widen(target, self.rounding.take(state)) if is_narrow else target
         rate = self.rate_of(parameter)
         value, state = self.update(value, gradient.astype("float32"), state, count, rate, self.options)
-        if target.dtype != paddle.float32:
+        if is_narrow:
             state |= self.rounding.store(target, value, count)
         else:
             paddle.assign(value, output=target)  # `set_value` copies through NumPy in Paddle 2.6
@@ -122,7 +122,7 @@ class RuleOptimizer(paddle.optimizer.Optimizer):
             name = parameter.name
             if f"{name}_step" in state_dict:
                 own = self.layout(parameter.shape, self.options)
-                if self.rounding and parameter.dtype != paddle.float32:
+                if parameter.dtype == paddle.bfloat16 and not self._master_weights:
                     own = {**own, **self.rounding.layout(parameter.shape)}
                 self.states[name] = {key: state_dict[f"{name}_{key}"] for key in own}
                 self.counts[name] = int(state_dict[f"{name}_step"])
