@@ -30,7 +30,7 @@ CASES = {
         ),
     ),
     "lion": (1e-3, {"beta2": 0.95, **DECAY}, lambda p: Lion(p, 1e-3, betas=(0.9, 0.95), **DECAY)),
-    "prodigy": (1.0, {"growth_rate": 1.5}, lambda p: Prodigy(p, growth_rate=1.5)),
+    "prodigy": (1.0, {"d_coef": 0.5}, lambda p: Prodigy(p, d_coef=0.5)),
     "prodigy with all": (
         1.0, {"d0": 1e-4, "d_coef": 2.0, "growth_rate": 1.3, "safeguard_warmup": True, "use_bias_correction": True,
               "weight_decay": 0.01, "beta3": 0.99},
