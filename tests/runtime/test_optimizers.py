@@ -260,3 +260,30 @@ def test_what_an_update_takes_is_known(name):
                 peaks.mark()
         expected = 0 if name == "adamw" and not kind else OPTIMIZERS[name].update_bytes(size) + more * size
         assert peaks.peaks[0] == pytest.approx(expected, rel=0.01)
+
+
+def test_rates_of_text_encoders_and_of_second_matrices_are_multiples(build_sd_module, train_sd, capsys):
+    flags = ["--train_text_encoder", "--text_encoder_lr=1e-5", "--learning_rate=1e-4", "--lora_plus_ratio=16"]
+    module = build_sd_module("lora_sd", *flags)
+    names = [name for name, parameter in module.named_parameters() if not parameter.stop_gradient]
+    rates = {name: module.rate_factor(name) for name in names}
+    assert {rate for name, rate in rates.items() if name.startswith("unet.") and ".down." in name} == {1.0}
+    assert {rate for name, rate in rates.items() if name.startswith("unet.") and ".up." in name} == {16.0}
+    assert {rate for name, rate in rates.items() if name.startswith("text_encoder.") and ".up." in name} == {1.6}
+    with pytest.raises(SystemExit) as stopped:
+        train_sd("lora_sd", "--text_encoder_lr=1e-5")
+    assert stopped.value.code == 2 and "--text_encoder_lr: expected it with --train_text_encoder" in last_error(capsys)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_the_rate_of_a_parameter_is_the_runs_times_its_own_factor(name):
+    """Both of Paddle's optimizer and of ours: a step is nearly as large as the rate in each element."""
+    parameters = [paddle.create_parameter([50], "float32") for _ in range(2)]
+    parameters[1].optimize_attr["learning_rate"] = 16.0
+    optimizer = build_optimizer(name, 1e-3, parameters, {"weight_decay": 0.0})
+    before = [parameter.numpy() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = paddle.full([50], 0.3)
+    optimizer.step()
+    moved = [np.abs(parameter.numpy() - start).mean() for parameter, start in zip(parameters, before)]
+    assert moved == pytest.approx([1e-3, 16e-3], rel=1e-3)
