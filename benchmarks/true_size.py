@@ -48,6 +48,7 @@ class Case:
         load: Python that leaves in `model` what was trained, from the folder `result`, and `models` with those that it
             was trained from; `from_diffusers` says for which library the result is.
         needs: GB of memory that have to be free.
+        on_resume: more flags of the runs that go on.
     """
 
     script: str
@@ -55,6 +56,7 @@ class Case:
     load: str
     needs: int
     flags: tuple = field(default=())
+    on_resume: tuple = field(default=())
 
     @property
     def is_full(self) -> bool:
@@ -93,6 +95,10 @@ from ppdiffusers import UNet2DConditionModel
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder
 model = PipelineFolder(result, "result", ["unet"]).load("unet", UNet2DConditionModel)
 """
+# Training in full with the least memory.
+FUSED = (
+    "--encoded_cache", "--gradient_checkpointing", "--optimizer=adafactor", "--fused_backward", "--max_grad_norm=0",
+)  # fmt: skip
 # From small to large; those with the same models follow each other.
 CASES = {
     "sd1_5_lcm_lora": Case(
@@ -126,6 +132,14 @@ CASES = {
     "sdxl_full": Case(
         "sdxl/train_text_to_image_sdxl", SDXL,
         LOAD_SDXL, 17, ("--trainable_modules=mid_block",),
+    ),
+    # With one checkpoint: two take 20 GB of disk beside the result.
+    "sdxl_fused": Case(
+        "sdxl/train_text_to_image_sdxl", SDXL, LOAD_SDXL, 16, (*FUSED, "--max_train_steps=1"),
+        ("--max_train_steps=3", "--checkpointing_steps=10", "--no_final_checkpoint"),
+    ),
+    "sdxl_bf16": Case(
+        "sdxl/train_text_to_image_sdxl", SDXL, LOAD_SDXL, 16, (*FUSED, "--param_dtype=bf16"),
     ),
 }  # fmt: skip
 
@@ -263,7 +277,7 @@ class Chain:
 
     def run(self) -> None:
         """Train, be killed, go on, and load the result."""
-        resume, is_full = [*self.train, "--resume_from_checkpoint=latest"], self.case.is_full
+        resume, is_full = [*self.train, "--resume_from_checkpoint=latest", *self.case.on_resume], self.case.is_full
         self.step("train", self.train, folder=self.result, kill_at=EVERY, expected=-signal.SIGKILL)
         self.figures["checkpoint_bytes"] = size_of(self.result / f"checkpoint-{EVERY}")
         # A LoRA's checkpoint holds the file for ppdiffusers; its result is for diffusers. Whole models come both ways.

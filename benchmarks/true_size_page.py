@@ -14,6 +14,8 @@ TITLES = {
     "prior_full": "Kandinsky 2.2 prior, full",
     "decoder_full": "Kandinsky 2.2 decoder, full, 8-bit AdamW",
     "sdxl_full": "SDXL, full layout, its middle block is trained",
+    "sdxl_fused": "SDXL, full, `--fused_backward --optimizer adafactor`",
+    "sdxl_bf16": "SDXL, the same with `--param_dtype bf16`",
 }
 BAR = 0.15  # by which a peak may differ from its estimate
 TRAINING = ("train", "resume", "export")  # steps that are runs of the script

@@ -6,9 +6,10 @@ import contextlib
 
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.errors import UserError, one_line_errors
+from ppdiffusers_train.loop.optimizers import change_before_loading
 from ppdiffusers_train.loop.run import resolve_run
 from ppdiffusers_train.models.lora import add_lora, initialize_lora, load_lora_weights, save_lora, save_lora_weights
-from ppdiffusers_train.models.unloaded import loading_on_host
+from ppdiffusers_train.models.unloaded import changed_before_loading, loading_on_host
 from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule
 from ppdiffusers_train.objectives.denoising import (
@@ -39,7 +40,9 @@ def job_main(build_parser, module_class, build_dataset=build_dataset):
         with run.lock:
             dataset = build_dataset(run.args)
             index_dataset(dataset, run)
-            module = module_class(run.args)
+            change = change_before_loading(run.args, module_class)
+            with changed_before_loading(module_class.trained, change) if change else contextlib.nullcontext():
+                module = module_class(run.args)
             module.inspect_dataset(dataset)
             train_job(module, dataset, run)
 
@@ -168,6 +171,13 @@ class LoRATraining:
             super().__init__(args)
         self.title = f"{self.title}, LoRA"
         self.add_lora(getattr(self, self.trained), args.lora_target_modules)
+
+    def rate_factor(self, name):
+        # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): the matrix that begins as zeros learns faster.
+        factor = self.args.lora_plus_ratio if name.endswith(".lora_layer.up.weight") else 1.0
+        if name.split(".")[0] in self.adapted and self.args.text_encoder_lr is not None:
+            factor *= self.args.text_encoder_lr / self.args.learning_rate
+        return factor
 
     def add_lora(self, model, targets: str) -> None:
         """Freeze a model and add LoRA to the layers that `targets` names, as the flags say."""

@@ -123,6 +123,10 @@ class DiffusionTrainingModule(nn.Layer):
     def after_step(self):
         """Called once after each optimizer step."""
 
+    def rate_factor(self, name: str) -> float:
+        """The learning rate of a trainable parameter, as a multiple of the run's; 1 by default."""
+        return 1.0
+
     def generate(self, prompts, seeds):
         """One PIL image per pair of prompt and seed, generated the way a user would run inference."""
         raise NotImplementedError

@@ -193,7 +193,7 @@ def build_state(plan: Plan) -> TrainingState:
     if run.checkpoint:
         state.load_weights(run.checkpoint, run.saved)
     run.ranks.broadcast(state.parameters.values())
-    state.precision.cast_models(module, state.optimizer)
+    state.lower_weights()
     if run.checkpoint:
         state.load_record(run.saved)
     if isinstance(plan.dataset, Rows):

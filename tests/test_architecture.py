@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "tensor_files": {"errors", "pickles"},
     "module": {"errors"},
     "reporting": {"errors"},
-    "runtime": {"cpu", "errors", "launcher", "module"},
+    "runtime": {"cpu", "draws", "errors", "launcher", "module"},
     "models": {"cpu", "draws", "errors", "module", "objectives", "tensor_files"},
     "data": {"cpu", "draws", "errors", "module", "reporting", "runtime", "tensor_files"},
     "loop": {"data", "draws", "errors", "launcher", "module", "reporting", "runtime", "tensor_files", "cpu"},

@@ -104,7 +104,7 @@ def test_config_sets_flags_and_the_command_line_wins(parser, config):
         ("learning_rat: 1", "sets 'learning_rat', which is not a flag; did you mean --learning_rate?"),
         (
             "offset_noise: true",
-            "sets 'offset_noise', which is not a flag; expected --noise_offset 0.1, in scripts that have it",
+            "sets 'offset_noise', which is not a flag; expected --noise_offset 0.1, in",
         ),
         ("train_batch_size: many", "argument --train_batch_size: 'many' is not a whole number above 0"),
         ("use_ema: 3", "sets 'use_ema' to 3; expected true or false"),

@@ -20,9 +20,7 @@ from ppdiffusers_train.models.sdxl import encode_captions
 def build_parser():
     parser = build_full_parser(__doc__, arguments.SAVE_FORMATS)
     group = arguments.add_lora_arguments(parser, ATTENTION_TARGETS, output_dir="sd-model-finetuned-lora")
-    group.add_argument(
-        "--train_text_encoder", action=arguments.Flag, help="Train LoRA layers on both text encoders as well."
-    )
+    arguments.add_text_encoder_arguments(group)
     return parser
 
 

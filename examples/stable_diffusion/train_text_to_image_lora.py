@@ -21,9 +21,7 @@ def build_parser():
     parser = build_full_parser(__doc__, arguments.SAVE_FORMATS)
     defaults = {"output_dir": "sd-model-finetuned-lora", "validation_epochs": 1}
     group = arguments.add_lora_arguments(parser, ATTENTION_TARGETS, **defaults)
-    group.add_argument(
-        "--train_text_encoder", action=arguments.Flag, help="Train LoRA layers on the text encoder as well."
-    )
+    arguments.add_text_encoder_arguments(group)
     return parser
 
 

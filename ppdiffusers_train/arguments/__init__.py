@@ -21,7 +21,9 @@ from ppdiffusers_train.arguments.jobs import (
     add_lora_arguments,
     add_pipeline_arguments,
     add_student_arguments,
+    add_text_encoder_arguments,
 )
+from ppdiffusers_train.arguments.optimizer import add_optimizer_arguments
 from ppdiffusers_train.arguments.output import (
     PIPELINE_FORMATS,
     SAVE_FORMATS,
@@ -33,7 +35,6 @@ from ppdiffusers_train.arguments.parser import (
     ArgumentParser,
     Flag,
     colour,
-    non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
@@ -41,18 +42,16 @@ from ppdiffusers_train.arguments.parser import (
     seed,
     separator,
     text,
-    unit_float,
 )
 
 __all__ = [  # for scripts, besides the groups below
     "ArgumentParser", "Flag", "INTERPOLATION_MODES", "add_crop_arguments", "add_diffusion_arguments",
     "add_distillation_arguments", "add_dream_arguments", "add_flow_matching_arguments", "add_image_arguments",
     "add_kandinsky_arguments", "add_kandinsky_lora_arguments", "add_lora_arguments", "add_pipeline_arguments",
-    "add_prediction_arguments", "add_student_arguments", "add_timestep_arguments", "add_output_arguments",
+    "add_prediction_arguments", "add_student_arguments", "add_text_encoder_arguments",
+    "add_timestep_arguments", "add_output_arguments",
     "add_reporting_arguments", "add_validation_arguments", "PIPELINE_FORMATS", "SAVE_FORMATS",
 ]  # fmt: skip
-
-LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
 def add_run_arguments(parser, output_dir, save_formats=SAVE_FORMATS, class_images=True, **defaults):
@@ -260,35 +259,4 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
         help="End the run when a rank has waited this many seconds for others that give no sign of life.",
     )  # fmt: skip
 
-    group = parser.add_argument_group("optimizer")
-    add = group.add_argument
-    add("--learning_rate", type=non_negative_float, default=1e-4, help="Train with this learning rate after warm-up.")
-    add("--scale_lr", action=Flag, help="Multiply the learning rate by the number of samples of a step, on all GPUs.")
-    add(
-        "--lr_scheduler", choices=LR_SCHEDULERS, default="constant",
-        help="Change the learning rate by this schedule; `constant` has no warm-up.",
-    )  # fmt: skip
-    add(
-        "--lr_warmup_steps", type=non_negative_int, default=500,
-        help="Warm the learning rate up over this many optimizer steps.",
-    )  # fmt: skip
-    add("--lr_power", type=positive_float, default=1.0, help="Use this exponent with `polynomial`.")
-    add("--lr_end", type=non_negative_float, default=1e-7, help="End at this learning rate with `polynomial`.")
-    add(
-        "--lr_num_cycles", type=positive_int, default=1,
-        help="Go through this many cosine cycles with `cosine_with_restarts`.",
-    )  # fmt: skip
-    add("--use_8bit_adam", action=Flag, help="Keep AdamW's moments in 8 bits, which takes a quarter of their memory.")
-    add("--adam_beta1", type=unit_float, default=0.9, help="Use this decay rate for AdamW's first moment.")
-    add("--adam_beta2", type=unit_float, default=0.999, help="Use this decay rate for AdamW's second moment.")
-    add(
-        "--adam_weight_decay", type=non_negative_float, default=weight_decay,
-        help="Use this decoupled weight decay in AdamW.",
-    )  # fmt: skip
-    add("--adam_epsilon", type=positive_float, default=1e-8, help="Add this epsilon to the denominator of AdamW.")
-    add("--max_grad_norm", type=positive_float, default=1.0, help="Clip gradients to this global norm.")
-    add(
-        "--use_ema", action=Flag,
-        help="Keep an exponential moving average (EMA) of the trained weights, and write it as the result.",
-    )  # fmt: skip
-    return group
+    return add_optimizer_arguments(parser, weight_decay)

@@ -4,7 +4,7 @@ Scripts import them from `ppdiffusers_train.arguments`, like the flags that all 
 """
 
 from ppdiffusers_train.arguments.diffusion import add_dropout_arguments
-from ppdiffusers_train.arguments.parser import Flag, positive_float, positive_int, unit_float
+from ppdiffusers_train.arguments.parser import Flag, non_negative_float, positive_float, positive_int, unit_float
 
 INTERPOLATION_MODES = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest-exact")
 
@@ -177,7 +177,22 @@ def add_lora_arguments(parser, targets, rank=4, **defaults):
         help="Keep the frozen weights of the base model in 8 bits (int8) or 4 bits (nf4) in memory; no keeps them in "
         "float32 or --mixed_precision.",
     )  # fmt: skip
+    group.add_argument(
+        "--lora_plus_ratio", type=positive_float, default=1.0,
+        help="Train the second matrix of LoRA layers, which begins as zeros, at this multiple of the learning rate.",
+    )  # fmt: skip
     return group
+
+
+def add_text_encoder_arguments(group):
+    """LoRA on text encoders, read by the LoRA jobs that can train them."""
+    group.add_argument(
+        "--train_text_encoder", action=Flag, help="Train LoRA layers on the pipeline's text encoders as well."
+    )
+    group.add_argument(
+        "--text_encoder_lr", type=non_negative_float,
+        help="Train the text encoders with this learning rate; without it, with --learning_rate.",
+    )  # fmt: skip
 
 
 def add_kandinsky_lora_arguments(parser, targets):

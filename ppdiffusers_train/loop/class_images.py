@@ -92,8 +92,8 @@ def refuse_changed_process(module, missing: list) -> None:
     """Raise a `UserError` if images are missing, and flags train the base for another process than its own."""
     if missing and (flag := module.changed_process()):
         raise UserError(
-            f"{flag}: the base's scheduler says otherwise, so {counted(len(missing), 'class image')} cannot be generated; "
-            "expected all of them in --class_data_dir, for example from a run without this flag"
+            f"{flag}: the base's scheduler says otherwise, so {counted(len(missing), 'class image')} cannot be "
+            "generated; expected all of them in --class_data_dir, for example from a run without this flag"
         )
 
 

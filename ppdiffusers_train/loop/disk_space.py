@@ -14,11 +14,11 @@ from pathlib import Path
 from ppdiffusers_train.errors import UserError, WriteError, writing
 from ppdiffusers_train.loop.dry_run import human
 from ppdiffusers_train.loop.filling import Cache, missing_bytes
-from ppdiffusers_train.loop.memory_estimate import adamw_state_bytes
+from ppdiffusers_train.loop.memory_estimate import optimizer_state_bytes
+from ppdiffusers_train.loop.optimizers import optimizer_name, options_of
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.state import TrainingState
 from ppdiffusers_train.reporting.status_line import counted
-from ppdiffusers_train.runtime.adamw_8bit import AdamW8bit
 from ppdiffusers_train.runtime.agreement import found_by_main
 from ppdiffusers_train.runtime.checkpoint import complete_checkpoints, step_of
 from ppdiffusers_train.runtime.run_folder import earlier_checkpoints
@@ -116,8 +116,9 @@ def checkpoints_to_come(plan: Plan, state: TrainingState) -> int:
 
 def optimizer_bytes(state: TrainingState) -> int:
     """The size of the optimizer's state in a checkpoint, of all ranks together."""
-    of_parameter = AdamW8bit.state_bytes if isinstance(state.optimizer, AdamW8bit) else adamw_state_bytes
-    return sum(of_parameter(parameter.size) for parameter in state.parameters.values())
+    args, options = state.args, options_of(state.args).items()
+    name, is_bf16 = optimizer_name(vars(args)), args.param_dtype == "bf16"
+    return sum(optimizer_state_bytes(name, options, p.shape, is_bf16) for p in state.parameters.values())
 
 
 def freed_bytes(plan: Plan) -> int:

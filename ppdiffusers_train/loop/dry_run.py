@@ -14,6 +14,7 @@ from ppdiffusers_train.data.loader import stack
 from ppdiffusers_train.data.rows import Rows, with_one_caption
 from ppdiffusers_train.draws import Draws, RowDraws
 from ppdiffusers_train.errors import BadSampleError, UserError
+from ppdiffusers_train.loop import optimizers
 from ppdiffusers_train.loop.memory_estimate import (
     Inventory,
     Options,
@@ -23,6 +24,7 @@ from ppdiffusers_train.loop.memory_estimate import (
     extrapolate_peak,
     take_inventory,
 )
+from ppdiffusers_train.loop.optimizers import optimizer_name
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.step import set_training_mode
 from ppdiffusers_train.module import choose_trainable, encode_batch
@@ -96,6 +98,8 @@ def options_of(args) -> Options:
     return Options(
         args.train_batch_size, args.mixed_precision, args.amp_level, args.use_ema, args.use_8bit_adam,
         args.sharding_degree, args.gradient_checkpointing, args.encoded_cache_dir is not None, dist.get_world_size(),
+        optimizer_name(vars(args)), tuple(optimizers.options_of(args).items()), args.fused_backward,
+        args.param_dtype, args.param_rounding,
     )  # fmt: skip
 
 

@@ -104,7 +104,8 @@ class HeldOutLoss:
 
     def report(self, state, trackers) -> None:
         """Report the loss with the current weights and, if there are any, with their averages. For all ranks."""
-        values = {LOSS: self._mean(state)}
+        with state.evaluation_weights():
+            values = {LOSS: self._mean(state)}
         if state.ema:
             with state.ema.applied():
                 values[LOSS_OF_AVERAGES] = self._mean(state)

@@ -8,8 +8,9 @@ import paddle
 from paddle.base import core
 
 from ppdiffusers_train.cpu import patches
-from ppdiffusers_train.runtime.adamw_8bit import AdamW8bit
+from ppdiffusers_train.runtime.bf16_weights import narrow_layers
 from ppdiffusers_train.runtime.gradient_sums import BUCKET_BYTES, BUCKETS_IN_FLIGHT
+from ppdiffusers_train.runtime.optimizers import registry
 from ppdiffusers_train.runtime.precision import DTYPES, is_trained_without_lora, keeps_float32
 from ppdiffusers_train.runtime.quantized import code_bytes
 
@@ -30,6 +31,20 @@ class Options:
     gradient_checkpointing: bool
     cached: bool  # samples are cached, so the encoders are freed
     ranks: int
+    optimizer: str = "adamw"
+    optimizer_options: tuple = ()  # (name, value) of those that are not the defaults
+    fused_backward: bool = False
+    param_dtype: str = "float32"
+    param_rounding: str = "stochastic"
+
+    @property
+    def optimizer_name(self) -> str:
+        """The optimizer of both flags."""
+        return "adamw8bit" if self.use_8bit_adam else self.optimizer
+
+    def state_bytes(self, shape) -> int:
+        """Bytes of the optimizer's state of a parameter of this shape."""
+        return optimizer_state_bytes(self.optimizer_name, self.optimizer_options, shape, self.param_dtype == "bf16")
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,8 @@ class Inventory:
         activations: `{with recomputation: peak bytes of a sample's forward and backward pass in float32}`.
         encoding: peak bytes while a sample is encoded.
         encoded: bytes of an encoded sample.
+        shapes: of the trainable parameters.
+        narrow: how many of their elements `--param_dtype bf16` keeps in 16 bits.
     """
 
     trained: tuple
@@ -56,22 +73,28 @@ class Inventory:
     activations: dict
     encoding: int
     encoded: int
+    shapes: tuple = ()
+    narrow: int = 0
 
     def memory(self, options: Options) -> dict:
         """Bytes per device by kind, during training. Weights, gradients, moments and averages are counted. In 16 bits,
         activations are taken as half of those in float32, plus autocast's copies of float32 weights."""
         elements, precision = sum(self.trained), options.mixed_precision
         lowered = self._lowered(options)
-        moments = AdamW8bit.state_bytes if options.use_8bit_adam else adamw_state_bytes
+        narrow = self.narrow if options.param_dtype == "bf16" else 0
+        lost = 2 * narrow if options.param_rounding == "kahan" else 0
         activations = self.activations[options.gradient_checkpointing] * options.train_batch_size
         if precision != "no":
             activations = activations // 2 + 2 * (elements - lowered + self.float32_beside)
+        gradients = 4 * (max(self.trained) if options.fused_backward else elements)
+        if options.fused_backward:
+            activations += self.updating(options)
         return {
-            "trainable weights": 4 * elements - 2 * lowered,
+            "trainable weights": 4 * elements - 2 * (lowered + narrow),
             "frozen weights": in_bytes(self.frozen, precision),
             "encoders": 0 if options.cached else in_bytes(self.encoders, precision),
-            "gradients": 4 * elements + (min(4 * elements, IN_FLIGHT_BYTES) if options.ranks > 1 else 0),
-            "optimizer": (sum(map(moments, self.trained)) + 4 * lowered) // options.sharding_degree,
+            "gradients": gradients + (min(4 * elements, IN_FLIGHT_BYTES) if options.ranks > 1 else 0),
+            "optimizer": (sum(map(options.state_bytes, self.shapes)) + lost + 4 * lowered) // options.sharding_degree,
             "EMA": 4 * elements if options.use_ema else 0,
             "activations": max(activations, 0 if options.cached else self.encoding, self.updating(options)),
         }
@@ -84,7 +107,7 @@ class Inventory:
         """Temporary bytes while the largest parameter is updated, after the activations have been freed."""
         largest = max(self.trained)
         return max(
-            AdamW8bit.update_bytes(largest) if options.use_8bit_adam else 0,
+            registry.update_bytes(options.optimizer_name, largest, options.param_dtype == "bf16"),
             EMA_UPDATE_BYTES * largest if options.use_ema else 0,
         )
 
@@ -123,9 +146,9 @@ def compute_on_cpu() -> None:
     os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"  # also for ranks that were launched on GPUs
 
 
-def adamw_state_bytes(size: int) -> int:
-    """Bytes of AdamW's state for a parameter of `size` elements: two moments, two powers of beta."""
-    return 8 * size + 8
+def optimizer_state_bytes(name: str, options, shape, is_bf16: bool) -> int:
+    """Bytes of an optimizer's state of a parameter; Paddle's AdamW also keeps two powers of beta."""
+    return registry.state_bytes(name, shape, dict(options)) + (8 if name == "adamw" and not is_bf16 else 0)
 
 
 def take_inventory(module, activations: dict, encoding: int, encoded: int) -> Inventory:
@@ -143,6 +166,8 @@ def take_inventory(module, activations: dict, encoding: int, encoded: int) -> In
     return Inventory(
         tuple(trained.values()), sum(without_lora.values()), frozen, encoders,
         sum(frozen[name]["no"] // 4 for name in without_lora), activations, encoding, encoded,
+        tuple(tuple(parameter.shape) for parameter in module.trainable_parameters()),
+        sum(layer.weight.size for name in without_lora for layer in narrow_layers(models[name])),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ Each flag of every script is in one of the three sets. Flags that only a user's 
 import json
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.loop.optimizers import check_same_optimizer
 from ppdiffusers_train.runtime.agreement import digest
 
 REFUSED = {
@@ -22,6 +23,7 @@ REFUSED = {
     *("num_ddim_timesteps", "timestep_scaling_factor", "unet_time_cond_proj_dim", "w_min", "w_max"),
     "prior_loss_weight",
     "background_color",  # part of the images, which must stay the same
+    *("param_dtype", "param_rounding"),
     "aspect_ratio_buckets",  # the order of samples depends on it
 }
 APPLIED = {
@@ -32,7 +34,8 @@ APPLIED = {
     *("use_fix_crop_and_size", "proportion_empty_prompts", "encoded_cache", "cache_variants", "cast_teacher_unet"),
     *("shuffle_tags", "keep_tags", "tag_dropout"),
     *("mixed_precision", "amp_level", "allow_tf32", "max_bad_samples", "skip_nonfinite"),
-    *("use_ema", "use_8bit_adam"),  # `TrainingState.load_optimizer` converts what the checkpoint has
+    *("text_encoder_lr", "lora_plus_ratio", "optimizer_args", "max_grad_norm_per_parameter"),
+    *("use_ema", "use_8bit_adam", "optimizer"),  # `TrainingState.load_optimizer` converts what the checkpoint has
 }
 FREE = {
     # Data and models: their contents are compared, wherever they are.
@@ -46,6 +49,7 @@ FREE = {
     # Where and how fast the run computes.
     *("gradient_checkpointing", "enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"),
     *("deterministic", "to_static", "sharding_degree", "sharding_stage", "collective_timeout", "local_rank"),
+    "fused_backward",
     *("dataloader_num_workers", "vae_encode_batch_size", "peak_tflops", "cache_dir", "index_dir", "encoded_cache_dir"),
     # What is written and logged.
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "config", "dry_run", "stop_signal"),
@@ -106,6 +110,8 @@ def refuse_mixture(checkpoint, saved: dict, arguments: dict, base: dict) -> None
                 f"--{name}: {checkpoint} was trained with {before}, now it is {now}, which would mix two "
                 f"runs; expected {as_flag(name, before)}, or a new run in another folder"
             )
+    if saved:
+        check_same_optimizer(checkpoint, saved.get("arguments", {}), arguments)
     for kind, digests in base.items():
         for name, before in saved.get(kind, {}).items():
             if digests.get(name, before) != before:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.loop import class_images, schedule
+from ppdiffusers_train.loop import class_images, optimizers, schedule
 from ppdiffusers_train.loop.identity import compared_code, compared_flags
 from ppdiffusers_train.loop.memory_estimate import compute_on_cpu
-from ppdiffusers_train.loop.state import check_optimizer
+from ppdiffusers_train.loop.optimizers import check_optimizer, learning_rate_of
 from ppdiffusers_train.reporting.hub import check_hub_name, open_repository
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.status_line import print_line
@@ -105,7 +105,7 @@ def lock_folder(args, ranks: Ranks):
 
 
 def resolve_flags(args, saved: dict, ranks: Ranks) -> argparse.Namespace:
-    """A copy of the flags with a seed and, if samples are cached, the folder of the cache.
+    """A copy of the flags with a seed, a learning rate and, if samples are cached, the folder of the cache.
 
     Without `--seed`, the seed is the checkpoint's, or a random one for all ranks. Without `--encoded_cache_dir`, the
     folder is in `--output_dir`.
@@ -117,7 +117,8 @@ def resolve_flags(args, saved: dict, ranks: Ranks) -> argparse.Namespace:
         cache = None
     elif args.encoded_cache and not cache:
         cache = str(Path(args.output_dir) / "encoded")
-    return argparse.Namespace(**{**vars(args), "seed": seed, "encoded_cache_dir": cache})
+    rate = learning_rate_of(args)
+    return argparse.Namespace(**{**vars(args), "seed": seed, "encoded_cache_dir": cache, "learning_rate": rate})
 
 
 def check_flags(args, ranks: Ranks) -> None:
@@ -246,4 +247,5 @@ def notices(args, precision: Precision, total_steps: int):
     if args.local_rank is not None:
         yield f"--local_rank {args.local_rank}: no effect, paddle.distributed.launch sets the rank"
     yield from class_images.notices(args)
+    yield from optimizers.notices(args)
     yield from schedule.notices(args, total_steps)

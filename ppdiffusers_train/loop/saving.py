@@ -79,12 +79,14 @@ def save_checkpoint(plan: Plan, state: TrainingState) -> bool:
 @contextlib.contextmanager
 def checkpoint_before_end(plan: Plan, state: TrainingState):
     """A context in which a sample, or a step that is NaN or inf, that ends the run leaves a checkpoint: nothing has
-    changed since the last step."""
+    changed since the last step, unless some of its gradients have been used in the backward pass."""
     try:
         yield
     except BadSampleError as error:
         raise BadSampleError(f"{error}{save_before_end(plan, state)}") from error
     except NotFiniteError as error:
+        if state.gradients.is_torn:
+            raise
         raise NotFiniteError(f"{error.reason}{save_before_end(plan, state)}") from error
 
 
@@ -134,8 +136,8 @@ def write_result(plan: Plan, step: int) -> None:
 
     def save(folder):
         module.save_pretrained(folder)
-        if args.save_dtype:
-            cast_files(folder, args.save_dtype)
+        if dtype := args.save_dtype or ("float32" if args.param_dtype == "bf16" else None):
+            cast_files(folder, dtype)
 
     consequence = "the same command with --resume_from_checkpoint latest resumes from the last checkpoint"
     with writing("the result", output_dir, consequence):

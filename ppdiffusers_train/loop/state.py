@@ -10,21 +10,16 @@ import paddle
 
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.loop.bad_samples import BadSamples
+from ppdiffusers_train.loop.optimizers import build_optimizer, optimizer_name
 from ppdiffusers_train.loop.schedule import build_schedule
-from ppdiffusers_train.module import DiffusionTrainingModule
-from ppdiffusers_train.runtime.adamw_8bit import AdamW8bit
+from ppdiffusers_train.module import DiffusionTrainingModule, trained_models
+from ppdiffusers_train.runtime.bf16_weights import narrow_models
 from ppdiffusers_train.runtime.distributed import Ranks
 from ppdiffusers_train.runtime.ema import EMA, replace
+from ppdiffusers_train.runtime.fused_backward import FusedBackward
 from ppdiffusers_train.runtime.gradient_sums import GradientSums
-from ppdiffusers_train.runtime.gradients import clipping_factor, scale_gradients
-from ppdiffusers_train.runtime.groups import check_sharding_degree
-from ppdiffusers_train.runtime.optimizer_state import (
-    SEPARATOR,
-    in_form_of,
-    is_8bit,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
+from ppdiffusers_train.runtime.gradients import clip_and_scale
+from ppdiffusers_train.runtime.optimizer_state import SEPARATOR, in_form_of, load_optimizer_tensors, optimizer_tensors
 from ppdiffusers_train.runtime.precision import Precision, holding, updated_parameters
 from ppdiffusers_train.tensor_files import open_tensors, write_parts
 
@@ -62,7 +57,7 @@ class TrainingState:
     ema: object  # an EMA, or None
     ranks: Ranks
     seed: int
-    max_grad_norm: float
+    args: object  # the flags of the optimizer
     bad_samples: BadSamples
     sharding_stage: int  # 2: gradients are kept only by the rank that updates their parameters
     step: int = 0  # optimizer steps taken
@@ -76,8 +71,11 @@ class TrainingState:
         return self.failed_steps + self.overflowed_steps
 
     @cached_property
-    def gradients(self) -> GradientSums:
-        """Created at first use: by then parameters have the dtypes that they are trained in."""
+    def gradients(self):
+        """`GradientSums` or `FusedBackward`, created at first use: by then parameters have the dtypes that they are
+        trained in."""
+        if self.args.fused_backward:
+            return FusedBackward(self.parameters, self.optimizer, self.args.max_grad_norm_per_parameter)
         return GradientSums(self.parameters, self.ranks, self.owners() if self.sharding_stage == 2 else None)
 
     def gradient_norm(self):
@@ -109,16 +107,22 @@ class TrainingState:
         self.overflowed_steps += figures.overflowed and not figures.failed
         self.failed_steps += figures.failed
         if missing < len(window) and not (figures.overflowed or figures.failed):
-            gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-            scale_gradients(gradients, clipping_factor(norm, self.max_grad_norm, figures.factor) / scale.value)
-            is_sharded = self.ranks.sharding_degree > 1
-            with self.ranks.waits_for("the others' new weights") if is_sharded else contextlib.nullcontext():
-                self.optimizer.step()
+            if not self.args.fused_backward:
+                self._update(norm, figures.factor)
             self.lr_scheduler.step()
             self._follow()
         self.optimizer.clear_grad(set_to_zero=False)
         self.step, self.position = self.step + 1, window.stop
         return figures
+
+    def _update(self, norm, factor: float) -> None:
+        """Update the weights by the gradients times `factor`, without the loss scale, clipped."""
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        limits = self.args.max_grad_norm, self.args.max_grad_norm_per_parameter
+        clip_and_scale(gradients, norm, factor, self.precision.loss_scale.value, *limits)
+        is_sharded = self.ranks.sharding_degree > 1
+        with self.ranks.waits_for("the others' new weights") if is_sharded else contextlib.nullcontext():
+            self.optimizer.step()
 
     def _fetch_figures(self, window: range, loss, norm, missing: int) -> StepFigures:
         """The figures of a step, fetched from the device, which the host waits for."""
@@ -163,9 +167,27 @@ class TrainingState:
         return holding([(p, value) for _, p, value in values if value is not None and value is not p])
 
     def result_weights(self):
-        """A context in which the module on rank 0 holds the weights of the result: the averages if there are any, else
-        the float32 weights. All ranks have to enter it."""
-        return self.ema.applied() if self.ema else self.float32_weights(only_main=True)
+        """A context in which the module on rank 0 holds the weights of the result, averages if there are any. All ranks
+        have to enter it."""
+        if self.ema:
+            return self.ema.applied()
+        return self.evaluation_weights() if self.averages else self.float32_weights(only_main=True)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the optimizer has other weights for evaluation than for training."""
+        return getattr(self.optimizer, "averages", False)
+
+    def evaluation_weights(self):
+        """A context in which the parameters have the optimizer's weights for evaluation, if it has other ones."""
+        parameters = self.parameters.values() if self.averages else ()
+        return holding([(parameter, self.optimizer.evaluation_value(parameter)) for parameter in parameters])
+
+    def lower_weights(self) -> None:
+        """Cast weights to their dtypes in training."""
+        self.precision.cast_models(self.module, self.optimizer)
+        if self.args.param_dtype == "bf16":
+            narrow_models(trained_models(self.module))
 
     def save_optimizer(self, folder: Path, stem: str) -> None:
         """Write the optimizer's tensors; with sharding, this rank's shard."""
@@ -185,6 +207,7 @@ class TrainingState:
             "position": self.position,
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.precision.loss_scale.state_dict(),
+            "optimizer": getattr(self.optimizer, "shared", {}),
             "ema_updates": self.ema.updates if self.ema else None,
             "skipped_steps": self.failed_steps,
             "overflowed_steps": self.overflowed_steps,
@@ -207,6 +230,8 @@ class TrainingState:
         self.lr_scheduler.set_state_dict(saved["lr_scheduler"])
         self.lr_scheduler.step(self.lr_scheduler.last_epoch)  # the rate by the flags of now, which may have changed
         self.precision.loss_scale.load_state_dict(saved["scaler"])
+        if saved.get("optimizer"):
+            self.optimizer.shared = dict(saved["optimizer"])
         if self.ema:
             self.ema.updates = saved["ema_updates"] or 0
         self.step, self.position = saved["step"], saved["position"]
@@ -227,8 +252,9 @@ class TrainingState:
         updated = {name: parameter for name, parameter in self.parameters.items() if parameter.name in own}
         tensors, arguments = saved_tensors(folder, OPTIMIZER), saved.get("arguments", {})
         had_averages = saved["ema_updates"] is not None
-        if tensors and is_8bit(tensors) != (uses_8_bits := isinstance(self.optimizer, AdamW8bit)):
-            log(f"--use_8bit_adam: the moments of {folder.name} become {'8 bits' if uses_8_bits else 'float32'}")
+        now = optimizer_name(vars(self.args))
+        if tensors and optimizer_name(arguments) != now:
+            log(f"--use_8bit_adam: the moments of {folder.name} become {'8 bits' if now == 'adamw8bit' else 'float32'}")
             tensors = in_form_of(self.optimizer, updated, tensors, arguments.get("adam_beta2", 0.999))
         load_optimizer_tensors(self.optimizer, updated, tensors)
         if had_averages and not self.ema:
@@ -248,32 +274,12 @@ def saved_tensors(folder: Path, prefix: str) -> dict:
     return {name: tensor for file in files for name, tensor in open_tensors(file)[0].items()}
 
 
-def check_optimizer(args) -> None:
-    """Raise a `UserError` for flags of the optimizer that contradict each other."""
-    check_sharding_degree(args.sharding_degree)
-    if args.sharding_stage > 1 and args.sharding_degree == 1:
-        raise UserError(f"--sharding_stage {args.sharding_stage}: expected it with a --sharding_degree above 1")
-    if args.use_8bit_adam and (args.sharding_degree > 1 or args.amp_level == "O2"):
-        raise UserError(
-            "--use_8bit_adam: its state can be neither sharded nor kept for low-precision weights; "
-            "expected it without --sharding_degree and --amp_level O2"
-        )
-
-
 def build_training_state(module, args, total_steps: int, samples_per_step: int, ranks: Ranks) -> TrainingState:
     """Build optimizer, learning rate schedule, precision and average of the trainable parameters of `module`."""
     trained = {id(parameter) for parameter in module.trainable_parameters()}
     parameters = {name: parameter for name, parameter in module.named_parameters() if id(parameter) in trained}
     lr_scheduler = build_schedule(args, total_steps, samples_per_step)
-    optimizer_class = AdamW8bit if args.use_8bit_adam else paddle.optimizer.AdamW
-    optimizer = optimizer_class(
-        learning_rate=lr_scheduler,
-        parameters=list(parameters.values()),
-        beta1=args.adam_beta1,
-        beta2=args.adam_beta2,
-        epsilon=args.adam_epsilon,
-        weight_decay=args.adam_weight_decay,
-    )
+    optimizer = build_optimizer(module, args, parameters, lr_scheduler)
     precision = Precision(args.mixed_precision, args.amp_level)
     return TrainingState(
         module,
@@ -284,7 +290,7 @@ def build_training_state(module, args, total_steps: int, samples_per_step: int, 
         EMA(parameters) if args.use_ema else None,
         ranks,
         args.seed,
-        args.max_grad_norm,
+        args,
         BadSamples(args.max_bad_samples),
         sharding_stage=args.sharding_stage,
     )

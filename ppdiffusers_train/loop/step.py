@@ -74,13 +74,15 @@ def add_gradients(module, samples, batch: Batch, window: range, state: TrainingS
     draws, errors = batch.draws, {batch.positions[i]: message for i, message in batch.errors.items()}
     good = [position for position in batch.positions if position not in errors]
     draws.keep(good)
-    if not good:
+    if not good or (errors and state.args.fused_backward):  # this one cannot go back
         return MicroBatch(paddle.zeros([]), draws, good, errors)
     with dropout_follows(draws):
         with state.precision.autocast():
             encoded = samples.encode(batch.tensors)
             # Weighted by the number of samples, which is right for a short last batch and a short last window, too.
             loss = module(encoded, draws) * (batch.weight * len(good) / len(window))
+        if state.args.fused_backward and not math.isfinite(float(loss)):
+            return MicroBatch(loss.detach().astype("float32"), draws, good, errors, batch.weight)
         # Gradients are averaged over ranks, but each rank computes a part of one sum.
         scale = state.precision.loss_scale.value * state.ranks.world_size
         with state.gradients.micro_batch(batch.is_last):

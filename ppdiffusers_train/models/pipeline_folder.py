@@ -177,7 +177,7 @@ class PipelineFolder:
                 return require_tokens(part_class.from_pretrained(folder))
             if not self.wants_weights:
                 return compute_in_own_type(build_unloaded(part_class, folder))
-            model = load_model(part_class, folder, self._existing_weights(part))
+            model = load_model(part_class, folder, self._existing_weights(part), part)
         model.eval()
         return_free_memory()
         return compute_in_own_type(model)

@@ -39,6 +39,25 @@ def nothing_initialised():
         Initializer.__call__ = initialise
 
 
+_CHANGES = {}  # {part of a pipeline: what is done to its model before its weights are read}
+
+
+@contextlib.contextmanager
+def changed_before_loading(part: str, change):
+    """A context in which folders call `change(model)` on the model of this part before they read its weights."""
+    _CHANGES[part] = change
+    try:
+        yield
+    finally:
+        del _CHANGES[part]
+
+
+def change_before_loading(part: str, model):
+    """The model of a part, changed as the context asks for."""
+    _CHANGES.get(part, lambda model: None)(model)
+    return model
+
+
 _PLACES = []  # the devices on which models are loaded instead of the current one; the last one counts
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.models.unloaded import build_new, build_unloaded, loading_place
+from ppdiffusers_train.models.unloaded import build_new, build_unloaded, change_before_loading, loading_place
 from ppdiffusers_train.models.weight_files import SHARED_NAME, find_weights, remove_weights
 from ppdiffusers_train.models.weight_names import (
     fitting_tensors,
@@ -91,20 +91,22 @@ def load_in_place(model, folder) -> None:
 
 
 @loading_place()
-def load_model(part_class, folder: str, files):
+def load_model(part_class, folder: str, files, part: str = ""):
     """The model that `folder` has a configuration of, with the weights of `WeightFiles` in either layout, as float32.
     In a rehearsal, names and shapes of the weights are looked at, and no values are read.
 
+    Args:
+        part: the model's name in its pipeline, for `changed_before_loading`.
     Raises:
         UserError: the weights cannot be read, or are not those of the model.
     """
-    model = build_unloaded(part_class, folder)
+    model = change_before_loading(part, build_unloaded(part_class, folder))
     saved, own = fitting_tensors(model, files), model.state_dict()
     if is_rehearsal():
         return model
     found = {id(own[name]) for name in saved}
     if any(id(tensor) not in found for tensor in own.values()):  # buffers, and biases of ppdiffusers' own
-        own = (model := build_new(part_class, folder)).state_dict()
+        own = (model := change_before_loading(part, build_new(part_class, folder))).state_dict()
     set_tensors({name: own[name] for name in saved}, saved, files.files[0].parent)
     return model
 

@@ -6,9 +6,13 @@ it as AdamW does, and quantizes it again. An outlier reduces the resolution of i
 """
 
 import math
+from functools import cache
 
 import numpy as np
 import paddle
+
+from ppdiffusers_train.runtime.optimizers.adamw import AdamW, adamw
+from ppdiffusers_train.runtime.optimizers.rules import RuleOptimizer
 
 BLOCK = 256  # elements that share a scale; the paper has 2048, smaller blocks are closer to float32 and take 1.5 % more
 ADAMW_STATE = ("moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0")  # accumulators of Paddle's AdamW
@@ -52,74 +56,46 @@ class Moments:
         return (values.reshape([-1, BLOCK]) * scales).flatten()[:size]
 
 
-class AdamW8bit(paddle.optimizer.AdamW):
-    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) whose moments take a quarter of the memory.
+@cache
+def maps(signed: bool) -> Moments:
+    """The map of signed or of non-negative moments, made once."""
+    return Moments(signed)
 
-    Arguments are those of `paddle.optimizer.AdamW` that are used here; parameters are float32.
-    """
 
-    def __init__(self, learning_rate, parameters, beta1, beta2, epsilon, weight_decay):
-        super().__init__(learning_rate, beta1, beta2, epsilon, parameters, weight_decay)
-        self.betas, self.epsilon, self.decay = (beta1, beta2), epsilon, weight_decay
-        self.first, self.second = Moments(signed=True), Moments(signed=False)
-        self.states = {}  # {parameter's name: {name: tensor}}
-        self.counts = {}  # {parameter's name: its updates so far}
+class AdamW8bit(RuleOptimizer):
+    """AdamW whose moments take a quarter of the memory."""
 
-    @paddle.no_grad()
-    def step(self):
-        """Update every parameter that has a gradient."""
-        for parameter in self._parameter_list:
-            if not parameter.stop_gradient and parameter.grad is not None:
-                self._update(parameter)
-
-    def _update(self, parameter):
-        (beta1, beta2), size = self.betas, parameter.size
-        state = self.states.setdefault(parameter.name, {})
-        count = self.counts[parameter.name] = self.counts.get(parameter.name, 0) + 1
-        gradient = parameter.grad.astype("float32").flatten()
-        moment1, moment2 = self._moments(state, size)
-        moment1 = beta1 * moment1 + (1 - beta1) * gradient
-        moment2 = beta2 * moment2 + (1 - beta2) * gradient.square()
-        rate = self.get_lr()
-        change = (moment1 / (1 - beta1**count)) / ((moment2 / (1 - beta2**count)).sqrt() + self.epsilon)
-        value = parameter.flatten() * (1 - rate * self.decay) - rate * change
-        paddle.assign(
-            value.reshape(parameter.shape), output=parameter
-        )  # `set_value` copies through NumPy in Paddle 2.6
-        store_moments(state, moment1, moment2, self.first, self.second)
-
-    def _moments(self, state: dict, size: int) -> tuple:
-        if not state:
-            return paddle.zeros([size]), paddle.zeros([size])
-        return float32_moments(state, size, self.first, self.second)
+    defaults = AdamW.defaults
 
     @staticmethod
-    def state_bytes(size: int) -> int:
-        """Bytes of the state of a parameter with `size` elements."""
+    def layout(shape, options):
+        size = math.prod(shape)
+        if size < SMALLEST:
+            return {"moment1": ([size], "float32"), "moment2": ([size], "float32")}
         blocks = -(-size // BLOCK)
-        return 8 * size if size < SMALLEST else 2 * blocks * (BLOCK + 4)
+        codes, scales = ([blocks * BLOCK], "uint8"), ([blocks, 1], "float32")
+        return {"moment1_codes": codes, "moment1_scales": scales, "moment2_codes": codes, "moment2_scales": scales}
+
+    def initial_state(self, parameter):
+        if parameter.size < SMALLEST:
+            return super().initial_state(parameter)
+        state, zeros = {}, paddle.zeros([parameter.size])
+        store_moments(state, zeros, zeros, maps(signed=True), maps(signed=False))
+        return state
+
+    @staticmethod
+    def update(value, gradient, state, step, rate, options):
+        first, second, state = maps(signed=True), maps(signed=False), dict(state)
+        moments = list(float32_moments(state, value.size, first, second))
+        flat, *moments = adamw(value.flatten(), gradient.flatten(), moments, step, rate, options)
+        store_moments(state, *moments, first, second)
+        return flat.reshape(value.shape), state
 
     @staticmethod
     def update_bytes(size: int) -> int:
         """Temporary bytes while a parameter with `size` elements is updated: moments, change, value and blocks in
         float32, and int64 indices into the map; blocks that need padding are copied once more."""
-        return (32 if size % BLOCK else 28) * size
-
-    def state_dict(self) -> dict:
-        """`{"<parameter's name>_<name>": tensor}`."""
-        tensors = {f"{name}_{key}": tensor for name, state in self.states.items() for key, tensor in state.items()}
-        counts = {f"{name}_step": paddle.to_tensor([count], dtype="int64") for name, count in self.counts.items()}
-        return {**tensors, **counts}
-
-    def set_state_dict(self, state_dict: dict) -> None:
-        """Load what `state_dict` returned."""
-        self.states, self.counts = {}, {}
-        names = ("moment1", "moment2", "moment1_codes", "moment1_scales", "moment2_codes", "moment2_scales")
-        for name in (parameter.name for parameter in self._parameter_list):
-            if f"{name}_step" in state_dict:
-                own = {key: state_dict.get(f"{name}_{key}") for key in names}
-                self.states[name] = {key: tensor for key, tensor in own.items() if tensor is not None}
-                self.counts[name] = int(state_dict[f"{name}_step"])
+        return (29 if size % BLOCK else 25) * size
 
 
 def store_moments(state: dict, moment1, moment2, first: Moments, second: Moments) -> None:

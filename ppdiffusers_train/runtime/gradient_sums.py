@@ -47,6 +47,8 @@ class GradientSums:
             memory is needed only for the buckets in flight.
     """
 
+    is_torn = False  # a step's gradients are used all together
+
     def __init__(self, parameters: dict, ranks: Ranks, owners: dict = None, bucket_bytes: int = BUCKET_BYTES):
         self._parameters, self._ranks, self._owners, self._bucket_bytes = parameters, ranks, owners, bucket_bytes
         if owners:

@@ -1,5 +1,7 @@
 """Scaling gradients by factors that stay on the device."""
 
+from math import inf
+
 import paddle
 
 
@@ -23,3 +25,21 @@ def scale_gradients(gradients: list, factor) -> None:
     factor = factor.astype("float32")
     for gradient in gradients:
         gradient.multiply_(factor)
+
+
+@paddle.no_grad()
+def clip_and_scale(gradients: list, norm, factor: float, loss_scale: float, max_norm: float, max_each=None) -> None:
+    """Multiply gradients in place by `factor / loss_scale`, and clip the results.
+
+    Args:
+        norm: of all gradients, without the loss scale: a float32 scalar on the device.
+        max_norm: of all results together; 0 does not clip.
+        max_each: of each of them; None does not clip.
+    """
+    if not max_each:
+        scale_gradients(gradients, clipping_factor(norm, max_norm or inf, factor) / loss_scale)
+        return
+    for gradient in gradients:
+        flat = gradient.flatten()
+        own = paddle.matmul(flat, flat).sqrt() / loss_scale
+        scale_gradients([gradient], clipping_factor(own, max_each, factor) / loss_scale)

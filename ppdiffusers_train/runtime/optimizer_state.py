@@ -8,6 +8,7 @@ same name in every precision. The masters are not part of the state: they are th
 
 from functools import partial
 
+import numpy as np
 import paddle
 from paddle.base.layer_helper import LayerHelper
 
@@ -42,7 +43,7 @@ def load_optimizer_tensors(optimizer, parameters: dict, tensors: dict) -> None:
         tensors: `{name: array}`, or objects with a method `numpy` that reads the array.
     """
     arrays = own_state(parameters, tensors)
-    if is_8bit(arrays):
+    if has_counts(arrays):
         named = ((parameters[key.split(SEPARATOR)[0]].name, key.split(SEPARATOR)[1]) for key in arrays)
         optimizer.set_state_dict({"_".join(name): as_tensor(value) for name, value in zip(named, arrays.values())})
         return
@@ -111,9 +112,10 @@ class Computed:
 
 def as_tensor(value):
     """A tensor of an array, or of an object with a method `numpy` that reads one."""
-    return paddle.to_tensor(value.numpy() if hasattr(value, "numpy") else value)
+    array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
+    return paddle.to_tensor(array.view("uint16") if array.dtype.name == "bfloat16" else array)  # Paddle's bfloat16
 
 
-def is_8bit(tensors: dict) -> bool:
-    """Whether `{name: tensor}` of a checkpoint are those of `AdamW8bit`, which counts each parameter's steps."""
+def has_counts(tensors: dict) -> bool:
+    """Whether `{name: tensor}` of a checkpoint are those of a `RuleOptimizer`, which counts each parameter's steps."""
     return any(key.endswith(f"{SEPARATOR}step") for key in tensors)

@@ -105,7 +105,7 @@ def test_what_an_update_takes_is_known():
     """Of the last of three: Paddle makes more of the first."""
     for size in (2**20, 2**20 + BLOCK // 2):
         parameter = paddle.create_parameter([size], "float32")
-        adam, average = AdamW8bit(1e-3, [parameter], 0.9, 0.999, 1e-8, 0.01), EMA({"parameter": parameter})
+        adam, average = AdamW8bit(1e-3, [parameter]), EMA({"parameter": parameter})
         for _ in range(3):
             parameter.grad = paddle.ones([size])
             with Peaks() as peaks:

@@ -1,0 +1,1 @@
+"""Optimizers: one file for each rule, and the registry of `--optimizer`."""
