@@ -109,7 +109,7 @@ class SD3TrainingModule(FullTraining):
     def encode(self, batch):
         """latents [B, C, h, w], shifted and scaled; prompt_embeds [B, 2L, D]; pooled_prompt_embeds [B, P]."""
         encoders = [getattr(self, name) for name in self.folder.text_encoders]
-        captions = encode_captions(encoders, batch, self.transformer.config.joint_attention_dim)
+        captions = encode_captions(encoders, batch, self.folder.config("transformer")["joint_attention_dim"])
         return {"latents": encode_images(self.vae, batch["pixel_values"]), **captions}
 
     def inspect_dataset(self, dataset):
