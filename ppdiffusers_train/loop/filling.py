@@ -1,6 +1,7 @@
 """Filling the cache of encoded samples before the first step, by all ranks together."""
 
 import contextlib
+import gc
 import secrets
 import time
 from collections import deque
@@ -113,6 +114,7 @@ def only_encoders(cache: Cache, module, state: TrainingState, unused):
                 module.encode = CompiledEncode(module)
         yield
         module.free_encoders()
+        gc.collect()  # layers refer to each other
         return_free_memory()
 
 

@@ -7,6 +7,7 @@ layers whose input needs no gradient; and it is broken for SD3 (0.29.0).
 from functools import partial
 
 import paddle
+from paddle.base import core
 from paddle.distributed.fleet.utils import recompute
 
 # Classes of layers that are recomputed as a whole, wherever they are not inside of another one.
@@ -17,7 +18,7 @@ BLOCKS = (
 
 
 def enable_recompute(model) -> None:
-    """Recompute the blocks of a model of ppdiffusers: a UNet, a VAE, the prior, SD3's transformer, or a text encoder."""
+    """Recompute the blocks of a model of ppdiffusers: UNet, VAE, prior, SD3's transformer or text encoder."""
     use_reentrant = not recomputes_without_reentrance()
     for block in blocks_of(model):
         block.forward = partial(recomputed, block, block.forward, use_reentrant)
@@ -42,7 +43,16 @@ def recomputed(block, forward, use_reentrant: bool, *args, **options):
     trigger.stop_gradient = False
     if use_reentrant:
         return reentrant(forward, trigger, args, options)
-    return recompute(lambda trigger, *args: forward(*args, **options), trigger, *args, use_reentrant=False)
+    return recompute(untraced, trigger, forward, *args, use_reentrant=False, **options)
+
+
+def untraced(trigger, forward, *args, **options):
+    """`forward(*args, **options)`, not traced by `--to_static`: both times, the same tensors have to be kept."""
+    translate = core.set_eval_frame(None)
+    try:
+        return forward(*args, **options)
+    finally:
+        core.set_eval_frame(translate)
 
 
 def reentrant(forward, trigger, args, options: dict):

@@ -14,7 +14,7 @@ from ppdiffusers_train.runtime.precision import share_storage
 
 @contextlib.contextmanager
 def swapped_out(tensors, folder):
-    """A context in which tensors have no values and take no memory of the device; Paddle raises an error if one is used.
+    """A context in which tensors have no values and take no memory of the device; Paddle refuses to compute with them.
 
     Those of a GPU are kept in the host's memory, those of the host in a file in `folder` that has no name, so a killed
     process leaves none. Afterwards all have the same bits, and tensors that shared their storage share it again.
