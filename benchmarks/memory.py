@@ -1,5 +1,5 @@
-"""Which job of the published models fits which GPU: writes the counts that `ppdiffusers-train recommend` reads, the pages
-docs/*/memory.md and examples/presets.
+"""Which job of the published models fits which GPU: writes the counts that `ppdiffusers-train recommend` reads, the
+pages docs/*/memory.md and examples/presets.
 
     python benchmarks/memory.py
     python benchmarks/memory.py lcm lcm-lora    only these jobs; the counts of others stay

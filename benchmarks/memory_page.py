@@ -7,20 +7,28 @@ import ppdiffusers_train  # noqa: F401  (before paddle)
 
 from pages import fill, table, write_page
 
-from ppdiffusers_train.tools.recommend import CACHED, GPU_SIZES, inventory_from, peak_of, read_counts, recommend
+from ppdiffusers_train.tools.recommend import (
+    CACHED,
+    GPU_SIZES,
+    inventory_from,
+    peak_of,
+    read_counts,
+    recommend,
+    smallest_gpu,
+)
 
 FITS_NOT = "–"
 # The words of the tables in each language. The first column of both tables is that of `job`.
 WORDS = {
     "en": {
         "job": "job, pixels",
-        "sizes": "trainable | weights, gradients, AdamW | base in int8 | in nf4 | encoders | activations | with checkpointing"
-        " | peak without flags but the cache | smallest GPU",
+        "sizes": "trainable | weights, gradients, AdamW | base in int8 | in nf4 | encoders | activations | "
+        "with checkpointing | peak without flags but the cache | smallest GPU",
     },
     "zh": {
         "job": "任务、分辨率",
-        "sizes": "可训练参数 | 权重、梯度、AdamW | int8 底模 | nf4 底模 | 编码器 | 激活值 | 激活值（重计算） | 只用缓存的峰值"
-        " | 最小的 GPU",
+        "sizes": "可训练参数 | 权重、梯度、AdamW | int8 底模 | nf4 底模 | 编码器 | 激活值 | 激活值（重计算） | "
+        "只用缓存的峰值 | 最小的 GPU",
         "cache": "缓存",
         "checkpointing": "重计算",
         "8-bit Adam": "8 位 Adam",
@@ -50,7 +58,7 @@ def cells(counts: dict, resolution: int) -> list:
     inventory = inventory_from(counts, resolution)
     elements, frozen = sum(inventory.trained), in_float32(inventory.frozen)
     quantized = [counts["quantized"].get(kind) for kind in ("int8", "nf4")]
-    smallest = next((size for size in GPU_SIZES if recommend(counts, resolution, size)), None)
+    smallest = smallest_gpu(counts, resolution)
     return [
         f"{elements / 1e6:,.1f} M",
         in_gb(16 * elements + frozen),
