@@ -60,7 +60,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["ppdiffusers_train", "ppdiffusers_train.*"]),
-    package_data={"ppdiffusers_train.toy": ["weights/*.safetensors"]},
+    package_data={"ppdiffusers_train.toy": ["weights/*.safetensors"], "ppdiffusers_train.tools": ["*.json"]},
     cmdclass={"build_py": BuildWithExamples},
     install_requires=REQUIRED,
     entry_points={"console_scripts": ["ppdiffusers-train = ppdiffusers_train.cli:main"]},

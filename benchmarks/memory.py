@@ -1,9 +1,10 @@
-"""Which job of the published models fits which GPU: writes docs/memory.json and the pages docs/*/memory.md.
+"""Which job of the published models fits which GPU: writes the counts that `ppdiffusers-train recommend` reads, the
+pages docs/*/memory.md and examples/presets.
 
     python benchmarks/memory.py
-    python benchmarks/memory.py "lcm sd" "lcm lora_sd"    only these jobs; the figures of others stay
+    python benchmarks/memory.py lcm lcm-lora    only these jobs; the counts of others stay
 
-Models are built from the configurations beside this file: their size, without their weights. Takes some minutes.
+Models are built from the configurations beside this file: their size, without their weights. Takes about an hour.
 """
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
@@ -11,50 +12,31 @@ import ppdiffusers_train  # noqa: F401  (before paddle)
 import json
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
-from memory_page import FIGURES, FITS_NOT, write_pages
+from memory_page import write_pages
 
 from ppdiffusers_train.data.dataset import build_dataset
-from ppdiffusers_train.loop.dry_run import GPU_SIZES, first_row, inventory_of, options_of
+from ppdiffusers_train.loop.dry_run import first_row, inventories_of
+from ppdiffusers_train.loop.memory_estimate import take_inventory
 from ppdiffusers_train.reporting.quiet import quiet_libraries
+from ppdiffusers_train.runtime.quantized import quantize_models
+from ppdiffusers_train.tools.recommend import COUNTS, GPU_SIZES, as_counts, measured, preset, read_counts
+from ppdiffusers_train.toy.demo.jobs import JOBS
 from ppdiffusers_train.toy.models.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+PRESETS = ROOT / "examples" / "presets"
 sys.path.insert(0, str(ROOT))
 from tests.conftest import load_script, module_class  # noqa: E402
 
 DECODER, PRIOR = "pretrained_decoder_model_name_or_path", "pretrained_prior_model_name_or_path"
-KANDINSKY = {DECODER: "kandinsky2_2_decoder", PRIOR: "kandinsky2_2_prior"}
-SD, SDXL = ({"pretrained_model_name_or_path": name} for name in ("sd1_5", "sdxl"))
-SD_TEACHER, SDXL_TEACHER = {"pretrained_teacher_model": "sd1_5"}, {"pretrained_teacher_model": "sdxl"}
-JOBS = [
-    ("kandinsky2_2/train_text_to_image_decoder", KANDINSKY, (512, 768)),
-    ("kandinsky2_2/train_text_to_image_decoder_lora", KANDINSKY, (512, 768)),
-    ("kandinsky2_2/train_text_to_image_prior", KANDINSKY, (512,)),
-    ("kandinsky2_2/train_text_to_image_prior_lora", KANDINSKY, (512,)),
-    ("stable_diffusion/train_text_to_image", SD, (512, 768)),
-    ("stable_diffusion/train_text_to_image_lora", SD, (512, 768)),
-    ("sdxl/train_text_to_image_sdxl", SDXL, (512, 1024)),
-    ("sdxl/train_text_to_image_lora_sdxl", SDXL, (512, 1024)),
-    ("lcm/train_lcm_distill_sd_wds", SD_TEACHER, (512,)),
-    ("lcm/train_lcm_distill_lora_sd_wds", SD_TEACHER, (512,)),
-    ("lcm/train_lcm_distill_sdxl_wds", SDXL_TEACHER, (1024,)),
-    ("lcm/train_lcm_distill_lora_sdxl_wds", SDXL_TEACHER, (1024,)),
-]
-# Tried one after another until a job fits: what costs least comes first.
-STEPS = [
-    ("nothing", {"cached": False}),
-    ("cache", {}),
-    ("cache, checkpointing", {"gradient_checkpointing": True}),
-    ("cache, checkpointing, bf16", {"gradient_checkpointing": True, "mixed_precision": "bf16"}),
-    ("cache, checkpointing, 8-bit Adam", {"gradient_checkpointing": True, "use_8bit_adam": True}),
-    (
-        "cache, checkpointing, bf16 O2",
-        {"gradient_checkpointing": True, "mixed_precision": "bf16", "amp_level": "O2"},
-    ),
-]
+CONFIGURATIONS = {DECODER: "kandinsky2_2_decoder", PRIOR: "kandinsky2_2_prior"}  # the others are named by the family
+FAMILIES = {"sd": "sd1_5", "lcm": "sd1_5", "sdxl": "sdxl", "lcm-sdxl": "sdxl", "sd3": "sd3"}
+RESOLUTIONS = {
+    "decoder": (512, 768), "prior": (512,), "sd": (512, 768), "sdxl": (512, 1024), "sd3": (512, 1024), "lcm": (512,),
+    "lcm-sdxl": (1024,),
+}  # fmt: skip
 
 
 def write_folder(name: str, folder: Path) -> Path:
@@ -75,57 +57,72 @@ def write_folder(name: str, folder: Path) -> Path:
 
 def main():
     quiet_libraries()
-    figures = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+    counts = read_counts() if COUNTS.exists() else {}
     with tempfile.TemporaryDirectory() as root:
-        for script, models, resolutions in JOBS:
-            if sys.argv[1:] and short_name(script) not in sys.argv[1:]:
-                continue
-            job = load_script(ROOT / "examples" / f"{script}.py")
-            flags = [f"--{flag}={write_folder(name, Path(root) / name)}" for flag, name in models.items()]
-            for resolution in resolutions:
-                args = job.build_parser().parse_args(
-                    [*flags, "--dry_run", "--train_batch_size=1", f"--resolution={resolution}", "--encoded_cache_dir=x",
-                     f"--train_data_dir={ROOT / 'examples' / 'data' / 'photos'}"]
-                )  # fmt: skip
-                name = f"{short_name(script)} {resolution}"
-                figures[name] = figures_of(module_class(job)(args), args)
-                print(name, figures[name], flush=True)
-                keep(figures)
+        for name in sys.argv[1:] or sorted(JOBS, key=is_lora, reverse=True):
+            counts[name] = counts_of(name, Path(root), counts)
+            print(name, counts[name]["sizes"], flush=True)
+            keep({name: counts[name] for name in JOBS if name in counts})
 
 
-def keep(figures: dict) -> None:
-    """Write the figures, in the order of `JOBS`, and the pages."""
-    order = [f"{short_name(script)} {size}" for script, _, sizes in JOBS for size in sizes]
-    figures = {name: figures[name] for name in order if name in figures}
-    FIGURES.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_pages(figures)
+def is_lora(name: str) -> bool:
+    """Whether a job trains LoRA layers. Its full sibling has the same name without the end."""
+    return name.endswith("-lora")
 
 
-def figures_of(module, args) -> dict:
-    """The figures of a job, as `write_pages` takes them."""
-    inventory, options = inventory_of(module, first_row(build_dataset(args)), args), options_of(args)
-    fixed = sum(size for kind, size in inventory.memory(options).items() if kind != "activations")
-    encoders = inventory.memory(replace(options, cached=False))["encoders"]
-    sizes = (f"{size / 1e9:.1f}" for size in (fixed, encoders, *inventory.activations.values()))
-    return {
-        "sizes": [f"{sum(inventory.trained) / 1e6:,.1f} M", *sizes],
-        "fits": {str(size): flags_for(inventory, options, size) for size in GPU_SIZES},
-    }
+def keep(counts: dict) -> None:
+    """Write the counts, the pages, and the presets."""
+    COUNTS.write_text(json.dumps(counts, separators=(",", ":")).replace('},"', '},\n"') + "\n", encoding="utf-8")
+    write_pages(counts)
+    write_presets(counts)
 
 
-def short_name(script: str) -> str:
-    """`lcm/train_lcm_distill_sd_wds` -> "lcm sd"; Stable Diffusion's scripts do not name it."""
-    script = script.replace("stable_diffusion/train_text_to_image", "train_sd").replace("sd_lora", "lora_sd")
-    name = Path(script).name.replace("train_lcm_distill_", "lcm ").removeprefix("train_text_to_image_")
-    return name.removeprefix("train_").removesuffix("_wds")
+def write_presets(counts: dict) -> None:
+    """Write the file of each job and each GPU that it fits."""
+    PRESETS.mkdir(exist_ok=True)
+    for name, found in counts.items():
+        for size in GPU_SIZES:
+            file, text = PRESETS / f"{name}-{size}gb.yaml", preset(name, found, size)
+            if text:
+                file.write_text(text, encoding="utf-8")
+            else:
+                file.unlink(missing_ok=True)
 
 
-def flags_for(inventory, options, size: int) -> str:
-    """The first of `STEPS` with which a job fits a GPU of so many GB, in each phase of the run."""
-    for name, change in STEPS:
-        if inventory.peak(replace(options, **change)) <= size * 1e9:
-            return name
-    return FITS_NOT
+def counts_of(name: str, root: Path, known: dict) -> dict:
+    """The counts of a job, as `recommend` reads them. What is measured of a job in full is taken from its LoRA sibling,
+    which keeps a few percent more for the backward pass."""
+    module, args = build(name, root)
+    if not is_lora(name):
+        return as_counts(take_inventory(module, {}, 0, 0), {}, known[f"{name}-lora"]["sizes"])
+    resolutions = RESOLUTIONS[name.removesuffix("-lora")]
+    found = inventories_of(module, first_row(build_dataset(args)), args, resolutions)
+    quantized = {kind: frozen_in(kind, name, root) for kind in ("int8", "nf4")}
+    return as_counts(found[resolutions[0]], quantized, {str(size): measured(each) for size, each in found.items()})
+
+
+def frozen_in(kind: str, name: str, root: Path) -> dict:
+    """What `Inventory.frozen` is with `--quantize_base`."""
+    module, _ = build(name, root, f"--quantize_base={kind}")
+    module.load_rest()
+    quantize_models(module, has_values=False)
+    return take_inventory(module, {}, 0, 0).frozen
+
+
+def build(name: str, root: Path, *more: str) -> tuple:
+    """A job's module of the published models' size, without weights, and its flags."""
+    script = load_script(ROOT / "examples" / JOBS[name].script)
+    family = FAMILIES.get(name.removesuffix("-lora"))
+    flags = [
+        f"--{flag}={write_folder(part, root / part)}"
+        for flag in JOBS[name].model_flags
+        for part in [CONFIGURATIONS.get(flag, family)]
+    ]
+    flags += ["--no_t5"] if family == "sd3" else []
+    photos = ROOT / "examples" / "data" / "photos"
+    flags += ["--dry_run", "--train_batch_size=1", "--resolution=512", "--encoded_cache_dir=x"]
+    args = script.build_parser().parse_args([*flags, f"--train_data_dir={photos}", *more])
+    return module_class(script)(args), args
 
 
 if __name__ == "__main__":

@@ -1,52 +1,92 @@
-"""docs/en/memory.md and docs/zh/memory.md from the figures of `memory.py`.
+"""docs/en/memory.md and docs/zh/memory.md from the counts that `memory.py` wrote.
 
-python benchmarks/memory_page.py    writes the pages anew from docs/memory.json
+python benchmarks/memory_page.py    writes the pages anew
 """
 
-from pages import DOCS, fill, read_figures, table, write_page
+import ppdiffusers_train  # noqa: F401  (before paddle)
 
-FIGURES = DOCS / "memory.json"
+from pages import fill, table, write_page
+
+from ppdiffusers_train.tools.recommend import (
+    CACHED,
+    GPU_SIZES,
+    inventory_from,
+    peak_of,
+    read_counts,
+    recommend,
+    smallest_gpu,
+)
+
 FITS_NOT = "–"
-# The words of the tables in each language; `head` is that of the first table, whose first column both have.
+# The words of the tables in each language. The first column of both tables is that of `job`.
 WORDS = {
     "en": {
-        "head": "job, pixels | trainable | weights, gradients, AdamW | encoders | activations | with checkpointing",
+        "job": "job, pixels",
+        "sizes": "trainable | weights, gradients, AdamW | base in int8 | in nf4 | encoders | activations | "
+        "with checkpointing | peak without flags but the cache | smallest GPU",
     },
     "zh": {
-        "head": "任务、分辨率 | 可训练参数 | 权重、梯度、AdamW | 编码器 | 激活值 | 激活值（重计算）",
-        "nothing": "无需参数",
+        "job": "任务、分辨率",
+        "sizes": "可训练参数 | 权重、梯度、AdamW | int8 底模 | nf4 底模 | 编码器 | 激活值 | 激活值（重计算） | "
+        "只用缓存的峰值 | 最小的 GPU",
         "cache": "缓存",
         "checkpointing": "重计算",
         "8-bit Adam": "8 位 Adam",
     },
 }
+SHORT = {"encoded_cache": "cache", "gradient_checkpointing": "checkpointing", "use_8bit_adam": "8-bit Adam"}
 
 
-def write_pages(figures: dict) -> None:
-    """Write both pages.
-
-    Args:
-        figures: {"decoder 512": {"sizes": cells of the first table, "fits": {"8": flags for a GPU of 8 GB, …}}, …}
-    """
-    for language in WORDS:
-        write_page(f"{language}/memory", page(figures, language))
+def write_pages(counts: dict) -> None:
+    """Write both pages from {job: its counts}."""
+    for language, words in WORDS.items():
+        write_page(f"{language}/memory", page(counts, language, words))
 
 
-def page(figures: dict, language: str) -> str:
+def page(counts: dict, language: str, words: dict) -> str:
     """The page in one language."""
-    words = WORDS[language]
-    sizes = [[job, *found["sizes"]] for job, found in figures.items()]
-    gpus = [[job, *(translated(flags, words) for flags in found["fits"].values())] for job, found in figures.items()]
-    head, names = words["head"].split(" | "), next(iter(figures.values()))["fits"]
-    tables = {"sizes": table(head, sizes), "gpus": table([head[0], *(f"{size} GB" for size in names)], gpus)}
+    rows = [(name, found, int(size)) for name, found in counts.items() for size in found["sizes"]]
+    sizes = [[f"{name} {size}", *cells(found, size)] for name, found, size in rows]
+    gpus = [[f"{name} {size}", *(fitting(found, size, gpu, words) for gpu in GPU_SIZES)] for name, found, size in rows]
+    head = [words["job"], *words["sizes"].split(" | ")]
+    tables = {"sizes": table(head, sizes), "gpus": table([head[0], *(f"{size} GB" for size in GPU_SIZES)], gpus)}
     return fill(f"memory_page_{language}.md", tables)
 
 
-def translated(flags: str, words: dict) -> str:
-    """`cache, checkpointing, bf16` in the language of `words`; names of flags stay."""
-    comma = "、" if "nothing" in words else ", "
-    return comma.join(words.get(flag, flag) for flag in flags.split(", "))
+def cells(counts: dict, resolution: int) -> list:
+    """The first table's cells of a job, in GB."""
+    inventory = inventory_from(counts, resolution)
+    elements, frozen = sum(inventory.trained), in_float32(inventory.frozen)
+    quantized = [counts["quantized"].get(kind) for kind in ("int8", "nf4")]
+    smallest = smallest_gpu(counts, resolution)
+    return [
+        f"{elements / 1e6:,.1f} M",
+        in_gb(16 * elements + frozen),
+        *(in_gb(in_float32(found)) if found else FITS_NOT for found in quantized),
+        *map(in_gb, (in_float32(inventory.encoders), *inventory.activations.values())),
+        in_gb(peak_of(counts, resolution, CACHED)),
+        f"{smallest} GB" if smallest else FITS_NOT,
+    ]
+
+
+def in_float32(parts: dict) -> int:
+    """Total bytes of models without mixed precision."""
+    return sum(sizes["no"] for sizes in parts.values())
+
+
+def in_gb(size: int) -> str:
+    """A number of bytes in GB."""
+    return f"{size / 1e9:.1f}"
+
+
+def fitting(counts: dict, resolution: int, gigabytes: int, words: dict) -> str:
+    """The flags with which a job fits a GPU, in short."""
+    found = recommend(counts, resolution, gigabytes)
+    if found is None:
+        return FITS_NOT
+    named = [SHORT.get(name, name) if value is True else value for name, value in found.flags.items()]
+    return ("、" if "cache" in words else ", ").join(words.get(name, name) for name in named)
 
 
 if __name__ == "__main__":
-    write_pages(read_figures("memory"))
+    write_pages(read_counts())

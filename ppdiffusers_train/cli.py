@@ -1,6 +1,7 @@
 """ppdiffusers-train: commands around training: check, pack and preview data, launch runs, work with LoRAs, try a demo.
 
 ppdiffusers-train examples my-training
+ppdiffusers-train recommend sdxl-lora --memory 12
 ppdiffusers-train check my-photos
 ppdiffusers-train preview train_text_to_image_sdxl.py --pretrained_model_name_or_path sdxl --train_data_dir my-photos
 ppdiffusers-train pack my-photos shards --shard_size 500MB
@@ -37,6 +38,7 @@ from ppdiffusers_train.tools.examples import add_examples_command
 from ppdiffusers_train.tools.launch import add_launch_command
 from ppdiffusers_train.tools.lora import add_lora_command
 from ppdiffusers_train.tools.push import add_push_command
+from ppdiffusers_train.tools.recommend import add_recommend_command
 from ppdiffusers_train.tools.source_flags import FLAGS, add_source_flags
 from ppdiffusers_train.toy.commands import add_toy_commands
 
@@ -212,6 +214,8 @@ def build_parser():
     add_lora_command(commands)
 
     add_push_command(commands)
+
+    add_recommend_command(commands)
 
     add_toy_commands(commands)
     return parser

@@ -1,6 +1,7 @@
 """The contract between a job and the loop: what a job trains, and how it computes the loss of a batch."""
 
 import contextlib
+import gc
 from fnmatch import fnmatchcase
 
 import paddle
@@ -79,6 +80,7 @@ class DiffusionTrainingModule(nn.Layer):
         for name in names:
             self._sub_layers.pop(name, None)
             vars(self).pop(name, None)
+        gc.collect()  # layers refer to each other
 
     def __getattr__(self, name):
         if name in vars(self).get("_stored", {}) and name not in self._sub_layers:

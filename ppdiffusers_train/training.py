@@ -23,7 +23,7 @@ from ppdiffusers_train.launcher.signals import StopRequest, signal_name
 from ppdiffusers_train.launcher.supervisor import ignore_signals_from_now_on, request_time_to_finish
 from ppdiffusers_train.loop.bad_samples import BadSamples
 from ppdiffusers_train.loop.class_images import add_class_images, wants_class_images
-from ppdiffusers_train.loop.disk_space import check_disk
+from ppdiffusers_train.loop.disk_space import check_disk, run_needs
 from ppdiffusers_train.loop.dry_run import describe_run
 from ppdiffusers_train.loop.filling import encode_dataset
 from ppdiffusers_train.loop.held_out import HeldOutLoss, held_out_rows, held_out_samples
@@ -110,10 +110,11 @@ def train_job(module, dataset, run: Run) -> None:
     state = build_state(plan)
     log_start(plan, state)
     check_images(plan)
+    needs = run_needs(plan, state)
     if run.args.encoded_cache_dir:
-        samples, held_out = encode_dataset(plan, state, partial(begin, plan, state))
+        samples, held_out = encode_dataset(plan, state, partial(begin, plan, state, needs), state.tensors())
     else:
-        begin(plan, state)
+        begin(plan, state, needs)
         samples, held_out = online_samples(plan)
     if run.checkpoint:  # now, because it is large, and a cache has freed the encoders
         state.load_optimizer(run.checkpoint, plan.run.saved, run.log)
@@ -218,9 +219,9 @@ def log_start(plan: Plan, state: TrainingState) -> None:
     )
 
 
-def begin(plan: Plan, state: TrainingState, cache=None) -> None:
-    """Look for the disk that the run will need, then make its folder its own."""
-    check_disk(plan, state, cache)
+def begin(plan: Plan, state: TrainingState, needs: tuple, cache=None) -> None:
+    """Look for the disk that the run will need, then make its folder its own. `needs` are its `run_needs`."""
+    check_disk(plan, state, needs, cache)
     if plan.run.ranks.is_main:
         claim_folder(plan, state.step)
 

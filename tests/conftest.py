@@ -392,6 +392,25 @@ def kept_for_backward(module):
     return kept, [parameter.grad.numpy() for parameter in module.trainable_parameters() if parameter.grad is not None]
 
 
+def check_recompute(build, name, *flags):
+    """Recompute keeps at most a quarter for the backward pass, and gives the same gradients: to the bit where Paddle
+    recomputes without reentrance, else up to another order of sums. Dropout draws the same numbers again."""
+    import paddle
+
+    from ppdiffusers_train.models.recompute import recomputes_without_reentrance
+
+    found = []
+    for flag in ([], ["--gradient_checkpointing"]):
+        module = build(name, *flags, *flag)
+        paddle.seed(7)
+        found.append(kept_for_backward(module))
+    (plain, expected), (less, gradients) = found
+    assert less < 0.25 * plain
+    for one, other in zip(expected, gradients, strict=True):
+        assert np.array_equal(one, other) or not recomputes_without_reentrance()
+        assert np.abs(one - other).max() <= 1e-7
+
+
 def same(one, other):
     """Whether two dictionaries of arrays agree to the bit."""
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)

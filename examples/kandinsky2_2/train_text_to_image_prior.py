@@ -21,7 +21,7 @@ from ppdiffusers_train.data.transforms import without_ends
 from ppdiffusers_train.job import DenoisingTraining, job_main
 from ppdiffusers_train.models.attention import announce_plain_attention
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, WithImageEmbeddings
-from ppdiffusers_train.models.recompute import enable_block_recompute
+from ppdiffusers_train.models.recompute import enable_recompute
 from ppdiffusers_train.models.text import as_computed, tokenize, warn_of_long_captions
 from ppdiffusers_train.module import keep_frozen
 
@@ -60,7 +60,7 @@ class KandinskyPriorTrainingModule(WithImageEmbeddings, DenoisingTraining):
         # Inference uses a scheduler of another class for the same diffusion process.
         self.use_scheduler(DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample"))
         if args.gradient_checkpointing:
-            enable_block_recompute(self.prior.transformer_blocks)
+            enable_recompute(self.prior)
         if args.enable_xformers_memory_efficient_attention:
             announce_plain_attention("the prior's attention has a mask")
 

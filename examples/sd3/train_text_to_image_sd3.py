@@ -17,7 +17,7 @@ from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.job import FullTraining, job_main, named_by_flags
 from ppdiffusers_train.models.attention import announce_joint_attention
 from ppdiffusers_train.models.generation import generate_images
-from ppdiffusers_train.models.recompute import enable_block_recompute
+from ppdiffusers_train.models.recompute import enable_recompute
 from ppdiffusers_train.models.sd3 import SD3Folder, check_prompts, encode_captions, tokenize_caption
 from ppdiffusers_train.models.stable_diffusion import encode_images
 from ppdiffusers_train.objectives.denoising import perturb_noise
@@ -74,7 +74,7 @@ class SD3TrainingModule(FullTraining):
             self.load_later(name, self.folder.later(name))
         self.transformer = self.folder.load("transformer")
         if args.gradient_checkpointing:
-            enable_block_recompute(self.transformer.transformer_blocks)
+            enable_recompute(self.transformer)
         if args.enable_xformers_memory_efficient_attention:
             announce_joint_attention()
 

@@ -14,6 +14,7 @@ from train_text_to_image_sdxl import build_parser as build_full_parser
 
 from ppdiffusers_train.job import LoRATraining, job_main
 from ppdiffusers_train.models.lora import ATTENTION_TARGETS, TEXT_ENCODER_TARGETS
+from ppdiffusers_train.models.recompute import enable_recompute
 from ppdiffusers_train.models.sdxl import encode_captions
 
 
@@ -34,6 +35,8 @@ class SDXLLoRATrainingModule(LoRATraining, SDXLTrainingModule):
             self.adapted = {name: getattr(self, name) for name in ("text_encoder", "text_encoder_2")}
             for encoder in self.adapted.values():
                 self.add_lora(encoder, TEXT_ENCODER_TARGETS)
+                if args.gradient_checkpointing:
+                    enable_recompute(encoder)
 
     def forward(self, encoded, draws):
         if self.adapted:

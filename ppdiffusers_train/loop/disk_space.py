@@ -35,37 +35,54 @@ class Need:
     what: str  # in words
 
 
-def check_disk(plan: Plan, state: TrainingState, cache: Cache | None) -> None:
+def run_needs(plan: Plan, state: TrainingState) -> tuple:
+    """The `Need`s of a run for checkpoints and the result, and why they are not known, or "".
+
+    It is called while the weights are in memory.
+    """
+
+    def find():
+        try:
+            return list(needs_of(plan, state)), ""
+        except (OSError, WriteError) as error:  # the run will tell when it writes what matters
+            return [], str(error)
+
+    with state.float32_weights(only_main=True):  # as in files
+        return found_by_main(plan.run.ranks, find)
+
+
+def check_disk(plan: Plan, state: TrainingState, needs: tuple, cache: Cache | None) -> None:
     """Print what disk the run will need for samples to encode, checkpoints and the result.
 
     Args:
+        needs: its `run_needs`.
         cache: that of the run, if it has one.
     Raises:
         UserError: the same on every rank: it is not there.
     """
-    with state.float32_weights(only_main=True):  # as in files
-        line = found_by_main(plan.run.ranks, lambda: describe_disks(plan, state, cache))
+    line = found_by_main(plan.run.ranks, lambda: describe_disks(plan, state, *needs, cache))
     plan.run.log(f"disk: {line}")
 
 
-def describe_disks(plan: Plan, state: TrainingState, cache: Cache | None) -> str:
-    """What `check_disk` prints."""
+def describe_disks(plan: Plan, state: TrainingState, needs: list, unknown: str, cache: Cache | None) -> str:
+    """What `check_disk` prints. `unknown` is why the `needs` are not known, or ""."""
     try:
-        needs = list(needs_of(plan, state, cache))
+        if unknown:
+            raise WriteError(unknown)
+        if cache:
+            size, text = missing_bytes(cache, plan.module, state), f"{counted(cache.count_missing, 'sample')} to encode"
+            needs = [Need(cache.root, "--encoded_cache_dir", size, text), *needs]
         free, freed = {}, freed_bytes(plan)
         for need in needs:
             free[need.folder] = shutil.disk_usage(need.folder).free + freed * (need.flag == "--output_dir")
         return describe_needs(needs, {folder: (os.stat(folder).st_dev, size) for folder, size in free.items()})
-    except (OSError, WriteError) as error:  # the run will tell when it writes what matters
+    except (OSError, WriteError) as error:
         return f"what the run will need is not known: {error}"
 
 
-def needs_of(plan: Plan, state: TrainingState, cache: Cache | None):
-    """Yield the `Need`s of a run."""
+def needs_of(plan: Plan, state: TrainingState):
+    """Yield the `Need`s of a run for checkpoints and the result."""
     folder, module = plan.run.output_dir, plan.module
-    if cache:
-        text = f"{counted(cache.count_missing, 'sample')} to encode"
-        yield Need(cache.root, "--encoded_cache_dir", missing_bytes(cache, module, state), text)
     count, trained = checkpoints_to_come(plan, state), rehearsed_bytes(folder, module)
     size = trained + optimizer_bytes(state)
     if state.ema:

@@ -145,8 +145,13 @@ def stored_size(encoded: dict, batch: dict, mixed_precision: str) -> int:
 
 def inventory_of(module, row: dict, args) -> Inventory:
     """What the job of `module` keeps in memory, at the resolution of `args`."""
-    sizes = [args.resolution] if args.resolution <= MEASURED[-1] else list(MEASURED)
-    samples, encoded, encoding, activations = [], [], [], {}
+    return inventories_of(module, row, args, [args.resolution])[args.resolution]
+
+
+def inventories_of(module, row: dict, args, resolutions) -> dict:
+    """The same at each of some resolutions, `{resolution: Inventory}`, measured once."""
+    sizes = list(resolutions) if len(resolutions) == 1 and resolutions[0] <= MEASURED[-1] else list(MEASURED)
+    samples, encoded, encoding, steps = [], [], [], {}
     for recompute in (False, True):
         # A bucket has as many pixels as the square.
         changed = {"gradient_checkpointing": recompute, "aspect_ratio_buckets": False}
@@ -156,7 +161,7 @@ def inventory_of(module, row: dict, args) -> Inventory:
         choose_trainable(job, small.trainable_modules)
         quantize_models(job, has_values=False)
         set_training_mode(job)
-        meter, peaks = StepMeter(job.trainable_parameters()), []
+        meter, steps[recompute] = StepMeter(job.trainable_parameters()), []
         for small.resolution in sizes:
             if not recompute:
                 batch, _ = stack([job.preprocess(dict(row), RowDraws(0, 0))])
@@ -166,7 +171,13 @@ def inventory_of(module, row: dict, args) -> Inventory:
                 encoding.append(around)
                 encoded.append([stored_size(samples[-1], batch, args.mixed_precision)])
             sample = samples[sizes.index(small.resolution)]
-            peaks.append(meter.measure(lambda job=job, sample=sample: job(sample, Draws(0, [0]))))
-        activations[recompute] = extrapolate_peak(sizes, peaks, args.resolution)
-    encoding = extrapolate_peak(sizes, encoding, args.resolution)
-    return take_inventory(module, activations, encoding, int(extrapolate(sizes, encoded, args.resolution)[0]))
+            steps[recompute].append(meter.measure(lambda job=job, sample=sample: job(sample, Draws(0, [0]))))
+    return {
+        size: take_inventory(
+            module,
+            {recompute: extrapolate_peak(sizes, peaks, size) for recompute, peaks in steps.items()},
+            extrapolate_peak(sizes, encoding, size),
+            int(extrapolate(sizes, encoded, size)[0]),
+        )
+        for size in resolutions
+    }

@@ -1,5 +1,7 @@
 """Filling the cache of encoded samples before the first step, by all ranks together."""
 
+import contextlib
+import gc
 import secrets
 import time
 from collections import deque
@@ -37,6 +39,7 @@ from ppdiffusers_train.loop.state import TrainingState
 from ppdiffusers_train.module import encode_alone
 from ppdiffusers_train.reporting.status_line import StatusLine
 from ppdiffusers_train.runtime.checkpoint import require_writable
+from ppdiffusers_train.runtime.swapping import swapped_out
 
 REFRESH_SECONDS = 10  # seconds between two searches for packs of other runs that fill the same cache
 
@@ -50,6 +53,7 @@ class Cache:
         parts: the run's samples in it: those to train on and, if there are any, those that are held out.
         missing: of each part, those that it does not have yet, see `EncodedSamples.missing`.
         sharing: the module's `SharedEncodings`.
+        is_compiled: whether its encoders are compiled.
         encoded: {key: arrays} of samples that are encoded, but not written.
     """
 
@@ -57,6 +61,7 @@ class Cache:
     parts: list
     missing: list
     sharing: SharedEncodings
+    is_compiled: bool
     encoded: dict = field(default_factory=dict)
 
     @property
@@ -71,7 +76,7 @@ class Cache:
 
 
 def open_cache(plan: Plan, state: TrainingState) -> Cache:
-    """Look for the run's samples in the cache; if some are missing, load the encoders."""
+    """Look for the run's samples in the cache."""
     run, module, dataset = plan.run, plan.module, plan.dataset
     root = Path(run.args.encoded_cache_dir)
     require_writable(root, "--encoded_cache_dir")
@@ -89,15 +94,28 @@ def open_cache(plan: Plan, state: TrainingState) -> Cache:
     missing = [samples.missing(run.ranks) for samples in parts]
     count = sum(each.count for each in entries)
     run.log(f"{folder}: {sum(map(len, missing))} of {count} samples are still to be encoded")
-    shared = {}
-    if any(map(len, missing)):
-        # Compiled encoders round differently, and their methods are no longer called.
-        shared = {} if is_compiled else shared_digests(module, state.precision, unloaded)
-        for name in module.load_rest():
-            state.precision.cast_encoder(module, name)
-        if is_compiled:
-            module.encode = CompiledEncode(module)
-    return Cache(root, parts, missing, SharedEncodings(module, shared, folder, run.log))
+    # Compiled encoders round differently, and their methods are no longer called.
+    shared = {} if is_compiled or not any(map(len, missing)) else shared_digests(module, state.precision, unloaded)
+    return Cache(root, parts, missing, SharedEncodings(module, shared, folder, run.log), is_compiled)
+
+
+@contextlib.contextmanager
+def only_encoders(cache: Cache, module, state: TrainingState, unused):
+    """A context in which the encoders are in memory, if samples are missing, and `unused` tensors are not.
+
+    Afterwards the encoders are freed, because they are no longer needed.
+    """
+    with swapped_out(unused, cache.root) if cache.count_missing else contextlib.nullcontext():
+        if cache.count_missing:
+            for name in module.not_loaded():
+                getattr(module, name)
+                state.precision.cast_encoder(module, name)  # before the next one is loaded
+            if cache.is_compiled:
+                module.encode = CompiledEncode(module)
+        yield
+        module.free_encoders()
+        gc.collect()  # layers refer to each other
+        return_free_memory()
 
 
 def missing_bytes(cache: Cache, module, state: TrainingState) -> int:
@@ -123,35 +141,40 @@ def encode_entry(key: bytes, batch: dict, module, state: TrainingState, sharing)
     return {**{name: tensor[0].numpy() for name, tensor in encoded.items()}, **kept}
 
 
-def encode_dataset(plan: Plan, state: TrainingState, begin=lambda cache: None) -> tuple:
+def encode_dataset(plan: Plan, state: TrainingState, begin=lambda cache: None, unused=()) -> tuple:
     """Encode the samples that the cache does not have yet, and free the module's encoders, which are no longer needed.
 
     Samples that cannot be used are added to the state's.
 
     Args:
         begin: called with the opened cache before anything is written.
+        unused: tensors that take no memory while samples are encoded.
     Returns:
         The `EncodedSamples` to train on, and those that are held out, or None.
     Raises:
         BadSampleError: more samples than may be skipped cannot be used, or one that is held out.
     """
     cache = open_cache(plan, state)
-    begin(cache)
-    run, module, folder = plan.run, plan.module, cache.folder
-    if cache.count_missing:
-        if run.ranks.is_main:
-            remove_leftovers(folder)
-            describe_encoders(folder, module, state.precision, cache.sharing.digests)
-        began = time.monotonic()
-        with cache.sharing:
-            for samples, missing in zip(cache.parts, cache.missing):
-                found = fill(cache, samples, missing, plan, state) if len(missing) else {}
-                bad = state.bad_samples if samples is cache.parts[0] else BadSamples(0)
-                bad.add(found, run.log)
-        run.log(f"{cache.root}: the cache is complete; encoding took {time.monotonic() - began:.0f} s")
-    module.free_encoders()
-    return_free_memory()
+    with only_encoders(cache, plan.module, state, unused):
+        begin(cache)
+        if cache.count_missing:
+            fill_all(cache, plan, state)
     return cache.parts[0], cache.parts[1] if plan.held_out else None
+
+
+def fill_all(cache: Cache, plan: Plan, state: TrainingState) -> None:
+    """Encode all samples that are missing."""
+    run, folder = plan.run, cache.folder
+    if run.ranks.is_main:
+        remove_leftovers(folder)
+        describe_encoders(folder, plan.module, state.precision, cache.sharing.digests)
+    began = time.monotonic()
+    with cache.sharing:
+        for samples, missing in zip(cache.parts, cache.missing):
+            found = fill(cache, samples, missing, plan, state) if len(missing) else {}
+            bad = state.bad_samples if samples is cache.parts[0] else BadSamples(0)
+            bad.add(found, run.log)
+    run.log(f"{cache.root}: the cache is complete; encoding took {time.monotonic() - began:.0f} s")
 
 
 def choose_variants(plan: Plan) -> int:

@@ -112,16 +112,17 @@ class Inventory:
         )
 
     def phases(self, options: Options) -> dict:
-        """Peak bytes per device of each phase of a run. Models are loaded in float32, and cast when all are loaded;
-        gradients and moments are allocated by the first step."""
-        training = self.memory(options)
-        loaded = 4 * sum(self.trained) + in_bytes(self.frozen, "no") + in_bytes(self.encoders, "no")
+        """Peak bytes per device of each phase of a run. Models are loaded in float32, and cast when all are loaded; the
+        encoders of a cache are loaded later, while nothing else is in memory. Gradients and moments are allocated by
+        the first step."""
+        training, precision = self.memory(options), options.mixed_precision
+        loaded = 4 * sum(self.trained) + in_bytes(self.frozen, "no")
+        if not options.cached:
+            loaded += in_bytes(self.encoders, "no")
         phases = {"loading": loaded + training["EMA"], "training": sum(training.values())}
         if options.cached:
-            fixed = sum(training[kind] for kind in ("trainable weights", "frozen weights", "EMA"))
-            masters = 4 * self._lowered(options) // options.sharding_degree  # they are allocated from the beginning
-            encoders = in_bytes(self.encoders, options.mixed_precision)
-            phases["filling the cache"] = fixed + masters + encoders + self.encoding
+            cast = [sizes["no"] - sizes[precision] for sizes in self.encoders.values()]  # one after the other
+            phases["filling the cache"] = in_bytes(self.encoders, precision) + max(self.encoding, *cast)
         return phases
 
     def peak(self, options: Options) -> int:

@@ -189,6 +189,14 @@ class TrainingState:
         if self.args.param_dtype == "bf16":
             narrow_models(trained_models(self.module))
 
+    def tensors(self) -> list:
+        """All tensors that training needs before its first step, and encoding does not: weights and buffers of models
+        that are not encoders, masters and averages."""
+        models = [model for name, model in self.module.named_children() if name not in self.module.encoders]
+        weights = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+        averages = self.ema.averages.values() if self.ema else ()
+        return [*weights, *self.optimizer._master_weights.values(), *averages]
+
     def save_optimizer(self, folder: Path, stem: str) -> None:
         """Write the optimizer's tensors; with sharding, this rank's shard."""
         write_parts(folder, stem, optimizer_tensors(self.optimizer, self.parameters).items())

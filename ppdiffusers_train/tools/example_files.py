@@ -9,7 +9,15 @@ PACKAGE = Path(__file__).resolve().parents[1]
 PACKED = PACKAGE / "examples"  # where a wheel has them
 EXAMPLES = PACKED if PACKED.is_dir() else PACKAGE.parent / "examples"
 # Listed, because users train in these folders, and their results are no examples.
-PATTERNS = ("README*.md", "*.ipynb", "[!.]*/README*.md", "*/run.sh", "[!.]*/train_*.py", "data/photos/[!.]*")
+PATTERNS = (
+    "README*.md",
+    "*.ipynb",
+    "[!.]*/README*.md",
+    "*/run.sh",
+    "[!.]*/train_*.py",
+    "presets/*.yaml",
+    "data/photos/[!.]*",
+)
 
 
 def example_files(folder: Path) -> list:

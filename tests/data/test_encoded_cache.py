@@ -2,6 +2,7 @@
 
 import ppdiffusers_train  # noqa: F401
 
+import gc
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from ppdiffusers_train.data.pack_writer import PackWriter
 from ppdiffusers_train.data.packs import Packs
 from ppdiffusers_train.loop.bad_samples import BadSamples
 from ppdiffusers_train.loop.filling import encode_dataset
+from ppdiffusers_train.loop.memory_estimate import allocated
 from ppdiffusers_train.loop.plan import Plan
 from ppdiffusers_train.loop.run import Run
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder
@@ -54,6 +56,30 @@ def test_a_cached_run_ends_in_the_same_bits_as_one_that_encodes_online(train_dec
     output_dir, entries = cached("--max_train_steps=4", "--train_batch_size=3")
     assert scalars(online) == scalars(output_dir) and same(weights(online), weights(output_dir))
     assert len(entries) == 7
+
+
+def test_what_is_trained_takes_no_memory_while_samples_are_encoded(kandinsky_jobs, train, tmp_path, monkeypatch):
+    module, taken = kandinsky_jobs["decoder"].KandinskyDecoderTrainingModule, {}
+
+    def noting(name, method):
+        def call(self, *args):
+            models = {part: model for part, model in self.named_children() if model is not None}
+            sizes = {part: sum(4 * weights.size for weights in model.parameters()) for part, model in models.items()}
+            taken.setdefault(name, (allocated() - before, sizes))
+            return method(self, *args)
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("encode", "forward"):
+        noting(name, getattr(module, name))
+    gc.collect()
+    before = allocated()
+    train("decoder", f"--encoded_cache_dir={tmp_path / 'cache'}", "--use_ema")
+    (encoding, sizes), (training, left) = taken["encode"], taken["forward"]
+    assert set(sizes) == {"unet", "movq", "image_encoder"} and set(left) == {"unet"}
+    encoders = sizes["movq"] + sizes["image_encoder"]
+    assert encoders < encoding < encoders + 0.2 * sizes["unet"], "neither the UNet nor its average"
+    assert 2 * sizes["unet"] < training < 2 * sizes["unet"] + 0.5 * encoders, "and no encoder"
 
 
 @pytest.mark.once

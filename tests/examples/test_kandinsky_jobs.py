@@ -14,10 +14,10 @@ from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.models.text import tokenize
 from tests.conftest import (
+    check_recompute,
     encode,
     encoded_samples,
     guide_on_toys,
-    kept_for_backward,
     optimizer_state,
     same,
     scalars,
@@ -102,19 +102,6 @@ def test_prior_and_decoder_embed_an_image_once(train, tmp_path, monkeypatch, cap
     assert 7 < len(embedded) < 14, "an image that is dropped has another embedding"
 
 
-@pytest.mark.parametrize("name", ["prior", "prior_lora", "decoder_lora"])
-def test_gradient_checkpointing_gives_the_same_gradients(train, name):
-    states = []
-    for flag in ([], ["--gradient_checkpointing"]):
-        flags = ["--max_train_steps=2", "--checkpointing_steps=2", *flag]
-        states.append(optimizer_state(train(name, *flags, out=f"{name}{len(flag)}") / "checkpoint-2"))
-    assert states[0].keys() == states[1].keys()
-    # AdamW's moments; equal up to the rounding of another order of sums.
-    assert all(
-        abs(states[0][key] - states[1][key]).max() <= 1e-6 + 1e-4 * abs(states[0][key]).max() for key in states[0]
-    )
-
-
 def test_a_traced_model_learns_the_same(train, monkeypatch, capsys):
     traced = []
     to_static = paddle.jit.to_static
@@ -122,7 +109,7 @@ def test_a_traced_model_learns_the_same(train, monkeypatch, capsys):
         paddle.jit, "to_static", lambda forward, **options: traced.append(forward) or to_static(forward, **options)
     )
     states = []
-    for flag in ([], ["--to_static"]):
+    for flag in ([], ["--to_static", "--gradient_checkpointing"]):
         flags = ["--max_train_steps=2", "--checkpointing_steps=2", *flag]
         states.append(optimizer_state(train("prior", *flags, out=f"prior{len(flag)}") / "checkpoint-2"))
     if paddle.framework.use_pir_api():
@@ -134,9 +121,8 @@ def test_a_traced_model_learns_the_same(train, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["decoder", *JOBS])
-def test_gradient_checkpointing_keeps_less_from_the_forward_for_the_backward(build, name):
-    plain, less = (kept_for_backward(build(name, *flag))[0] for flag in ([], ["--gradient_checkpointing"]))
-    assert less < 0.8 * plain
+def test_gradient_checkpointing_keeps_a_quarter_and_gives_the_same_gradients(build, name):
+    check_recompute(build, name, *["--quantize_base=nf4", "--lora_dropout=0.3"][: 2 * name.endswith("lora")])
 
 
 @pytest.mark.once

@@ -121,9 +121,14 @@ def test_what_an_update_takes_is_known():
 def test_a_run_loads_fills_its_cache_and_trains(build_sdxl_module, name, flags):
     module = build_sdxl_module(name, *flags)
     inventory, options = inventory_of(module, ROW, module.args), options_of(module.args)
-    everything, average = (
+    module.load_rest()
+    everything, average, encoders = (
         sum(parameter.numpy().nbytes for parameter in parameters)
-        for parameters in (module.parameters(), module.trainable_parameters() if flags else [])
+        for parameters in (
+            module.parameters(),
+            module.trainable_parameters() if flags else [],
+            [parameter for name in module.encoders for parameter in getattr(module, name).parameters()],
+        )
     )
     low = replace(options, mixed_precision="fp16", amp_level="O2")
     # Models are lowered when all are there.
@@ -131,7 +136,10 @@ def test_a_run_loads_fills_its_cache_and_trains(build_sdxl_module, name, flags):
         assert inventory.phases(each)["loading"] == everything + average
     assert set(inventory.phases(options)) == {"loading", "training"}
     cached = replace(options, cached=True)
-    assert inventory.phases(cached)["filling the cache"] == everything + average + inventory.encoding
+    assert inventory.phases(cached)["loading"] == everything + average - encoders
+    assert inventory.phases(cached)["filling the cache"] == encoders + inventory.encoding
+    in_16_bits = inventory.phases(replace(cached, mixed_precision="fp16"))["filling the cache"] - inventory.encoding
+    assert encoders / 2 < in_16_bits < encoders
     assert inventory.phases(cached)["training"] < inventory.phases(options)["training"]
     assert inventory.peak(cached) == max(inventory.phases(cached).values())
     more = inventory.memory(replace(options, ranks=2))["gradients"] - inventory.memory(options)["gradients"]
