@@ -183,7 +183,9 @@ def encode_alone(module, batch: dict) -> dict:
 def ragged_names(sample: dict) -> set:
     """Names of values whose length, the first axis of a sample's, may differ from sample to sample: those that have a
     mask beside them, called `<name>_mask`, and the masks. A batch is padded with zeros to its longest sample."""
-    return {name for mask in sample if mask.removesuffix("_mask") in sample.keys() - {mask} for name in (mask, mask[:-5])}
+    return {
+        name for mask in sample if mask.removesuffix("_mask") in sample.keys() - {mask} for name in (mask, mask[:-5])
+    }
 
 
 def concat_padded(tensors: list):

@@ -76,9 +76,7 @@ def stack(samples: list) -> tuple:
     good = [sample for i, sample in enumerate(samples) if i not in errors]
     first = good[0] if good else {}
     padded = ragged_names(first)
-    batch = {
-        name: (stack_padded if name in padded else np.stack)([sample[name] for sample in good]) for name in first
-    }
+    batch = {name: (stack_padded if name in padded else np.stack)([sample[name] for sample in good]) for name in first}
     return {name: to_device(array) for name, array in batch.items()}, errors
 
 

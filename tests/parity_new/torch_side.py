@@ -19,7 +19,17 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 torch.set_num_threads(1)
 ALPHABET = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))]
 ALPHABET += [chr(256 + n) for n in range(256 - len(ALPHABET))]  # how byte-level tokenizers write all bytes
-MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ġ", "s"), ("a", "l"), ("Ġ", "1"), ("Ã", "¼"), ("o", "f"), ("Ġ", "of")]
+MERGES = [
+    ("t", "h"),
+    ("th", "e"),
+    ("Ġ", "the"),
+    ("Ġ", "s"),
+    ("a", "l"),
+    ("Ġ", "1"),
+    ("Ã", "¼"),
+    ("o", "f"),
+    ("Ġ", "of"),
+]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>"]
 CAPTIONS = ["a red square", "the size of the world is 1234, isn't it?\n\n  Für <|im_end|> {x} u\u0308", ""]
 NEGATIVE = " "

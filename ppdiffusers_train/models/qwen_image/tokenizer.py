@@ -77,7 +77,9 @@ def read_parts(folder: Path) -> Tokenizer:
     for token, number in added:
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         if tokenizer.token_to_id(token) != number:
-            raise UserError(f"{folder}: {token} is to be number {number}; {vocabulary.name} has another number of tokens")
+            raise UserError(
+                f"{folder}: {token} is to be number {number}; {vocabulary.name} has another number of tokens"
+            )
     return tokenizer
 
 
