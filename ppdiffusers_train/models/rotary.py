@@ -1,5 +1,5 @@
-"""Rotary position embeddings: queries and keys are turned by angles that grow with their position (Su et al. 2021, arXiv
-2104.09864)."""
+"""Rotary position embeddings: queries and keys are turned by angles that grow with their position (Su et al. 2021,
+arXiv 2104.09864)."""
 
 import numpy as np
 import paddle
@@ -10,7 +10,7 @@ VERSION = 1  # raised when its functions change encoded samples
 def inverse_frequencies(size: int, theta: float) -> np.ndarray:
     """θ^(-2i / size), i = 0, …: angle per position of each pair of channels. float32 [size / 2]."""
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-    return np.float32(1) / np.float32(theta) ** exponents
+    return np.float32(1) / (float(theta) ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def angles(positions, size: int, theta: float) -> np.ndarray:

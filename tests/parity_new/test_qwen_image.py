@@ -1,11 +1,11 @@
 """Qwen-Image's parts and its pipeline, ours against diffusers 0.38 and transformers 5: same weights, same inputs."""
 
 import ppdiffusers_train  # noqa: F401  (before paddle)
+from ppdiffusers_train import QwenImagePipeline
 
 import paddle
 import pytest
 
-from ppdiffusers_train import QwenImagePipeline
 from ppdiffusers_train.cpu.patches import apply_patches
 from ppdiffusers_train.models.qwen_image.loading import QwenImageFolder, encode_captions
 from ppdiffusers_train.models.qwen_image.tokenizer import QwenTokenizer

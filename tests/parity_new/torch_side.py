@@ -10,8 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
-from diffusers import QwenImageTransformer2DModel
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
@@ -209,7 +213,7 @@ def read_loras(folder: Path):
         pipeline.load_lora_weights(folder / "loras", weight_name=file.name)
         found |= {f"{file.stem} {name}": tensor for name, tensor in drawn(pipeline).items()}
         pipeline.unload_lora_weights()
-    save_file(found, folder / "drawn.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / "drawn.safetensors")
 
 
 if __name__ == "__main__":

@@ -44,8 +44,13 @@ class QwenImagePipeline:
     @classmethod
     def from_pretrained(cls, name_or_path, **options):
         """The pipeline of a folder of diffusers, or from the hub. `options`: `cache_dir`, `revision`, `variant`."""
-        folder = QwenImageFolder(name_or_path, **options)
-        return cls(**{part: folder.load(part) for part in folder.parts}, schedule=folder.schedule)
+        return cls.from_folder(QwenImageFolder(name_or_path, **options))
+
+    @classmethod
+    def from_folder(cls, folder: QwenImageFolder, **own):
+        """The pipeline of a folder. Parts given by name are used; missing ones and those that are None are loaded."""
+        parts = {part: folder.load(part) if own.get(part) is None else own[part] for part in folder.parts}
+        return cls(**parts, schedule=folder.schedule)
 
     def load_lora_weights(self, path) -> None:
         """Add a LoRA to the transformer: the result of a training run, or a file for diffusers or ComfyUI."""

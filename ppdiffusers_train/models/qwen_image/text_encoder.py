@@ -1,5 +1,6 @@
-"""Qwen-Image's text encoder: the language model inside Qwen2.5-VL (Bai et al. 2025, arXiv 2502.13923), without its vision
-half, which text needs not. Names of layers are those inside transformers' `Qwen2_5_VLForConditionalGeneration`."""
+"""Qwen-Image's text encoder: the language model inside Qwen2.5-VL (Bai et al. 2025, arXiv 2502.13923), without its
+vision half, which text does not need. Names of layers are those of transformers' `Qwen2_5_VLForConditionalGeneration`.
+"""
 
 import json
 import re
@@ -97,7 +98,7 @@ class DecoderLayer(nn.Layer):
 
 
 class CausalAttention(nn.Layer):
-    """Each token looks at those before it and at itself; several heads share keys and values. [B, L, D] -> [B, L, D]."""
+    """Each token looks at itself and those before it; some heads share keys and values. [B, L, D] -> [B, L, D]."""
 
     def __init__(self, config):
         super().__init__()

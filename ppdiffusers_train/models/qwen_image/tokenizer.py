@@ -51,6 +51,8 @@ class QwenTokenizer:
         found = self.tokenizer.encode_batch(list(map(TEMPLATE.format, captions)), add_special_tokens=False)
         return [np.array(encoded.ids[: SKIPPED + LONGEST], np.int64) for encoded in found]
 
+    model_max_length = SKIPPED + LONGEST
+
     def get_vocab(self) -> dict:
         """{token: id} of all tokens."""
         return self.tokenizer.get_vocab()
@@ -63,7 +65,7 @@ def read_whole(folder: Path):
 
 
 def read_parts(folder: Path) -> Tokenizer:
-    """The tokenizer of `vocab.json`, `merges.txt`, and added tokens in `added_tokens.json` or `tokenizer_config.json`."""
+    """The tokenizer of `vocab.json`, `merges.txt`, and `added_tokens.json` or `tokenizer_config.json`."""
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     if not (vocabulary.is_file() and merges.is_file()):
         raise UserError(f"{folder} has no tokenizer.json, nor vocab.json and merges.txt; expected Qwen2's tokenizer")

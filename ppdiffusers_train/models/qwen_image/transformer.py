@@ -96,7 +96,9 @@ class TimestepEmbedding(nn.Layer):
     def forward(self, timestep, dtype):
         half = TIME_CHANNELS // 2
         exponents = np.float32(-math.log(THETA)) * np.arange(half, dtype=np.float32) / np.float32(half)
-        turned = timestep.astype("float32").unsqueeze(-1) * paddle.to_tensor(np.exp(exponents)) * 1000
+        # Rounded once from double precision: angles go up to 1000, where a rounding of one part in 2^24 can be seen.
+        frequencies = paddle.to_tensor(np.exp(exponents.astype(np.float64)).astype(np.float32))
+        turned = timestep.astype("float32").unsqueeze(-1) * frequencies * 1000
         waves = paddle.concat([turned.cos(), turned.sin()], axis=-1).astype(dtype)
         layers = self.timestep_embedder
         return layers.linear_2(functional.silu(layers.linear_1(waves)))
