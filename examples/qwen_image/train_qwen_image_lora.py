@@ -23,7 +23,7 @@ from ppdiffusers_train.job import FullTraining, LoRATraining, job_main, named_by
 from ppdiffusers_train.models.attention import announce_joint_attention
 from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.lora import JOINT_ATTENTION_TARGETS
-from ppdiffusers_train.models.qwen_image.loading import QwenImageFolder, encode_caption, packed, unpacked
+from ppdiffusers_train.models.qwen_image.loading import VERSIONS, QwenImageFolder, encode_caption, packed, unpacked
 from ppdiffusers_train.models.qwen_image.pipeline import QwenImagePipeline
 from ppdiffusers_train.models.qwen_image.tokenizer import LONGEST
 from ppdiffusers_train.models.recompute import enable_block_recompute
@@ -37,7 +37,7 @@ NO_PROMPT = " "  # the negative prompt of validation images
 
 def build_parser():
     parser = arguments.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_folder_arguments(parser, "Qwen/Qwen-Image")
+    arguments.add_folder_arguments(parser)
     arguments.add_image_arguments(parser)
     group = arguments.add_flow_matching_arguments(parser)
     group.add_argument(
@@ -118,6 +118,7 @@ class QwenImageTraining(FullTraining):
         return {
             **{name: getattr(self.args, name) for name in names},
             "buckets": self.buckets,
+            "code": VERSIONS,
             "scale": [vae.get("latents_mean"), vae.get("latents_std")],
             "tokenizer": self.tokenizer.get_vocab(),
         }

@@ -46,15 +46,11 @@ def add_pipeline_arguments(parser):
     return group
 
 
-def add_folder_arguments(parser, default):
-    """The same for pipelines that are published as folders only, read by the job of Qwen-Image.
-
-    Args:
-        default: the published pipeline.
-    """
+def add_folder_arguments(parser):
+    """The same for pipelines that are published as folders only, read by the job of Qwen-Image."""
     group = parser.add_argument_group("models")
     group.add_argument(
-        "--pretrained_model_name_or_path", default=default,
+        "--pretrained_model_name_or_path", required=True,
         help="Fine-tune the pipeline of this folder or hub repository.",
     )  # fmt: skip
     group.add_argument("--revision", help="Use this revision of the pipeline on the hub.")
