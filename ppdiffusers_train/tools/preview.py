@@ -168,7 +168,7 @@ def describe(module, arrays: dict) -> dict:
     """A sample's conditioning: the texts of its tokens, how many there are, size and crop."""
     found = {"captions": [], "tokens": [], "told": "", "error": arrays.get(ERROR_KEY, "")}
     for name, array in arrays.items():
-        if name.startswith("input_ids"):
+        if name.startswith("input_ids") and not name.endswith("_mask"):
             caption, tokens = read_tokens(getattr(module, name.replace("input_ids", "tokenizer")), array)
             found["captions"].append(caption)
             found["tokens"].append(tokens)

@@ -28,6 +28,8 @@ class QwenTokenizer:
         UserError: it has neither `tokenizer.json` nor `vocab.json` and `merges.txt`, or they cannot be read.
     """
 
+    model_max_length = SKIPPED + LONGEST
+
     def __init__(self, folder):
         folder = Path(folder)
         try:
@@ -51,7 +53,12 @@ class QwenTokenizer:
         found = self.tokenizer.encode_batch(list(map(TEMPLATE.format, captions)), add_special_tokens=False)
         return [np.array(encoded.ids[: SKIPPED + LONGEST], np.int64) for encoded in found]
 
-    model_max_length = SKIPPED + LONGEST
+    def read(self, ids: list) -> tuple:
+        """The reverse of a call, for one caption: its text as far as the text encoder reads it, and how many of its
+        states are used."""
+        before, after = TEMPLATE.split("{}")
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return text.removeprefix(before).removesuffix(after), len(ids) - SKIPPED
 
     def get_vocab(self) -> dict:
         """{token: id} of all tokens."""
