@@ -8,7 +8,7 @@ PYTEST = MKL_NUM_THREADS=1 $(1)/bin/python -m pytest $(2) $(PYTEST_FLAGS)
 JOB ?= decoder-lora
 BENCH_FLAGS ?= --details
 TRUESIZE_FLAGS ?=
-UV_COMPILE = ../.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate
+UV_COMPILE = ../.venv-lock/bin/uv pip compile --quiet --universal --no-header --no-annotate --python-version
 
 # $(call make_venv,FOLDER,LOCK[,BASE]): the locks are complete, so pip resolves nothing. Packages that the environment BASE
 # has in the same version are used from there.
@@ -24,7 +24,7 @@ $(if $(3),@echo "$(call packages_of,$(3))" > "$(call packages_of,$(1))/base.pth"
 @touch $@
 endef
 
-.PHONY: help demo toys gate test test-engine precision lint test-paddle26 parity bench truesize torture \
+.PHONY: help demo toys gate test test-engine precision lint test-paddle26 parity parity-new bench truesize torture \
 	flags docs dist venvs lock clean
 
 help:
@@ -37,13 +37,14 @@ help:
 	@echo "make lint           check code and formatting with ruff"
 	@echo "make test-paddle26  run on Paddle 2.6 the tests whose outcome may depend on Paddle's version"
 	@echo "make parity         compare with the PyTorch reference"
+	@echo "make parity-new     compare with newer releases of it, which have models that came later (Python 3.11 or 3.12)"
 	@echo "make bench          compare speed with PyTorch and write docs/performance.md (hours; BENCH_FLAGS='--jobs prior': one job)"
 	@echo "make truesize       run jobs at the published models' size and write docs/true_size.md (hours, 24 GB of memory)"
 	@echo "make torture        kill runs 240 times and resume them, disturb 2 to 4 ranks, resume every job on other numbers of ranks"
 	@echo "make flags          write the reference of flags, docs/en/flags.md and docs/zh/flags.md"
 	@echo "make docs           build the site of the docs, in both languages, into outputs/website/html"
 	@echo "make dist           build the archive of the sources and the wheel in dist/"
-	@echo "make venvs          create the three environments, without running anything"
+	@echo "make venvs          create the four environments, without running anything"
 	@echo "make lock           write the requirements*.txt again from the .in files"
 	@echo "make clean          remove the environments and caches"
 
@@ -139,6 +140,9 @@ test-paddle26: .venv-paddle26/ready
 parity: .venv-parity/ready
 	$(call PYTEST,.venv-parity,tests/parity)
 
+parity-new: .venv/ready .venv-parity-new/ready
+	$(call PYTEST,.venv,tests/parity_new -n 0)
+
 bench: .venv-parity/ready
 	.venv-parity/bin/python benchmarks/speed.py $(BENCH_FLAGS)
 
@@ -165,7 +169,7 @@ dist: .venv/ready
 	.venv/bin/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
 	.venv/bin/python -m pip wheel -q --no-build-isolation --no-deps -w dist dist/*.tar.gz
 
-venvs: .venv/ready .venv-paddle26/ready .venv-parity/ready
+venvs: .venv/ready .venv-paddle26/ready .venv-parity/ready .venv-parity-new/ready
 
 .venv/ready: requirements/dev.txt setup.py
 	$(call make_venv,.venv,requirements/dev.txt)
@@ -175,6 +179,9 @@ venvs: .venv/ready .venv-paddle26/ready .venv-parity/ready
 
 .venv-parity/ready: requirements/parity.txt setup.py .venv/ready
 	$(call make_venv,.venv-parity,requirements/parity.txt,.venv)
+
+.venv-parity-new/ready: requirements/parity-new.txt setup.py .venv/ready
+	$(call make_venv,.venv-parity-new,requirements/parity-new.txt,.venv)
 
 # Needs nothing of the package.
 .venv-docs/ready: requirements/docs.txt
@@ -186,13 +193,16 @@ venvs: .venv/ready .venv-paddle26/ready .venv-parity/ready
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install -q uv
-	cd requirements && $(UV_COMPILE) ../requirements.in -o ../requirements.txt
-	cd requirements && $(UV_COMPILE) dev.in -o dev.txt
-	cd requirements && $(UV_COMPILE) paddle26.in -o paddle26.txt
-	cd requirements && $(UV_COMPILE) docs.in -o docs.txt
-	cd requirements && $(UV_COMPILE) parity.in -o parity.full
+	cd requirements && $(UV_COMPILE) 3.10 ../requirements.in -o ../requirements.txt
+	cd requirements && $(UV_COMPILE) 3.10 dev.in -o dev.txt
+	cd requirements && $(UV_COMPILE) 3.10 paddle26.in -o paddle26.txt
+	cd requirements && $(UV_COMPILE) 3.10 docs.in -o docs.txt
+	grep -Ev '^(tokenizers|huggingface-hub)=' requirements.txt > requirements/shared.full
+	cd requirements && $(UV_COMPILE) 3.10 parity.in -c shared.full --override parity.override -o parity.full
 	grep -Ev '^(nvidia|cuda|triton|torchvision|timm)' requirements/parity.full > requirements/parity.txt
-	rm requirements/parity.full
+	cd requirements && $(UV_COMPILE) 3.11 parity-new.in -c shared.full -o parity-new.full
+	grep -Ev '^(nvidia|cuda|triton)' requirements/parity-new.full > requirements/parity-new.txt
+	rm requirements/*.full
 
 clean:
-	rm -rf .venv .venv-paddle26 .venv-parity .venv-docs .venv-lock build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-paddle26 .venv-parity .venv-parity-new .venv-docs .venv-lock build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ REQUIRED = [
     "pyarrow==17.0.0",
     "pillow==10.4.0",
     "safetensors>=0.4.5,<0.9",
+    "tokenizers>=0.20,<0.24",
     "visualdl==2.5.3",
     "webdataset==1.0.2",
     "PyYAML",

@@ -135,6 +135,40 @@ def build_sd3_module(sd3_jobs, sd3_flags):
 
 
 @pytest.fixture(scope="session")
+def qwen_jobs():
+    """The script of Qwen-Image: `{"lora_qwen": module}`."""
+    return {"lora_qwen": load_script(ROOT / "examples" / "qwen_image" / "train_qwen_image_lora.py")}
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory):
+    """The folder of the tiny Qwen-Image."""
+    from ppdiffusers_train.reporting.quiet import quiet_libraries
+    from tests.toy_pipelines import build_qwen_image
+
+    quiet_libraries()
+    return build_qwen_image(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture
+def qwen_flags(qwen, photos):
+    """Flags of a short Qwen-Image run; later flags win."""
+    return [f"--pretrained_model_name_or_path={qwen}", *short_run(photos)]
+
+
+@pytest.fixture
+def train_qwen(qwen_jobs, qwen_flags, tmp_path):
+    """`train_qwen("lora_qwen", *flags, out="out")` runs the script's `main` and returns its output folder."""
+    return runner(qwen_jobs, qwen_flags, tmp_path)
+
+
+@pytest.fixture
+def build_qwen_module(qwen_jobs, qwen_flags):
+    """`build_qwen_module("lora_qwen", *flags)` is the script's training module."""
+    return builder(qwen_jobs, qwen_flags)
+
+
+@pytest.fixture(scope="session")
 def lcm_jobs():
     """The scripts of latent consistency distillation by name: `{"lora_sd": module, …}`."""
     names = ("sd", "sdxl", "lora_sd", "lora_sdxl")
@@ -338,13 +372,11 @@ def no_file_above(size):
 
 def encode(module, rows, indices):
     """Rows of a dataset through `preprocess` and `encode`."""
+    from ppdiffusers_train.data.loader import stack
     from ppdiffusers_train.draws import RowDraws
     from ppdiffusers_train.module import encode_batch
 
-    samples = [module.preprocess(rows[index], RowDraws(0, index)) for index in indices]
-    return encode_batch(
-        module, {name: paddle.to_tensor(np.stack([sample[name] for sample in samples])) for name in samples[0]}
-    )
+    return encode_batch(module, stack([module.preprocess(rows[index], RowDraws(0, index)) for index in indices])[0])
 
 
 HUBER = ["--loss_type=huber", "--huber_c=0.3"]

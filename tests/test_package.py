@@ -163,7 +163,7 @@ def test_the_installed_package_trains_its_toys_with_copies_of_its_scripts(instal
     assert Path(said[0]).is_relative_to(installed) and "  ppdiffusers-train examples examples" in said
     assert "examples" in elsewhere("ppdiffusers-train", "--help")
     assert elsewhere("ppdiffusers-train", "--version") == f"ppdiffusers-train {ppdiffusers_train.__version__}\n"
-    assert "15 training scripts" in elsewhere("ppdiffusers-train", "examples", "mine")
+    assert "16 training scripts" in elsewhere("ppdiffusers-train", "examples", "mine")
     family, models = tmp_path / "mine" / "kandinsky2_2", tmp_path / "models"
     assert "--lora_rank" in elsewhere("python", "train_text_to_image_decoder_lora.py", "--help", folder=family)
     variables = {"MODEL_NAME": models / "decoder", "PRIOR_NAME": models / "prior", "OUTPUT_DIR": "my-lora"}
@@ -178,7 +178,7 @@ def test_a_checkout_copies_the_same_files(examples, tmp_path, capsys):
     folder = tmp_path / "mine" / "scripts"
     copied = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     assert copied == {name: (ROOT / "examples" / name).read_bytes() for name in examples}
-    assert capsys.readouterr().out.startswith(f"{folder}: 15 training scripts")
+    assert capsys.readouterr().out.startswith(f"{folder}: 16 training scripts")
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path, capsys):

@@ -3,13 +3,20 @@
 Stable Diffusion 1.5 and 3 are built offline in seconds, with all classes and code paths of the published ones.
 """
 
+import json
 from pathlib import Path
 
 import paddle
 from ppdiffusers import AutoencoderKL, StableDiffusion3Pipeline
 from ppdiffusers.transformers import CLIPTextModel, CLIPTextModelWithProjection
+from tokenizers import pre_tokenizers
 
 from ppdiffusers_train.models.attention import provide_joint_attention
+from ppdiffusers_train.models.qwen_image.text_encoder import QwenTextEncoder
+from ppdiffusers_train.models.qwen_image.transformer import QwenImageTransformer2DModel
+from ppdiffusers_train.models.qwen_image.vae import AutoencoderKLQwenImage
+from ppdiffusers_train.models.weights import save_model, written_tensors
+from ppdiffusers_train.tensor_files import write_tensors
 from ppdiffusers_train.toy.demo.jobs import SAMPLING
 from ppdiffusers_train.toy.models import sd, sd3, sdxl
 from ppdiffusers_train.toy.models.clip import text_config
@@ -81,6 +88,62 @@ def build_sd3_vae() -> AutoencoderKL:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
+
+
+def build_qwen_image(directory, layers=2, seed=0) -> Path:
+    """Write a Qwen-Image pipeline, as the hub has it, and return its folder.
+
+    Args:
+        layers: of the transformer.
+        seed: of the random weights.
+    """
+    directory = Path(directory)
+    paddle.seed(seed)
+    tokens = build_qwen_tokenizer(directory / "tokenizer")
+    config = {"vocab_size": tokens, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6}
+    encoder = QwenTextEncoder(config)
+    write_tensors_of_torch(encoder, directory / "text_encoder" / "model.safetensors")
+    models = {
+        "transformer": QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=layers, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
+        ),
+        "vae": AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, temperal_downsample=(False, True),
+            latents_mean=(0.1, -0.2, 0.3, 0.0), latents_std=(0.5, 0.6, 0.7, 0.8),
+        ),
+    }  # fmt: skip
+    for name, model in models.items():
+        save_model(model, directory / name, "diffusers")
+    scheduler = {"use_dynamic_shifting": True, "shift_terminal": 0.02, "max_image_seq_len": 8192, "max_shift": 0.9}
+    files = {
+        "text_encoder/config.json": config,
+        "scheduler/scheduler_config.json": {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler},
+        "model_index.json": {"_class_name": "QwenImagePipeline"},
+    }
+    for name, content in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(json.dumps(content))
+    return directory
+
+
+def write_tensors_of_torch(encoder, file) -> None:
+    """Write the text encoder's weights under the names that files of Qwen2.5-VL have."""
+    file.parent.mkdir(parents=True)
+    tensors = written_tensors(encoder, None, None, for_torch=True)
+    write_tensors(file, {f"model.{name}": tensor for name, tensor in tensors.items()}, {"format": "pt"})
+
+
+def build_qwen_tokenizer(folder) -> int:
+    """Write Qwen2's tokenizer with single bytes as its vocabulary; returns the number of tokens."""
+    folder.mkdir(parents=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = {token: 256 + n for n, token in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))}
+    (folder / "vocab.json").write_text(json.dumps({token: n for n, token in enumerate(alphabet)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "added_tokens.json").write_text(json.dumps(special))
+    return len(alphabet) + len(special)
 
 
 def pretrained_sampling(job) -> dict:

@@ -24,7 +24,8 @@ NAMES = {"en": "English", "zh": "中文"}
 # The order of pages, by their names on the site; the pages' own titles are shown.
 JOBS = (
     "kandinsky-decoder", "kandinsky-decoder-lora", "kandinsky-prior", "kandinsky-prior-lora", "sd", "sd-lora",
-    "sdxl", "sdxl-lora", "sd3", "sd3-lora", "lcm-sd", "lcm-sd-lora", "lcm-sdxl", "lcm-sdxl-lora", "your-own-job",
+    "sdxl", "sdxl-lora", "sd3", "sd3-lora", "qwen-image-lora", "lcm-sd", "lcm-sd-lora", "lcm-sdxl", "lcm-sdxl-lora",
+    "your-own-job",
 )  # fmt: skip
 GUIDES = (
     "your-data", "large-data", "training", "single-files", "lora-files", "several-gpus", "resume", "memory", "hardware",
@@ -32,6 +33,7 @@ GUIDES = (
 )  # fmt: skip
 REFERENCE = (
     "flags", "examples/index", "examples/kandinsky2_2", "examples/stable_diffusion", "examples/sdxl", "examples/sd3",
+    "examples/qwen_image",
     "examples/lcm", "architecture", "results", "performance", "true_size", "toys", "changelog",
 )  # fmt: skip
 SECTIONS = {

@@ -35,6 +35,7 @@ PAGES = {  # {page of a job: its script, below examples/}
     "sdxl-lora": "sdxl/train_text_to_image_lora_sdxl.py",
     "sd3": "sd3/train_text_to_image_sd3.py",
     "sd3-lora": "sd3/train_text_to_image_lora_sd3.py",
+    "qwen-image-lora": "qwen_image/train_qwen_image_lora.py",
     "lcm-sd": "lcm/train_lcm_distill_sd_wds.py",
     "lcm-sd-lora": "lcm/train_lcm_distill_lora_sd_wds.py",
     "lcm-sdxl": "lcm/train_lcm_distill_sdxl_wds.py",
@@ -49,6 +50,7 @@ SETS = {
     "SD": ["sd", "sd-lora"],
     "SDXL": ["sdxl", "sdxl-lora"],
     "SD3": ["sd3", "sd3-lora"],
+    "Qwen-Image": ["qwen-image-lora"],
 }
 # Order of the groups on the page; a group that is not named here comes last.
 GROUPS = (

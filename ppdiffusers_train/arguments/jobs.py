@@ -46,6 +46,18 @@ def add_pipeline_arguments(parser):
     return group
 
 
+def add_folder_arguments(parser):
+    """The same for pipelines that are published as folders only, read by the job of Qwen-Image."""
+    group = parser.add_argument_group("models")
+    group.add_argument(
+        "--pretrained_model_name_or_path", required=True,
+        help="Fine-tune the pipeline of this folder or hub repository.",
+    )  # fmt: skip
+    group.add_argument("--revision", help="Use this revision of the pipeline on the hub.")
+    add_variant_argument(group)
+    return group
+
+
 def add_single_file_argument(group):
     """Where the configurations and tokenizers of a base in a single file come from, read by the jobs and by tools."""
     group.add_argument(

@@ -12,7 +12,7 @@ import paddle
 
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.errors import BadSampleError
-from ppdiffusers_train.module import encode_batch
+from ppdiffusers_train.module import encode_batch, ragged_names
 
 ERROR_KEY = "error"
 BATCHES_AHEAD = 4
@@ -74,8 +74,18 @@ def stack(samples: list) -> tuple:
     others."""
     errors = {i: sample[ERROR_KEY] for i, sample in enumerate(samples) if ERROR_KEY in sample}
     good = [sample for i, sample in enumerate(samples) if i not in errors]
-    batch = {name: np.stack([sample[name] for sample in good]) for name in (good[0] if good else ())}
+    first = good[0] if good else {}
+    padded = ragged_names(first)
+    batch = {name: (stack_padded if name in padded else np.stack)([sample[name] for sample in good]) for name in first}
     return {name: to_device(array) for name, array in batch.items()}, errors
+
+
+def stack_padded(arrays: list) -> np.ndarray:
+    """Arrays [L, …] of different lengths as one [B, L, …], padded with zeros to the longest."""
+    stacked = np.zeros([len(arrays), max(map(len, arrays)), *arrays[0].shape[1:]], arrays[0].dtype)
+    for row, array in zip(stacked, arrays):
+        row[: len(array)] = array
+    return stacked
 
 
 def to_device(array):

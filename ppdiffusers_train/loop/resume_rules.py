@@ -14,7 +14,7 @@ REFUSED = {
     # What is trained, and for which objective: the weights of the checkpoint would become a mixture.
     *("prediction_type", "lora_rank", "lora_alpha", "lora_target_modules", "trainable_modules", "train_text_encoder"),
     "quantize_base",  # another base model
-    *("snr_gamma", "noise_offset", "loss_type", "huber_c", "t5", "shift"),
+    *("snr_gamma", "noise_offset", "loss_type", "huber_c", "t5", "shift", "dynamic_shift"),
     *("input_perturbation", "dream_training", "dream_detail_preservation", "huber_schedule", "debiased_loss"),
     *("rescale_betas_zero_snr", "scale_v_pred_loss_like_noise_pred", "clip_skip"),
     *("multires_noise_discount", "multires_noise_iterations"),

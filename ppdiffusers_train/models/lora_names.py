@@ -19,6 +19,7 @@ KOHYA_PREFIXES = {
     "lora_te2": "text_encoder_2",
 }
 PEFT_PREFIX = "base_model.model."
+COMFYUI_PREFIX = "diffusion_model."  # of transformers that have the names of diffusers
 # The end of a key, in all naming schemes that are read. `_lora.down` belongs to the older names of diffusers,
 # `….attn1.processor.to_q_lora.down.weight`; the PEFT library may add the name of its adapter.
 _MATRIX = re.compile(
@@ -29,11 +30,13 @@ _MATRIX = re.compile(
 PARTS = {"A": "down", "B": "up"}
 OLD_LAYERS = {"to_out": "to_out.0"}
 OLD_TEXT_LAYERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-# The words of layer names in UNets and CLIP: kohya's names join them by underscores, which some of them contain.
+# The words of layer names in UNets, CLIP and Qwen-Image's transformer: kohya's names join them by underscores, which
+# some of them contain.
 WORDS = """down_blocks up_blocks mid_block attentions resnets transformer_blocks downsamplers upsamplers attn1 attn2
 to_q to_k to_v to_out add_k_proj add_v_proj ff net proj proj_in proj_out time_emb_proj conv conv1 conv2 conv_shortcut
 conv_in conv_out time_embedding add_embedding linear_1 linear_2 cond_proj text_model encoder layers self_attn q_proj
-k_proj v_proj out_proj mlp fc1 fc2 text_projection""".split()
+k_proj v_proj out_proj mlp fc1 fc2 text_projection
+attn add_q_proj to_add_out img_mlp txt_mlp img_mod txt_mod""".split()
 _WORD = re.compile(rf"(\d+|{'|'.join(sorted(WORDS, key=len, reverse=True))})(?:_|$)")
 # The names of the original code of Stable Diffusion, as kohya's scripts write them for SDXL.
 LAYERS_PER_BLOCK = 2  # of every published UNet of the family
@@ -70,6 +73,8 @@ def split_key(key: str):
 def with_component(layer: str) -> str:
     """A layer's dotted name in a file -> its name here: the model is added where the file leaves it out."""
     layer = layer.removeprefix(PEFT_PREFIX)
+    if layer.startswith(COMFYUI_PREFIX):
+        return f"transformer.{layer.removeprefix(COMFYUI_PREFIX)}"
     component, _, name = layer.partition(".")
     if component in NAMES or component in TEXT_ENCODERS:
         return layer
@@ -77,8 +82,8 @@ def with_component(layer: str) -> str:
         return f"unet.{name}"
     if component == "text_model":
         return f"text_encoder.{layer}"
-    # Only the blocks of SD3 have an attention without a number.
-    is_transformer = re.match(r"transformer_blocks\.\d+\.(attn\.|ff_context|norm1_context)", layer)
+    # Only the blocks of SD3 and of Qwen-Image have an attention without a number.
+    is_transformer = re.match(r"transformer_blocks\.\d+\.(attn\.|ff_context|norm1_context|(img|txt)_m)", layer)
     return f"{'transformer' if is_transformer else 'unet'}.{layer}"
 
 
@@ -110,7 +115,7 @@ def from_kohya_name(file, name: str, layers_per_block: int = LAYERS_PER_BLOCK) -
     layer = dotted(rest) or (from_original_name(rest, layers_per_block) if prefix == "lora_unet" else None)
     if layer is None:
         raise UserError(f"{file}: {name} is not a layer of a UNet or text encoder that is known here")
-    return f"{KOHYA_PREFIXES[prefix]}.{layer}"
+    return with_component(layer) if prefix == "lora_unet" else f"{KOHYA_PREFIXES[prefix]}.{layer}"
 
 
 def dotted(name: str):

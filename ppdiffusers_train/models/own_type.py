@@ -6,8 +6,11 @@ import paddle
 from ppdiffusers import AutoencoderKL, VQModel
 from ppdiffusers.transformers import T5EncoderModel
 
+from ppdiffusers_train.models.qwen_image.vae import AutoencoderKLQwenImage
+
 # float16's range is too small for the activations of SDXL's VAE and of T5, and bfloat16 too coarse for latents.
-AUTOENCODERS, COMPUTING_IN_OWN_TYPE = (AutoencoderKL, VQModel), (AutoencoderKL, VQModel, T5EncoderModel)
+AUTOENCODERS = (AutoencoderKL, VQModel, AutoencoderKLQwenImage)
+COMPUTING_IN_OWN_TYPE = (*AUTOENCODERS, T5EncoderModel)
 
 
 def compute_in_own_type(model):

@@ -85,6 +85,8 @@ def read_tokens(tokenizer, input_ids) -> tuple:
     CLIP's captions begin with a token of their own, T5's do not; both end with one, before the padding.
     """
     ids = [int(token) for token in input_ids]
+    if hasattr(tokenizer, "read"):
+        return tokenizer.read(ids)
     start = int(ids[0] == tokenizer.bos_token_id)
     end = ids.index(tokenizer.eos_token_id, start)
     return tokenizer.decode(ids[start:end]), end + 1

@@ -48,7 +48,7 @@ def fitting_tensors(model, files) -> dict:
 def paddle_tensors(files, model) -> dict:
     """`{name: tensor}` of `WeightFiles` under today's names, with matrices in Paddle's layout."""
     tensors, own = files.tensors(), model.state_dict()
-    for rename in ("_update_deprecated_state_dict", "_convert_deprecated_attention_blocks"):
+    for rename in ("_update_deprecated_state_dict", "_convert_deprecated_attention_blocks", "adapt_published"):
         getattr(model, rename, lambda _: None)(tensors)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     tensors = {name if name in own else name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

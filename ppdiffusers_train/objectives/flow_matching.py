@@ -6,6 +6,7 @@ et al. 2024, arXiv 2403.03206, "SD3" below.)
 """
 
 import math
+from dataclasses import dataclass, fields
 
 import numpy as np
 import paddle
@@ -23,6 +24,57 @@ def shifted_sigmas(count: int, shift: float) -> np.ndarray:
     """
     times = np.arange(count, 0, -1, dtype=np.float32) / np.float32(count)
     return np.float32(shift) * times / (1 + (np.float32(shift) - 1) * times)
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """What a pipeline's scheduler, a `FlowMatchEulerDiscreteScheduler`, says of σ, under its names.
+
+    With `use_dynamic_shifting`, the shift grows with an image's number of tokens (SD3, section 5.3.2): its logarithm is
+    a line through (`base_image_seq_len`, `base_shift`) and (`max_image_seq_len`, `max_shift`). With `shift_terminal`,
+    the table is stretched so that it ends there.
+    """
+
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    shift_terminal: float | None = None
+
+    @classmethod
+    def read(cls, config: dict):
+        """The settings in a scheduler's configuration.
+
+        Raises:
+            ValueError: it asks for a table that is not computed here.
+        """
+        others = {"time_shift_type": "exponential", "invert_sigmas": False, "stochastic_sampling": False}
+        others |= {f"use_{name}_sigmas": False for name in ("karras", "exponential", "beta")}
+        for name, expected in others.items():
+            if config.get(name, expected) != expected:
+                raise ValueError(f"{name}: {config[name]!r}; expected {expected!r}")
+        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+
+    def sigmas(self, count: int, tokens: int, shift: float | None = None) -> np.ndarray:
+        """The table of `count` values for an image of `tokens` tokens, or with another shift. float32 [count]."""
+        if shift is None:
+            shift = self.shift_of(tokens) if self.use_dynamic_shifting else self.shift
+        return stretched(shifted_sigmas(count, shift), self.shift_terminal)
+
+    def shift_of(self, tokens: int) -> float:
+        """The shift for an image of `tokens` tokens."""
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        return math.exp(self.base_shift + slope * (tokens - self.base_image_seq_len))
+
+
+def stretched(sigmas: np.ndarray, last: float | None) -> np.ndarray:
+    """A table of σ that begins at 1, stretched linearly so that it ends at `last`; None: as it is. [T] -> [T]."""
+    if last is None or len(sigmas) == 1:
+        return sigmas
+    return 1 - (1 - sigmas) * (np.float32(1 - last) / (1 - sigmas[-1]))
 
 
 def interpolate(sample, noise, sigmas):

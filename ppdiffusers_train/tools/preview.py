@@ -134,7 +134,7 @@ def load_script(path: Path):
 
 
 def module_class(job):
-    """The training module that a script defines.
+    """The training module that a script defines; of one and its base class, that one.
 
     Raises:
         UserError: it defines none, or several.
@@ -144,6 +144,7 @@ def module_class(job):
         for value in vars(job).values()
         if isinstance(value, type) and issubclass(value, DiffusionTrainingModule) and value.__module__ == job.__name__
     ]
+    found = [kind for kind in found if not any(issubclass(other, kind) for other in found if other is not kind)]
     if len(found) != 1:
         raise UserError(f"preview: {job.__file__!r} defines {len(found)} training modules; expected one")
     return found[0]
@@ -167,7 +168,7 @@ def describe(module, arrays: dict) -> dict:
     """A sample's conditioning: the texts of its tokens, how many there are, size and crop."""
     found = {"captions": [], "tokens": [], "told": "", "error": arrays.get(ERROR_KEY, "")}
     for name, array in arrays.items():
-        if name.startswith("input_ids"):
+        if name.startswith("input_ids") and not name.endswith("_mask"):
             caption, tokens = read_tokens(getattr(module, name.replace("input_ids", "tokenizer")), array)
             found["captions"].append(caption)
             found["tokens"].append(tokens)

@@ -4,7 +4,7 @@ Published models are replaced by local ones, long runs by short ones; flags, fil
 page. A command, flag or language that is not known here is an error.
 """
 
-import ppdiffusers_train  # noqa: F401  (before paddle)
+import ppdiffusers_train
 from ppdiffusers_train import cli
 
 import contextlib
@@ -43,28 +43,30 @@ SMALL_PICTURES = {
     "StableDiffusionPipeline": SMALL,
     "StableDiffusionXLPipeline": SMALL,
     "StableDiffusion3Pipeline": SMALL,
+    "QwenImagePipeline": SMALL,
 }
 PRIOR, DECODER = (f"kandinsky-community/kandinsky-2-2-{part}" for part in ("prior", "decoder"))
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"
 SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+QWEN = "Qwen/Qwen-Image"
 DATASETS = ("lambdalabs/naruto-blip-captions", "lambdalabs/pokemon-blip-captions")
 GPU_ONLY = {'"cuda"': '"cpu"', "float16": "float32", "bfloat16": "float32"}  # in snippets
 NUMBER_OF_PHOTOS = 7
 
 
-def published(kandinsky, sdxl, sd3, sd):
+def published(kandinsky, sdxl, sd3, sd, qwen):
     """{published name: local folder} of tiny pipelines."""
     prior, decoder = kandinsky
-    folders = {PRIOR: prior, DECODER: decoder, SDXL: sdxl, SDXL_VAE: Path(sdxl) / "vae", SD3: sd3, SD: sd}
+    folders = {PRIOR: prior, DECODER: decoder, SDXL: sdxl, SDXL_VAE: Path(sdxl) / "vae", SD3: sd3, SD: sd, QWEN: qwen}
     return {name: str(folder) for name, folder in folders.items()}
 
 
 def generate_small_images(monkeypatch, library=ppdiffusers):
     """Make the pipelines of a library generate small images in few steps, whatever their arguments."""
     for name, small in SMALL_PICTURES.items():
-        pipeline = getattr(library, name)
+        pipeline = getattr(library, name, None) or getattr(ppdiffusers_train, name)
         monkeypatch.setattr(
             pipeline,
             "__call__",

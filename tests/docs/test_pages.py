@@ -6,6 +6,7 @@ from ppdiffusers_train import cli
 import functools
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 from paddle.distributed.launch.context import args_envs as paddle_launcher
@@ -31,6 +32,7 @@ from website.flags import PAGES, command_parsers, script_parsers
 
 pytestmark = pytest.mark.once  # no Paddle in it
 
+NOT_MEASURED = {"qwen-image-lora"}  # pages of jobs that have no toy
 JOB_PAGES = [f"docs/{language}/{name}.md" for name in PAGES for language in ("en", "zh") if name != "your-own-job"]
 SECTIONS = {
     "en": [
@@ -170,7 +172,8 @@ def test_no_page_is_longer_than_a_reader_likes(name):
 @pytest.mark.parametrize("name", [name for name in JOB_PAGES if (ROOT / name).is_file()])
 def test_job_pages_have_the_same_sections(name):
     assert titles(name, level="##") == SECTIONS[name.split("/")[1]]
-    assert "docs/results/" in str([(ROOT / name).parent.joinpath(link).resolve() for link in links(name)])
+    if Path(name).stem not in NOT_MEASURED:
+        assert "docs/results/" in str([(ROOT / name).parent.joinpath(link).resolve() for link in links(name)])
 
 
 @pytest.mark.parametrize("name", ["README.md", "README_zh.md"])

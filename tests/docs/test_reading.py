@@ -11,7 +11,7 @@ pytestmark = pytest.mark.once  # what it runs has tests of its own
 
 
 @pytest.mark.parametrize("page", executable_pages())
-def test_a_reader_can_type_all_of_it_in_this_order(page, kandinsky, sdxl, sd3, sd, tmp_path, monkeypatch):
+def test_a_reader_can_type_all_of_it_in_this_order(page, kandinsky, sdxl, sd3, sd, qwen, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     generate_small_images(monkeypatch)
-    Reader(page, tmp_path, published(kandinsky, sdxl, sd3, sd)).read()
+    Reader(page, tmp_path, published(kandinsky, sdxl, sd3, sd, qwen)).read()

@@ -31,8 +31,10 @@ every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: fa
 
 
 @every_family
-def test_run_sh_trains_with_the_variables_that_are_set(family, kandinsky, sdxl, sd3, sd, photos, tmp_path, capsys):
-    model = {"kandinsky2_2": kandinsky[1], "sdxl": sdxl, "sd3": sd3}.get(family.name, sd)
+def test_run_sh_trains_with_the_variables_that_are_set(
+    family, kandinsky, sdxl, sd3, sd, qwen, photos, tmp_path, capsys
+):
+    model = {"kandinsky2_2": kandinsky[1], "sdxl": sdxl, "sd3": sd3, "qwen_image": qwen}.get(family.name, sd)
     output = tmp_path / "my result"
     variables = {"MODEL_NAME": model, "PRIOR_NAME": kandinsky[0], "DATASET_NAME": photos, "OUTPUT_DIR": output}
     (*python, script), flags, exported = command(family, *SMALL, **variables)

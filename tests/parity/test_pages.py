@@ -25,8 +25,8 @@ def snippets(page):
 
 
 @pytest.fixture(scope="module")
-def models(kandinsky, sdxl, sd3, sd):
-    return published(kandinsky, sdxl, sd3, sd)
+def models(kandinsky, sdxl, sd3, sd, qwen):
+    return published(kandinsky, sdxl, sd3, sd, qwen)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,167 @@
+"""Fine-tune Qwen-Image with LoRA: the result is a small file, and the pipeline stays as it is.
+
+    python -u train_qwen_image_lora.py --pretrained_model_name_or_path Qwen-Image --train_data_dir photos \\
+        --output_dir my-lora
+
+The result is loaded by `load_lora_weights("my-lora")` of `ppdiffusers_train.QwenImagePipeline`, and by diffusers.
+"""
+
+import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
+from ppdiffusers_train import arguments
+
+import math
+
+import numpy as np
+import paddle
+
+from ppdiffusers_train.data.buckets import bucket_sizes, size_for
+from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
+from ppdiffusers_train.data.tags import draw_caption
+from ppdiffusers_train.data.transforms import fit, normalize_pixels
+from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.job import FullTraining, LoRATraining, job_main, named_by_flags
+from ppdiffusers_train.models.attention import announce_joint_attention
+from ppdiffusers_train.models.generation import generate_images
+from ppdiffusers_train.models.lora import JOINT_ATTENTION_TARGETS
+from ppdiffusers_train.models.qwen_image.loading import VERSIONS, QwenImageFolder, encode_caption, packed, unpacked
+from ppdiffusers_train.models.qwen_image.pipeline import QwenImagePipeline
+from ppdiffusers_train.models.qwen_image.tokenizer import LONGEST
+from ppdiffusers_train.models.recompute import enable_block_recompute
+from ppdiffusers_train.objectives.denoising import perturb_noise
+from ppdiffusers_train.objectives.flow_matching import interpolate, timestep_weighting, velocity
+from ppdiffusers_train.objectives.losses import mse_loss
+
+SHIFT = math.exp(0.8)  # of timesteps, for images of any size, as DiffSynth-Studio trains Qwen-Image
+NO_PROMPT = " "  # the negative prompt of validation images
+
+
+def build_parser():
+    parser = arguments.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_folder_arguments(parser)
+    arguments.add_image_arguments(parser)
+    group = arguments.add_flow_matching_arguments(parser)
+    group.add_argument(
+        "--dynamic_shift", action=arguments.Flag,
+        help="Shift timesteps by each image's number of tokens, as inference does, instead of by --shift.",
+    )  # fmt: skip
+    arguments.add_run_arguments(parser, "qwen-image-lora", num_validation_images=4, validation_epochs=1)
+    arguments.add_lora_arguments(parser, JOINT_ATTENTION_TARGETS, rank=32)
+    parser.set_defaults(
+        resolution=512, train_batch_size=1, num_train_epochs=50, learning_rate=1e-5, weighting_scheme="bell",
+        shift=SHIFT, gradient_checkpointing=True, mixed_precision="bf16", encoded_cache=True, save_format="diffusers",
+    )  # fmt: skip
+    return parser
+
+
+class QwenImageTraining(FullTraining):
+    """Trains the transformer to predict the velocity from an image's latents to noise, conditioned on the caption."""
+
+    title = "Qwen-Image"
+    trained = "transformer"
+    encoders = ("vae", "text_encoder")
+
+    def __init__(self, args):
+        super().__init__()
+        self.args, self.tables = args, {}
+        options = {"revision": args.revision, "variant": args.variant, "weights": not args.dry_run}
+        flag = "--pretrained_model_name_or_path"
+        self.folder = QwenImageFolder(
+            args.pretrained_model_name_or_path, flag, cache_dir=args.cache_dir, **options
+        )  # fmt: skip
+        if args.resolution % self.folder.pixels_per_token():
+            expected = f"expected a multiple of {self.folder.pixels_per_token()}"
+            raise UserError(f"--resolution: {args.resolution} does not fit this model; {expected}")
+        self.table(256)  # any size: whether the flags fit
+        self.tokenizer = self.folder.load("tokenizer")
+        for name in self.encoders:
+            self.load_later(name, self.folder.later(name))
+        self.transformer = self.folder.load("transformer")
+        if args.gradient_checkpointing:
+            enable_block_recompute(self.transformer.transformer_blocks)
+        if args.enable_xformers_memory_efficient_attention:
+            announce_joint_attention()
+
+    def table(self, tokens: int) -> tuple:
+        """σ of each timestep, its probability, and its loss weight (or None) for images of so many tokens, [T] each."""
+        args, settings = self.args, self.folder.schedule
+        key = tokens if args.dynamic_shift else 0
+        if key not in self.tables:
+            shift = None if args.dynamic_shift else args.shift
+            sigmas = settings.sigmas(settings.num_train_timesteps, tokens, shift)
+            with named_by_flags():
+                density, weights = timestep_weighting(
+                    args.weighting_scheme, sigmas, args.min_timestep_boundary, args.max_timestep_boundary,
+                    args.logit_mean, args.logit_std, args.mode_scale,
+                )  # fmt: skip
+            self.tables[key] = paddle.to_tensor(sigmas), density, weights
+        return self.tables[key]
+
+    @property
+    def buckets(self):
+        return bucket_sizes(self.args.resolution) if self.args.aspect_ratio_buckets else ()
+
+    def preprocess(self, row, draws):
+        """pixel_values [3, H, W]; input_ids [L] and their mask, which is 1."""
+        args, image = self.args, row["image"]
+        refuse_small_image(row, args.min_image_size)
+        size = size_for(*image.size, args.resolution, self.buckets)
+        image, *_ = fit(image, *size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
+        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout
+        [input_ids] = self.tokenizer([draw_caption(draws, row["caption"], *how)])
+        mask = np.ones_like(input_ids)
+        return {"pixel_values": normalize_pixels(image), "input_ids": input_ids, "input_ids_mask": mask}
+
+    def encoding_settings(self):
+        names = ["resolution", "center_crop", "random_flip", "image_interpolation_mode", "proportion_empty_prompts"]
+        names += ["shuffle_tags", "keep_tags", "tag_dropout", "min_image_size"]
+        vae = self.folder.base.config("vae")
+        return {
+            **{name: getattr(self.args, name) for name in names},
+            "buckets": self.buckets,
+            "code": VERSIONS,
+            "scale": [vae.get("latents_mean"), vae.get("latents_std")],
+            "tokenizer": self.tokenizer.get_vocab(),
+        }
+
+    def encode(self, batch):
+        """latents [1, C, h, w]; prompt_embeds [1, L, D], without padding, and their mask, which is 1."""
+        length = int(batch["input_ids_mask"].sum())
+        states = encode_caption(self.text_encoder, batch["input_ids"][:, :length])
+        mask = paddle.ones(states.shape[:2], "int64")
+        return {"latents": self.vae.encode(batch["pixel_values"]), "prompt_embeds": states, "prompt_embeds_mask": mask}
+
+    def inspect_dataset(self, dataset):
+        warn_of_small_images(dataset, self.args.resolution)
+
+    def forward(self, encoded, draws):
+        latents = encoded["latents"]
+        count, _, height, width = latents.shape
+        grid = height // 2, width // 2
+        sigmas, density, weights = self.table(grid[0] * grid[1])
+        noise = draws.normal("noise", latents.shape[1:])
+        steps = draws.categorical("timesteps", density)
+        noisy = interpolate(latents, perturb_noise(draws, noise, self.args.input_perturbation), sigmas[steps])
+        mask = encoded["prompt_embeds_mask"] if count > 1 else None  # a sample by itself is not padded
+        prediction = self.transformer(packed(noisy), encoded["prompt_embeds"], mask, sigmas[steps], grid)
+        target = velocity(latents, noise)
+        return mse_loss(unpacked(prediction, grid), target, None if weights is None else weights[steps])
+
+    def generate(self, prompts, seeds):
+        parts = {name: getattr(self, name) for name in self.folder.parts}
+        pipeline, args = QwenImagePipeline.from_folder(self.folder, **parts), self.args
+        options = {"negative_prompt": NO_PROMPT, "max_sequence_length": LONGEST}
+        return generate_images(pipeline, prompts, seeds, args.resolution, args.validation_inference_steps, **options)
+
+    def card_data(self):
+        tags = ["qwen-image", "text-to-image", "ppdiffusers"]
+        return {"base_model": self.args.pretrained_model_name_or_path, "tags": tags}
+
+
+class QwenImageLoRATrainingModule(LoRATraining, QwenImageTraining):
+    """Trains LoRA layers on the queries, keys and values of both streams."""
+
+
+main = job_main(build_parser, QwenImageLoRATrainingModule)
+
+if __name__ == "__main__":
+    main()

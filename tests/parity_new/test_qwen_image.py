@@ -1,0 +1,71 @@
+"""Qwen-Image's parts and its pipeline, ours against diffusers 0.38 and transformers 5: same weights, same inputs."""
+
+import ppdiffusers_train  # noqa: F401  (before paddle)
+from ppdiffusers_train import QwenImagePipeline
+
+import paddle
+import pytest
+
+from ppdiffusers_train.cpu.patches import apply_patches
+from ppdiffusers_train.models.qwen_image.loading import QwenImageFolder, encode_captions
+from ppdiffusers_train.models.qwen_image.tokenizer import QwenTokenizer
+from tests.parity_new.conftest import assert_close
+
+apply_patches()  # as every run does
+CAPTIONS = ["a red square", "the size of the world is 1234, isn't it?\n\n  Für <|im_end|> {x} u\u0308", ""]
+SIZES = [(32, 32), (48, 80), (96, 32)]
+
+
+@pytest.fixture(scope="module")
+def folder(reference):
+    return QwenImageFolder(reference / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def pipeline(reference):
+    drawing = QwenImagePipeline.from_pretrained(reference / "pipeline")
+    drawing.set_progress_bar_config(disable=True)
+    return drawing
+
+
+@pytest.mark.parametrize("kind", ["pipeline/tokenizer", "tokenizer_parts"])
+def test_tokens(reference, expected, kind):
+    found = QwenTokenizer(reference / kind)(CAPTIONS)
+    assert [ids.tolist() for ids in found] == [expected[f"tokens {n}"].tolist() for n in range(len(CAPTIONS))]
+
+
+def test_text_states(folder, expected):
+    tokens, encoder = folder.load("tokenizer")(CAPTIONS), folder.load("text_encoder")
+    with paddle.no_grad():
+        for n, ids in enumerate(tokens):
+            states, mask = encode_captions(encoder, [ids])
+            assert mask is None
+            assert_close(states, expected[f"states {n}"])
+        states, mask = encode_captions(encoder, tokens)
+    assert_close(states, expected["states"])
+    assert mask.numpy().tolist() == expected["mask"].tolist()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_vae(folder, expected, size):
+    vae, name = folder.load("vae"), f"{size[0]} {size[1]}"
+    with paddle.no_grad():
+        latents = vae.encode(paddle.to_tensor(expected[f"pixels {name}"]))
+        assert_close(latents, expected[f"latents {name}"])
+        assert_close(vae.decode(latents), expected[f"decoded {name}"])
+
+
+def assert_same_images(pipeline, expected, prefix=""):
+    """All images of all sizes, with and without a negative prompt."""
+    for height, width in SIZES:
+        noise = paddle.to_tensor(expected[f"{prefix}noise {height} {width}"])
+        for mode, negative in (("alone", None), ("guided", " ")):
+            for kind in ("latent", "np"):
+                images = pipeline(
+                    CAPTIONS, negative, height, width, num_inference_steps=4, latents=noise, output_type=kind
+                ).images
+                assert_close(images, expected[f"{prefix}{mode} {kind} {height} {width}"])
+
+
+def test_pipeline(pipeline, expected):
+    assert_same_images(pipeline, expected)
