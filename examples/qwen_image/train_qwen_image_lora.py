@@ -26,7 +26,7 @@ from ppdiffusers_train.models.lora import JOINT_ATTENTION_TARGETS
 from ppdiffusers_train.models.qwen_image.loading import VERSIONS, QwenImageFolder, encode_caption, packed, unpacked
 from ppdiffusers_train.models.qwen_image.pipeline import QwenImagePipeline
 from ppdiffusers_train.models.qwen_image.tokenizer import LONGEST
-from ppdiffusers_train.models.recompute import enable_block_recompute
+from ppdiffusers_train.models.recompute import enable_recompute
 from ppdiffusers_train.objectives.denoising import perturb_noise
 from ppdiffusers_train.objectives.flow_matching import interpolate, timestep_weighting, velocity
 from ppdiffusers_train.objectives.losses import mse_loss
@@ -77,7 +77,7 @@ class QwenImageTraining(FullTraining):
             self.load_later(name, self.folder.later(name))
         self.transformer = self.folder.load("transformer")
         if args.gradient_checkpointing:
-            enable_block_recompute(self.transformer.transformer_blocks)
+            enable_recompute(self.transformer)
         if args.enable_xformers_memory_efficient_attention:
             announce_joint_attention()
 
