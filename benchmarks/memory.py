@@ -82,7 +82,7 @@ def write_presets(counts: dict) -> None:
     PRESETS.mkdir(exist_ok=True)
     for name, found in counts.items():
         for size in GPU_SIZES:
-            file, text = PRESETS / f"{name}-{size}gb.yaml", preset(name, found, size)
+            file, text = PRESETS / f"{name}-{size}gb.yaml", preset(found, size)
             if text:
                 file.write_text(text, encoding="utf-8")
             else:
@@ -94,11 +94,13 @@ def counts_of(name: str, root: Path, known: dict) -> dict:
     which keeps a few percent more for the backward pass."""
     module, args = build(name, root)
     if not is_lora(name):
-        return as_counts(take_inventory(module, {}, 0, 0), {}, known[f"{name}-lora"]["sizes"])
+        return as_counts(JOBS[name].script, take_inventory(module, {}, 0, 0), {}, known[f"{name}-lora"]["sizes"])
     resolutions = RESOLUTIONS[name.removesuffix("-lora")]
     found = inventories_of(module, first_row(build_dataset(args)), args, resolutions)
     quantized = {kind: frozen_in(kind, name, root) for kind in ("int8", "nf4")}
-    return as_counts(found[resolutions[0]], quantized, {str(size): measured(each) for size, each in found.items()})
+    return as_counts(
+        JOBS[name].script, found[resolutions[0]], quantized, {str(size): measured(each) for size, each in found.items()}
+    )
 
 
 def frozen_in(kind: str, name: str, root: Path) -> dict:

@@ -13,12 +13,12 @@ from paddle.distributed.fleet.utils import recompute
 # Classes of layers that are recomputed as a whole, wherever they are not inside of another one.
 BLOCKS = (
     "ResnetBlock2D", "Downsample2D", "Upsample2D", "Attention", "BasicTransformerBlock", "JointTransformerBlock",
-    "CLIPEncoderLayer",
+    "CLIPEncoderLayer", "TransformerBlock",
 )  # fmt: skip
 
 
 def enable_recompute(model) -> None:
-    """Recompute the blocks of a model of ppdiffusers: UNet, VAE, prior, SD3's transformer or text encoder."""
+    """Recompute the blocks of a model: a UNet, VAE, prior, transformer or text encoder."""
     use_reentrant = not recomputes_without_reentrance()
     for block in blocks_of(model):
         block.forward = partial(recomputed, block, block.forward, use_reentrant)

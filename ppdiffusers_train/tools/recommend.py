@@ -10,7 +10,6 @@ from pathlib import Path
 
 from ppdiffusers_train.arguments.parser import positive_int
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.toy.demo.jobs import JOBS
 
 COUNTS = Path(__file__).with_name("memory_counts.json")
 GPU_SIZES = (8, 12, 16, 24, 40, 80)  # GB
@@ -52,16 +51,18 @@ def read_counts() -> dict:
     return json.loads(COUNTS.read_text("utf-8"))
 
 
-def as_counts(inventory, quantized: dict, sizes: dict) -> dict:
+def as_counts(script: str, inventory, quantized: dict, sizes: dict) -> dict:
     """The counts of a job as JSON.
 
     Args:
+        script: its file, below `examples`.
         inventory: the job's `Inventory`, whose weights are counted.
         quantized: {"int8" or "nf4": what `Inventory.frozen` is with it}.
         sizes: {resolution: `measured`}.
     """
     trained = inventory.trained
     return {
+        "script": script,
         "trained": [[size, trained.count(size)] for size in sorted(set(trained))],
         **{name: getattr(inventory, name) for name in WEIGHTS},
         "quantized": quantized,
@@ -124,15 +125,14 @@ def as_words(flags: dict) -> str:
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in flags.items())
 
 
-def preset(job: str, counts: dict, gigabytes: int):
+def preset(counts: dict, gigabytes: int):
     """The text of the file for `--config` of a job and a GPU, at the largest resolution that fits; None without one."""
     for resolution in sorted(map(int, counts["sizes"]), reverse=True):
         if found := recommend(counts, resolution, gigabytes):
             flags = {"resolution": resolution, "train_batch_size": 1, **found.flags}
             lines = [f"{name}: {str(value).lower()}" for name, value in flags.items()]
-            head = (
-                f"# {Path(JOBS[job].script).name} on a GPU with {gigabytes} GB: {found.peak / 1e9:.1f} GB are counted."
-            )
+            name, counted = Path(counts["script"]).name, f"{found.peak / 1e9:.1f} GB are counted"
+            head = f"# {name} on a GPU with {gigabytes} GB: {counted}."
             return "\n".join([head, *lines]) + "\n"
     return None
 
@@ -145,7 +145,7 @@ def add_recommend_command(commands) -> None:
         "is counted with them. A tenth of the memory is left free. Exit status 1: the job does not fit.",
     )  # fmt: skip
     add = command.add_argument
-    add("job", choices=sorted(JOBS), metavar="JOB", help=f"Name the job, one of {', '.join(sorted(JOBS))}.")
+    add("job", metavar="JOB", help="Name the job as `demo --job` does, such as sdxl-lora.")
     add("--memory", type=positive_int, required=True, metavar="GB", help="Fit a GPU with this much memory, in GB.")
     add("--resolution", type=positive_int, help="Train at this resolution; without it, at the largest that is known.")
     command.set_defaults(run=print_recommendation)
@@ -153,7 +153,10 @@ def add_recommend_command(commands) -> None:
 
 def print_recommendation(args) -> int:
     """Print the flags; the status is 1 where nothing fits."""
-    counts = read_counts()[args.job]
+    jobs = read_counts()
+    if args.job not in jobs:
+        raise UserError(f"JOB: there is no {args.job!r}; expected {', '.join(jobs)}")
+    counts = jobs[args.job]
     known = sorted(map(int, counts["sizes"]))
     resolution = args.resolution or known[-1]
     if resolution not in known:
@@ -162,7 +165,7 @@ def print_recommendation(args) -> int:
             f"{' or '.join(map(str, known))}, or --dry_run of the script, which counts any"
         )
     found = recommend(counts, resolution, args.memory)
-    script = JOBS[args.job].script
+    script = counts["script"]
     if found is None:
         smallest = smallest_gpu(counts, resolution)
         expected = f"it needs {smallest} GB" if smallest else f"it does not fit one GPU with {GPU_SIZES[-1]} GB either"

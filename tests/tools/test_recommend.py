@@ -40,8 +40,8 @@ def test_counts_of_weights_are_those_of_the_models(job, tmp_path, monkeypatch):
     import memory
 
     module, _ = memory.build(job, tmp_path)
-    counts, found = read_counts()[job], as_counts(take_inventory(module, {}, 0, 0), {}, {})
-    for name in ("trained", *WEIGHTS):
+    counts, found = read_counts()[job], as_counts(JOBS[job].script, take_inventory(module, {}, 0, 0), {}, {})
+    for name in ("script", "trained", *WEIGHTS):
         assert found[name] == counts[name], name
     if counts["quantized"]:
         assert memory.frozen_in("nf4", job, tmp_path) == counts["quantized"]["nf4"]
@@ -51,7 +51,7 @@ def test_counts_of_weights_are_those_of_the_models(job, tmp_path, monkeypatch):
 def test_every_job_is_counted_and_every_preset_is_made_of_the_counts():
     counts = read_counts()
     assert list(counts) == list(JOBS)
-    made = {f"{job}-{size}gb.yaml": preset(job, counts[job], size) for job in JOBS for size in GPU_SIZES}
+    made = {f"{job}-{size}gb.yaml": preset(counts[job], size) for job in JOBS for size in GPU_SIZES}
     made = {file: text for file, text in made.items() if text}
     assert {path.name: path.read_text() for path in PRESETS.iterdir()} == made
     assert {file.rpartition("-")[0] for file in made} == {*JOBS}, "each job fits one of the GPUs"
