@@ -206,6 +206,12 @@ def dtype_of(tensor) -> np.dtype:
     return DTYPES[CODES[str(tensor.dtype).removeprefix("paddle.")]]
 
 
+def open_parts(folder: Path, stem: str) -> dict:
+    """`{name: tensor}` of what `write_parts` wrote. A tensor is read when it is fetched."""
+    files = sorted(folder.glob(f"{stem}*.safetensors"))
+    return {name: tensor for file in files for name, tensor in open_tensors(file)[0].items()}
+
+
 def write_parts(folder, stem: str, tensors, limit: int = 2**30, metadata=None) -> dict:
     """Write tensors into `<stem>.safetensors` or, beyond `limit` bytes, into several files
     `<stem>-00001-of-00003.safetensors`. Existing files of that stem are removed first.

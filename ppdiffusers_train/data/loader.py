@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import paddle
 
+from ppdiffusers_train.batches import ragged_names
 from ppdiffusers_train.draws import RowDraws
 from ppdiffusers_train.errors import BadSampleError
-from ppdiffusers_train.module import encode_batch, ragged_names
+from ppdiffusers_train.module import encode_batch
 
 ERROR_KEY = "error"
 BATCHES_AHEAD = 4

@@ -21,7 +21,7 @@ from ppdiffusers_train.runtime.gradient_sums import GradientSums
 from ppdiffusers_train.runtime.gradients import clip_and_scale
 from ppdiffusers_train.runtime.optimizer_state import SEPARATOR, in_form_of, load_optimizer_tensors, optimizer_tensors
 from ppdiffusers_train.runtime.precision import Precision, holding, updated_parameters
-from ppdiffusers_train.tensor_files import open_tensors, write_parts
+from ppdiffusers_train.tensor_files import open_parts, write_parts
 
 OPTIMIZER, AVERAGES = "optimizer", "ema"  # prefixes of their file names
 
@@ -225,7 +225,7 @@ class TrainingState:
     def load_weights(self, folder: Path, saved: dict) -> None:
         """Load a checkpoint's float32 weights; `load_optimizer` loads optimizer state and averages later."""
         # Fewer parameters are right, too: one that no step has used has no state.
-        unknown = {name.split(SEPARATOR)[0] for name in saved_tensors(folder, OPTIMIZER)} - set(self.parameters)
+        unknown = {name.split(SEPARATOR)[0] for name in open_parts(folder, OPTIMIZER)} - set(self.parameters)
         if unknown:
             raise UserError(
                 f"--resume_from_checkpoint: {folder} holds the optimizer state of other weights, such as "
@@ -258,7 +258,7 @@ class TrainingState:
         """
         own = {parameter.name for parameter in updated_parameters(self.optimizer)}
         updated = {name: parameter for name, parameter in self.parameters.items() if parameter.name in own}
-        tensors, arguments = saved_tensors(folder, OPTIMIZER), saved.get("arguments", {})
+        tensors, arguments = open_parts(folder, OPTIMIZER), saved.get("arguments", {})
         had_averages = saved["ema_updates"] is not None
         now = optimizer_name(vars(self.args))
         if tensors and optimizer_name(arguments) != now:
@@ -272,14 +272,8 @@ class TrainingState:
             for name, _, value in self.float32_values():
                 replace(self.ema.averages[name], value.astype("float32"))
         elif self.ema:
-            for name, tensor in saved_tensors(folder, AVERAGES).items():
+            for name, tensor in open_parts(folder, AVERAGES).items():
                 self.ema.averages[name].set_value(tensor.numpy())
-
-
-def saved_tensors(folder: Path, prefix: str) -> dict:
-    """`{name: tensor}` of a checkpoint's files with this prefix. A tensor is read when it is fetched."""
-    files = sorted(folder.glob(f"{prefix}*.safetensors"))
-    return {name: tensor for file in files for name, tensor in open_tensors(file)[0].items()}
 
 
 def build_training_state(module, args, total_steps: int, samples_per_step: int, ranks: Ranks) -> TrainingState:

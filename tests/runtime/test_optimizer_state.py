@@ -6,9 +6,8 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from ppdiffusers_train.loop.state import saved_tensors
 from ppdiffusers_train.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
-from ppdiffusers_train.tensor_files import size_in_bytes, write_parts
+from ppdiffusers_train.tensor_files import open_parts, size_in_bytes, write_parts
 
 
 def build():
@@ -57,7 +56,7 @@ def test_the_host_holds_a_tensor_of_the_state_that_it_writes_and_reads(tmp_path)
     tracemalloc.start()
     try:
         write_parts(tmp_path, "optimizer", tensors.items(), limit=total // 3)
-        load_optimizer_tensors(optimizer, parameters, saved_tensors(tmp_path, "optimizer"))
+        load_optimizer_tensors(optimizer, parameters, open_parts(tmp_path, "optimizer"))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -2,6 +2,7 @@
 
 import paddle
 
+from ppdiffusers_train.batches import concat_padded
 from ppdiffusers_train.models import rms_norm, rotary
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder
 from ppdiffusers_train.models.qwen_image import text_encoder, tokenizer, vae
@@ -10,7 +11,6 @@ from ppdiffusers_train.models.qwen_image.tokenizer import SKIPPED, QwenTokenizer
 from ppdiffusers_train.models.qwen_image.transformer import QwenImageTransformer2DModel
 from ppdiffusers_train.models.qwen_image.vae import AutoencoderKLQwenImage
 from ppdiffusers_train.models.text import as_computed
-from ppdiffusers_train.module import concat_padded
 from ppdiffusers_train.objectives.flow_matching import FlowSettings
 
 VERSION = 1  # raised when its functions change encoded samples
