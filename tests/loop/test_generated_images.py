@@ -9,6 +9,7 @@ import shutil
 import pytest
 from PIL import Image
 
+from ppdiffusers_train.models.qwen_image.loading import QwenImageFolder
 from tests.conftest import last_error, runner, scalars, short_run
 from tests.toy_pipelines import build_sd
 
@@ -121,13 +122,13 @@ def test_an_untrained_base_generates_by_its_own_process_alone(refused, build_sd_
     assert build_sd3_module("sd3", "--shift=7").changed_process() == "--shift 7.0"
 
 
-def test_all_of_a_pipeline_counts_also_what_a_job_does_not_train_with(build, sdxl, build_sdxl_module, qwen_jobs, qwen):
+def test_all_of_a_pipeline_counts_also_what_a_job_does_not_train_with(build, sdxl, build_sdxl_module, qwen):
     prior_job, decoder_job = build("prior"), build("decoder")
     assert prior_job.generation_files() == decoder_job.generation_files()
     assert {"unet", "movq", "scheduler", "prior_prior", "prior_tokenizer"} <= prior_job.generation_files().keys()
     files = build_sdxl_module("lora_sdxl").generation_files()
     assert files["scheduler"] == [sdxl / "scheduler" / "scheduler_config.json"] and len(files["unet"]) > 1
-    qwen_parts = qwen_jobs[next(iter(qwen_jobs))].QwenImageFolder(qwen).files()
+    qwen_parts = QwenImageFolder(qwen).files()
     assert {"transformer", "vae", "text_encoder", "tokenizer", "scheduler"} == qwen_parts.keys()
 
 
