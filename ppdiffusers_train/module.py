@@ -143,8 +143,7 @@ class DiffusionTrainingModule(nn.Layer):
         return {name: stored.files for name, stored in self.stored().items()}
 
     def changed_process(self):
-        """The flag that trains the base for another diffusion process than its own, which `generate` then follows, so
-        that the base generates nothing of use before it is trained; empty if there is none."""
+        """The flag by which `generate` follows another process than that of the untrained base; empty without one."""
         return ""
 
     def save_weights(self, directory):
@@ -252,11 +251,7 @@ def choose_trainable(module, patterns) -> dict:
     if patterns is None:
         return {}
     sizes = {pattern.strip(): 0 for pattern in patterns.split(",")}
-    trained = {
-        name: model
-        for name, model in module.named_children()
-        if any(not parameter.stop_gradient for parameter in model.parameters())
-    }
+    trained = {name: model for name, model in module.named_children() if model in trained_models(module)}
     for model_name, model in trained.items():
         parameters = dict(model.named_parameters())
         has_lora = any(map(is_lora, parameters))

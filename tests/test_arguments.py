@@ -52,7 +52,10 @@ def refusal(parser, capsys, *flags):
         (["--train_data_dir="], "--train_data_dir/--instance_data_dir: '' is empty; expected a value, or no such flag"),
         (["--dataset_name", ""], "argument --dataset_name: '' is empty; expected a value, or no such flag"),
         (["--sample_batch_size=4"], "not a flag of this script; expected no such flag: class images are generated one"),
-        (["--use_dora"], "--use_dora is not a flag of this script; not offered here: LoRA has no magnitudes here"),
+        (
+            ["--prodigy_beta3=1"],
+            "--prodigy_beta3 is not a flag of this script; expected --optimizer prodigy, and its options in",
+        ),
         (["--zzz"], "--zzz is not a flag of this script; --help lists them"),
         (["photos"], "unexpected argument 'photos'; flags begin with --"),
         (["--train_batch_size=0"], "argument --train_batch_size: '0' is not a whole number above 0"),

@@ -45,7 +45,10 @@ def add_optimizer_arguments(parser, weight_decay: float = 0.01):
         "--lr_num_cycles", type=positive_int, default=1,
         help="Go through this many cosine cycles with `cosine_with_restarts`.",
     )  # fmt: skip
-    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="Update the weights by this optimizer.")
+    add(
+        "--optimizer", type=str.lower, choices=OPTIMIZERS, default="adamw",
+        help="Update the weights by this optimizer.",
+    )  # fmt: skip
     add(
         "--optimizer_args", nargs="+", type=option, metavar="KEY=VALUE",
         help="Give the optimizer these options, such as weight_decay=0.01; an unknown one is refused with the list of "

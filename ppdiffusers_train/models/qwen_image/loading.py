@@ -59,6 +59,10 @@ class QwenImageFolder:
         """A model of the pipeline that is loaded when it is used."""
         return self.base.later(part, self.parts[part])
 
+    def files(self) -> dict:
+        """`{part: its files}` of the pipeline."""
+        return {part: self.base.files(part) for part in (*self.parts, "scheduler")}
+
     def pixels_per_token(self) -> int:
         """Side, in pixels, of the square that becomes one token of the transformer."""
         return PATCH * 2 ** len(self.base.config("vae").get("temperal_downsample", (False, True, True)))
