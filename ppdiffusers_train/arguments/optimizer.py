@@ -22,7 +22,7 @@ def option(text: str) -> str:
     return text
 
 
-def add_optimizer_arguments(parser, weight_decay: float):
+def add_optimizer_arguments(parser, weight_decay: float = 0.01):
     """The optimizer and its learning rate; returns the group."""
     group = parser.add_argument_group("optimizer")
     add = group.add_argument
