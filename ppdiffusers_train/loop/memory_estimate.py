@@ -116,7 +116,8 @@ class Inventory:
         encoders of a cache are loaded later, while nothing else is in memory. Gradients and moments are allocated by
         the first step."""
         training, precision = self.memory(options), options.mixed_precision
-        loaded = 4 * sum(self.trained) + in_bytes(self.frozen, "no")
+        narrow = 2 * self.narrow if options.param_dtype == "bf16" else 0  # rounded while they are read
+        loaded = 4 * sum(self.trained) - narrow + in_bytes(self.frozen, "no")
         if not options.cached:
             loaded += in_bytes(self.encoders, "no")
         phases = {"loading": loaded + training["EMA"], "training": sum(training.values())}

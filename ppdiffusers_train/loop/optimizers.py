@@ -1,5 +1,7 @@
 """From the flags to the optimizer of a run: which one, with which options, and what it cannot do together."""
 
+import paddle.distributed as dist
+
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.module import is_lora
 from ppdiffusers_train.runtime.bf16_weights import Rounding, narrow_models
@@ -81,6 +83,8 @@ def check_memory_flags(args, flag: str, kind) -> None:
         return
     if kind.needs_all_gradients:
         raise UserError(f"{flag}: it needs all gradients at once; expected it without --fused_backward")
+    if (ranks := dist.get_world_size()) > 1:
+        raise UserError(f"--fused_backward: there are {ranks} processes; expected one")
     require(args, "--fused_backward", max_grad_norm=0, gradient_accumulation_steps=1, skip_nonfinite=0,
             max_bad_samples=0, amp_level="O1", sharding_degree=1, class_data_dir=None, to_static=False)  # fmt: skip
     if args.mixed_precision == "fp16":

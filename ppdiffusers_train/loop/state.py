@@ -106,7 +106,7 @@ class TrainingState:
         scale.update(overflowed=not math.isfinite(figures.norm))
         self.overflowed_steps += figures.overflowed and not figures.failed
         self.failed_steps += figures.failed
-        if missing < len(window) and not (figures.overflowed or figures.failed):
+        if missing < (1 if self.args.fused_backward else len(window)) and not (figures.overflowed or figures.failed):
             if not self.args.fused_backward:
                 self._update(norm, figures.factor)
             self.lr_scheduler.step()
@@ -171,16 +171,12 @@ class TrainingState:
         have to enter it."""
         if self.ema:
             return self.ema.applied()
-        return self.evaluation_weights() if self.averages else self.float32_weights(only_main=True)
-
-    @property
-    def averages(self) -> bool:
-        """Whether the optimizer has other weights for evaluation than for training."""
-        return getattr(self.optimizer, "averages", False)
+        averages = getattr(self.optimizer, "averages", False)
+        return self.evaluation_weights() if averages else self.float32_weights(only_main=True)
 
     def evaluation_weights(self):
         """A context in which the parameters have the optimizer's weights for evaluation, if it has other ones."""
-        parameters = self.parameters.values() if self.averages else ()
+        parameters = self.parameters.values() if getattr(self.optimizer, "averages", False) else ()
         return holding([(parameter, self.optimizer.evaluation_value(parameter)) for parameter in parameters])
 
     def lower_weights(self) -> None:

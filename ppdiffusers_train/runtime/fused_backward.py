@@ -33,16 +33,20 @@ class FusedBackward:
 
     @property
     def is_torn(self) -> bool:
-        """Whether only some of the last step's gradients have been used."""
-        return bool(self._updated) and not math.isfinite(self._square)
+        """Whether perhaps only some of the last step's gradients have been used."""
+        return not math.isfinite(self._square)
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool):
         """A context for the backward pass of a step.
 
         Raises:
-            RunError: a gradient came in several parts.
+            RunError: the step has another batch, or a gradient came in several parts.
         """
+        if not last:
+            raise RunError(
+                "--fused_backward: a step has several batches; expected one; the last checkpoint is untouched"
+            )
         self._updated, self._square, self._error = set(), 0.0, None
         if hasattr(self._optimizer, "begin_step"):
             self._optimizer.begin_step()

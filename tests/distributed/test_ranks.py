@@ -161,6 +161,7 @@ def test_sharding_changes_no_bit_and_its_checkpoints_load_at_any_degree(runs, ba
     shard = "--sharding_degree=2"
     resumed = f"--resume_from_checkpoint={runs / 'two-prior' / 'checkpoint-10'}"
     gradients = "--sharding_stage=2"
+    factored = "--optimizer=adafactor", "--max_train_steps=3", "--checkpointing_steps=3"
     stranger = tmp_path / "whole" / ".shards-of-a-run-that-was-killed" / "optimizer-00003-of-00004.safetensors"
     stranger.parent.mkdir(parents=True)
     shutil.copy(runs / "two-prior" / "checkpoint-10" / "optimizer.safetensors", stranger)
@@ -170,8 +171,11 @@ def test_sharding_changes_no_bit_and_its_checkpoints_load_at_any_degree(runs, ba
             ("prior", flags("whole", *TWO, shard)),
             ("prior", flags("gradients", *TWO, shard, gradients)),
             ("prior", flags("resumed", *TWO, shard, gradients, resumed)),
+            *(("prior", flags(out, *TWO, *more, *factored)) for out, more in (("alike", ()), ("factored", (shard,)))),
         ],
     )
+    assert same(learned("prior", tmp_path / "alike"), learned("prior", tmp_path / "factored"))
+    assert len(list((tmp_path / "factored" / "checkpoint-3").glob("optimizer-*"))) == 2
     checkpoint = tmp_path / "whole" / "checkpoint-10"
     shards = sorted(path.name for path in checkpoint.glob("optimizer*"))
     assert shards == ["optimizer-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors"]
