@@ -3,13 +3,19 @@
 import ppdiffusers_train  # noqa: F401  (before paddle)
 from ppdiffusers_train import QwenImagePipeline
 
+import json
+
+import numpy as np
 import paddle
 import pytest
 
 from ppdiffusers_train.cpu.patches import apply_patches
 from ppdiffusers_train.models.qwen_image.loading import QwenImageFolder, encode_captions
 from ppdiffusers_train.models.qwen_image.tokenizer import QwenTokenizer
-from tests.parity_new.conftest import assert_close
+from ppdiffusers_train.models.unloaded import build_unloaded
+from ppdiffusers_train.models.weight_names import fitting_tensors
+from ppdiffusers_train.tensor_files import Computed
+from tests.parity_new.conftest import assert_close, run_torch
 
 apply_patches()  # as every run does
 CAPTIONS = ["a red square", "the size of the world is 1234, isn't it?\n\n  Für <|im_end|> {x} u\u0308", ""]
@@ -69,3 +75,28 @@ def assert_same_images(pipeline, expected, prefix=""):
 
 def test_pipeline(pipeline, expected):
     assert_same_images(pipeline, expected)
+
+
+class OnlyNames:
+    """Files of the published layout, without values."""
+
+    is_torch, files = True, ["the published files"]
+
+    def __init__(self, shapes):
+        self.shapes = shapes
+
+    def tensors(self):
+        return {name: Computed(np.dtype(np.float16), shape, None) for name, shape in self.shapes.items()}
+
+
+BILLIONS = {"transformer": 20.43, "vae": 0.0446, "text_encoder": 7.07}  # of parameters
+
+
+def test_names_and_shapes_of_the_published_size_are_those_of_diffusers(folder, reference):
+    run_torch("names", reference)
+    shapes = json.loads((reference / "published" / "names.json").read_text())
+    for name, billions in BILLIONS.items():
+        model = build_unloaded(folder.parts[name], str(reference / "published" / name))
+        found = fitting_tensors(model, OnlyNames(shapes[name]))  # refuses what is missing, unknown, or of another shape
+        assert found.keys() == model.state_dict().keys()
+        assert sum(np.prod(tensor.shape) for tensor in found.values()) == pytest.approx(billions * 1e9, rel=0.01)

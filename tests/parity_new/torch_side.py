@@ -216,5 +216,30 @@ def read_loras(folder: Path):
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / "drawn.safetensors")
 
 
+PUBLISHED_TEXT_ENCODER = {  # the language model of Qwen2.5-VL-7B-Instruct, at the top of its config.json
+    "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+}  # fmt: skip
+
+
+def names(folder: Path):
+    """Folders of the published sizes with configurations alone, and the names and shapes of all their tensors."""
+    with torch.device("meta"):
+        models = {
+            "transformer": QwenImageTransformer2DModel(),
+            "vae": AutoencoderKLQwenImage(),
+            "text_encoder": Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=PUBLISHED_TEXT_ENCODER)),
+        }
+    found = {}
+    for name, model in models.items():
+        (folder / "published" / name).mkdir(parents=True)
+        if name == "text_encoder":
+            (folder / "published" / name / "config.json").write_text(json.dumps(PUBLISHED_TEXT_ENCODER))
+        else:
+            model.save_config(folder / "published" / name)
+        found[name] = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    (folder / "published" / "names.json").write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
-    {"write": write, "read_loras": read_loras}[sys.argv[1]](Path(sys.argv[2]))
+    {"write": write, "read_loras": read_loras, "names": names}[sys.argv[1]](Path(sys.argv[2]))

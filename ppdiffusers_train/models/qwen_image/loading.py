@@ -3,7 +3,7 @@
 import paddle
 
 from ppdiffusers_train.batches import concat_padded
-from ppdiffusers_train.models import rms_norm, rotary
+from ppdiffusers_train.models import attention, rms_norm, rotary
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder
 from ppdiffusers_train.models.qwen_image import text_encoder, tokenizer, vae
 from ppdiffusers_train.models.qwen_image.text_encoder import QwenTextEncoder
@@ -15,7 +15,7 @@ from ppdiffusers_train.objectives.flow_matching import FlowSettings
 
 VERSION = 1  # raised when its functions change encoded samples
 # Of the models' own code, which a cache of encoded samples has to know as it knows the versions of libraries.
-VERSIONS = [module.VERSION for module in (rms_norm, rotary, text_encoder, tokenizer, vae)]
+VERSIONS = [module.VERSION for module in (attention, rms_norm, rotary, text_encoder, tokenizer, vae)]
 PIPELINE = "QwenImagePipeline"
 PATCH = 2  # side of a token, in latents
 

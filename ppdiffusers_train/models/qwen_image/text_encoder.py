@@ -12,6 +12,7 @@ from paddle import nn
 from paddle.nn import functional
 
 from ppdiffusers_train.errors import UserError
+from ppdiffusers_train.models.attention import attention
 from ppdiffusers_train.models.rms_norm import RMSNorm
 from ppdiffusers_train.models.rotary import angles, cos_sin, rotate_halves
 
@@ -117,4 +118,4 @@ class CausalAttention(nn.Layer):
         value = self.v_proj(states).reshape([batch, length, self.key_heads, -1])
         key, value = (x.repeat_interleave(self.heads // self.key_heads, axis=2) for x in (key, value))
         seen = paddle.tril(paddle.ones([length, length])).astype("bool").expand([batch, 1, length, length])
-        return self.o_proj(functional.scaled_dot_product_attention(query, key, value, seen).flatten(2))
+        return self.o_proj(attention(query, key, value, seen).flatten(2))

@@ -10,6 +10,7 @@ from paddle.nn import functional
 from ppdiffusers import ConfigMixin, ModelMixin
 from ppdiffusers.configuration_utils import register_to_config
 
+from ppdiffusers_train.models.attention import attention
 from ppdiffusers_train.models.rms_norm import RMSNorm
 from ppdiffusers_train.models.rotary import angles, cos_sin, rotate_pairs
 
@@ -149,7 +150,7 @@ class JointAttention(nn.Layer):
         key = self.joined(text, self.add_k_proj, self.norm_added_k, image, self.to_k, self.norm_k)
         value = self.joined(text, self.add_v_proj, None, image, self.to_v, None)
         query, key = rotate_pairs(query, *rotary), rotate_pairs(key, *rotary)
-        found = functional.scaled_dot_product_attention(query, key, value, mask).flatten(2)
+        found = attention(query, key, value, mask).flatten(2)
         length = text.shape[1]
         return self.to_out[0](found[:, length:]), self.to_add_out(found[:, :length])
 

@@ -8,6 +8,7 @@ from paddle.nn import functional
 from ppdiffusers import ConfigMixin, ModelMixin
 from ppdiffusers.configuration_utils import register_to_config
 
+from ppdiffusers_train.models.attention import attention
 from ppdiffusers_train.tensor_files import Computed, as_array
 
 VERSION = 1  # raised when its functions change encoded samples
@@ -114,7 +115,7 @@ class AttentionBlock(nn.Layer):
 
     def forward(self, x):
         places = self.to_qkv(self.norm(x)).flatten(2).transpose([0, 2, 1]).unsqueeze(2)  # [B, H · W, one head, 3 C]
-        found = functional.scaled_dot_product_attention(*places.chunk(3, axis=-1))
+        found = attention(*places.chunk(3, axis=-1))
         return self.proj(found.squeeze(2).transpose([0, 2, 1]).reshape(x.shape)) + x
 
 
