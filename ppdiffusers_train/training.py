@@ -132,13 +132,16 @@ def index_dataset(dataset, run: Run) -> None:
     """
     if isinstance(dataset, Rows) and not dataset.facts and not run.args.dry_run:
         index_images(dataset, run.ranks, index_folder(run.args), run.log)
+        if dataset.masks and not dataset.masks.facts:
+            index_images(dataset.masks, run.ranks, index_folder(run.args), run.log)
         if summary := dataset.summary():
             run.log(summary)
         known = without_rows_of_other_data(run.saved, dataset, run.args).get("bad_rows", ())
         BadSamples(run.args.max_bad_samples, known).refuse_known(dataset, not wants_class_images(run.args))
     held_out = held_out_rows(dataset)
     if held_out is not None and not held_out.facts and not run.args.dry_run:
-        index_images(held_out, run.ranks, index_folder(run.args), run.log)
+        for rows in filter(None, (held_out, held_out.masks)):
+            index_images(rows, run.ranks, index_folder(run.args), run.log)
 
 
 def make_plan(module, dataset, run: Run) -> Plan:

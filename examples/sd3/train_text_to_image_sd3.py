@@ -13,16 +13,17 @@ import paddle
 from ppdiffusers_train.data.buckets import bucket_sizes, size_for
 from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
 from ppdiffusers_train.data.tags import draw_caption
-from ppdiffusers_train.data.transforms import fit, normalize_pixels
+from ppdiffusers_train.data.transforms import fit, fit_mask, normalize_pixels
 from ppdiffusers_train.job import FullTraining, job_main, named_by_flags
 from ppdiffusers_train.models.attention import announce_joint_attention
 from ppdiffusers_train.models.generation import generate_images
+from ppdiffusers_train.models.masks import encode_masks
 from ppdiffusers_train.models.recompute import enable_recompute
 from ppdiffusers_train.models.sd3 import SD3Folder, check_prompts, encode_captions, tokenize_caption
 from ppdiffusers_train.models.stable_diffusion import encode_images
 from ppdiffusers_train.objectives.denoising import perturb_noise
 from ppdiffusers_train.objectives.flow_matching import interpolate, shifted_sigmas, timestep_weighting, velocity
-from ppdiffusers_train.objectives.losses import mse_loss
+from ppdiffusers_train.objectives.losses import area_weights, mse_loss
 
 
 def build_parser(doc=__doc__, save_formats=arguments.PIPELINE_FORMATS):
@@ -87,14 +88,15 @@ class SD3TrainingModule(FullTraining):
         return bucket_sizes(self.args.resolution) if self.args.aspect_ratio_buckets else ()
 
     def preprocess(self, row, draws):
-        """pixel_values [3, H, W]; input_ids, input_ids_2, and with T5 input_ids_3 [L]."""
+        """pixel_values [3, H, W]; mask [1, H, W] of a masked loss; input_ids, input_ids_2, and with T5 input_ids_3 [L]."""
         args, image = self.args, row["image"]
         refuse_small_image(row, args.min_image_size)
         size = size_for(*image.size, args.resolution, self.buckets)
         image, *_ = fit(image, *size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
+        mask = fit_mask(row, *size, draws, args.center_crop, args.random_flip)
         how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout
         caption = draw_caption(draws, row["caption"], *how)
-        return {"pixel_values": normalize_pixels(image), **tokenize_caption(self.tokenizers, caption)}
+        return {"pixel_values": normalize_pixels(image), **tokenize_caption(self.tokenizers, caption), **mask}
 
     def encoding_settings(self):
         names = ["resolution", "center_crop", "random_flip", "image_interpolation_mode", "proportion_empty_prompts"]
@@ -110,7 +112,8 @@ class SD3TrainingModule(FullTraining):
         """latents [B, C, h, w], shifted and scaled; prompt_embeds [B, 2L, D]; pooled_prompt_embeds [B, P]."""
         encoders = [getattr(self, name) for name in self.folder.text_encoders]
         captions = encode_captions(encoders, batch, self.transformer.config.joint_attention_dim)
-        return {"latents": encode_images(self.vae, batch["pixel_values"]), **captions}
+        latents = encode_images(self.vae, batch["pixel_values"])
+        return {"latents": latents, **captions, **encode_masks(batch, latents)}
 
     def inspect_dataset(self, dataset):
         warn_of_small_images(dataset, self.args.resolution)
@@ -127,7 +130,8 @@ class SD3TrainingModule(FullTraining):
             timestep=sigmas * len(self.sigmas),
         ).sample
         weights = None if self.weights is None else self.weights[steps]
-        return mse_loss(prediction, velocity(latents, noise), weights)
+        area = area_weights(encoded.get("mask"), self.args.masked_area_weight)
+        return mse_loss(prediction, velocity(latents, noise), weights, area)
 
     def generate(self, prompts, seeds):
         own = {name: getattr(self, name) for name in ("transformer", "vae", "scheduler", *self.encoders)}

@@ -14,13 +14,15 @@ from ppdiffusers import DDPMScheduler
 from ppdiffusers_train.data.buckets import bucket_sizes, size_for
 from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
 from ppdiffusers_train.data.tags import vary_tags
-from ppdiffusers_train.data.transforms import fit, normalize_pixels
+from ppdiffusers_train.data.transforms import fit, fit_mask, normalize_pixels
 from ppdiffusers_train.job import LatentDenoisingTraining, job_main, named_by_flags
 from ppdiffusers_train.models.attention import announce_plain_attention
 from ppdiffusers_train.models.generation import generate_images
+from ppdiffusers_train.models.masks import encode_masks
 from ppdiffusers_train.models.sdxl import SDXLFolder, encode_captions, tokenize_caption
 from ppdiffusers_train.models.stable_diffusion import encode_images
 from ppdiffusers_train.models.unet import save_memory
+from ppdiffusers_train.objectives.losses import area_weights
 from ppdiffusers_train.objectives.timesteps import draw_timesteps, timestep_weights
 
 
@@ -78,8 +80,8 @@ class SDXLTrainingModule(LatentDenoisingTraining):
         return bucket_sizes(self.args.resolution) if self.args.aspect_ratio_buckets else ()
 
     def preprocess(self, row, draws):
-        """pixel_values [3, H, W]; input_ids, input_ids_2 [L]; has_prompt [], 0 where the embeddings are to be zeros;
-        time_ids [6]: height and width of the file, top and left of the crop, height and width of the crop."""
+        """pixel_values [3, H, W]; mask [1, H, W] of a masked loss; input_ids, input_ids_2 [L]; has_prompt [], 0 where the embeddings
+        are to be zeros; time_ids [6]: height and width of the file, top and left of the crop, height and width of the crop."""
         args, image = self.args, row["image"]
         refuse_small_image(row, args.min_image_size)
         size = size_for(*image.size, args.resolution, self.buckets)
@@ -90,6 +92,7 @@ class SDXLTrainingModule(LatentDenoisingTraining):
         return {
             "pixel_values": normalize_pixels(crop),
             "time_ids": np.float32([image.height, image.width, top, left, *size]),
+            **fit_mask(row, *size, draws, args.center_crop, args.random_flip),
             **tokenize_caption(self.tokenizer, self.tokenizer_2, caption, is_dropped, zeros),
         }
 
@@ -112,7 +115,8 @@ class SDXLTrainingModule(LatentDenoisingTraining):
         captions = {name: batch[name] for name in ("input_ids", "input_ids_2", "has_prompt")}
         if "text_encoder" in self.encoders:
             captions = encode_captions(self.text_encoder, self.text_encoder_2, captions, self.args.clip_skip)
-        return {"latents": encode_images(self.vae, batch["pixel_values"]), **captions, "time_ids": batch["time_ids"]}
+        latents = encode_images(self.vae, batch["pixel_values"])
+        return {"latents": latents, **captions, "time_ids": batch["time_ids"], **encode_masks(batch, latents)}
 
     def inspect_dataset(self, dataset):
         warn_of_small_images(dataset, self.args.resolution)
@@ -127,7 +131,8 @@ class SDXLTrainingModule(LatentDenoisingTraining):
             encoder_hidden_states=encoded["prompt_embeds"],
             added_cond_kwargs={"text_embeds": encoded["pooled_prompt_embeds"], "time_ids": encoded["time_ids"]},
         ).sample
-        return self.denoising_loss(prediction, latents, noise, timesteps)
+        area = area_weights(encoded.get("mask"), self.args.masked_area_weight)
+        return self.denoising_loss(prediction, latents, noise, timesteps, area)
 
     def generate(self, prompts, seeds):
         scheduler = self.load_scheduler(self.scheduler.config.prediction_type)

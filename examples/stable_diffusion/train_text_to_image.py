@@ -14,14 +14,16 @@ from ppdiffusers import DDPMScheduler
 from ppdiffusers_train.data.buckets import bucket_sizes, size_for
 from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
 from ppdiffusers_train.data.tags import draw_caption
-from ppdiffusers_train.data.transforms import fit, normalize_pixels
+from ppdiffusers_train.data.transforms import fit, fit_mask, normalize_pixels
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.job import LatentDenoisingTraining, job_main
 from ppdiffusers_train.models.generation import generate_images
+from ppdiffusers_train.models.masks import encode_masks
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder, encode_images, encode_prompt
 from ppdiffusers_train.models.text import tokenize
 from ppdiffusers_train.models.unet import save_memory
 from ppdiffusers_train.objectives.denoising import rectify_noise
+from ppdiffusers_train.objectives.losses import area_weights
 
 
 def build_parser(doc=__doc__, save_formats=arguments.PIPELINE_FORMATS):
@@ -66,14 +68,15 @@ class SDTrainingModule(LatentDenoisingTraining):
         return bucket_sizes(self.args.resolution) if self.args.aspect_ratio_buckets else ()
 
     def preprocess(self, row, draws):
-        """pixel_values [3, H, W]; input_ids [L], those of an empty text where the caption is dropped."""
+        """pixel_values [3, H, W]; mask [1, H, W] of a masked loss; input_ids [L], those of an empty text where the caption is dropped."""
         args, image = self.args, row["image"]
         refuse_small_image(row, args.min_image_size)
         size = size_for(*image.size, args.resolution, self.buckets)
         image, *_ = fit(image, *size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
+        mask = fit_mask(row, *size, draws, args.center_crop, args.random_flip)
         how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout
         caption = draw_caption(draws, row["caption"], *how)
-        return {"pixel_values": normalize_pixels(image), "input_ids": tokenize(self.tokenizer, caption)[0]}
+        return {"pixel_values": normalize_pixels(image), "input_ids": tokenize(self.tokenizer, caption)[0], **mask}
 
     def encoding_settings(self):
         names = ["resolution", "image_interpolation_mode", "center_crop", "random_flip", "proportion_empty_prompts"]
@@ -89,7 +92,7 @@ class SDTrainingModule(LatentDenoisingTraining):
         """latents [B, 4, h, w], scaled; prompt_embeds [B, L, D]."""
         latents = encode_images(self.vae, batch["pixel_values"])
         embeds = encode_prompt(self.text_encoder, batch["input_ids"], self.args.clip_skip)
-        return {"latents": latents, "prompt_embeds": embeds}
+        return {"latents": latents, "prompt_embeds": embeds, **encode_masks(batch, latents)}
 
     def inspect_dataset(self, dataset):
         warn_of_small_images(dataset, self.args.resolution)
@@ -105,7 +108,8 @@ class SDTrainingModule(LatentDenoisingTraining):
                 own = self.unet(noisy, timesteps, prompt_embeds).sample
             noisy, noise = rectify_noise(schedule, noisy, noise, timesteps, own, args.dream_detail_preservation)
         prediction = self.unet(noisy, timesteps, prompt_embeds).sample
-        return self.denoising_loss(prediction, latents, noise, timesteps)
+        area = area_weights(encoded.get("mask"), args.masked_area_weight)
+        return self.denoising_loss(prediction, latents, noise, timesteps, area)
 
     def generate(self, prompts, seeds):
         scheduler = self.load_scheduler(self.scheduler.config.prediction_type)

@@ -22,6 +22,7 @@ REFUSED = {
     *(f"timestep_bias_{name}" for name in ("strategy", "multiplier", "begin", "end", "portion")),
     *("num_ddim_timesteps", "timestep_scaling_factor", "unet_time_cond_proj_dim", "w_min", "w_max"),
     "prior_loss_weight",
+    *("masked_loss", "mask_column", "alpha_mask", "masked_area_weight"),
     "background_color",  # part of the images, which must stay the same
     *("param_dtype", "param_rounding"),
     "aspect_ratio_buckets",  # the order of samples depends on it
