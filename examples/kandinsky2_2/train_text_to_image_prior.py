@@ -65,7 +65,7 @@ class KandinskyPriorTrainingModule(WithImageEmbeddings, DenoisingTraining):
             announce_plain_attention("the prior's attention has a mask")
 
     def encoding_settings(self):
-        names = ["proportion_empty_prompts", "shuffle_tags", "keep_tags", "tag_dropout"]
+        names = ["proportion_empty_prompts", "shuffle_tags", "keep_tags", "tag_dropout", "wildcards"]
         return {
             **{name: getattr(self.args, name) for name in names},
             "image_processor": self.image_processor.to_dict(),
@@ -75,7 +75,7 @@ class KandinskyPriorTrainingModule(WithImageEmbeddings, DenoisingTraining):
     def preprocess(self, row, draws):
         """clip_pixel_values as CLIP crops them; input_ids and text_mask [L] of the caption."""
         args = self.args
-        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout
+        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout, args.wildcards
         caption = draw_caption(draws, row["caption"], *how)
         input_ids, text_mask = tokenize(self.tokenizer, caption)
         clip_pixels = self.image_processor(without_ends(row["image"]), return_tensors="np").pixel_values[0]

@@ -14,6 +14,7 @@ from ppdiffusers_train.data.buckets import bucket_sizes, size_for
 from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
 from ppdiffusers_train.data.tags import draw_caption
 from ppdiffusers_train.data.transforms import fit, fit_mask, normalize_pixels
+from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.job import FullTraining, job_main, named_by_flags
 from ppdiffusers_train.models.attention import announce_joint_attention
 from ppdiffusers_train.models.generation import generate_images
@@ -35,6 +36,10 @@ def build_parser(doc=__doc__, save_formats=arguments.PIPELINE_FORMATS):
         default=True,
         help="Use the third text encoder; --no_t5 trains for inference without it.",
     )
+    group.add_argument(
+        "--max_sequence_length", type=arguments.positive_int, metavar="N",
+        help="Read captions of up to N tokens with T5; without it, as many as CLIP reads, 77.",
+    )  # fmt: skip
     arguments.add_image_arguments(parser)
     arguments.add_flow_matching_arguments(parser)
     arguments.add_run_arguments(
@@ -69,6 +74,8 @@ class SD3TrainingModule(FullTraining):
             )  # fmt: skip
         for name in self.folder.tokenizers:
             setattr(self, name, self.folder.load(name))
+        if args.max_sequence_length and not args.t5:
+            raise UserError("--max_sequence_length: is the length of T5's input, and there is --no_t5 as well")
         check_prompts(args.validation_prompts, self.tokenizers)
         self.encoders = ("vae", *self.folder.text_encoders)
         for name in (*self.folder.text_encoders, "vae"):
@@ -88,21 +95,24 @@ class SD3TrainingModule(FullTraining):
         return bucket_sizes(self.args.resolution) if self.args.aspect_ratio_buckets else ()
 
     def preprocess(self, row, draws):
-        """pixel_values [3, H, W]; mask [1, H, W] of a masked loss; input_ids, input_ids_2, and with T5 input_ids_3 [L]."""
+        """pixel_values [3, H, W]; mask [1, H, W] if there is one; input_ids, input_ids_2, with T5 input_ids_3 [L]."""
         args, image = self.args, row["image"]
         refuse_small_image(row, args.min_image_size)
         size = size_for(*image.size, args.resolution, self.buckets)
         image, *_ = fit(image, *size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
         mask = fit_mask(row, *size, draws, args.center_crop, args.random_flip)
-        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout
+        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout, args.wildcards
         caption = draw_caption(draws, row["caption"], *how)
-        return {"pixel_values": normalize_pixels(image), **tokenize_caption(self.tokenizers, caption), **mask}
+        return {"pixel_values": normalize_pixels(image), **mask, **self.tokenize(caption)}
+
+    def tokenize(self, caption):
+        return tokenize_caption(self.tokenizers, caption, self.args.max_sequence_length)
 
     def encoding_settings(self):
         names = ["resolution", "center_crop", "random_flip", "image_interpolation_mode", "proportion_empty_prompts"]
-        names += ["shuffle_tags", "keep_tags", "tag_dropout"]
+        names += ["shuffle_tags", "keep_tags", "tag_dropout", "wildcards"]
         return {
-            **{name: getattr(self.args, name) for name in [*names, "min_image_size", "t5"]},
+            **{name: getattr(self.args, name) for name in [*names, "min_image_size", "t5", "max_sequence_length"]},
             "buckets": self.buckets,
             "scale": [self.folder.vae.config("vae").get(name) for name in ("scaling_factor", "shift_factor")],
             "tokenizers": [tokenizer.get_vocab() for tokenizer in self.tokenizers],

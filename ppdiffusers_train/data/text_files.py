@@ -92,7 +92,7 @@ def as_caption_rows(folder: str, names, texts, separator):
             "name": as_array(names.slice(start, AT_ONCE)),
             "captions": captions,
             "problem": problems,
-            "mask": [None] * len(part),
+            "mask": [None] * len(captions),
         }
         parts.append(pyarrow.Table.from_pydict(columns, SCHEMA))
     return pyarrow.concat_tables([SCHEMA.empty_table(), *parts])
