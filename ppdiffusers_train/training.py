@@ -38,6 +38,7 @@ from ppdiffusers_train.loop.identity import (
     without_rows_of_other_data,
 )
 from ppdiffusers_train.loop.plan import Plan
+from ppdiffusers_train.loop.prompts import wants_images
 from ppdiffusers_train.loop.reports import open_reports
 from ppdiffusers_train.loop.resume_rules import base_identity, describe_changes, refuse_mixture
 from ppdiffusers_train.loop.run import Run, notices, refuse_shorter_run, resolve_run
@@ -132,16 +133,13 @@ def index_dataset(dataset, run: Run) -> None:
     """
     if isinstance(dataset, Rows) and not dataset.facts and not run.args.dry_run:
         index_images(dataset, run.ranks, index_folder(run.args), run.log)
-        if dataset.masks and not dataset.masks.facts:
-            index_images(dataset.masks, run.ranks, index_folder(run.args), run.log)
         if summary := dataset.summary():
             run.log(summary)
         known = without_rows_of_other_data(run.saved, dataset, run.args).get("bad_rows", ())
         BadSamples(run.args.max_bad_samples, known).refuse_known(dataset, not wants_class_images(run.args))
     held_out = held_out_rows(dataset)
     if held_out is not None and not held_out.facts and not run.args.dry_run:
-        for rows in filter(None, (held_out, held_out.masks)):
-            index_images(rows, run.ranks, index_folder(run.args), run.log)
+        index_images(held_out, run.ranks, index_folder(run.args), run.log)
 
 
 def make_plan(module, dataset, run: Run) -> Plan:
@@ -288,7 +286,7 @@ def finish(plan: Plan, state: TrainingState, stop: StopRequest, images: Validati
     with state.result_weights(), run.ranks.only_main("the result to be written") as is_main:
         if is_main:
             write_result(plan, state.step)
-    if run.args.validation_prompts:
+    if wants_images(run.args):
         images.generate(state)
     if run.args.push_to_hub:
         with run.ranks.only_main("the result to be uploaded") as is_main:

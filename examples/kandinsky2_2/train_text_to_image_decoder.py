@@ -90,10 +90,11 @@ class KandinskyDecoderTrainingModule(WithImageEmbeddings, LatentDenoisingTrainin
         # The other half of the channels predicts the variance, which no loss here trains.
         return self.denoising_loss(prediction[:, : latents.shape[1]], latents, noise, timesteps, area)
 
-    def generate(self, prompts, seeds):
+    def generate(self, prompts, seeds, options=None):
         own = {"unet": self.unet, "movq": self.movq}
         own |= {f"prior_{name}": getattr(self, name) for name in ("image_encoder", "image_processor")}
-        return self.folders.generate(own, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        how = self.args.resolution, self.args.validation_inference_steps, options
+        return self.folders.generate(own, prompts, seeds, *how)
 
     def save_pretrained(self, directory):
         self.folders.export_combined(directory, own={"unet": self.unet}, save_format=self.args.save_format)

@@ -48,7 +48,7 @@ class KandinskyPriorTrainingModule(WithImageEmbeddings, DenoisingTraining):
         names = args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path
         self.folders = KandinskyFolders(*names, args.cache_dir, args.variant, weights=not args.dry_run)
         folder = self.folders.prior
-        if args.validation_prompts:
+        if args.validation_prompts or args.validation_prompts_file:
             self.folders.check_resolution(args.resolution)  # only validation needs the decoder
         self.image_processor = folder.load("image_processor", CLIPImageProcessor)
         self.tokenizer = folder.load("tokenizer", CLIPTokenizer)
@@ -107,10 +107,11 @@ class KandinskyPriorTrainingModule(WithImageEmbeddings, DenoisingTraining):
         ).predicted_image_embedding
         return self.denoising_loss(prediction, target, noise, timesteps)
 
-    def generate(self, prompts, seeds):
+    def generate(self, prompts, seeds, options=None):
         names = ("prior", "image_encoder", "text_encoder", "tokenizer", "image_processor")
         own = {f"prior_{name}": getattr(self, name) for name in names}
-        return self.folders.generate(own, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        how = self.args.resolution, self.args.validation_inference_steps, options
+        return self.folders.generate(own, prompts, seeds, *how)
 
     def save_pretrained(self, directory):
         self.folders.export_prior(directory, own={"prior": self.prior}, save_format=self.args.save_format)

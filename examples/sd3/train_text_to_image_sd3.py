@@ -143,10 +143,11 @@ class SD3TrainingModule(FullTraining):
         area = area_weights(encoded.get("mask"), self.args.masked_area_weight)
         return mse_loss(prediction, velocity(latents, noise), weights, area)
 
-    def generate(self, prompts, seeds):
+    def generate(self, prompts, seeds, options=None):
         own = {name: getattr(self, name) for name in ("transformer", "vae", "scheduler", *self.encoders)}
         pipeline = self.folder.pipeline(**own)
-        return generate_images(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        args = self.args
+        return generate_images(pipeline, prompts, seeds, args.resolution, args.validation_inference_steps, options)
 
     def save_pretrained(self, directory):
         own = {"transformer": self.transformer, "scheduler": self.scheduler}

@@ -118,13 +118,13 @@ class SDTrainingModule(LatentDenoisingTraining):
         area = area_weights(encoded.get("mask"), args.masked_area_weight)
         return self.denoising_loss(prediction, latents, noise, timesteps, area)
 
-    def generate(self, prompts, seeds):
+    def generate(self, prompts, seeds, options=None):
         scheduler = self.load_scheduler(self.scheduler.config.prediction_type)
         own = {name: getattr(self, name) for name in ("unet", "vae", "text_encoder")}
         pipeline = self.folder.pipeline(scheduler=scheduler, **own)
         args = self.args
         steps, clip_skip = args.validation_inference_steps, args.clip_skip or None
-        return generate_images(pipeline, prompts, seeds, args.resolution, steps, clip_skip=clip_skip)
+        return generate_images(pipeline, prompts, seeds, args.resolution, steps, options, clip_skip=clip_skip)
 
     def save_pretrained(self, directory):
         scheduler = self.load_scheduler(self.scheduler.config.prediction_type)

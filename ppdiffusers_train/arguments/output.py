@@ -67,6 +67,11 @@ def add_validation_arguments(parser, num_validation_images=1, validation_epochs=
         help="Generate images of these prompts during training; without them, no images are generated.",
     )  # fmt: skip
     add(
+        "--validation_prompts_file", metavar="FILE",
+        help="Generate images of the prompts in this file as well: a JSON object per line, with prompt, and if needed "
+        "negative_prompt, seed, width, height, guidance_scale and num_inference_steps.",
+    )  # fmt: skip
+    add(
         "--num_validation_images", type=positive_int, default=num_validation_images,
         help="Generate this many images per prompt.",
     )  # fmt: skip

@@ -101,9 +101,10 @@ class Stream:
         if sample.others and not self.has_reported:
             self.has_reported = True
             print_line(f"not used: more pictures of samples, for example {sample.others[0]} beside {sample.name}")
-        return self.decode(sample)
+        return self.decode(sample, self.background, self.alpha_mask, self.uses_masks)
 
-    def decode(self, sample: TarSample) -> dict:
+    @staticmethod
+    def decode(sample: TarSample, background: str = WHITE, alpha_mask: bool = False, uses_masks: bool = False) -> dict:
         """A sample as a row.
 
         Raises:
@@ -112,8 +113,8 @@ class Stream:
         if sample.problem:
             raise BadSampleError(f"{sample.name}: {sample.problem}")
         with reading(sample.name):
-            row = decode_row(sample.image, sample.captions, sample.name, self.background, self.alpha_mask)
-            if not self.uses_masks:
+            row = decode_row(sample.image, sample.captions, sample.name, background, alpha_mask)
+            if not uses_masks:
                 return row
             if not sample.mask:
                 raise BadSampleError(f"{sample.name}: {NO_MASK}")

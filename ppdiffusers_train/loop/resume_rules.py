@@ -57,6 +57,7 @@ FREE = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "config", "dry_run", "stop_signal"),
     "accept_changed_data",
     *("checkpointing_steps", "checkpoints_total_limit", "final_checkpoint", "on_save_error", "save_format"),
+    "validation_prompts_file",
     *("save_dtype", "validation_prompts", "num_validation_images", "validation_epochs", "validation_steps"),
     *("validation_loss_steps", "validation_data_dir", "validation_split"),  # the samples to train on are compared
     *("validation_inference_steps", "report_to", "logging_dir", "tracker_project_name", "debug_loss"),
