@@ -100,10 +100,13 @@ class SD3TrainingModule(FullTraining):
         refuse_small_image(row, args.min_image_size)
         size = size_for(*image.size, args.resolution, self.buckets)
         image, *_ = fit(image, *size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
-        mask = fit_mask(row, *size, draws, args.center_crop, args.random_flip)
         how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout, args.wildcards
         caption = draw_caption(draws, row["caption"], *how)
-        return {"pixel_values": normalize_pixels(image), **mask, **self.tokenize(caption)}
+        return {
+            "pixel_values": normalize_pixels(image),
+            **fit_mask(row, *size, draws, args.center_crop, args.random_flip),
+            **self.tokenize(caption),
+        }
 
     def tokenize(self, caption):
         return tokenize_caption(self.tokenizers, caption, self.args.max_sequence_length)
