@@ -130,10 +130,10 @@ class DenoisingTraining(FullTraining):
         noise = perturb_noise(draws, noise, self.args.input_perturbation)
         return add_noise(self.scheduler.alphas_cumprod, sample, noise, timesteps)
 
-    def denoising_loss(self, prediction, sample, noise, timesteps):
-        """The loss of the model's prediction. [B, …] -> a scalar."""
+    def denoising_loss(self, prediction, sample, noise, timesteps, area=None):
+        """The loss of the model's prediction. [B, …] -> a scalar. `area` is a weight map of `losses.area_weights`."""
         kind, schedule = self.scheduler.config.prediction_type, self.scheduler.alphas_cumprod
-        return denoising_loss(prediction, kind, schedule, sample, noise, timesteps, self.weighting, self.huber)
+        return denoising_loss(prediction, kind, schedule, sample, noise, timesteps, self.weighting, self.huber, area)
 
 
 class LatentDenoisingTraining(DenoisingTraining):

@@ -131,7 +131,11 @@ class DiffusionTrainingModule(nn.Layer):
         return 1.0
 
     def generate(self, prompts, seeds):
-        """One PIL image per pair of prompt and seed, generated the way a user would run inference."""
+        """One PIL image per pair of prompt and seed, generated the way a user would run inference.
+
+        A job whose images can have settings of their own takes `options=None` as well: for each image a dictionary of
+        arguments of the pipeline, such as `{"guidance_scale": 4.0}`.
+        """
         raise NotImplementedError
 
     def generation_settings(self):

@@ -38,6 +38,7 @@ from ppdiffusers_train.loop.identity import (
     without_rows_of_other_data,
 )
 from ppdiffusers_train.loop.plan import Plan
+from ppdiffusers_train.loop.prompts import wants_images
 from ppdiffusers_train.loop.reports import open_reports
 from ppdiffusers_train.loop.resume_rules import base_identity, describe_changes, refuse_mixture
 from ppdiffusers_train.loop.run import Run, notices, refuse_shorter_run, resolve_run
@@ -285,7 +286,7 @@ def finish(plan: Plan, state: TrainingState, stop: StopRequest, images: Validati
     with state.result_weights(), run.ranks.only_main("the result to be written") as is_main:
         if is_main:
             write_result(plan, state.step)
-    if run.args.validation_prompts:
+    if wants_images(run.args):
         images.generate(state)
     if run.args.push_to_hub:
         with run.ranks.only_main("the result to be uploaded") as is_main:

@@ -13,16 +13,18 @@ from PIL import Image
 from ppdiffusers import DDPMScheduler, UNet2DConditionModel, VQModel
 from ppdiffusers.transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels, without_ends
+from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixels, square_mask, without_ends
 from ppdiffusers_train.job import LatentDenoisingTraining, job_main
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, WithImageEmbeddings
+from ppdiffusers_train.models.masks import encode_masks
 from ppdiffusers_train.models.unet import save_memory
+from ppdiffusers_train.objectives.losses import area_weights
 
 
 def build_parser(doc=__doc__):
     parser = arguments.ArgumentParser(description=doc.splitlines()[0])
     arguments.add_kandinsky_arguments(parser)
-    arguments.add_diffusion_arguments(parser, noise_offset=True, captions=False)
+    arguments.add_mask_arguments(arguments.add_diffusion_arguments(parser, noise_offset=True, captions=False))
     arguments.add_run_arguments(parser, "kandi_2_2-model-finetuned", train_batch_size=1, adam_weight_decay=0.0)
     return parser
 
@@ -55,7 +57,8 @@ class KandinskyDecoderTrainingModule(WithImageEmbeddings, LatentDenoisingTrainin
         clip_pixels = self.image_processor(without_ends(image), return_tensors="np").pixel_values[0]
         if draws.bernoulli("drop_caption", self.args.proportion_empty_prompts):
             clip_pixels = np.zeros_like(clip_pixels)  # guidance uses the embedding of zeros for no image
-        return {"pixel_values": normalize_pixels(square), "clip_pixel_values": clip_pixels}
+        pixels = {"pixel_values": normalize_pixels(square), "clip_pixel_values": clip_pixels}
+        return {**pixels, **square_mask(row, resolution)}
 
     def encoding_settings(self):
         return {
@@ -66,8 +69,10 @@ class KandinskyDecoderTrainingModule(WithImageEmbeddings, LatentDenoisingTrainin
 
     def encode(self, batch):
         """latents [B, 4, r, r], unquantised and unscaled; image_embeds [B, D]."""
+        latents = self.movq.encode(batch["pixel_values"]).latents
         return {
-            "latents": self.movq.encode(batch["pixel_values"]).latents,
+            "latents": latents,
+            **encode_masks(batch, latents),
             "image_embeds": self.embed_image(batch["clip_pixel_values"]),
         }
 
@@ -81,13 +86,15 @@ class KandinskyDecoderTrainingModule(WithImageEmbeddings, LatentDenoisingTrainin
             encoder_hidden_states=None,
             added_cond_kwargs={"image_embeds": encoded["image_embeds"]},
         ).sample
+        area = area_weights(encoded.get("mask"), self.args.masked_area_weight)
         # The other half of the channels predicts the variance, which no loss here trains.
-        return self.denoising_loss(prediction[:, : latents.shape[1]], latents, noise, timesteps)
+        return self.denoising_loss(prediction[:, : latents.shape[1]], latents, noise, timesteps, area)
 
-    def generate(self, prompts, seeds):
+    def generate(self, prompts, seeds, options=None):
         own = {"unet": self.unet, "movq": self.movq}
         own |= {f"prior_{name}": getattr(self, name) for name in ("image_encoder", "image_processor")}
-        return self.folders.generate(own, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        how = self.args.resolution, self.args.validation_inference_steps, options
+        return self.folders.generate(own, prompts, seeds, *how)
 
     def save_pretrained(self, directory):
         self.folders.export_combined(directory, own={"unet": self.unet}, save_format=self.args.save_format)

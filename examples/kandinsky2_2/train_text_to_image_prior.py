@@ -48,7 +48,7 @@ class KandinskyPriorTrainingModule(WithImageEmbeddings, DenoisingTraining):
         names = args.pretrained_decoder_model_name_or_path, args.pretrained_prior_model_name_or_path
         self.folders = KandinskyFolders(*names, args.cache_dir, args.variant, weights=not args.dry_run)
         folder = self.folders.prior
-        if args.validation_prompts:
+        if args.validation_prompts or args.validation_prompts_file:
             self.folders.check_resolution(args.resolution)  # only validation needs the decoder
         self.image_processor = folder.load("image_processor", CLIPImageProcessor)
         self.tokenizer = folder.load("tokenizer", CLIPTokenizer)
@@ -65,7 +65,7 @@ class KandinskyPriorTrainingModule(WithImageEmbeddings, DenoisingTraining):
             announce_plain_attention("the prior's attention has a mask")
 
     def encoding_settings(self):
-        names = ["proportion_empty_prompts", "shuffle_tags", "keep_tags", "tag_dropout"]
+        names = ["proportion_empty_prompts", "shuffle_tags", "keep_tags", "tag_dropout", "wildcards"]
         return {
             **{name: getattr(self.args, name) for name in names},
             "image_processor": self.image_processor.to_dict(),
@@ -75,7 +75,7 @@ class KandinskyPriorTrainingModule(WithImageEmbeddings, DenoisingTraining):
     def preprocess(self, row, draws):
         """clip_pixel_values as CLIP crops them; input_ids and text_mask [L] of the caption."""
         args = self.args
-        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout
+        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout, args.wildcards
         caption = draw_caption(draws, row["caption"], *how)
         input_ids, text_mask = tokenize(self.tokenizer, caption)
         clip_pixels = self.image_processor(without_ends(row["image"]), return_tensors="np").pixel_values[0]
@@ -107,10 +107,11 @@ class KandinskyPriorTrainingModule(WithImageEmbeddings, DenoisingTraining):
         ).predicted_image_embedding
         return self.denoising_loss(prediction, target, noise, timesteps)
 
-    def generate(self, prompts, seeds):
+    def generate(self, prompts, seeds, options=None):
         names = ("prior", "image_encoder", "text_encoder", "tokenizer", "image_processor")
         own = {f"prior_{name}": getattr(self, name) for name in names}
-        return self.folders.generate(own, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        how = self.args.resolution, self.args.validation_inference_steps, options
+        return self.folders.generate(own, prompts, seeds, *how)
 
     def save_pretrained(self, directory):
         self.folders.export_prior(directory, own={"prior": self.prior}, save_format=self.args.save_format)

@@ -89,13 +89,13 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         """pixel_values [3, R, R]; input_ids [L]."""
         args, image, size = self.args, row["image"], self.args.resolution
         image, *_ = fit(image, size, size, draws, args.interpolation_type, args.center_crop, args.random_flip)
-        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout
+        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout, args.wildcards
         caption = draw_caption(draws, row["caption"], *how)
         return {"pixel_values": normalize_pixels(image), "input_ids": tokenize(self.tokenizer, caption)[0]}
 
     def encoding_settings(self):
         names = ["resolution", "interpolation_type", "center_crop", "random_flip", "proportion_empty_prompts"]
-        names += ["shuffle_tags", "keep_tags", "tag_dropout"]
+        names += ["shuffle_tags", "keep_tags", "tag_dropout", "wildcards"]
         settings = {name: getattr(self.args, name) for name in names}
         settings["scaling_factor"] = self.folder.vae.config("vae").get("scaling_factor")
         return {**settings, "tokenizer": self.tokenizer.get_vocab()}

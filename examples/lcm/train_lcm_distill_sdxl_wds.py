@@ -55,7 +55,7 @@ class LCMSDXLTrainingModule(LCMTrainingModule):
         time_ids [6]: height and width of the file, top and left of the crop, height and width of the crop."""
         args, image, size = self.args, row["image"], self.args.resolution
         crop, top, left = fit(image, size, size, draws, args.interpolation_type, args.center_crop, args.random_flip)
-        caption = vary_tags(draws, row["caption"], args.shuffle_tags, args.keep_tags, args.tag_dropout)
+        caption = vary_tags(draws, row["caption"], args.shuffle_tags, args.keep_tags, args.tag_dropout, args.wildcards)
         is_dropped = draws.bernoulli("drop_caption", args.proportion_empty_prompts)
         zeros = self.folder.no_prompt_is_zeros
         original = (size, size, 0, 0) if args.use_fix_crop_and_size else (image.height, image.width, top, left)

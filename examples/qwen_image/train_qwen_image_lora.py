@@ -17,19 +17,20 @@ import paddle
 from ppdiffusers_train.data.buckets import bucket_sizes, size_for
 from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
 from ppdiffusers_train.data.tags import draw_caption
-from ppdiffusers_train.data.transforms import fit, normalize_pixels
+from ppdiffusers_train.data.transforms import fit, fit_mask, normalize_pixels
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.job import FullTraining, LoRATraining, job_main, named_by_flags
 from ppdiffusers_train.models.attention import announce_joint_attention
 from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.lora import JOINT_ATTENTION_TARGETS
+from ppdiffusers_train.models.masks import encode_masks
 from ppdiffusers_train.models.qwen_image.loading import VERSIONS, QwenImageFolder, encode_caption, packed, unpacked
 from ppdiffusers_train.models.qwen_image.pipeline import QwenImagePipeline
 from ppdiffusers_train.models.qwen_image.tokenizer import LONGEST
 from ppdiffusers_train.models.recompute import enable_recompute
 from ppdiffusers_train.objectives.denoising import perturb_noise
 from ppdiffusers_train.objectives.flow_matching import interpolate, timestep_weighting, velocity
-from ppdiffusers_train.objectives.losses import mse_loss
+from ppdiffusers_train.objectives.losses import area_weights, mse_loss
 
 SHIFT = math.exp(0.8)  # of timesteps, for images of any size, as DiffSynth-Studio trains Qwen-Image
 NO_PROMPT = " "  # the negative prompt of validation images
@@ -101,19 +102,20 @@ class QwenImageTraining(FullTraining):
         return bucket_sizes(self.args.resolution) if self.args.aspect_ratio_buckets else ()
 
     def preprocess(self, row, draws):
-        """pixel_values [3, H, W]; input_ids [L] and their mask, which is 1."""
+        """pixel_values [3, H, W]; mask [1, H, W] if there is one; input_ids [L] and their mask, which is 1."""
         args, image = self.args, row["image"]
         refuse_small_image(row, args.min_image_size)
         size = size_for(*image.size, args.resolution, self.buckets)
         image, *_ = fit(image, *size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
-        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout
+        area = fit_mask(row, *size, draws, args.center_crop, args.random_flip)
+        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout, args.wildcards
         [input_ids] = self.tokenizer([draw_caption(draws, row["caption"], *how)])
         mask = np.ones_like(input_ids)
-        return {"pixel_values": normalize_pixels(image), "input_ids": input_ids, "input_ids_mask": mask}
+        return {"pixel_values": normalize_pixels(image), "input_ids": input_ids, "input_ids_mask": mask, **area}
 
     def encoding_settings(self):
         names = ["resolution", "center_crop", "random_flip", "image_interpolation_mode", "proportion_empty_prompts"]
-        names += ["shuffle_tags", "keep_tags", "tag_dropout", "min_image_size"]
+        names += ["shuffle_tags", "keep_tags", "tag_dropout", "wildcards", "min_image_size"]
         vae = self.folder.base.config("vae")
         return {
             **{name: getattr(self.args, name) for name in names},
@@ -128,7 +130,9 @@ class QwenImageTraining(FullTraining):
         length = int(batch["input_ids_mask"].sum())
         states = encode_caption(self.text_encoder, batch["input_ids"][:, :length])
         mask = paddle.ones(states.shape[:2], "int64")
-        return {"latents": self.vae.encode(batch["pixel_values"]), "prompt_embeds": states, "prompt_embeds_mask": mask}
+        latents = self.vae.encode(batch["pixel_values"])
+        captions = {"prompt_embeds": states, "prompt_embeds_mask": mask}
+        return {"latents": latents, **captions, **encode_masks(batch, latents)}
 
     def inspect_dataset(self, dataset):
         warn_of_small_images(dataset, self.args.resolution)
@@ -144,13 +148,17 @@ class QwenImageTraining(FullTraining):
         mask = encoded["prompt_embeds_mask"] if count > 1 else None  # a sample by itself is not padded
         prediction = self.transformer(packed(noisy), encoded["prompt_embeds"], mask, sigmas[steps], grid)
         target = velocity(latents, noise)
-        return mse_loss(unpacked(prediction, grid), target, None if weights is None else weights[steps])
+        area = area_weights(encoded.get("mask"), self.args.masked_area_weight)
+        return mse_loss(unpacked(prediction, grid), target, None if weights is None else weights[steps], area)
 
-    def generate(self, prompts, seeds):
+    def generate(self, prompts, seeds, options=None):
         parts = {name: getattr(self, name) for name in self.folder.parts}
         pipeline, args = QwenImagePipeline.from_folder(self.folder, **parts), self.args
-        options = {"negative_prompt": NO_PROMPT, "max_sequence_length": LONGEST}
-        return generate_images(pipeline, prompts, seeds, args.resolution, args.validation_inference_steps, **options)
+        names = {"guidance_scale": "true_cfg_scale"}  # what this pipeline calls it
+        own = [{names.get(name, name): value for name, value in more.items()} for more in options or ()]
+        how = args.resolution, args.validation_inference_steps, own
+        same = {"negative_prompt": NO_PROMPT, "max_sequence_length": LONGEST}
+        return generate_images(pipeline, prompts, seeds, *how, **same)
 
     def card_data(self):
         tags = ["qwen-image", "text-to-image", "ppdiffusers"]

@@ -13,16 +13,18 @@ import paddle
 from ppdiffusers_train.data.buckets import bucket_sizes, size_for
 from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
 from ppdiffusers_train.data.tags import draw_caption
-from ppdiffusers_train.data.transforms import fit, normalize_pixels
+from ppdiffusers_train.data.transforms import fit, fit_mask, normalize_pixels
+from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.job import FullTraining, job_main, named_by_flags
 from ppdiffusers_train.models.attention import announce_joint_attention, enable_sliced_attention
 from ppdiffusers_train.models.generation import generate_images
+from ppdiffusers_train.models.masks import encode_masks
 from ppdiffusers_train.models.recompute import enable_recompute
 from ppdiffusers_train.models.sd3 import SD3Folder, check_prompts, encode_captions, tokenize_caption
 from ppdiffusers_train.models.stable_diffusion import encode_images
 from ppdiffusers_train.objectives.denoising import perturb_noise
 from ppdiffusers_train.objectives.flow_matching import interpolate, shifted_sigmas, timestep_weighting, velocity
-from ppdiffusers_train.objectives.losses import mse_loss
+from ppdiffusers_train.objectives.losses import area_weights, mse_loss
 
 
 def build_parser(doc=__doc__, save_formats=arguments.PIPELINE_FORMATS):
@@ -34,6 +36,10 @@ def build_parser(doc=__doc__, save_formats=arguments.PIPELINE_FORMATS):
         default=True,
         help="Use the third text encoder; --no_t5 trains for inference without it.",
     )
+    group.add_argument(
+        "--max_sequence_length", type=arguments.positive_int, metavar="N",
+        help="Read captions of up to N tokens with T5; without it, as many as CLIP reads, 77.",
+    )  # fmt: skip
     arguments.add_image_arguments(parser)
     arguments.add_flow_matching_arguments(parser)
     arguments.add_run_arguments(
@@ -68,6 +74,8 @@ class SD3TrainingModule(FullTraining):
             )  # fmt: skip
         for name in self.folder.tokenizers:
             setattr(self, name, self.folder.load(name))
+        if args.max_sequence_length and not args.t5:
+            raise UserError("--max_sequence_length: is the length of T5's input, and there is --no_t5 as well")
         check_prompts(args.validation_prompts, self.tokenizers)
         self.encoders = ("vae", *self.folder.text_encoders)
         for name in (*self.folder.text_encoders, "vae"):
@@ -89,20 +97,27 @@ class SD3TrainingModule(FullTraining):
         return bucket_sizes(self.args.resolution) if self.args.aspect_ratio_buckets else ()
 
     def preprocess(self, row, draws):
-        """pixel_values [3, H, W]; input_ids, input_ids_2, and with T5 input_ids_3 [L]."""
+        """pixel_values [3, H, W]; mask [1, H, W] if there is one; input_ids, input_ids_2, with T5 input_ids_3 [L]."""
         args, image = self.args, row["image"]
         refuse_small_image(row, args.min_image_size)
         size = size_for(*image.size, args.resolution, self.buckets)
         image, *_ = fit(image, *size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
-        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout
+        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout, args.wildcards
         caption = draw_caption(draws, row["caption"], *how)
-        return {"pixel_values": normalize_pixels(image), **tokenize_caption(self.tokenizers, caption)}
+        return {
+            "pixel_values": normalize_pixels(image),
+            **fit_mask(row, *size, draws, args.center_crop, args.random_flip),
+            **self.tokenize(caption),
+        }
+
+    def tokenize(self, caption):
+        return tokenize_caption(self.tokenizers, caption, self.args.max_sequence_length)
 
     def encoding_settings(self):
         names = ["resolution", "center_crop", "random_flip", "image_interpolation_mode", "proportion_empty_prompts"]
-        names += ["shuffle_tags", "keep_tags", "tag_dropout"]
+        names += ["shuffle_tags", "keep_tags", "tag_dropout", "wildcards"]
         return {
-            **{name: getattr(self.args, name) for name in [*names, "min_image_size", "t5"]},
+            **{name: getattr(self.args, name) for name in [*names, "min_image_size", "t5", "max_sequence_length"]},
             "buckets": self.buckets,
             "scale": [self.folder.vae.config("vae").get(name) for name in ("scaling_factor", "shift_factor")],
             "tokenizers": [tokenizer.get_vocab() for tokenizer in self.tokenizers],
@@ -112,7 +127,8 @@ class SD3TrainingModule(FullTraining):
         """latents [B, C, h, w], shifted and scaled; prompt_embeds [B, 2L, D]; pooled_prompt_embeds [B, P]."""
         encoders = [getattr(self, name) for name in self.folder.text_encoders]
         captions = encode_captions(encoders, batch, self.transformer.config.joint_attention_dim)
-        return {"latents": encode_images(self.vae, batch["pixel_values"]), **captions}
+        latents = encode_images(self.vae, batch["pixel_values"])
+        return {"latents": latents, **captions, **encode_masks(batch, latents)}
 
     def inspect_dataset(self, dataset):
         warn_of_small_images(dataset, self.args.resolution)
@@ -129,12 +145,14 @@ class SD3TrainingModule(FullTraining):
             timestep=sigmas * len(self.sigmas),
         ).sample
         weights = None if self.weights is None else self.weights[steps]
-        return mse_loss(prediction, velocity(latents, noise), weights)
+        area = area_weights(encoded.get("mask"), self.args.masked_area_weight)
+        return mse_loss(prediction, velocity(latents, noise), weights, area)
 
-    def generate(self, prompts, seeds):
+    def generate(self, prompts, seeds, options=None):
         own = {name: getattr(self, name) for name in ("transformer", "vae", "scheduler", *self.encoders)}
         pipeline = self.folder.pipeline(**own)
-        return generate_images(pipeline, prompts, seeds, self.args.resolution, self.args.validation_inference_steps)
+        args = self.args
+        return generate_images(pipeline, prompts, seeds, args.resolution, args.validation_inference_steps, options)
 
     def save_pretrained(self, directory):
         own = {"transformer": self.transformer, "scheduler": self.scheduler}

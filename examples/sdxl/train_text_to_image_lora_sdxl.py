@@ -15,7 +15,6 @@ from train_text_to_image_sdxl import build_parser as build_full_parser
 from ppdiffusers_train.job import LoRATraining, job_main
 from ppdiffusers_train.models.lora import ATTENTION_TARGETS, TEXT_ENCODER_TARGETS
 from ppdiffusers_train.models.recompute import enable_recompute
-from ppdiffusers_train.models.sdxl import encode_captions
 
 
 def build_parser():
@@ -40,8 +39,7 @@ class SDXLLoRATrainingModule(LoRATraining, SDXLTrainingModule):
 
     def forward(self, encoded, draws):
         if self.adapted:
-            encoders = self.text_encoder, self.text_encoder_2
-            encoded = {**encoded, **encode_captions(*encoders, encoded, self.args.clip_skip)}
+            encoded = {**encoded, **self.encode_captions(encoded)}
         return super().forward(encoded, draws)
 
 

@@ -14,13 +14,15 @@ from ppdiffusers import DDPMScheduler
 from ppdiffusers_train.data.buckets import bucket_sizes, size_for
 from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
 from ppdiffusers_train.data.tags import vary_tags
-from ppdiffusers_train.data.transforms import fit, normalize_pixels
+from ppdiffusers_train.data.transforms import fit, fit_mask, normalize_pixels
 from ppdiffusers_train.job import LatentDenoisingTraining, job_main, named_by_flags
 from ppdiffusers_train.models.attention import announce_plain_attention
 from ppdiffusers_train.models.generation import generate_images
+from ppdiffusers_train.models.masks import encode_masks
 from ppdiffusers_train.models.sdxl import SDXLFolder, encode_captions, tokenize_caption
 from ppdiffusers_train.models.stable_diffusion import encode_images
 from ppdiffusers_train.models.unet import save_memory
+from ppdiffusers_train.objectives.losses import area_weights
 from ppdiffusers_train.objectives.timesteps import draw_timesteps, timestep_weights
 
 
@@ -78,26 +80,32 @@ class SDXLTrainingModule(LatentDenoisingTraining):
         return bucket_sizes(self.args.resolution) if self.args.aspect_ratio_buckets else ()
 
     def preprocess(self, row, draws):
-        """pixel_values [3, H, W]; input_ids, input_ids_2 [L]; has_prompt [], 0 where the embeddings are to be zeros;
-        time_ids [6]: height and width of the file, top and left of the crop, height and width of the crop."""
+        """pixel_values [3, H, W]; mask [1, H, W] if there is one; input_ids, input_ids_2 [L]; has_prompt [], 0 where
+        the embeddings are to be zeros; time_ids [6]: height and width of the file, top and left of the crop, height and
+        width of the crop."""
         args, image = self.args, row["image"]
         refuse_small_image(row, args.min_image_size)
         size = size_for(*image.size, args.resolution, self.buckets)
         crop, top, left = fit(image, *size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
-        caption = vary_tags(draws, row["caption"], args.shuffle_tags, args.keep_tags, args.tag_dropout)
+        caption = vary_tags(draws, row["caption"], args.shuffle_tags, args.keep_tags, args.tag_dropout, args.wildcards)
         is_dropped = draws.bernoulli("drop_caption", args.proportion_empty_prompts)
-        zeros = self.folder.no_prompt_is_zeros
+        how = is_dropped, self.folder.no_prompt_is_zeros, args.max_token_length // 75
         return {
             "pixel_values": normalize_pixels(crop),
             "time_ids": np.float32([image.height, image.width, top, left, *size]),
-            **tokenize_caption(self.tokenizer, self.tokenizer_2, caption, is_dropped, zeros),
+            **fit_mask(row, *size, draws, args.center_crop, args.random_flip),
+            **tokenize_caption(self.tokenizer, self.tokenizer_2, caption, *how),
         }
+
+    def encode_captions(self, tokens):
+        args, encoders = self.args, (self.text_encoder, self.text_encoder_2)
+        return encode_captions(*encoders, tokens, args.clip_skip, args.max_token_length // 75)
 
     def encoding_settings(self):
         names = ["resolution", "center_crop", "random_flip", "image_interpolation_mode", "proportion_empty_prompts"]
-        names += ["shuffle_tags", "keep_tags", "tag_dropout"]
+        names += ["shuffle_tags", "keep_tags", "tag_dropout", "wildcards"]
         return {
-            **{name: getattr(self.args, name) for name in [*names, "min_image_size", "clip_skip"]},
+            **{name: getattr(self.args, name) for name in [*names, "min_image_size", "clip_skip", "max_token_length"]},
             "buckets": self.buckets,
             "scaling_factor": self.folder.vae.config("vae").get("scaling_factor"),
             "no_prompt_is_zeros": self.folder.no_prompt_is_zeros,
@@ -111,8 +119,9 @@ class SDXLTrainingModule(LatentDenoisingTraining):
         """
         captions = {name: batch[name] for name in ("input_ids", "input_ids_2", "has_prompt")}
         if "text_encoder" in self.encoders:
-            captions = encode_captions(self.text_encoder, self.text_encoder_2, captions, self.args.clip_skip)
-        return {"latents": encode_images(self.vae, batch["pixel_values"]), **captions, "time_ids": batch["time_ids"]}
+            captions = self.encode_captions(captions)
+        latents = encode_images(self.vae, batch["pixel_values"])
+        return {"latents": latents, **captions, "time_ids": batch["time_ids"], **encode_masks(batch, latents)}
 
     def inspect_dataset(self, dataset):
         warn_of_small_images(dataset, self.args.resolution)
@@ -127,15 +136,16 @@ class SDXLTrainingModule(LatentDenoisingTraining):
             encoder_hidden_states=encoded["prompt_embeds"],
             added_cond_kwargs={"text_embeds": encoded["pooled_prompt_embeds"], "time_ids": encoded["time_ids"]},
         ).sample
-        return self.denoising_loss(prediction, latents, noise, timesteps)
+        area = area_weights(encoded.get("mask"), self.args.masked_area_weight)
+        return self.denoising_loss(prediction, latents, noise, timesteps, area)
 
-    def generate(self, prompts, seeds):
+    def generate(self, prompts, seeds, options=None):
         scheduler = self.load_scheduler(self.scheduler.config.prediction_type)
         own = {name: getattr(self, name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
         pipeline = self.folder.pipeline(scheduler=scheduler, **own)
         args = self.args
         steps, clip_skip = args.validation_inference_steps, args.clip_skip or None
-        return generate_images(pipeline, prompts, seeds, args.resolution, steps, clip_skip=clip_skip)
+        return generate_images(pipeline, prompts, seeds, args.resolution, steps, options, clip_skip=clip_skip)
 
     def save_pretrained(self, directory):
         scheduler = self.load_scheduler(self.scheduler.config.prediction_type)

@@ -14,14 +14,16 @@ from ppdiffusers import DDPMScheduler
 from ppdiffusers_train.data.buckets import bucket_sizes, size_for
 from ppdiffusers_train.data.rows import refuse_small_image, warn_of_small_images
 from ppdiffusers_train.data.tags import draw_caption
-from ppdiffusers_train.data.transforms import fit, normalize_pixels
+from ppdiffusers_train.data.transforms import fit, fit_mask, normalize_pixels
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.job import LatentDenoisingTraining, job_main
 from ppdiffusers_train.models.generation import generate_images
+from ppdiffusers_train.models.masks import encode_masks
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder, encode_images, encode_prompt
-from ppdiffusers_train.models.text import tokenize
+from ppdiffusers_train.models.text import tokenize_chunks
 from ppdiffusers_train.models.unet import save_memory
 from ppdiffusers_train.objectives.denoising import rectify_noise
+from ppdiffusers_train.objectives.losses import area_weights
 
 
 def build_parser(doc=__doc__, save_formats=arguments.PIPELINE_FORMATS):
@@ -66,20 +68,28 @@ class SDTrainingModule(LatentDenoisingTraining):
         return bucket_sizes(self.args.resolution) if self.args.aspect_ratio_buckets else ()
 
     def preprocess(self, row, draws):
-        """pixel_values [3, H, W]; input_ids [L], those of an empty text where the caption is dropped."""
+        """pixel_values [3, H, W]; mask [1, H, W] if there is one; input_ids [L], of an empty text if it is dropped."""
         args, image = self.args, row["image"]
         refuse_small_image(row, args.min_image_size)
         size = size_for(*image.size, args.resolution, self.buckets)
         image, *_ = fit(image, *size, draws, args.image_interpolation_mode, args.center_crop, args.random_flip)
-        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout
+        mask = fit_mask(row, *size, draws, args.center_crop, args.random_flip)
+        how = args.proportion_empty_prompts, args.shuffle_tags, args.keep_tags, args.tag_dropout, args.wildcards
         caption = draw_caption(draws, row["caption"], *how)
-        return {"pixel_values": normalize_pixels(image), "input_ids": tokenize(self.tokenizer, caption)[0]}
+        return {"pixel_values": normalize_pixels(image), "input_ids": self.tokenize(caption), **mask}
+
+    def tokenize(self, caption):
+        return tokenize_chunks(self.tokenizer, caption, self.args.max_token_length // 75)
+
+    def encode_prompt(self, input_ids):
+        chunks = self.args.max_token_length // 75
+        return encode_prompt(self.text_encoder, input_ids, self.args.clip_skip, chunks)
 
     def encoding_settings(self):
         names = ["resolution", "image_interpolation_mode", "center_crop", "random_flip", "proportion_empty_prompts"]
-        names += ["shuffle_tags", "keep_tags", "tag_dropout"]
+        names += ["shuffle_tags", "keep_tags", "tag_dropout", "wildcards"]
         return {
-            **{name: getattr(self.args, name) for name in [*names, "min_image_size", "clip_skip"]},
+            **{name: getattr(self.args, name) for name in [*names, "min_image_size", "clip_skip", "max_token_length"]},
             "buckets": self.buckets,
             "scaling_factor": self.folder.vae.config("vae").get("scaling_factor"),
             "tokenizer": self.tokenizer.get_vocab(),
@@ -88,8 +98,8 @@ class SDTrainingModule(LatentDenoisingTraining):
     def encode(self, batch):
         """latents [B, 4, h, w], scaled; prompt_embeds [B, L, D]."""
         latents = encode_images(self.vae, batch["pixel_values"])
-        embeds = encode_prompt(self.text_encoder, batch["input_ids"], self.args.clip_skip)
-        return {"latents": latents, "prompt_embeds": embeds}
+        embeds = self.encode_prompt(batch["input_ids"])
+        return {"latents": latents, "prompt_embeds": embeds, **encode_masks(batch, latents)}
 
     def inspect_dataset(self, dataset):
         warn_of_small_images(dataset, self.args.resolution)
@@ -105,15 +115,16 @@ class SDTrainingModule(LatentDenoisingTraining):
                 own = self.unet(noisy, timesteps, prompt_embeds).sample
             noisy, noise = rectify_noise(schedule, noisy, noise, timesteps, own, args.dream_detail_preservation)
         prediction = self.unet(noisy, timesteps, prompt_embeds).sample
-        return self.denoising_loss(prediction, latents, noise, timesteps)
+        area = area_weights(encoded.get("mask"), args.masked_area_weight)
+        return self.denoising_loss(prediction, latents, noise, timesteps, area)
 
-    def generate(self, prompts, seeds):
+    def generate(self, prompts, seeds, options=None):
         scheduler = self.load_scheduler(self.scheduler.config.prediction_type)
         own = {name: getattr(self, name) for name in ("unet", "vae", "text_encoder")}
         pipeline = self.folder.pipeline(scheduler=scheduler, **own)
         args = self.args
         steps, clip_skip = args.validation_inference_steps, args.clip_skip or None
-        return generate_images(pipeline, prompts, seeds, args.resolution, steps, clip_skip=clip_skip)
+        return generate_images(pipeline, prompts, seeds, args.resolution, steps, options, clip_skip=clip_skip)
 
     def save_pretrained(self, directory):
         scheduler = self.load_scheduler(self.scheduler.config.prediction_type)

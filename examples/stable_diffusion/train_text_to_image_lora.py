@@ -14,7 +14,8 @@ from train_text_to_image import build_parser as build_full_parser
 
 from ppdiffusers_train.job import LoRATraining, job_main
 from ppdiffusers_train.models.lora import ATTENTION_TARGETS, TEXT_ENCODER_TARGETS
-from ppdiffusers_train.models.stable_diffusion import encode_images, encode_prompt
+from ppdiffusers_train.models.masks import encode_masks
+from ppdiffusers_train.models.stable_diffusion import encode_images
 
 
 def build_parser():
@@ -39,12 +40,12 @@ class SDLoRATrainingModule(LoRATraining, SDTrainingModule):
         """latents [B, 4, h, w], scaled; prompt_embeds [B, L, D] or, where the text encoder is trained, input_ids."""
         if not self.adapted:
             return super().encode(batch)
-        return {"latents": encode_images(self.vae, batch["pixel_values"]), "input_ids": batch["input_ids"]}
+        latents = encode_images(self.vae, batch["pixel_values"])
+        return {"latents": latents, "input_ids": batch["input_ids"], **encode_masks(batch, latents)}
 
     def forward(self, encoded, draws):
         if self.adapted:
-            embeds = encode_prompt(self.text_encoder, encoded["input_ids"], self.args.clip_skip)
-            encoded = {**encoded, "prompt_embeds": embeds}
+            encoded = {**encoded, "prompt_embeds": self.encode_prompt(encoded["input_ids"])}
         return super().forward(encoded, draws)
 
 

@@ -20,6 +20,7 @@ from ppdiffusers_train.arguments.jobs import (
     add_kandinsky_arguments,
     add_kandinsky_lora_arguments,
     add_lora_arguments,
+    add_mask_arguments,
     add_pipeline_arguments,
     add_student_arguments,
     add_text_encoder_arguments,
@@ -49,8 +50,8 @@ __all__ = [  # for scripts, besides the groups below
     "ArgumentParser", "Flag", "INTERPOLATION_MODES", "add_crop_arguments", "add_diffusion_arguments",
     "add_distillation_arguments", "add_dream_arguments", "add_folder_arguments", "add_flow_matching_arguments",
     "add_image_arguments", "add_kandinsky_arguments", "add_kandinsky_lora_arguments", "add_lora_arguments",
-    "add_pipeline_arguments", "add_prediction_arguments", "add_student_arguments", "add_text_encoder_arguments",
-    "add_timestep_arguments", "add_output_arguments",
+    "add_mask_arguments", "add_pipeline_arguments", "add_prediction_arguments", "add_student_arguments",
+    "add_text_encoder_arguments", "add_timestep_arguments", "add_output_arguments",
     "add_reporting_arguments", "add_validation_arguments", "PIPELINE_FORMATS", "SAVE_FORMATS",
 ]  # fmt: skip
 

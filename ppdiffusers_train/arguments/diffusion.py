@@ -86,6 +86,10 @@ def add_prediction_arguments(group):
         "--clip_skip", type=non_negative_int, default=0, metavar="N",
         help="Skip the last N layers of CLIP's text encoders, counted as the pipeline's argument clip_skip.",
     )  # fmt: skip
+    add(
+        "--max_token_length", type=int, choices=(75, 150, 225), default=75,
+        help="Read captions of up to this many tokens, in chunks of 75 that CLIP encodes one by one.",
+    )  # fmt: skip
 
 
 def add_dream_arguments(group):
@@ -121,6 +125,8 @@ def add_dropout_arguments(group, captions=True):
         "--keep_tags", "--keep_tokens", type=non_negative_int, default=0,
         help="Keep the first tags, this many, out of shuffling and dropout.",
     )  # fmt: skip
+    choice = "Take one of the texts in {a|b|c} of a caption, drawn anew each time it is used."
+    add("--wildcards", "--enable_wildcard", action=Flag, help=choice)
 
 
 def add_flow_matching_arguments(parser):

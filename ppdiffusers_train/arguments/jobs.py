@@ -83,7 +83,23 @@ def add_image_arguments(parser):
         "--min_image_size", type=positive_int, metavar="PIXELS",
         help="Treat images whose shorter side has fewer pixels as bad samples; without it, they are enlarged.",
     )  # fmt: skip
+    add_mask_arguments(group)
     return group
+
+
+def add_mask_arguments(group):
+    """Masked losses, read by `data.dataset.build_dataset`, and by the jobs whose loss is over latents of the image."""
+    add = group.add_argument
+    add(
+        "--masked_loss", action=Flag,
+        help="Take the loss only where a sample's mask is white: cat.mask.png beside cat.jpg, in folders and shards.",
+    )  # fmt: skip
+    add("--mask_column", metavar="NAME", help="Take masks from this column, which holds images or their paths.")
+    add("--alpha_mask", action=Flag, help="Take the transparency of images as their masks: the loss is of what shows.")
+    add(
+        "--masked_area_weight", "--unmasked_weight", type=unit_float, default=0.0, metavar="W",
+        help="Weigh the loss outside masks by this number from 0 to 1; with 0, it does not count.",
+    )  # fmt: skip
 
 
 def add_crop_arguments(parser):

@@ -66,6 +66,9 @@ def add_validation_arguments(parser, num_validation_images=1, validation_epochs=
         "--validation_prompts", "--validation_prompt", nargs="+", metavar="TEXT",
         help="Generate images of these prompts during training; without them, no images are generated.",
     )  # fmt: skip
+    lines = "Generate images of the prompts in this file as well: a JSON object per line, with prompt, and if needed "
+    lines += "negative_prompt, seed, width, height, guidance_scale and num_inference_steps."
+    add("--validation_prompts_file", metavar="FILE", help=lines)
     add(
         "--num_validation_images", type=positive_int, default=num_validation_images,
         help="Generate this many images per prompt.",

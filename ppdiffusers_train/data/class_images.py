@@ -94,6 +94,7 @@ class WithClassImages(Rows):
         super().__init__(rows.caption_column)
         self.parts, self.class_rows = (rows, class_rows), len(class_rows)
         self.times, self.held_out, self.background = rows.times, rows.held_out, rows.background
+        self.masks, self.alpha_mask = rows.masks, rows.alpha_mask
 
     def __len__(self):
         return sum(map(len, self.parts))

@@ -74,34 +74,38 @@ class Columns:
     Args:
         source: the table, as the user has named it, for messages.
         image, caption: names of its columns.
+        mask: that of its column with masks, or None.
     """
 
     source: str
     image: str
     caption: str
+    mask: object = None
 
     def image_in(self, names) -> str:
         """The name of the images' column. Where there is no `image`, it is `file_name`, as in metadata of a folder."""
         return "file_name" if self.image == "image" and "image" not in names and "file_name" in names else self.image
 
     def check(self, schema) -> list:
-        """The names of both columns in a table with this schema.
+        """The names of these columns in a table with this schema.
 
         Raises:
             UserError: one does not exist, or cannot hold what it should.
         """
-        names = [self.image_in(schema.names), self.caption]
-        for flag, name in zip(("--image_column", "--caption_column"), names):
+        names = [self.image_in(schema.names), self.caption, *([self.mask] if self.mask else [])]
+        for flag, name in zip(("--image_column", "--caption_column", "--mask_column"), names):
             if name not in schema.names:
                 raise UserError(f"{flag}: {self.source!r} has no column {name!r}; it has {described(schema)}")
         if names[0] == names[1]:
             raise UserError(f"--caption_column: {names[1]!r} is the --image_column, too; expected another column")
-        image, caption = (schema.field(name).type for name in names)
-        if not is_image(image):
-            raise UserError(
-                f"--image_column: column {names[0]!r} of {self.source!r} does not hold images, but {image}; expected "
-                f"bytes, paths, or a struct of bytes and path; the columns are {described(schema)}"
-            )
+        image, caption, *masks = (schema.field(name).type for name in names)
+        kinds = [("--image_column", names[0], image), *(("--mask_column", self.mask, kind) for kind in masks)]
+        for flag, name, kind in kinds:
+            if not is_image(kind):
+                raise UserError(
+                    f"{flag}: column {name!r} of {self.source!r} does not hold images, but {kind}; expected "
+                    f"bytes, paths, or a struct of bytes and path; the columns are {described(schema)}"
+                )
         if not is_caption(caption):
             raise UserError(
                 f"--caption_column: column {names[1]!r} of {self.source!r} holds {caption}; expected texts or lists of "

@@ -10,6 +10,7 @@ from huggingface_hub.constants import HF_HOME
 from ppdiffusers_train.data.folder_kinds import SHARDS, TABLES, look_into
 from ppdiffusers_train.data.hub_datasets import image_repository
 from ppdiffusers_train.data.image_folder import THREE_WAYS, build_folder
+from ppdiffusers_train.data.masks import MaskRows
 from ppdiffusers_train.data.order import permutation
 from ppdiffusers_train.data.rows import Rows
 from ppdiffusers_train.draws import generator
@@ -33,11 +34,36 @@ def build_dataset(args):
             "no data: expected --train_data_dir DIR, --dataset_name NAME or --train_shards_path_or_url SHARDS"
         )
     dataset.background = args.background_color
+    dataset.alpha_mask = mask_source(args)[0] == "alpha"
     dataset, held_out = hold_out(args, dataset)
     if isinstance(dataset, Rows) and args.max_train_samples is not None and args.max_train_samples < len(dataset):
         dataset = dataset.select(permutation(args.seed or 0, 0, len(dataset))[: args.max_train_samples])
     dataset.held_out = held_out
+    if mask_source(args)[0] in ("file", "column"):
+        dataset.uses_masks = True  # of a stream
+        for part, rows in {"trained": dataset, "held out": held_out}.items():
+            if isinstance(rows, Rows):
+                rows.masks = MaskRows(rows, part)
     return dataset
+
+
+def mask_source(args) -> tuple:
+    """Where masks are: ("file", None), ("column", its name), ("alpha", None), or (None, None) if there are none.
+
+    Raises:
+        UserError: flags contradict each other.
+    """
+    if "masked_loss" not in vars(args):  # in a job whose loss has no area
+        return None, None
+    if args.mask_column and args.alpha_mask:
+        raise UserError("--alpha_mask: there is --mask_column as well; expected one of them")
+    kinds = {"alpha": args.alpha_mask, "column": args.mask_column, "file": args.masked_loss}
+    kind = next((kind for kind, given in kinds.items() if given), None)
+    if args.masked_area_weight and not kind:
+        raise UserError(
+            "--masked_area_weight: there are no masks; expected --masked_loss, --mask_column NAME or --alpha_mask"
+        )
+    return kind, args.mask_column
 
 
 def hold_out(args, dataset) -> tuple:
@@ -77,7 +103,7 @@ def hold_out(args, dataset) -> tuple:
             f"--validation_loss_steps: the data have no split named validation ({reason}); expected "
             "--validation_data_dir DIR or --validation_split X"
         ) from error
-    held_out.background = args.background_color
+    held_out.background, held_out.alpha_mask = args.background_color, dataset.alpha_mask
     return dataset, held_out
 
 
@@ -104,8 +130,10 @@ def build_images(args, is_held_out=False) -> Rows:
     if kind != TABLES:
         if not is_held_out:
             refuse_split(args, "a folder of images has none; --train_data_dir takes the folder of one split")
-        return build_folder(args, listing, index_folder(args))
+        return build_folder(args, listing, index_folder(args), mask_source(args))
     refuse_folder_flags(args)
+    if mask_source(args)[0] == "file":
+        raise UserError("--masked_loss: a table has no files beside its images; expected --mask_column NAME")
     from ppdiffusers_train.data.table_sources import build_table  # only here: `datasets` takes a while to import
 
     return build_table(args, index_folder(args))
@@ -163,11 +191,14 @@ def build_shards(args):
         raise UserError(f"{flag}: there is --train_data_dir or --dataset_name as well; expected one of them")
     refuse_split(args, f"shards have no splits; expected the shards of one split for {flag}")
     refuse_folder_flags(args)
+    masks, _ = mask_source(args)
+    if masks == "column":
+        raise UserError("--mask_column: shards have no columns; expected --masked_loss, with files such as 0.mask.png")
     cache_folder = index_folder(args)
     addresses = expand_urls(source)
     streamed = [address for address in addresses if address.startswith(STREAMED)]
     if not streamed:
-        return open_shards(local_shards(addresses), args.caption_column, cache_folder)
+        return open_shards(local_shards(addresses), args.caption_column, cache_folder, masks == "file")
     if len(streamed) < len(addresses):
         raise UserError(f"{flag}: {source!r} is streamed in part; expected either files, or http(s):// and pipe:")
     for name in ("encoded_cache_dir", "aspect_ratio_buckets"):

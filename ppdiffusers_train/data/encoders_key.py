@@ -58,14 +58,16 @@ def stored_digests(module, index_dir: Path) -> dict:
     return {f"weights of {name}": file_digest(stored.files, index_dir) for name, stored in module.stored().items()}
 
 
-def encoders_digest(module, precision, unloaded: dict, background: str = WHITE) -> str:
+def encoders_digest(module, precision, unloaded: dict, background: str = WHITE, masks=None) -> str:
     """A hash of everything that an encoding depends on besides the sample.
 
     Args:
         unloaded: the result of `unloaded_encoders`.
         background: colour behind transparent pixels of images.
+        masks: "alpha", "file", or None without masks; their contents are part of a sample's key.
     """
     known = {
+        "masks": masks,
         "code": code_of(type(module), METHODS, AROUND),
         "settings": encoders_settings(module, precision),
         "background": background,

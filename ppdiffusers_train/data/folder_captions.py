@@ -24,6 +24,7 @@ SCHEMA = pyarrow.schema(
         folder_metadata.SCHEMA.field("captions"),
         folder_metadata.SCHEMA.field("problem"),  # why there is no caption
         pyarrow.field("origin", pyarrow.int8()),
+        folder_metadata.SCHEMA.field("mask"),
     ]
 )
 MASK, ENDING = r"(?i)\.mask", r"\.[^./]*$"
@@ -31,12 +32,14 @@ MASK, ENDING = r"(?i)\.mask", r"\.[^./]*$"
 
 @dataclass(frozen=True)
 class CaptionFlags:
-    """The values of the flags `--caption_column`, `--caption` and `--caption_separator`, and the split to read."""
+    """The values of the flags `--caption_column`, `--caption` and `--caption_separator`, the split to read, and where
+    masks are (`dataset.mask_source`)."""
 
     column: str = "text"
     caption: object = None
     separator: object = None
     split: str = "train"
+    masks: tuple = (None, None)
 
 
 def captioned_images(folder: str, flags: CaptionFlags, listing: Listing, kept_texts: Path) -> tuple:
@@ -49,9 +52,14 @@ def captioned_images(folder: str, flags: CaptionFlags, listing: Listing, kept_te
         problems of `listing`.
     """
     names = listing.names
-    rows, described, columns = match_metadata(folder, listing, flags.column)
+    kind, mask_column = flags.masks
+    rows, described, columns = match_metadata(folder, listing, flags.column, mask_column)
     of_split = images_of_split(folder, names, listing.problems, flags.split)
-    used = np.flatnonzero(of_split & ~masks(folder, names, listing.problems))
+    mask_of, are_masks = masks(names)
+    for path in paths(folder, names, are_masks) if kind != "file" else ():
+        listing.problems.add("mask", path)
+    are_masks |= np.asarray(compute.is_in(names, as_array(described["mask"])), bool)
+    used = np.flatnonzero(of_split & ~are_masks)
     images, rows = taken(listing.images, used), rows[used]
     has_value = described["captions"].is_valid().to_numpy() | described["problem"].is_valid().to_numpy()
     described_well = (rows >= 0) & np.append(has_value, False)[rows]
@@ -72,7 +80,12 @@ def captioned_images(folder: str, flags: CaptionFlags, listing: Listing, kept_te
         others + 2,
     )
     captions = taken(pool, places)
-    table = [*images.columns, captions["captions"], captions["problem"], pyarrow.array(np.int8(origin))]
+    own_masks = (
+        as_array(described["mask"]).take(pyarrow.array(rows, mask=rows < 0))
+        if kind == "column"
+        else mask_of.take(pyarrow.array(used))
+    )
+    table = [*images.columns, captions["captions"], captions["problem"], pyarrow.array(np.int8(origin)), own_masks]
     return pyarrow.Table.from_arrays(table, schema=SCHEMA), columns
 
 
@@ -103,15 +116,18 @@ def images_of_split(folder: str, names, problems, split: str) -> np.ndarray:
     return trained
 
 
-def masks(folder: str, names, problems) -> np.ndarray:
-    """Whether each image is the mask of another one, as `cat.mask.png` beside `cat.jpg`: bool [n]."""
+def masks(names) -> tuple:
+    """The masks among images, as `cat.mask.png` beside `cat.jpg`.
+
+    Returns:
+        (for each image the name of its mask or null, whether each image is the mask of another one: bool [n]).
+    """
     found = np.asarray(compute.match_substring_regex(names, MASK + ENDING), bool)
-    images = compute.replace_substring_regex(names.filter(pyarrow.array(found)), MASK + ENDING, "")
-    if len(images):
-        found[found] = np.asarray(compute.is_in(images, without_ending(names)), bool)
-    for path in paths(folder, names, found):
-        problems.add("mask", path)
-    return found
+    named = names.filter(pyarrow.array(found))
+    stems = compute.replace_substring_regex(named, MASK + ENDING, "")
+    if len(named):
+        found[found] = np.asarray(compute.is_in(stems, without_ending(names)), bool)
+    return named.take(compute.index_in(without_ending(names), stems)), found
 
 
 def without_ending(names):

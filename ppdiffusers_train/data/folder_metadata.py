@@ -20,11 +20,14 @@ SCHEMA = pyarrow.schema(
         "name": large_binary(),  # of the image, relative to the folder
         "captions": pyarrow.large_list(large_string()),
         "problem": large_string(),  # why the row's value is not a caption; if both are null, there is no value
+        "mask": large_binary(),  # path of the image's mask, relative to the folder, or null
     }
 )
 
+KINDS = SCHEMA.names, SCHEMA.types
 
-def match_metadata(folder: str, listing: Listing, caption_column: str) -> tuple:
+
+def match_metadata(folder: str, listing: Listing, caption_column: str, mask_column=None) -> tuple:
     """Read the metadata of a folder. An image's rows are in the nearest metadata file, in its folder or above it.
 
     Returns:
@@ -32,7 +35,7 @@ def match_metadata(folder: str, listing: Listing, caption_column: str) -> tuple:
         {column of the metadata: None}). What is wrong is added to the problems of `listing`.
     """
     names, columns = listing.names, {}
-    metadata = read_metadata(folder, listing, caption_column, columns)
+    metadata = read_metadata(folder, listing, caption_column, mask_column, columns)
     known, start = np.full(len(names), -1), 0
     nearest, lost, tables = nearest_folders(names, list(metadata)), {}, []
     for number, (here, table) in enumerate(metadata.items()):
@@ -45,19 +48,27 @@ def match_metadata(folder: str, listing: Listing, caption_column: str) -> tuple:
     return known, pyarrow.concat_tables(tables) if tables else SCHEMA.empty_table(), columns
 
 
-def read_metadata(folder: str, listing: Listing, caption_column: str, columns: dict) -> dict:
+def read_metadata(folder: str, listing: Listing, caption_column: str, mask_column, columns: dict) -> dict:
     """{folder of a metadata file: table of its rows}. The names of its columns are added to `columns`."""
     found = {}
     for file in listing.metadata:
         here = posixpath.dirname(file)
-        rows = found.setdefault(here, (GrowingColumn(large_binary()), GrowingLists(), GrowingColumn(large_string())))
+        rows = found.setdefault(
+            here, [GrowingLists() if name == "captions" else GrowingColumn(kind) for name, kind in zip(*KINDS)]
+        )
         for place, row, problem in read_rows(os.path.join(folder, file)):
             if problem:
                 listing.problems.add("bad_metadata", f"{place}: {problem}")
                 continue
             columns.update(dict.fromkeys(row))
             path = os.fsencode(relative_path(folder, here, row["file_name"]))
-            for column, value in zip(rows, (path, *usable_captions(row.get(caption_column), caption_column))):
+            mask = row.get(mask_column)
+            if not isinstance(mask, str | None):
+                problem = f"column {mask_column!r} holds {mask!r}; expected the path of a mask"
+                listing.problems.add("bad_metadata", f"{place}: {problem}")
+                continue
+            mask = mask and os.fsencode(relative_path(folder, here, mask))
+            for column, value in zip(rows, (path, *usable_captions(row.get(caption_column), caption_column), mask)):
                 column.add(value)
     tables = {here: [column.array() for column in rows] for here, rows in found.items()}
     return {here: pyarrow.Table.from_arrays(arrays, schema=SCHEMA) for here, arrays in tables.items()}
@@ -165,7 +176,8 @@ def merged(table):
     lists = compute.if_else(pyarrow.array(has_none), pyarrow.scalar(None, lists.type), lists)
     problems = as_array(table["problem"].take(pyarrow.array(order[starts])))
     problems = compute.if_else(pyarrow.array(has_none), problems, pyarrow.scalar(None, problems.type))
-    return pyarrow.Table.from_arrays([names.dictionary, lists, problems], schema=SCHEMA)
+    masks = as_array(table["mask"].take(pyarrow.array(order[starts])))
+    return pyarrow.Table.from_arrays([names.dictionary, lists, problems, masks], schema=SCHEMA)
 
 
 def add_lost_rows(folder: str, listing: Listing, lost: dict) -> None:

@@ -37,4 +37,7 @@ def described(rows: Rows, start: int, stop: int) -> dict:
         found[f"size of {name} (row {row})"] = size
         found[f"caption of {name} (row {row})"] = text
         found[f"content of {name} (row {row})"] = rows.facts.problems.get(row) or rows.facts.digests[row].hex()
+    masks = rows.masks
+    for row, name in zip(range(start, min(stop, len(masks))), names) if masks else ():
+        found[f"mask of {name} (row {row})"] = masks.facts.problems.get(row) or masks.facts.digests[row].hex()
     return found

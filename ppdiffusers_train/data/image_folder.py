@@ -26,7 +26,7 @@ from ppdiffusers_train.data.rows import Rows, content_digest
 from ppdiffusers_train.data.text_files import wait_until_changes_show
 from ppdiffusers_train.errors import BadSampleError, UserError, one_line
 
-VERSION = 2  # of the table's contents
+VERSION = 3  # of the table's contents
 UNUSED_KEY = b"unused"
 ORIGINS = {METADATA: "metadata", TEXT: "text files", FLAG: "--caption"}
 UNUSED = {  # kinds of `Problems` as the summary of a folder calls them, singular and plural
@@ -67,7 +67,7 @@ class FolderRows(Rows):
     def select(self, indices):
         times = None if self.times is None else self.times[indices]
         chosen = FolderRows(self.folder, self.table, self.caption_column, self.unused, times, self.chosen[indices])
-        chosen.background = self.background
+        chosen.background, chosen.alpha_mask = self.background, self.alpha_mask
         return chosen
 
     def _value(self, column: str, index: int):
@@ -81,6 +81,13 @@ class FolderRows(Rows):
 
     def location(self, index: int) -> str:
         return os.path.join(self.folder, os.fsdecode(self._value("name", index)))
+
+    def mask_location(self, index: int) -> str:
+        mask = self._value("mask", index)
+        if mask is None:
+            stem = os.path.splitext(os.path.basename(self.location(index)))[0]
+            raise BadSampleError(f"{self.name(index)}: it has no mask; expected {stem}.mask.png, or a --mask_column")
+        return os.path.join(self.folder, os.fsdecode(mask))
 
     def captions(self, index: int) -> list:
         problem = self._value("problem", index)
@@ -135,43 +142,43 @@ def source_digest(folder: str) -> str:
     return content_digest(os.path.realpath(folder).encode(errors="surrogateescape")).hex()
 
 
-def caption_flags(args) -> CaptionFlags:
-    """The flags that say what the captions of a folder are."""
+def caption_flags(args, masks=(None, None)) -> CaptionFlags:
+    """The flags that say what the captions of a folder are; `masks` is the `dataset.mask_source`."""
     separator = (args.caption_separator or "").replace("\\n", "\n").replace("\\t", "\t")
-    return CaptionFlags(args.caption_column, args.caption, separator or None, args.dataset_split)
+    return CaptionFlags(args.caption_column, args.caption, separator or None, args.dataset_split, masks)
 
 
-def open_folder(args, listing: Listing, index_dir: Path) -> tuple:
+def open_folder(args, listing: Listing, index_dir: Path, masks=(None, None)) -> tuple:
     """(`FolderRows` of `--train_data_dir`, {column of the metadata: None}). What is wrong is in the rows' `unused`."""
-    folder, flags = args.train_data_dir, caption_flags(args)
+    folder, flags = args.train_data_dir, caption_flags(args, masks)
     wait_until_changes_show(listing.newest)
     table, columns = captioned_images(folder, flags, listing, index_dir / source_digest(folder) / "texts.arrow")
     times = times_of(args.repeats, folder, table["name"])
     return FolderRows(folder, table, flags.column, listing.problems, times), columns
 
 
-def build_folder(args, listing: Listing, index_dir: Path) -> FolderRows:
+def build_folder(args, listing: Listing, index_dir: Path, masks=(None, None)) -> FolderRows:
     """The same rows for training, from the cache in `index_dir` if no file has changed.
 
     Raises:
         UserError: training cannot use the folder.
     """
-    folder, flags = args.train_data_dir, caption_flags(args)
+    folder, flags = args.train_data_dir, caption_flags(args, masks)
     made_from = content_digest(repr((flags, args.image_column)).encode(errors="backslashreplace")).hex()
     identity = {"version": VERSION, "files": listing.digest, "captions": made_from}
     file = index_dir / source_digest(folder) / f"rows-{made_from[:8]}.arrow"
     if is_written(file, identity):
         table = read_table(file)
     else:
-        rows, columns = open_folder(args, listing, index_dir)
-        refuse(args, rows, columns)
+        rows, columns = open_folder(args, listing, index_dir, masks)
+        refuse(args, rows, columns, masks[1])
         unused = json.dumps(rows.unused.found)
         table = write_table(file, rows.table.replace_schema_metadata({UNUSED_KEY: unused}), identity)
     unused = Problems(found=json.loads(table.schema.metadata[UNUSED_KEY]))
     return FolderRows(folder, table, flags.column, unused, times_of(args.repeats, folder, table["name"]))
 
 
-def refuse(args, rows: FolderRows, columns: dict) -> None:
+def refuse(args, rows: FolderRows, columns: dict, mask_column=None) -> None:
     """Raise a `UserError` if training cannot use a folder.
 
     Args:
@@ -183,6 +190,8 @@ def refuse(args, rows: FolderRows, columns: dict) -> None:
     names, needed = ["image", *(name for name in columns if name != "file_name")], {"--image_column": args.image_column}
     if columns and args.caption is None:
         needed["--caption_column"] = args.caption_column
+    if mask_column:
+        needed["--mask_column"] = mask_column
     has_texts = TEXT in rows.table["origin"].unique().to_pylist()
     for name, column in needed.items():
         if column not in names:

@@ -115,7 +115,7 @@ class Index:
 
 
 def index_images(rows: Rows, ranks, index_dir: Path, log=print) -> None:
-    """Look at those images of `rows` that the index does not know yet, and set `rows.facts`.
+    """Look at those images of `rows` that the index does not know yet, and set `rows.facts`. The same of its masks.
 
     Args:
         index_dir: the folder of all indices.
@@ -142,6 +142,8 @@ def index_images(rows: Rows, ranks, index_dir: Path, log=print) -> None:
     rows.facts = collect(stamps, [(known, taken(index.table, places[known])), (found["row"], found)])
     ranks.wait_for_all("the index of the images to be written")
     return_free_memory()
+    if rows.masks and not rows.masks.facts:
+        index_images(rows.masks, ranks, index_dir, log)
 
 
 class Decoded:

@@ -60,7 +60,11 @@ def decode(stored, background: str = WHITE) -> Image.Image:
     Args:
         background: colour behind transparent pixels, as #rrggbb.
     """
-    image, _ = read(stored)
+    return on_background(read(stored)[0], background)
+
+
+def on_background(image, background: str = WHITE) -> Image.Image:
+    """An image that `read` has returned, in mode RGB."""
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
     return image

@@ -8,9 +8,10 @@ import os
 from stat import S_ISREG
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from ppdiffusers_train.data.pixels import WHITE, decode, open_image, upright_size
+from ppdiffusers_train.data.pixels import WHITE, on_background, open_image, read, upright_size
 from ppdiffusers_train.errors import BadSampleError, one_line
 
 VERSION = 1  # raised when its functions change encoded samples
@@ -19,7 +20,8 @@ ROWS_AT_ONCE = 1000
 
 
 class Rows:
-    """Rows `{"image": RGB PIL image, "caption": a text, or a list of several, "name": str}`, in any order.
+    """Rows `{"image": RGB PIL image, "caption": a text, or a list of several, "name": str}`, in any order, and where
+    there are masks `"mask"`: a PIL image of mode L and the same size, white where the image is trained on.
 
     A subclass says where names, images and captions are stored.
 
@@ -38,6 +40,12 @@ class Rows:
 
     background = WHITE
     """The colour behind transparent pixels, as #rrggbb."""
+
+    masks = None
+    """The rows' `masks.MaskRows`; None without masks in files of their own."""
+
+    alpha_mask = False
+    """Whether an image's transparency is its mask."""
 
     def __init__(self, caption_column: str):
         self.caption_column = caption_column
@@ -60,6 +68,10 @@ class Rows:
             BadSampleError: there is none.
         """
         raise NotImplementedError
+
+    def mask_location(self, index: int):
+        """The same of the mask of row `index`."""
+        raise BadSampleError(f"{self.name(index)}: it has no mask")
 
     def stored_captions(self, start: int, stop: int) -> list:
         """The captions of rows `start` to `stop` as they are stored. No image is read for it."""
@@ -133,15 +145,15 @@ class Rows:
         return digest.hexdigest()
 
     def image_digest(self, index: int) -> bytes:
-        """A hash of the stored image of row `index`, as it is on disk.
+        """A hash of the stored image of row `index`, as it is on disk, and of its mask.
 
         Raises:
-            BadSampleError: the file cannot be read.
+            BadSampleError: a file cannot be read.
         """
-        if self.facts:
-            return self.facts.digest(index, self.name)
         with reading(self.name(index)):
-            return content_digest(self.stored_image(index))
+            facts = self.facts
+            digest = facts.digest(index, self.name) if facts else content_digest(self.stored_image(index))
+        return self.masks.added_to(digest, index) if self.masks else digest
 
     def image_size(self, index: int) -> tuple:
         """Width and height of row `index` as training sees it, from the file's header.
@@ -167,8 +179,11 @@ class Rows:
         return sizes
 
     def images_digest(self) -> str:
-        """A hash of the contents of all images in their order, once they have been looked at."""
-        return hashlib.blake2b(self.facts.digests, digest_size=8).hexdigest()
+        """A hash of the contents of all images in their order, once they have been looked at, and of all masks."""
+        digest = hashlib.blake2b(self.facts.digests, digest_size=8)
+        if self.masks:
+            digest.update(self.masks.facts.digests)
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> dict:
         """Row `index`, decoded.
@@ -178,7 +193,8 @@ class Rows:
         """
         captions, name = self.captions(index), self.name(index)
         with reading(name):
-            return decode_row(self.stored_image(index), captions, name, self.background)
+            row = decode_row(self.stored_image(index), captions, name, self.background, self.alpha_mask)
+        return {**row, "mask": self.masks.mask(index, row["image"].size)} if self.masks else row
 
 
 def as_captions(caption, name: str, column: str) -> list:
@@ -238,10 +254,13 @@ def content_digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def decode_row(stored, captions: list, name: str, background: str = WHITE) -> dict:
-    """A row from an image's bytes or path, and its captions."""
-    caption = captions if len(captions) > 1 else captions[0]
-    return {"image": decode(stored, background), "caption": caption, "name": name}
+def decode_row(stored, captions: list, name: str, background: str = WHITE, alpha_mask: bool = False) -> dict:
+    """A row from an image's bytes or path, and its captions; with `alpha_mask`, its transparency is its mask."""
+    image, _ = read(stored)
+    row = {"image": on_background(image, background), "name": name}
+    if alpha_mask:
+        row["mask"] = image.getchannel("A") if image.mode == "RGBA" else Image.new("L", image.size, 255)
+    return {**row, "caption": captions if len(captions) > 1 else captions[0]}
 
 
 def with_one_caption(row: dict) -> dict:

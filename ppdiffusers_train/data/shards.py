@@ -22,7 +22,7 @@ from ppdiffusers_train.data.folder_kinds import COMPRESSED
 from ppdiffusers_train.data.rows import content_digest, stamp_of
 from ppdiffusers_train.data.splits import split_of
 from ppdiffusers_train.data.tables import TableRows
-from ppdiffusers_train.data.tar_samples import read_samples
+from ppdiffusers_train.data.tar_samples import NO_MASK, read_samples
 from ppdiffusers_train.errors import BadSampleError, UserError
 from ppdiffusers_train.reporting.status_line import counted, print_on_main
 
@@ -34,9 +34,11 @@ SCHEMA = pyarrow.schema(
         "captions": pyarrow.list_(pyarrow.string()),
         "problem": pyarrow.string(),
         "others": pyarrow.list_(pyarrow.string()),
+        "mask_offset": pyarrow.int64(),
+        "mask_size": pyarrow.int64(),
     }
 )
-VERSION = 2  # raised when archives are read differently
+VERSION = 3  # raised when archives are read differently
 ROWS_AT_ONCE = 1000
 
 
@@ -58,6 +60,16 @@ class ShardRows(TableRows):
     def location(self, index: int) -> tuple:
         self._check(index)
         return self.shards[self._field("shard", index)], self._field("offset", index), self._field("size", index)
+
+    def mask_location(self, index: int) -> tuple:
+        self._check(index)
+        if not self._field("mask_size", index):
+            raise BadSampleError(f"{self.name(index)}: {NO_MASK}")
+        return (
+            self.shards[self._field("shard", index)],
+            self._field("mask_offset", index),
+            self._field("mask_size", index),
+        )
 
     def stored_names(self, start: int, stop: int) -> list:
         shards, names = (self._values(self.table[column], start, stop) for column in ("shard", "name"))
@@ -139,7 +151,7 @@ def shards_to_train(folder: str) -> list:
     return [Path(folder, name) for name in own]
 
 
-def open_shards(shards: list, caption_field: str, cache_folder: Path) -> ShardRows:
+def open_shards(shards: list, caption_field: str, cache_folder: Path, uses_masks=False) -> ShardRows:
     """The samples of tar files, which are indexed where they have no index yet.
 
     Args:
@@ -156,6 +168,9 @@ def open_shards(shards: list, caption_field: str, cache_folder: Path) -> ShardRo
         print_on_main(f"--index_dir: {unwritten}, so the next start will read all shards again")
     if others := rows.other_pictures():
         print_on_main(f"not used: {len(others)} more pictures of samples, for example {others[0]}")
+    masks = int(np.count_nonzero(rows.table["mask_size"]))
+    if masks and not uses_masks:
+        print_on_main(f"not used: {counted(masks, 'mask')} of samples; --masked_loss uses them")
     return rows
 
 

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from webdataset.gopen import gopen
 
+from ppdiffusers_train.data.masks import decode_mask
 from ppdiffusers_train.data.order import permutation
 from ppdiffusers_train.data.pixels import WHITE
 from ppdiffusers_train.data.rows import decode_row, reading
-from ppdiffusers_train.data.tar_samples import TarSample, read_samples
+from ppdiffusers_train.data.tar_samples import NO_MASK, TarSample, read_samples
 from ppdiffusers_train.draws import generator
 from ppdiffusers_train.errors import BadSampleError, RunError, UserError, hide_tokens
 from ppdiffusers_train.reporting.status_line import print_line, print_on_main
@@ -50,7 +51,8 @@ class Stream:
     """
 
     sequential = True
-    background = WHITE  # see `Rows`
+    background, alpha_mask = WHITE, False  # see `Rows`
+    uses_masks = False  # whether each sample needs a mask of its own
 
     def __init__(self, shards: list, size: int, seed: int, caption_field: str, cache_folder: Path, lanes: int = LANES):
         self.shards, self.size, self.seed, self.caption_field = shards, size, seed, caption_field
@@ -99,10 +101,10 @@ class Stream:
         if sample.others and not self.has_reported:
             self.has_reported = True
             print_line(f"not used: more pictures of samples, for example {sample.others[0]} beside {sample.name}")
-        return self.decode(sample, self.background)
+        return self.decode(sample, self.background, self.alpha_mask, self.uses_masks)
 
     @staticmethod
-    def decode(sample: TarSample, background: str = WHITE) -> dict:
+    def decode(sample: TarSample, background: str = WHITE, alpha_mask: bool = False, uses_masks: bool = False) -> dict:
         """A sample as a row.
 
         Raises:
@@ -111,7 +113,12 @@ class Stream:
         if sample.problem:
             raise BadSampleError(f"{sample.name}: {sample.problem}")
         with reading(sample.name):
-            return decode_row(sample.image, sample.captions, sample.name, background)
+            row = decode_row(sample.image, sample.captions, sample.name, background, alpha_mask)
+            if not uses_masks:
+                return row
+            if not sample.mask:
+                raise BadSampleError(f"{sample.name}: {NO_MASK}")
+            return {**row, "mask": decode_mask(sample.mask, f"{sample.name}, its mask", row["image"].size)}
 
 
 class Lane:

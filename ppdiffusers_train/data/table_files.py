@@ -65,11 +65,11 @@ def open_files(files: list, columns: Columns, cache_dir, problems: Problems) -> 
         table = text_table(files, columns, problems)
     else:
         table = parquet_table(files, columns, cache_dir) if ending == ".parquet" else mapped_table(files, columns)
-    return ImageCaptionDataset(table, columns.image_in(table.column_names), columns.caption, fingerprint, bases)
+    return ImageCaptionDataset(table, *columns.check(table.schema)[:2], fingerprint, bases, mask_column=columns.mask)
 
 
 def mapped_table(files: list, columns: Columns):
-    """The two columns of Arrow files as they are on disk. Only what is compressed is read and copied."""
+    """The named columns of Arrow files as they are on disk. Only what is compressed is read and copied."""
     tables = []
     for file in files:
         with naming(file):
@@ -98,7 +98,7 @@ def naming(file: str):
 
 
 def parquet_table(files: list, columns: Columns, cache_dir):
-    """The two columns of Parquet files. `datasets` writes them once into its cache, as files that can be mapped."""
+    """The named columns of Parquet files. `datasets` writes them once into its cache, as files that can be mapped."""
     schemas, rows = [], 0
     for file in files:
         with naming(file), parquet.ParquetFile(file) as opened:
@@ -127,8 +127,8 @@ def readable(schema, names: list):
 
 
 def text_table(files: list, columns: Columns, problems: Problems):
-    """The two columns of files of text. Rows that cannot be used are added to `problems`, but for missing captions."""
-    images, captions = [], []
+    """The same of files of text. Rows that cannot be used are added to `problems`, but for missing captions."""
+    images, captions, masks = [], [], []
     for file in files:
         for place, row, problem in read_lines(file):
             problems.columns.update(dict.fromkeys(row))
@@ -136,6 +136,8 @@ def text_table(files: list, columns: Columns, problems: Problems):
             texts, wrong = usable_captions(row.get(columns.caption), columns.caption)
             if problem or not is_path(row.get(image)):
                 problem = problem or f"column {image!r} holds {row.get(image)!r}; expected the path of an image"
+            elif columns.mask and not (row.get(columns.mask) is None or is_path(row[columns.mask])):
+                problem = f"column {columns.mask!r} holds {row[columns.mask]!r}; expected the path of a mask"
             elif wrong:  # a missing caption is none: it makes a bad sample
                 problem = wrong
             if problem:
@@ -143,14 +145,16 @@ def text_table(files: list, columns: Columns, problems: Problems):
                 continue
             images.append(row[image])
             captions.append(texts)
-    names = [columns.image_in(problems.columns), columns.caption]
+            masks.append(row.get(columns.mask))
+    names = [columns.image_in(problems.columns), columns.caption, *([columns.mask] if columns.mask else [])]
     if problems.columns:
         names = columns.check(pyarrow.schema(dict.fromkeys(problems.columns, pyarrow.string())))
     if all(texts is None or len(texts) == 1 for texts in captions):
         captions, kind = [texts and texts[0] for texts in captions], pyarrow.string()
     else:
         kind = pyarrow.list_(pyarrow.string())
-    return pyarrow.table([images, captions], pyarrow.schema(zip(names, (pyarrow.string(), kind))))
+    arrays = [images, captions, masks][: len(names)]
+    return pyarrow.table(arrays, pyarrow.schema(zip(names, (pyarrow.string(), kind, pyarrow.string()))))
 
 
 def is_path(value) -> bool:

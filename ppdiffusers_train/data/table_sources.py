@@ -48,7 +48,7 @@ def open_table(args, index_dir: Path, problems=None) -> tuple:
     """
     flag, source = named(args)
     problems = Problems() if problems is None else problems
-    columns = Columns(source, args.image_column, args.caption_column)
+    columns = Columns(source, args.image_column, args.caption_column, getattr(args, "mask_column", None))
     try:
         if os.path.isfile(source) and not is_table(source):
             raise UserError(
@@ -111,9 +111,9 @@ def load(args) -> dict:
 def rows_of(dataset, columns: Columns, folder: str) -> ImageCaptionDataset:
     """The rows of a table that `datasets` has loaded. Paths are relative to `folder`."""
     table = dataset.data.table
-    image, caption = columns.check(table.schema)
+    image, caption = columns.check(table.schema)[:2]
     chosen = dataset._indices and dataset._indices.column(0).to_numpy()
-    return ImageCaptionDataset(table, image, caption, dataset._fingerprint, (folder,), chosen)
+    return ImageCaptionDataset(table, image, caption, dataset._fingerprint, (folder,), chosen, columns.mask)
 
 
 def chosen_split(splits: dict, args):

@@ -57,10 +57,15 @@ class ImageCaptionDataset(TableRows):
         image_column, caption_column: their names. An image is stored as its bytes, as a path, or as a struct of both.
         fingerprint: names the table; another one has another.
         bases: folders that paths may be relative to.
+        mask_column: name of a column of masks, which are stored like images, or None.
     """
 
-    def __init__(self, table, image_column: str, caption_column: str, fingerprint: str, bases=("",), chosen=None):
+    def __init__(
+        self, table, image_column: str, caption_column: str, fingerprint: str, bases=("",), chosen=None,
+        mask_column=None,
+    ):  # fmt: skip
         super().__init__(table, caption_column, chosen)
+        self.mask_column = mask_column
         self.image_column, self.fingerprint, self.bases = image_column, fingerprint, bases
         self.contents, self.paths = image_parts(table[image_column])  # no image data is copied
 
@@ -85,6 +90,14 @@ class ImageCaptionDataset(TableRows):
         if not content and not path:
             raise BadSampleError(f"{self.name(index)}: column {self.image_column!r} holds no image")
         return content or self._find(path, index)
+
+    def mask_location(self, index: int):
+        return self._masks.location(int(self.chosen[index]))
+
+    @functools.cached_property
+    def _masks(self):
+        """All masks of the table, as if they were its images."""
+        return ImageCaptionDataset(self.table, self.mask_column, self.caption_column, self.fingerprint, self.bases)
 
     def stored_names(self, start: int, stop: int) -> list:
         folder = self._common_folder

@@ -2,17 +2,23 @@
 
 import re
 
-VERSION = 1  # raised when its functions change encoded samples
+VERSION = 2  # raised when its functions change encoded samples
 
 
-def vary_tags(draws, caption: str, shuffle: bool, keep: int, dropout: float) -> str:
+CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")  # {a|b}, without another one in it
+
+
+def vary_tags(draws, caption: str, shuffle: bool, keep: int, dropout: float, wildcards: bool = False) -> str:
     """A caption of tags between commas, with random numbers of `draws`; as it is, where nothing is asked for.
 
     Args:
         shuffle: whether tags change their order.
         keep: how many tags at the beginning stay what and where they are.
         dropout: probability with which each of the others is left out.
+        wildcards: whether one of the texts in `{a|b|c}` is taken, before anything else.
     """
+    if wildcards:
+        caption = choose_wildcards(draws, caption)
     if not (shuffle or dropout):
         return caption
     tags = [tag.strip() for tag in re.split("[,，]", caption) if tag.strip()]
@@ -23,6 +29,19 @@ def vary_tags(draws, caption: str, shuffle: bool, keep: int, dropout: float) -> 
     return ", ".join(tags[number] for number in [*range(min(keep, len(tags))), *kept])
 
 
-def draw_caption(draws, caption: str, empty: float, shuffle: bool, keep: int, dropout: float) -> str:
+def choose_wildcards(draws, caption: str) -> str:
+    """A caption in which one of its texts stands for each `{a|b|c}`, all equally likely; those inside others first."""
+    count = 0
+    while found := CHOICE.search(caption):
+        texts = found[1].split("|")
+        text = texts[int(draws.integers(f"wildcard_{count}", 0, len(texts)))]
+        caption, count = caption[: found.start()] + text + caption[found.end() :], count + 1
+    return caption
+
+
+def draw_caption(
+    draws, caption: str, empty: float, shuffle: bool, keep: int, dropout: float, wildcards: bool = False
+) -> str:
     """The same, or with probability `empty` an empty caption."""
-    return "" if draws.bernoulli("drop_caption", empty) else vary_tags(draws, caption, shuffle, keep, dropout)
+    is_empty = draws.bernoulli("drop_caption", empty)
+    return "" if is_empty else vary_tags(draws, caption, shuffle, keep, dropout, wildcards)

@@ -23,6 +23,7 @@ PICTURES = (*IMAGE_EXTENSIONS, *OTHER_IMAGES)
 CAPTION_EXTENSIONS = ("txt", "text", "caption")
 TEXT_EXTENSIONS = (*CAPTION_EXTENSIONS, "json")
 LARGEST_TEXT = 1 << 20  # bytes
+NO_MASK = "it has no mask; expected a file such as 000017.mask.png beside 000017.jpg"
 CONSECUTIVE = (
     "the files of a sample must follow each other in the archive, as in one that `ppdiffusers-train pack` or "
     "`tar --sort=name` writes"
@@ -41,6 +42,9 @@ class TarSample:
     problem: str = ""
     of_archive: bool = False  # whether the problem concerns the whole archive
     image: bytes = b""  # of a sequential archive
+    mask_offset: int = 0  # of the bytes of its mask, `mask.png`, which is not used unless it is asked for
+    mask_size: int = 0
+    mask: bytes = b""  # of a sequential archive
     others: list = field(default_factory=list)  # names of more pictures in the sample, which are not used
 
 
@@ -166,17 +170,19 @@ def _samples(key: str, members: list, seen: dict, caption_field: str):
         seen: {key of an earlier sample: whether it had no text}.
     """
     plain, named = [[m for m in members if bool(m.word) == has_word] for has_word in (False, True)]
-    lost, others = [], []
+    lost, others, masks = [], [], []
     with_text = {member.word for member in _texts(named)}
     has_image = any(member.extension in PICTURES for member in plain)
     for member in named:
         if member.extension in PICTURES:
             # The picture `mask.png` of a sample is another thing than a picture with a text or number of its own.
             is_part = has_image and member.word.isalpha() and member.word not in with_text
-            (others if is_part else lost).append(member)
+            (masks if is_part and member.word == "mask" else others if is_part else lost).append(member)
     if has_image or not lost:
         sample = _sample(key, plain or members, key in seen, caption_field)
-        sample.others += [member.name for member in others]
+        sample.others += [member.name for member in [*masks[1:], *others]]
+        for mask in masks[:1]:
+            sample.mask_offset, sample.mask_size, sample.mask = mask.offset, mask.size, mask.content
         if not (seen.get(key) and not has_image):  # the texts of an image that has been counted
             yield sample
     for member in lost:

@@ -88,7 +88,12 @@ def as_caption_rows(folder: str, names, texts, separator):
         captions = [split(text, separator) for text in part["text"]]
         paths = [os.path.join(folder, os.fsdecode(name)) for name in names.slice(start, AT_ONCE).to_pylist()]
         problems = [problem and f"{path}: {problem}" for path, problem in zip(paths, part["problem"])]
-        columns = {"name": as_array(names.slice(start, AT_ONCE)), "captions": captions, "problem": problems}
+        columns = {
+            "name": as_array(names.slice(start, AT_ONCE)),
+            "captions": captions,
+            "problem": problems,
+            "mask": [None] * len(captions),
+        }
         parts.append(pyarrow.Table.from_pydict(columns, SCHEMA))
     return pyarrow.concat_tables([SCHEMA.empty_table(), *parts])
 

@@ -18,6 +18,13 @@ def center_crop_square(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
+def square_mask(row: dict, side: int) -> dict:
+    """`{"mask": uint8 [1, side, side]}` of a row's mask, for the square of `center_crop_square`; {} without a mask."""
+    if "mask" not in row:
+        return {}
+    return {"mask": np.asarray(center_crop_square(row["mask"]).resize((side, side), Image.Resampling.BOX))[None]}
+
+
 def without_ends(image: Image.Image) -> Image.Image:
     """The middle of an image that is more than `EXTREME` times as long as wide; any other image as it is.
 
@@ -66,6 +73,18 @@ def fit(image: Image.Image, height: int, width: int, draws, interpolation: str, 
     image = image.resize((columns, rows), filter)
     image = ImageOps.mirror(image) if is_mirrored else image
     return image.crop((left, top, left + width, top + height)), top, left
+
+
+def fit_mask(row: dict, height: int, width: int, draws, center: bool, flip: bool) -> dict:
+    """`{"mask": uint8 [1, H, W]}` of a row, cut out of its mask as `fit` cuts its image with the same `draws`; {} for a
+    row without a mask.
+
+    Pixels are averaged over areas: other filters would make parts grey that are far from the mask's edge.
+    """
+    if "mask" not in row:
+        return {}
+    mask, *_ = fit(row["mask"], height, width, draws, "box", center, flip)
+    return {"mask": np.asarray(mask)[None]}
 
 
 def scaled_part(image: Image.Image, size: tuple, part: tuple, filter) -> Image.Image:

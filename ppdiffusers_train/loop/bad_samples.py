@@ -8,7 +8,8 @@ NAMED = 20  # at most so many of the samples that are known to be bad before the
 
 def known_bad(dataset: Rows) -> list:
     """The rows that cannot be used, as far as it is known before the first step, in order."""
-    return sorted({*map(int, dataset.without_captions()), *dataset.facts.problems})
+    masks = dataset.masks.bad(dataset.facts) if dataset.masks else ()
+    return sorted({*map(int, dataset.without_captions()), *dataset.facts.problems, *masks})
 
 
 def why_bad(dataset: Rows, row: int) -> str:
@@ -16,7 +17,9 @@ def why_bad(dataset: Rows, row: int) -> str:
     try:
         dataset.captions(row)
         dataset.location(row)
-        dataset.image_size(row)
+        size = dataset.image_size(row)
+        if dataset.masks:
+            dataset.masks.check(row, size)
     except BadSampleError as error:
         return str(error)
     raise AssertionError(f"row {row} can be used")

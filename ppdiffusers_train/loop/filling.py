@@ -28,6 +28,7 @@ from ppdiffusers_train.data.encoders_key import (
     unloaded_encoders,
 )
 from ppdiffusers_train.data.loader import iterate_batches, stack
+from ppdiffusers_train.data.masks import kind_of_masks
 from ppdiffusers_train.data.pack_writer import PackWriter, merge_small
 from ppdiffusers_train.data.packs import Packs
 from ppdiffusers_train.data.pixels import WHITE
@@ -82,7 +83,7 @@ def open_cache(plan: Plan, state: TrainingState) -> Cache:
     require_writable(root, "--encoded_cache_dir")
     background = getattr(dataset, "background", WHITE)
     unloaded = unloaded_encoders(module, index_folder(run.args))
-    digest = encoders_digest(module, state.precision, unloaded, background)
+    digest = encoders_digest(module, state.precision, unloaded, background, kind_of_masks(dataset))
     folder, is_compiled = encoders_folder(root, digest, module, len(dataset))
     if not folder.exists() and any(root.iterdir()):
         run.log(f"{root}: holds samples of other models, settings, code or versions, which are kept but not used")

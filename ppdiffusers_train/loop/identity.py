@@ -30,6 +30,7 @@ OWN_PLACES = {
     "pretrained_vae_model_name_or_path",
     "pretrained_teacher_model",
     "single_file_config",
+    "validation_prompts_file",
     "init_lora",
 }
 # Other flags that may differ. `config` holds flags that are compared, `output_dir` has its own rules

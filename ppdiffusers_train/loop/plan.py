@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ppdiffusers_train.data.order import CLASS, SampleOrder, micro_batches
+from ppdiffusers_train.loop.prompts import wants_images
 from ppdiffusers_train.loop.run import Run
 
 
@@ -58,7 +59,7 @@ class Plan:
     def validation_is_due(self, state) -> bool:
         """Whether validation images are to be generated before the next step. The last ones follow the result."""
         args = self.run.args
-        if not args.validation_prompts or state.step == self.total_steps:
+        if not wants_images(args) or state.step == self.total_steps:
             return False
         if args.validation_steps:
             return state.step % args.validation_steps == 0

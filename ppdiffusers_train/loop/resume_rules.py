@@ -17,11 +17,13 @@ REFUSED = {
     *("snr_gamma", "noise_offset", "loss_type", "huber_c", "t5", "shift", "dynamic_shift"),
     *("input_perturbation", "dream_training", "dream_detail_preservation", "huber_schedule", "debiased_loss"),
     *("rescale_betas_zero_snr", "scale_v_pred_loss_like_noise_pred", "clip_skip"),
+    *("max_token_length", "max_sequence_length"),
     *("multires_noise_discount", "multires_noise_iterations"),
     *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "min_timestep_boundary", "max_timestep_boundary"),
     *(f"timestep_bias_{name}" for name in ("strategy", "multiplier", "begin", "end", "portion")),
     *("num_ddim_timesteps", "timestep_scaling_factor", "unet_time_cond_proj_dim", "w_min", "w_max"),
     "prior_loss_weight",
+    *("masked_loss", "mask_column", "alpha_mask", "masked_area_weight"),
     "background_color",  # part of the images, which must stay the same
     *("param_dtype", "param_rounding"),
     "aspect_ratio_buckets",  # the order of samples depends on it
@@ -32,7 +34,7 @@ APPLIED = {
     *("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps"),
     *("resolution", "center_crop", "random_flip", "image_interpolation_mode", "interpolation_type", "min_image_size"),
     *("use_fix_crop_and_size", "proportion_empty_prompts", "encoded_cache", "cache_variants", "cast_teacher_unet"),
-    *("shuffle_tags", "keep_tags", "tag_dropout"),
+    *("shuffle_tags", "keep_tags", "tag_dropout", "wildcards"),
     *("mixed_precision", "amp_level", "allow_tf32", "max_bad_samples", "skip_nonfinite"),
     *("text_encoder_lr", "lora_plus_ratio", "optimizer_args", "max_grad_norm_per_parameter"),
     *("use_ema", "use_8bit_adam", "optimizer"),  # `TrainingState.load_optimizer` converts what the checkpoint has
@@ -56,6 +58,7 @@ FREE = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "config", "dry_run", "stop_signal"),
     "accept_changed_data",
     *("checkpointing_steps", "checkpoints_total_limit", "final_checkpoint", "on_save_error", "save_format"),
+    "validation_prompts_file",
     *("save_dtype", "validation_prompts", "num_validation_images", "validation_epochs", "validation_steps"),
     *("validation_loss_steps", "validation_data_dir", "validation_split"),  # the samples to train on are compared
     *("validation_inference_steps", "report_to", "logging_dir", "tracker_project_name", "debug_loss"),

@@ -11,6 +11,7 @@ from ppdiffusers_train.loop import class_images, optimizers, schedule
 from ppdiffusers_train.loop.identity import compared_code, compared_flags
 from ppdiffusers_train.loop.memory_estimate import compute_on_cpu
 from ppdiffusers_train.loop.optimizers import check_optimizer, learning_rate_of
+from ppdiffusers_train.loop.prompts import validation_prompts
 from ppdiffusers_train.reporting.hub import check_hub_name, open_repository
 from ppdiffusers_train.reporting.quiet import quiet_libraries
 from ppdiffusers_train.reporting.status_line import print_line
@@ -124,6 +125,7 @@ def resolve_flags(args, saved: dict, ranks: Ranks) -> argparse.Namespace:
 def check_flags(args, ranks: Ranks) -> None:
     """Raise a `UserError` for flags that contradict each other, or that need something that is missing."""
     check_optimizer(args)
+    found_by_main(ranks, lambda: validation_prompts(args))
     class_images.wants_class_images(args)
     output_dir = Path(args.output_dir)
     for name in ("train_data_dir", "validation_data_dir", "class_data_dir"):

@@ -9,6 +9,7 @@ from ppdiffusers_train.errors import BadSampleError, NotFiniteError, WriteError,
 from ppdiffusers_train.launcher.final_message import print_after_launcher
 from ppdiffusers_train.launcher.signals import StopRequest, signal_name
 from ppdiffusers_train.loop.plan import Plan
+from ppdiffusers_train.loop.prompts import validation_prompts
 from ppdiffusers_train.loop.state import OPTIMIZER, TrainingState
 from ppdiffusers_train.reporting.hub import push_to_hub
 from ppdiffusers_train.reporting.status_line import print_line
@@ -149,7 +150,8 @@ def upload_result(plan: Plan) -> None:
     """Upload the result, with a model card that shows the last validation images."""
     args = plan.run.args
     card = plan.info["card"]
-    url = push_to_hub(plan.run.output_dir, args.hub_model_id, args.hub_token, card, args.validation_prompts)
+    prompts = [prompt.text for prompt in validation_prompts(args)]
+    url = push_to_hub(plan.run.output_dir, args.hub_model_id, args.hub_token, card, prompts)
     plan.run.log(f"uploaded to {url}")
 
 

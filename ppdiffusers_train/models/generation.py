@@ -8,17 +8,21 @@ from PIL import Image
 from ppdiffusers_train.tensor_files import is_rehearsal
 
 
-def generate_images(pipeline, prompts, seeds, resolution: int, inference_steps: int, **options) -> list:
-    """One PIL image per pair of prompt and seed. Paddle's generator is seeded for each, so images are independent."""
+def generate_images(pipeline, prompts, seeds, resolution: int, inference_steps: int, own=None, **options) -> list:
+    """One PIL image per pair of prompt and seed. Paddle's generator is seeded for each, so images are independent.
+
+    Args:
+        own: further arguments of the pipeline for each image, which come before all others; None without.
+        options: further arguments for all images.
+    """
     if is_rehearsal():
         return rehearsed_images(pipeline, prompts, resolution, inference_steps)
     pipeline.set_progress_bar_config(disable=True)
     images = []
-    for prompt, seed in zip(prompts, seeds):
+    same = {"height": resolution, "width": resolution, "num_inference_steps": inference_steps, **options}
+    for prompt, seed, more in zip(prompts, seeds, own or [{}] * len(prompts)):
         paddle.seed(seed)
-        images += pipeline(
-            prompt, height=resolution, width=resolution, num_inference_steps=inference_steps, **options
-        ).images
+        images += pipeline(prompt, **{**same, **more}).images
     return images
 
 

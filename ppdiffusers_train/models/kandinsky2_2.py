@@ -2,6 +2,8 @@
 
 from functools import cached_property
 
+import numpy as np
+import paddle
 from ppdiffusers import KandinskyV22CombinedPipeline, PriorTransformer, UNet2DConditionModel, VQModel
 from ppdiffusers.transformers import (
     CLIPImageProcessor,
@@ -15,6 +17,7 @@ from ppdiffusers_train.models.exported_size import exported_bytes
 from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.part_settings import check_settings
 from ppdiffusers_train.models.pipeline_folder import PipelineFolder, export_pipeline
+from ppdiffusers_train.models.text import tokenize
 
 VERSION = 1  # raised when its functions change encoded samples
 DECODER_PARTS = {"unet": UNet2DConditionModel, "movq": VQModel, "scheduler": None}
@@ -36,6 +39,22 @@ class WithImageEmbeddings:
     def embed_image(self, pixels):
         """[B, 3, H, W] as CLIP's image processor gives them -> [B, D]."""
         return self.image_encoder(pixels).image_embeds
+
+    def embed_images_and_prompts(self, images, prompts) -> tuple:
+        """CLIP's embeddings [N, D] of PIL images and of texts, as NumPy arrays, by the towers of the prior's pipeline.
+        Those that the job does not have, or no longer, are loaded and freed again."""
+        towers = ("image_processor", "image_encoder", "tokenizer", "text_encoder")
+        load = self.folders.prior.load
+        processor, image_encoder, tokenizer, text_encoder = (
+            getattr(self, name, None) or load(name, PRIOR_PARTS[name]) for name in towers
+        )
+        found = [], []
+        for image, prompt in zip(images, prompts):
+            pixels = processor(image, return_tensors="np").pixel_values
+            found[0].append(image_encoder(paddle.to_tensor(pixels)).image_embeds[0].astype("float32").numpy())
+            ids = paddle.to_tensor(tokenize(tokenizer, prompt)[0][None])
+            found[1].append(text_encoder(ids).text_embeds[0].astype("float32").numpy())
+        return tuple(map(np.stack, found))
 
 
 class KandinskyFolders:
@@ -83,20 +102,21 @@ class KandinskyFolders:
                 "which embeddings are divided by; expected their standard deviation"
             )
 
-    def generate(self, own: dict, prompts, seeds, resolution: int, inference_steps: int) -> list:
+    def generate(self, own: dict, prompts, seeds, resolution: int, inference_steps: int, options=None) -> list:
         """One PIL image per pair of prompt and seed, by prior and decoder as in inference. Parts that are not in `own`,
         or None there, are loaded, and freed again.
 
         Args:
             own: {name in the combined pipeline: part to use}.
             inference_steps: number of denoising steps of each of the two.
+            options: the `own` arguments of `generate_images`.
         """
         parts = {
             name: folder.load(part, part_class) if own.get(name) is None else own[name]
             for name, (folder, part, part_class) in self._combined_parts().items()
         }
         return generate_images(
-            KandinskyV22CombinedPipeline(**parts), prompts, seeds, resolution, inference_steps,
+            KandinskyV22CombinedPipeline(**parts), prompts, seeds, resolution, inference_steps, options,
             prior_num_inference_steps=max(inference_steps, 2),  # the prior's scheduler needs at least two
         )  # fmt: skip
 

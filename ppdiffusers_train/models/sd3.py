@@ -12,7 +12,7 @@ from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder
 from ppdiffusers_train.models.text import as_computed, count_tokens, tokenize
 from ppdiffusers_train.module import keep_frozen
 
-VERSION = 1  # raised when its functions change encoded samples
+VERSION = 2  # raised when its functions change encoded samples
 
 INPUT_IDS = ("input_ids", "input_ids_2", "input_ids_3")
 T5_PARTS = {"text_encoder_3": T5EncoderModel, "tokenizer_3": T5Tokenizer}
@@ -89,10 +89,16 @@ def freeze_unpublished_biases(transformer) -> None:
             keep_frozen(layer.norm.bias)
 
 
-def tokenize_caption(tokenizers: list, caption: str) -> dict:
-    """input_ids, input_ids_2, and with T5 input_ids_3, [L] each, L the first tokenizer's length as in the pipeline."""
+def tokenize_caption(tokenizers: list, caption: str, t5_length=None) -> dict:
+    """input_ids, input_ids_2, and with T5 input_ids_3, [L] each, L the first tokenizer's length as in the pipeline.
+
+    Args:
+        t5_length: L of T5, where it is another.
+    """
     length = tokenizers[0].model_max_length
-    return {name: tokenize(tokenizer, caption, length)[0] for name, tokenizer in zip(INPUT_IDS, tokenizers)}
+    lengths = length, length, t5_length or length
+    parts = zip(INPUT_IDS, tokenizers, lengths)
+    return {name: tokenize(tokenizer, caption, length)[0] for name, tokenizer, length in parts}
 
 
 def check_prompts(prompts, tokenizers: list) -> None:
@@ -111,7 +117,7 @@ def check_prompts(prompts, tokenizers: list) -> None:
 
 
 def encode_captions(text_encoders: list, tokens: dict, width: int) -> dict:
-    """prompt_embeds [B, 2L, D], pooled_prompt_embeds [B, P1 + P2] of the stacked results of `tokenize_caption`.
+    """prompt_embeds [B, L + L3, D], pooled_prompt_embeds [B, P1 + P2] of the stacked results of `tokenize_caption`.
 
     CLIP's penultimate hidden states side by side, padded with zeros to D; after them T5's last hidden states, or zeros
     without T5; and CLIP's two projections (Esser et al. 2024, arXiv 2403.03206, section 4 and appendix B).

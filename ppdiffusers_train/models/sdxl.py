@@ -8,9 +8,9 @@ from ppdiffusers import StableDiffusionXLPipeline
 from ppdiffusers.transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder
-from ppdiffusers_train.models.text import as_computed, tokenize
+from ppdiffusers_train.models.text import as_computed, join_chunks, split_chunks, tokenize_chunks
 
-VERSION = 1  # raised when its functions change encoded samples
+VERSION = 2  # raised when its functions change encoded samples
 
 
 class SDXLFolder(StableDiffusionFolder):
@@ -32,35 +32,39 @@ class SDXLFolder(StableDiffusionFolder):
         return self.settings().get("force_zeros_for_empty_prompt", True)
 
 
-def tokenize_caption(tokenizer, tokenizer_2, caption: str, is_dropped: bool, no_prompt_is_zeros: bool) -> dict:
+def tokenize_caption(
+    tokenizer, tokenizer_2, caption: str, is_dropped: bool, no_prompt_is_zeros: bool, chunks: int = 1
+) -> dict:
     """The input of `encode_captions`: input_ids, input_ids_2 int64 [L]; has_prompt float32 [], 0 where the caption is
     dropped and its embeddings are to be zeros."""
     caption = "" if is_dropped else caption
     return {
-        "input_ids": tokenize(tokenizer, caption)[0],
-        "input_ids_2": tokenize(tokenizer_2, caption)[0],
+        "input_ids": tokenize_chunks(tokenizer, caption, chunks),
+        "input_ids_2": tokenize_chunks(tokenizer_2, caption, chunks),
         "has_prompt": np.float32(not (is_dropped and no_prompt_is_zeros)),
     }
 
 
-def encode_captions(text_encoder, text_encoder_2, tokens: dict, clip_skip: int = 0) -> dict:
+def encode_captions(text_encoder, text_encoder_2, tokens: dict, clip_skip: int = 0, chunks: int = 1) -> dict:
     """prompt_embeds [B, L, D1 + D2], pooled_prompt_embeds [B, D] of the stacked results of `tokenize_caption`."""
-    embeds, pooled = encode_prompts(
-        text_encoder, text_encoder_2, tokens["input_ids"], tokens["input_ids_2"], tokens["has_prompt"], clip_skip
-    )
+    ids = tokens["input_ids"], tokens["input_ids_2"]
+    embeds, pooled = encode_prompts(text_encoder, text_encoder_2, *ids, tokens["has_prompt"], clip_skip, chunks)
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-def encode_prompts(text_encoder, text_encoder_2, input_ids, input_ids_2, has_prompt=None, clip_skip=0) -> tuple:
+def encode_prompts(
+    text_encoder, text_encoder_2, input_ids, input_ids_2, has_prompt=None, clip_skip=0, chunks=1
+) -> tuple:
     """Token ids [B, L] of both tokenizers -> prompt embeddings [B, L, D1 + D2], pooled embedding [B, D].
 
     The penultimate hidden states of both encoders, and the second one's projection (Podell et al. 2023, arXiv
-    2307.01952, section 2.1), or those `clip_skip` layers before; zeros where `has_prompt` [B] is 0.
+    2307.01952, section 2.1), or those `clip_skip` layers before; zeros where `has_prompt` [B] is 0. Of a caption in
+    several `chunks` the projection is that of the first one.
     """
-    first = text_encoder(input_ids, output_hidden_states=True)
-    second = text_encoder_2(input_ids_2, output_hidden_states=True)
+    first = text_encoder(split_chunks(input_ids, chunks), output_hidden_states=True)
+    second = text_encoder_2(split_chunks(input_ids_2, chunks), output_hidden_states=True)
     hidden = paddle.concat([states.hidden_states[-2 - clip_skip] for states in (first, second)], axis=-1)
-    embeds, pooled = as_computed(text_encoder_2, hidden), second[0]
+    embeds, pooled = join_chunks(as_computed(text_encoder_2, hidden), chunks), second[0][::chunks]
     if has_prompt is None:
         return embeds, pooled
     has_prompt = has_prompt.astype(pooled.dtype)

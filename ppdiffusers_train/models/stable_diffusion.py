@@ -12,9 +12,9 @@ from ppdiffusers_train.models.part_settings import check_settings
 from ppdiffusers_train.models.pipeline_folder import ModelFolder, PipelineFolder, export_pipeline
 from ppdiffusers_train.models.single_file.reading import FILE, SingleFile, SingleFileVAE, find_single_file
 from ppdiffusers_train.models.single_file.writing import export_single_file
-from ppdiffusers_train.models.text import as_computed
+from ppdiffusers_train.models.text import as_computed, join_chunks, split_chunks
 
-VERSION = 1  # raised when its functions change encoded samples
+VERSION = 2  # raised when its functions change encoded samples
 # Settings of schedulers that flags of the same names change, with their defaults.
 PROCESS = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "shift": 1.0}
 FAMILIES = ("StableDiffusionXL", "StableDiffusion3", "StableDiffusion", "Kandinsky")  # how classes of pipelines begin
@@ -197,12 +197,14 @@ def with_zero_snr(scheduler):
     return kind.from_config(scheduler.config, **settings)
 
 
-def encode_prompt(text_encoder, input_ids, clip_skip: int = 0):
-    """Token ids [B, L] -> prompt embeddings [B, L, D]: the last hidden states, or those `clip_skip` layers before."""
+def encode_prompt(text_encoder, input_ids, clip_skip: int = 0, chunks: int = 1):
+    """Token ids of `text.tokenize_chunks` [B, L] -> prompt embeddings [B, L, D]: the last hidden states, or those
+    `clip_skip` layers before."""
+    input_ids = split_chunks(input_ids, chunks)
     if not clip_skip:
-        return as_computed(text_encoder, text_encoder(input_ids)[0])
+        return join_chunks(as_computed(text_encoder, text_encoder(input_ids)[0]), chunks)
     states = text_encoder(input_ids, output_hidden_states=True).hidden_states[-1 - clip_skip]
-    return as_computed(text_encoder, text_encoder.text_model.final_layer_norm(states))
+    return join_chunks(as_computed(text_encoder, text_encoder.text_model.final_layer_norm(states)), chunks)
 
 
 def encode_images(vae, pixels):

@@ -6,7 +6,7 @@ import numpy as np
 
 from ppdiffusers_train.errors import BadSampleError, UserError, one_line
 
-VERSION = 1  # raised when its functions change encoded samples
+VERSION = 2  # raised when its functions change encoded samples
 
 
 def tokenize(tokenizer, caption: str, length=None) -> tuple:
@@ -22,6 +22,33 @@ def tokenize(tokenizer, caption: str, length=None) -> tuple:
         return_attention_mask=True,
     )
     return np.asarray(tokens["input_ids"], np.int64), np.asarray(tokens["attention_mask"], np.int64)
+
+
+def tokenize_chunks(tokenizer, caption: str, chunks: int = 1) -> np.ndarray:
+    """A caption as input_ids of several sequences of the tokenizer's model, one after the other: int64 [chunks · L].
+
+    Each has a token for its beginning and one for its end; the last ones are empty where the caption is short. With one
+    chunk, the result is that of `tokenize`.
+    """
+    if chunks == 1:
+        return tokenize(tokenizer, caption)[0]
+    ids, size = tokenizer(caption)["input_ids"][1:-1], tokenizer.model_max_length - 2
+    padded = []
+    for start in range(0, chunks * size, size):
+        part = ids[start : start + size]
+        padded += [tokenizer.bos_token_id, *part, tokenizer.eos_token_id]
+        padded += [tokenizer.pad_token_id] * (size - len(part))
+    return np.asarray(padded, np.int64)
+
+
+def split_chunks(input_ids, chunks: int):
+    """Token ids of `tokenize_chunks`, [B, chunks · L] -> [B · chunks, L]: each chunk is a sequence of its own."""
+    return input_ids.reshape([input_ids.shape[0] * chunks, -1])
+
+
+def join_chunks(states, chunks: int):
+    """Hidden states of chunks one after the other: [B · chunks, L, D] -> [B, chunks · L, D]."""
+    return states.reshape([states.shape[0] // chunks, -1, states.shape[-1]])
 
 
 def as_computed(encoder, states):

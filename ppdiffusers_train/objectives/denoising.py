@@ -54,22 +54,25 @@ def rectify_noise(alphas_cumprod, noisy, noise, timesteps, prediction, detail_pr
     return noisy + deviation * difference, noise + difference
 
 
-def denoising_loss(prediction, prediction_type, alphas_cumprod, sample, noise, timesteps, weighting=None, huber=None):
+def denoising_loss(
+    prediction, prediction_type, alphas_cumprod, sample, noise, timesteps, weighting=None, huber=None, area=None
+):
     """The squared error or Huber loss of a prediction, weighted by timestep if asked for. [B, …] -> a scalar, float32.
 
     Args:
         prediction: a model's output for `add_noise(alphas_cumprod, sample, noise, timesteps)`.
         weighting: weights [B] from SNR [B] and prediction type, such as `debiased_weights`; `None` for equal weights.
         huber: (loss type, threshold, its schedule) of `huber_loss` and `huber_thresholds`; `None` for squared errors.
+        area: of `losses.area_weights`.
     """
     target = training_target(prediction_type, alphas_cumprod, sample, noise, timesteps)
     snr = signal_to_noise_ratio(alphas_cumprod, timesteps)
     weights = weighting(snr, prediction_type) if weighting else None
     if huber is None:
-        return mse_loss(prediction, target, weights)
+        return mse_loss(prediction, target, weights, area)
     loss_type, c, schedule = huber
     thresholds = huber_thresholds(schedule, c, alphas_cumprod, timesteps)
-    return huber_loss(prediction, target, thresholds, loss_type == "smooth_l1", weights)
+    return huber_loss(prediction, target, thresholds, loss_type == "smooth_l1", weights, area)
 
 
 def snr_weighting(snr_gamma, debiased_loss: bool, scale_v_pred_loss_like_noise_pred: bool, prediction_type: str):

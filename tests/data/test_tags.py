@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from ppdiffusers_train.data.tags import vary_tags
+from ppdiffusers_train.data.tags import draw_caption, vary_tags
 from ppdiffusers_train.draws import RowDraws
 
 CAPTION = "1girl, red hair,blue  sky ，smile,, "
@@ -39,3 +39,14 @@ def test_the_order_does_not_depend_on_dropout():
     for position in range(30):
         whole, fewer = (varied(position, True, 0, dropout).split(", ") for dropout in (0.0, 0.5))
         assert [tag for tag in whole if tag in fewer] == [tag for tag in fewer if tag]
+
+
+def test_wildcards_take_one_of_their_texts_each_time():
+    texts = [vary_tags(RowDraws(3, n), "a {red|{dark |}blue} {cat|dog}, {x}", False, 0, 0.0, True) for n in range(400)]
+    assert {text.replace("dark ", "") for text in texts} == {
+        f"a {colour} {animal}, {{x}}" for colour in ("red", "blue") for animal in ("cat", "dog")
+    }
+    assert 150 < sum("red" in text for text in texts) < 250 and 50 < sum("dark blue" in text for text in texts) < 150
+    assert texts[:9] == [draw_caption(RowDraws(3, n), "a {red|{dark |}blue} {cat|dog}, {x}", 0.0, False, 0, 0.0, True)
+                         for n in range(9)]  # fmt: skip
+    assert vary_tags(RowDraws(3, 0), "{a|b}", False, 0, 0.0) == "{a|b}"

@@ -2,10 +2,13 @@
 
 import ppdiffusers_train  # noqa: F401
 
+import numpy as np
+import paddle
 import pytest
 from PIL import Image
 
-from ppdiffusers_train.draws import RowDraws
+from ppdiffusers_train.draws import Draws, RowDraws
+from ppdiffusers_train.module import encode_batch
 from tests.conftest import builder, encoded_samples, last_error
 
 pytestmark = pytest.mark.once
@@ -57,3 +60,40 @@ def test_more_layers_than_there_are_cannot_be_skipped(train_sd, train_sdxl, caps
             run(name, "--clip_skip=12")
         assert stopped.value.code == 2
         assert "--clip_skip: 12 of 2 layers; expected less than 2" in last_error(capsys)
+
+
+@pytest.mark.parametrize("job", ["sd", "sdxl"])
+def test_long_captions_are_encoded_in_chunks(job, build_sd_module, build_sdxl_module):
+    """Each chunk as the encoder reads it alone; the pooled embedding is that of the first."""
+    build = {"sd": build_sd_module, "sdxl": build_sdxl_module}[job]
+    long, plain = build(job, "--max_token_length=150"), build(job)
+    size, words = plain.tokenizer.model_max_length - 2, [f"w{n}" for n in range(90)]
+    caption = " ".join(words)
+    ids = plain.tokenizer(caption)["input_ids"][1:-1]
+    assert len(ids) > size
+    parts = [plain.tokenizer.decode(ids[start : start + size]) for start in (0, size)]
+    assert [plain.tokenizer(part)["input_ids"][1:-1] for part in parts] == [ids[:size], ids[size : 2 * size]]
+    row = {"image": Image.new("RGB", (64, 64)), "name": "x"}
+
+    def encoded(module, caption):
+        sample = module.preprocess({**row, "caption": caption}, RowDraws(0, 0))
+        return encode_batch(module, {name: paddle.to_tensor(value[None]) for name, value in sample.items()})
+
+    whole, first, second = encoded(long, caption), *(encoded(plain, part) for part in parts)
+    expected = np.concatenate([first["prompt_embeds"].numpy(), second["prompt_embeds"].numpy()], 1)
+    np.testing.assert_allclose(whole["prompt_embeds"].numpy(), expected, atol=1e-5)
+    if job == "sdxl":
+        pooled = "pooled_prompt_embeds"
+        np.testing.assert_allclose(whole[pooled].numpy(), first[pooled].numpy(), atol=1e-5)
+    assert np.isfinite(float(long(whole, Draws(0, [0]))))
+
+
+def test_t5_reads_more_tokens_than_clip_where_it_is_asked_to(build_sd3_module):
+    caption = " ".join(["red"] * 60 + ["circle"] * 60)
+    row = {"image": Image.new("RGB", (64, 64)), "caption": caption, "name": "x"}
+    plain, long = (build_sd3_module("sd3", *flags) for flags in ([], ["--max_sequence_length=100"]))
+    ids = [module.preprocess(row, RowDraws(0, 0)) for module in (plain, long)]
+    assert len(ids[1]["input_ids_3"]) == 100 and len(ids[1]["input_ids"]) == len(ids[0]["input_ids_3"])
+    encoded = encode_batch(long, {name: paddle.to_tensor(value[None]) for name, value in ids[1].items()})
+    assert encoded["prompt_embeds"].shape[1] == len(ids[0]["input_ids"]) + 100
+    assert np.isfinite(float(long(encoded, Draws(0, [0]))))

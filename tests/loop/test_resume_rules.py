@@ -117,5 +117,5 @@ def test_a_change_of_a_flag_gets_as_far_as_the_rules_or_is_refused_by_its_name(t
     # Those that contradict each other, or that need something which is not here.
     expected = {"sharding_degree", "sharding_stage", "overwrite_output_dir", "push_to_hub", "report_to", "hub_model_id"}
     expected |= {"class_data_dir", "class_prompt", "with_prior_preservation", "optimizer_args", "fused_backward"}
-    expected |= {"max_grad_norm_per_parameter", "text_encoder_lr"}
+    expected |= {"max_grad_norm_per_parameter", "text_encoder_lr", "validation_prompts_file"}
     assert set(refused) <= expected, refused

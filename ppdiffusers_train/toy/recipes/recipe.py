@@ -16,6 +16,7 @@ NOT_OFFERED = {
     "max_bad_samples": 0,
     "dataloader_num_workers": 0,
     "validation_prompts": None,
+    "validation_prompts_file": None,
 }
 
 
