@@ -81,9 +81,8 @@ class QwenImageTraining(FullTraining):
         self.load_later("vae", self.folder.later("vae"))
         # Float32 copies would be too large: values are read one by one, and cast, or quantized before training.
         encoder = self.folder.later("text_encoder")
-        self.load_later(
-            "text_encoder", replace(encoder, load=lambda: load_values(load_unread(encoder.load), self.type))
-        )
+        narrow = replace(encoder, load=lambda: load_values(load_unread(encoder.load), self.type))
+        self.load_later("text_encoder", narrow)
         self.transformer = load_unread(partial(self.folder.load, "transformer"))
         if args.quantize_base == "no":
             load_values(self.transformer, self.type)

@@ -88,8 +88,8 @@ _LATER = []  # not empty: values of weights are read later
 @contextlib.contextmanager
 def values_later():
     """A context in which folders build models in the host's memory without reading their weights' values, so that they
-    take hardly any. Each parameter has a method `load_value`, which reads its value. `weights.load_values` calls it, and
-    `runtime.quantized` does for one layer after the other."""
+    take hardly any. Each parameter has a method `load_value`, which reads its value. `weights.load_values` calls it,
+    and `runtime.quantized` does for one layer after the other."""
     _LATER.append(True)
     try:
         with loading_on_host():
