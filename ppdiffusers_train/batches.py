@@ -2,6 +2,8 @@
 
 import paddle
 
+VERSION = 1  # raised when its functions change encoded samples
+
 
 def ragged_names(sample: dict) -> set:
     """Names of values whose length, the first axis of a sample's, may differ from sample to sample: those that have a

@@ -10,6 +10,8 @@ import ppdiffusers_train  # noqa: F401  (before paddle: prepares the processor)
 from ppdiffusers_train import arguments
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import paddle
@@ -28,9 +30,11 @@ from ppdiffusers_train.models.qwen_image.loading import VERSIONS, QwenImageFolde
 from ppdiffusers_train.models.qwen_image.pipeline import QwenImagePipeline
 from ppdiffusers_train.models.qwen_image.tokenizer import LONGEST
 from ppdiffusers_train.models.recompute import enable_recompute
+from ppdiffusers_train.models.weights import load_unread, load_values
 from ppdiffusers_train.objectives.denoising import perturb_noise
 from ppdiffusers_train.objectives.flow_matching import interpolate, timestep_weighting, velocity
 from ppdiffusers_train.objectives.losses import area_weights, mse_loss
+from ppdiffusers_train.runtime.precision import computes_in_low_precision
 
 SHIFT = math.exp(0.8)  # of timesteps, for images of any size, as DiffSynth-Studio trains Qwen-Image
 NO_PROMPT = " "  # the negative prompt of validation images
@@ -64,6 +68,7 @@ class QwenImageTraining(FullTraining):
     def __init__(self, args):
         super().__init__()
         self.args, self.tables = args, {}
+        self.type = "bfloat16" if args.mixed_precision == "bf16" and computes_in_low_precision() else "float32"
         options = {"revision": args.revision, "variant": args.variant, "weights": not args.dry_run}
         flag = "--pretrained_model_name_or_path"
         self.folder = QwenImageFolder(
@@ -74,9 +79,14 @@ class QwenImageTraining(FullTraining):
             raise UserError(f"--resolution: {args.resolution} does not fit this model; {expected}")
         self.table(256)  # any size: whether the flags fit
         self.tokenizer = self.folder.load("tokenizer")
-        for name in self.encoders:
-            self.load_later(name, self.folder.later(name))
-        self.transformer = self.folder.load("transformer")
+        self.load_later("vae", self.folder.later("vae"))
+        # Float32 copies would be too large: values are read one by one, and cast, or quantized before training.
+        encoder = self.folder.later("text_encoder")
+        narrow = replace(encoder, load=lambda: load_values(load_unread(encoder.load), self.type))
+        self.load_later("text_encoder", narrow)
+        self.transformer = load_unread(partial(self.folder.load, "transformer"))
+        if args.quantize_base == "no":
+            load_values(self.transformer, self.type)
         if args.gradient_checkpointing:
             enable_recompute(self.transformer)
         if args.enable_xformers_memory_efficient_attention:

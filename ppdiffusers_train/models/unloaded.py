@@ -80,3 +80,24 @@ def loading_place():
         yield
     finally:
         paddle.set_device(current)
+
+
+_LATER = []  # not empty: values of weights are read later
+
+
+@contextlib.contextmanager
+def values_later():
+    """A context in which folders build models in the host's memory without reading their weights' values, so that they
+    take hardly any. Each parameter has a method `load_value`, which reads its value. `weights.load_values` calls it,
+    and `runtime.quantized` does for one layer after the other."""
+    _LATER.append(True)
+    try:
+        with loading_on_host():
+            yield
+    finally:
+        _LATER.pop()
+
+
+def are_values_later() -> bool:
+    """Whether values of weights are to be read later."""
+    return bool(_LATER)

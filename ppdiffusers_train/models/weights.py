@@ -4,13 +4,22 @@ The libraries' own writers and readers hold all tensors of a file beside the mod
 sharded above 10 GB, as theirs are.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import paddle
 
+from ppdiffusers_train.cpu.free_memory import return_free_memory
 from ppdiffusers_train.errors import UserError
-from ppdiffusers_train.models.unloaded import build_new, build_unloaded, change_before_loading, loading_place
+from ppdiffusers_train.models.unloaded import (
+    are_values_later,
+    build_new,
+    build_unloaded,
+    change_before_loading,
+    loading_place,
+    values_later,
+)
 from ppdiffusers_train.models.weight_files import SHARED_NAME, find_weights, remove_weights
 from ppdiffusers_train.models.weight_names import (
     fitting_tensors,
@@ -107,7 +116,32 @@ def load_model(part_class, folder: str, files, part: str = ""):
     found = {id(own[name]) for name in saved}
     if any(id(tensor) not in found for tensor in own.values()):  # buffers, and biases of ppdiffusers' own
         own = (model := change_before_loading(part, build_new(part_class, folder))).state_dict()
-    set_tensors({name: own[name] for name in saved}, saved, files.files[0].parent)
+    base = files.files[0].parent
+    if are_values_later():
+        for name in saved:
+            own[name].load_value = partial(set_tensors, {name: own[name]}, {name: saved[name]}, base)
+    else:
+        set_tensors({name: own[name] for name in saved}, saved, base)
+    return model
+
+
+def load_unread(load):
+    """The model that `load()` returns, without the values of its weights, see `unloaded.values_later`."""
+    with values_later():
+        return load()
+
+
+@paddle.no_grad()
+def load_values(model, dtype: str):
+    """Read the values that `load_unread` has left out, one at a time, onto the device in use, cast to a dtype. Returns
+    the model."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "load_value"):
+            parameter.load_value()
+            del parameter.load_value
+            value = parameter.astype(dtype).to(paddle.get_device())
+            parameter.value().get_tensor()._share_data_with(value.value().get_tensor())
+    return_free_memory()
     return model
 
 

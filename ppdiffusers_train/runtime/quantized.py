@@ -208,6 +208,7 @@ def quantize_layer(layer, kind: str, has_values: bool = True) -> None:
         has_values: whether the weight has values; without, codes are allocated and not computed.
     """
     weight = layer._parameters.pop("weight")
+    load_value(weight)
     layer.quantized_as, layer.weight_shape = kind, list(weight.shape)
     layer.__class__ = quantized_class(type(layer))
     layout = KINDS[kind].layout(layer.weight_shape, layer.axis)
@@ -216,6 +217,13 @@ def quantize_layer(layer, kind: str, has_values: bool = True) -> None:
     for name, (shape, dtype) in layout.items():
         tensor = packed[name] if has_values else paddle.empty(shape, dtype)
         layer.register_buffer(layer.PREFIX + name, tensor, persistable=False)
+
+
+def load_value(parameter) -> None:
+    """Read a parameter's value where that was left for later, see `models.unloaded.values_later`."""
+    if hasattr(parameter, "load_value"):
+        parameter.load_value()
+        del parameter.load_value
 
 
 def quantize_models(module, has_values: bool = True) -> list:
@@ -236,6 +244,8 @@ def quantize_models(module, has_values: bool = True) -> list:
         for name, layer in model.named_sublayers():
             if can_quantize(name, layer):
                 quantize_layer(layer, kind, has_values)
+        for parameter in model.parameters():
+            load_value(parameter)
         lines.append(f"--quantize_base {kind}: {quantized_size(model):,} weights of {model_name}")
     if lines and not paddle.get_device().startswith("cpu"):
         module.to(device=paddle.get_device())

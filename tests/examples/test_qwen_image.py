@@ -13,7 +13,9 @@ import pytest
 from ppdiffusers_train.data.dataset import build_dataset
 from ppdiffusers_train.data.loader import stack
 from ppdiffusers_train.draws import Draws, RowDraws
-from ppdiffusers_train.models.lora import lora_parameters
+from ppdiffusers_train.models.lora import lora_layers, lora_parameters
+from ppdiffusers_train.models.qwen_image.loading import QwenImageFolder
+from ppdiffusers_train.models.weights import load_unread, load_values
 from ppdiffusers_train.module import encode_batch
 from ppdiffusers_train.runtime.quantized import quantize_models
 from tests.conftest import encoded_samples, kept_for_backward, optimizer_state, same, tensors
@@ -104,7 +106,11 @@ def test_a_quantized_base_changes_the_loss_little_and_all_blocks_are_quantized(b
     for kind in ("no", "int8", "nf4"):
         module = build_qwen_module(JOB, f"--quantize_base={kind}")
         module.eval()
+        weights = module.transformer.parameters()
+        unread = [hasattr(weight, "load_value") for weight in weights if not weight.stop_gradient or kind != "no"]
+        assert kind == "no" or sum(unread) == len(weights) - 2 * len(lora_layers(module.transformer))
         quantize_models(module)
+        assert not any(hasattr(weight, "load_value") for weight in module.parameters())
         with paddle.no_grad():
             losses.append(module(encoded_batch(module, CAPTIONS), Draws(0, [0, 1])).item())
     assert losses[1] != losses[0] and losses[1] == pytest.approx(losses[0], rel=0.02)
@@ -156,3 +162,15 @@ def test_a_mistake_gets_one_line(train_qwen, qwen, tmp_path, capsys, change, fla
     assert exit_.value.code == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+def test_weights_are_read_one_by_one_into_a_narrow_type(qwen):
+    folder = QwenImageFolder(qwen)
+    wide = folder.load("transformer").state_dict()
+    narrow = load_unread(lambda: folder.load("transformer"))
+    assert not np.isclose(narrow.img_in.weight.abs().sum().item(), wide["img_in.weight"].abs().sum().item())
+    load_values(narrow, "bfloat16")
+    for name, tensor in narrow.state_dict().items():
+        assert tensor.dtype == paddle.bfloat16
+        expected = wide[name].astype("bfloat16").astype("float32").numpy()
+        np.testing.assert_array_equal(tensor.astype("float32").numpy(), expected)

@@ -8,12 +8,16 @@ import json
 import numpy as np
 import paddle
 import pytest
+from safetensors.numpy import load_file
 
 from ppdiffusers_train.cpu.patches import apply_patches
 from ppdiffusers_train.models.qwen_image.loading import QwenImageFolder, encode_captions
 from ppdiffusers_train.models.qwen_image.tokenizer import QwenTokenizer
+from ppdiffusers_train.models.qwen_image.transformer import QwenImageTransformer2DModel
 from ppdiffusers_train.models.unloaded import build_unloaded
+from ppdiffusers_train.models.weight_files import find_weights
 from ppdiffusers_train.models.weight_names import fitting_tensors
+from ppdiffusers_train.models.weights import load_model
 from ppdiffusers_train.tensor_files import Computed
 from tests.parity_new.conftest import assert_close, run_torch
 
@@ -100,3 +104,18 @@ def test_names_and_shapes_of_the_published_size_are_those_of_diffusers(folder, r
         found = fitting_tensors(model, OnlyNames(shapes[name]))  # refuses what is missing, unknown, or of another shape
         assert found.keys() == model.state_dict().keys()
         assert sum(np.prod(tensor.shape) for tensor in found.values()) == pytest.approx(billions * 1e9, rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_block_of_the_published_width(tmp_path):
+    """Takes 4 GB of memory and 1.4 GB of disk."""
+    run_torch("block", tmp_path)
+    expected = load_file(tmp_path / "block.safetensors")
+    model = load_model(QwenImageTransformer2DModel, str(tmp_path / "block"), find_weights(tmp_path / "block"))
+    latents, states, sigmas = (paddle.to_tensor(expected[name]) for name in ("latents", "states", "sigmas"))
+    velocity = model(latents, states, None, sigmas, (4, 6))
+    assert_close(velocity.detach(), expected["velocity"])
+    velocity.square().mean().backward()
+    for name in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj"):  # nothing looks at the last block's text
+        gradient, found = expected[f"gradient {name}"], getattr(model.transformer_blocks[0].attn, name).weight.grad
+        assert_close(found.numpy().T / np.abs(gradient).max(), gradient / np.abs(gradient).max())

@@ -241,5 +241,23 @@ def names(folder: Path):
     (folder / "published" / "names.json").write_text(json.dumps(found))
 
 
+@torch.no_grad()
+def block(folder: Path):
+    """A transformer of the published width with one block, and its velocity and gradients for one sample."""
+    transformer = QwenImageTransformer2DModel(num_layers=1)
+    for n, (_, tensor) in enumerate(sorted(transformer.state_dict().items())):
+        tensor.normal_(0, max(1, tensor[:1].numel()) ** -0.5, generator=torch.Generator().manual_seed(n))
+    transformer.save_pretrained(folder / "block")
+    latents, states, sigmas = normal(1, 24, 64, seed=1), normal(1, 9, 3584, seed=2), torch.tensor([0.625])
+    with torch.enable_grad():
+        found = transformer(
+            latents, states, None, timestep=sigmas, img_shapes=[[(1, 4, 6)]], return_dict=False
+        )[0]  # fmt: skip
+        found.square().mean().backward()
+    layers = {f"gradient {n}": transformer.get_parameter(f"transformer_blocks.0.attn.{n}.weight").grad for n in TARGETS}
+    tensors = {"latents": latents, "states": states, "sigmas": sigmas, "velocity": found, **layers}
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "block.safetensors")
+
+
 if __name__ == "__main__":
-    {"write": write, "read_loras": read_loras, "names": names}[sys.argv[1]](Path(sys.argv[2]))
+    {"write": write, "read_loras": read_loras, "names": names, "block": block}[sys.argv[1]](Path(sys.argv[2]))
