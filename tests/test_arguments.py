@@ -51,7 +51,7 @@ def refusal(parser, capsys, *flags):
         (["--learning_rat=1"], "--learning_rat is not a flag of this script; did you mean --learning_rate?"),
         (["--train_data_dir="], "--train_data_dir/--instance_data_dir: '' is empty; expected a value, or no such flag"),
         (["--dataset_name", ""], "argument --dataset_name: '' is empty; expected a value, or no such flag"),
-        (["--sample_batch_size=4"], "not a flag of this script; expected no such flag: class images are generated one"),
+        (["--offload_ema"], "not a flag of this script; expected no such flag: averages stay on the GPU"),
         (
             ["--prodigy_beta3=1"],
             "--prodigy_beta3 is not a flag of this script; expected --optimizer prodigy, and its options in",

@@ -168,6 +168,18 @@ def add_class_arguments(parser):
         help="Insist on class images, as diffusers' DreamBooth scripts do; the flags above are enough, and "
         "--no_with_prior_preservation ignores them.",
     )  # fmt: skip
+    add(
+        "--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"),
+        help="Generate class images in this precision; without it, in that of --mixed_precision.",
+    )  # fmt: skip
+    add(
+        "--sample_batch_size", type=positive_int,
+        help="This flag has no effect: it is accepted for old commands, and class images are generated one at a time.",
+    )  # fmt: skip
+    add(
+        "--set_grads_to_none", action=Flag, default=None,
+        help="This flag has no effect: it is accepted for old commands, and gradients are always freed after a step.",
+    )  # fmt: skip
 
 
 def add_caption_arguments(group):

@@ -6,10 +6,7 @@ NOT_OFFERED = "not offered here"
 TEXT_ENCODERS = f"{NOT_OFFERED}: LoRA of Stable Diffusion and SDXL alone trains text encoders"
 
 ADVICE = {
-    "--sample_batch_size": LEAVE_OUT + "class images are generated one at a time",
-    "--prior_generation_precision": LEAVE_OUT + "class images are generated in --mixed_precision",
     "--class_labels_conditioning": NOT_OFFERED,
-    "--set_grads_to_none": LEAVE_OUT + "gradients are always freed",
     "--pre_compute_text_embeddings": "expected --encoded_cache, which computes text embeddings and latents once",
     "--offset_noise": "expected --noise_offset 0.1, in scripts that have it",
     "--validation_scheduler": LEAVE_OUT + "images are generated with the pipeline's own scheduler",

@@ -25,7 +25,10 @@ from ppdiffusers_train.runtime.precision import Precision
 ABOUT = "generated.json"  # what has generated the images of a folder
 AT_ONCE = 4  # images that a rank generates before it writes them and takes the next
 # Flags that only class images need, with their defaults.
-FLAGS = {"class_data_dir": None, "class_prompt": None, "num_class_images": 100, "prior_loss_weight": 1.0}
+FLAGS = {
+    "class_data_dir": None, "class_prompt": None, "num_class_images": 100, "prior_loss_weight": 1.0,
+    "prior_generation_precision": None,
+}  # fmt: skip
 
 
 def wants_class_images(args) -> bool:
@@ -58,11 +61,15 @@ def wants_class_images(args) -> bool:
 
 
 def notices(args):
-    """One line for each flag of class images that has no effect, because there are none."""
+    """One line for each flag of class images that has no effect, because there are none, or at all."""
     if not wants_class_images(args):
         for name, default in FLAGS.items():
             if getattr(args, name, default) != default:
                 yield f"--{name} {getattr(args, name)}: no effect without class images"
+    if getattr(args, "sample_batch_size", None):
+        yield f"--sample_batch_size {args.sample_batch_size}: no effect, class images are generated one at a time"
+    if getattr(args, "set_grads_to_none", None):
+        yield "--set_grads_to_none: no effect, gradients are always freed after a step"
 
 
 def add_class_images(module, dataset, run):
@@ -122,7 +129,10 @@ def generate_class_images(module, folder: Path, run, origin: dict) -> None:
                 write_text(folder / ABOUT, json.dumps(origin, indent=1, ensure_ascii=False) + "\n")
     missing = ranks.broadcast_object(class_images(folder, args.num_class_images)[1])
     run.log(f"{folder}: {counted(len(missing), 'class image')} of {args.num_class_images} are still to be generated")
-    precision, done = Precision(args.mixed_precision, args.amp_level), ranks.counter()
+    kind = {"fp32": "no", None: args.mixed_precision}.get(
+        args.prior_generation_precision, args.prior_generation_precision
+    )
+    precision, done = Precision(kind, args.amp_level), ranks.counter()
     with (
         evaluation(module),
         precision.autocast(),

@@ -43,7 +43,8 @@ FREE = {
     # Data and models: their contents are compared, wherever they are.
     *("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column"),
     *("train_shards_path_or_url", "caption_column", "caption", "caption_separator", "repeats"),
-    *("class_data_dir", "class_prompt", "num_class_images", "with_prior_preservation"),
+    *("class_data_dir", "class_prompt", "num_class_images", "with_prior_preservation", "prior_generation_precision"),
+    *("sample_batch_size", "set_grads_to_none"),
     *("max_train_samples", "stream_lanes", "seed", "revision", "teacher_revision", "variant"),
     *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "pretrained_teacher_model"),
     "single_file_config",

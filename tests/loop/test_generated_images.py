@@ -176,3 +176,13 @@ def test_a_dry_run_counts_class_images_and_writes_none(train_sd, tmp_path, capsy
     assert "7 samples and 5 class images with 12 captions\n  1 step of 2 samples and as many class images: 0.2" in said
     assert "12 x 2 encoded samples" in said and "prior preservation: 5 class images" in said
     assert os.listdir(folder) == ["own.png"]
+
+
+def test_flags_of_old_commands_are_taken_and_named(train_sd, generated, tmp_path, capsys):
+    more = ["--sample_batch_size=1", "--set_grads_to_none", "--prior_generation_precision=fp32"]
+    train_sd("sd", *prior(generated), *more)
+    said = capsys.readouterr().out
+    assert "--sample_batch_size 1: no effect, class images are generated one at a time" in said
+    assert "--set_grads_to_none: no effect" in said and "--prior_generation_precision" not in said
+    train_sd("sd", *STEP, *more, out="without")
+    assert "--prior_generation_precision fp32: no effect without class images" in capsys.readouterr().out
