@@ -7,6 +7,7 @@ from ppdiffusers_train.module import is_lora
 from ppdiffusers_train.runtime.bf16_weights import Rounding, narrow_models
 from ppdiffusers_train.runtime.groups import check_sharding_degree
 from ppdiffusers_train.runtime.optimizers import registry
+from ppdiffusers_train.runtime.precision import Precision
 
 ADAMW = ("adamw", "adamw8bit")  # whose states can be converted
 DEFAULT_RATE, PRODIGY_RATE = 1e-4, 1.0
@@ -145,7 +146,8 @@ def change_before_loading(args, job):
     """
     if args.param_dtype != "bf16" or args.trainable_modules or getattr(job, "averages", ()):
         return None
-    return lambda model: narrow_models([model])
+    widens = not Precision(args.mixed_precision).enabled
+    return lambda model: narrow_models([model], widens)
 
 
 def notices(args):

@@ -183,7 +183,7 @@ class TrainingState:
         """Cast weights to their dtypes in training."""
         self.precision.cast_models(self.module, self.optimizer)
         if self.args.param_dtype == "bf16":
-            narrow_models(trained_models(self.module))
+            narrow_models(trained_models(self.module), widens=not self.precision.enabled)
 
     def tensors(self) -> list:
         """All tensors that training needs before its first step, and encoding does not: weights and buffers of models

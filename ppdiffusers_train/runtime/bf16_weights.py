@@ -2,8 +2,8 @@
 
 Weights of linear layers and convolutions are kept in bfloat16; those of other layers, and biases, are few and stay
 float32. An update is computed in float32, and its result rounded so that small updates are not lost (Zamirai et al.
-2020, arXiv 2010.06192). CPUs compute with such weights in float32: a layer widens its weight in its forward and again
-in its backward pass.
+2020, arXiv 2010.06192). Without autocast, as on CPUs, computing stays in float32: a layer widens its weight in its
+forward and again in its backward pass.
 """
 
 from functools import cache
@@ -14,7 +14,7 @@ from paddle import nn
 from paddle.autograd import PyLayer
 
 from ppdiffusers_train.draws import generator
-from ppdiffusers_train.runtime.precision import computes_in_low_precision, share_storage
+from ppdiffusers_train.runtime.precision import share_storage
 from ppdiffusers_train.runtime.quantized import KNOWN, QuantizedConv, QuantizedLinear
 
 LOW_BITS = 2**16  # float32's bits that bfloat16 lacks
@@ -138,10 +138,14 @@ def narrow_layers(model) -> list:
 
 
 @paddle.no_grad()
-def narrow_models(models) -> None:
-    """Round the trained weights of models to bfloat16, one layer after the other."""
+def narrow_models(models, widens: bool) -> None:
+    """Round the trained weights of models to bfloat16, one layer after the other.
+
+    Args:
+        widens: whether layers have to widen their weights, because the run does not compute in bfloat16.
+    """
     for model in models:
         for layer in narrow_layers(model):
             share_storage(layer.weight, layer.weight.astype("bfloat16"))
-            if not computes_in_low_precision():
+            if widens:
                 layer.__class__ = wide_class(type(layer))

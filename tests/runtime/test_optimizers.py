@@ -137,7 +137,7 @@ def test_weights_in_bf16_are_exact_in_checkpoints_and_float32_in_results(train):
 def test_gradients_of_weights_in_bf16_are_those_of_float32_weights_of_the_same_values():
     wide, narrow = (paddle.nn.Sequential(paddle.nn.Linear(6, 8), paddle.nn.Conv2D(3, 5, 3, 2, 1)) for _ in range(2))
     assert narrow_layers(narrow) == [narrow[1]], "all but the first parameter"
-    narrow_models([narrow])
+    narrow_models([narrow], widens=True)
     for own, other in zip(wide.parameters(), narrow.parameters()):
         own.set_value(other.astype("float32"))
     x = paddle.randn([2, 3, 6, 6])
