@@ -46,7 +46,7 @@ class KandinskyDecoderTrainingModule(WithImageEmbeddings, LatentDenoisingTrainin
         self.load_later("movq", decoder.later("movq", VQModel))
         self.unet = decoder.load("unet", UNet2DConditionModel)
         self.use_scheduler(decoder.load("scheduler", DDPMScheduler))
-        save_memory(self.unet, args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention)
+        save_memory(self.unet, args)
 
     def preprocess(self, row, draws):
         """pixel_values [3, R, R] of the centred square; clip_pixel_values of the whole image, as CLIP crops it."""

@@ -66,7 +66,7 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         self.steps = paddle.to_tensor(steps)
         self.load_later("vae", self.folder.later("vae"))
         self.build_networks()
-        save_memory(self.unet, args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention)
+        save_memory(self.unet, args)
 
     def load_text_encoders(self):
         """The text encoder, and its embedding of an empty caption."""

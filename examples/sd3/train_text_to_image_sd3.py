@@ -16,6 +16,7 @@ from ppdiffusers_train.data.tags import draw_caption
 from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.job import FullTraining, job_main, named_by_flags
 from ppdiffusers_train.models.attention import announce_joint_attention
+from ppdiffusers_train.models.attention_slices import enable_sliced_attention
 from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.recompute import enable_recompute
 from ppdiffusers_train.models.sd3 import SD3Folder, check_prompts, encode_captions, tokenize_caption
@@ -77,6 +78,8 @@ class SD3TrainingModule(FullTraining):
             enable_recompute(self.transformer)
         if args.enable_xformers_memory_efficient_attention:
             announce_joint_attention()
+        if args.attention_slices == "auto":
+            enable_sliced_attention(self.transformer)
 
     @property
     def tokenizers(self):

@@ -48,6 +48,7 @@ FREE = {
     *("pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path", "init_lora"),
     # Where and how fast the run computes.
     *("gradient_checkpointing", "enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"),
+    "attention_slices",
     *("deterministic", "to_static", "sharding_degree", "sharding_stage", "collective_timeout", "local_rank"),
     "fused_backward",
     *("dataloader_num_workers", "vae_encode_batch_size", "peak_tflops", "cache_dir", "index_dir", "encoded_cache_dir"),
