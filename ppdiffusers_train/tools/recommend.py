@@ -155,7 +155,9 @@ def print_recommendation(args) -> int:
     """Print the flags; the status is 1 where nothing fits."""
     jobs = read_counts()
     if args.job not in jobs:
-        raise UserError(f"JOB: there is no {args.job!r}; expected {', '.join(jobs)}")
+        raise UserError(
+            f"JOB: there are no counts of {args.job!r}; expected {', '.join(jobs)}, or --dry_run of the script"
+        )
     counts = jobs[args.job]
     known = sorted(map(int, counts["sizes"]))
     resolution = args.resolution or known[-1]
