@@ -26,10 +26,9 @@ def attention(query, key, value, seen=None):
     if not paddle.get_device().startswith("cpu"):
         return functional.scaled_dot_product_attention(query, key, value, mask)
     # Paddle 2.6 has no kernel on CPUs.
-    query, key, value = (x.transpose([0, 2, 1, 3]) for x in (query, key, value))
-    scores = paddle.matmul(query * query.shape[-1] ** -0.5, key, transpose_y=True)
-    weights = functional.softmax(scores if mask is None else scores + mask, axis=-1)
-    return paddle.matmul(weights, value).transpose([0, 2, 1, 3])
+    if getattr(functional, "scaled_dot_product_attention_", None) is sliced_attention:
+        return sliced_attention(query, key, value, mask)
+    return attend(query, key, value, mask, query.shape[-1] ** -0.5)
 
 
 def provide_joint_attention() -> None:
