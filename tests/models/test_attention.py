@@ -52,8 +52,10 @@ def test_a_unet_gets_the_same_gradients(build, name, flags, monkeypatch):
         assert np.abs(one - other).max() <= 1e-6 * max(np.abs(one).max(), 0.1)
 
 
-def test_sd3_gets_the_same_gradients(build_sd3_module):
-    found = [kept_for_backward(build_sd3_module("sd3", f"--attention_slices={value}")) for value in ("no", "auto")]
+@pytest.mark.parametrize("name", ["sd3", "lora_qwen"])
+def test_a_transformer_gets_the_same_gradients(build_sd3_module, build_qwen_module, name):
+    build, flags = (build_sd3_module, []) if name == "sd3" else (build_qwen_module, ["--no_gradient_checkpointing"])
+    found = [kept_for_backward(build(name, *flags, f"--attention_slices={value}")) for value in ("no", "auto")]
     (plain, expected), (less, gradients) = found
     assert less < plain and all(
         np.abs(one - other).max() <= 1e-6 * max(np.abs(one).max(), 0.1)
