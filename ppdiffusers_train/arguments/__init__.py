@@ -226,10 +226,6 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
         help="Recompute activations in the backward pass, which takes less memory and more time.",
     )  # fmt: skip
     add(
-        "--attention_slices", choices=("no", "auto"), default="no",
-        help="Compute attention in slices where its matrices are large and Paddle has no kernel without them (auto).",
-    )  # fmt: skip
-    add(
         "--trainable_modules", metavar="PATTERNS",
         help="Train only these parts of the model in full, and LoRA layers if the job has them: names of layers or "
         "parameters, separated by commas, with * for anything, such as blocks.*.norm1,proj_out.",
@@ -237,6 +233,10 @@ def add_training_arguments(parser, weight_decay=0.01, train_batch_size=16):
     add(
         "--enable_xformers_memory_efficient_attention", action=Flag,
         help="Use Paddle's memory-efficient attention if this Paddle and this device have it.",
+    )  # fmt: skip
+    add(
+        "--attention_slices", choices=("no", "auto"), default="no",
+        help="Compute attention in slices where its matrices are large and Paddle has no kernel without them (auto).",
     )  # fmt: skip
     add(
         "--skip_nonfinite", type=non_negative_int, default=0, metavar="N",
