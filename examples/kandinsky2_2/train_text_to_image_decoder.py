@@ -48,7 +48,8 @@ class KandinskyDecoderTrainingModule(WithImageEmbeddings, LatentDenoisingTrainin
         self.load_later("movq", decoder.later("movq", VQModel))
         self.unet = decoder.load("unet", UNet2DConditionModel)
         self.use_scheduler(decoder.load("scheduler", DDPMScheduler))
-        save_memory(self.unet, args)
+        attention = args.enable_xformers_memory_efficient_attention, args.attention_slices
+        save_memory(self.unet, args.gradient_checkpointing, *attention)
 
     def preprocess(self, row, draws):
         """pixel_values [3, R, R] of the centred square; clip_pixel_values of the whole image, as CLIP crops it."""

@@ -63,6 +63,8 @@ class KandinskyPriorTrainingModule(WithImageEmbeddings, DenoisingTraining):
             enable_recompute(self.prior)
         if args.enable_xformers_memory_efficient_attention:
             announce_plain_attention("the prior's attention has a mask")
+        if args.attention_slices == "auto":
+            announce_plain_attention("the prior's matrices are small", "--attention_slices auto")
 
     def encoding_settings(self):
         names = ["proportion_empty_prompts", "shuffle_tags", "keep_tags", "tag_dropout", "wildcards"]

@@ -66,7 +66,8 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         self.steps = paddle.to_tensor(steps)
         self.load_later("vae", self.folder.later("vae"))
         self.build_networks()
-        save_memory(self.unet, args)
+        attention = args.enable_xformers_memory_efficient_attention, args.attention_slices
+        save_memory(self.unet, args.gradient_checkpointing, *attention)
 
     def load_text_encoders(self):
         """The text encoder, and its embedding of an empty caption."""

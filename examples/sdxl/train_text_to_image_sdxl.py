@@ -68,7 +68,8 @@ class SDXLTrainingModule(LatentDenoisingTraining):
         for name in ("text_encoder", "text_encoder_2", "vae"):
             self.load_later(name, self.folder.later(name))
         self.unet = self.folder.load("unet")
-        save_memory(self.unet, args)
+        attention = args.enable_xformers_memory_efficient_attention, args.attention_slices
+        save_memory(self.unet, args.gradient_checkpointing, *attention)
         if args.enable_npu_flash_attention:
             announce_plain_attention("ppdiffusers has no kernel for NPUs", "--enable_npu_flash_attention")
 

@@ -58,7 +58,8 @@ class SDTrainingModule(LatentDenoisingTraining):
         for name in self.encoders:
             self.load_later(name, self.folder.later(name))
         self.tokenizer, self.unet = self.folder.load("tokenizer"), self.folder.load("unet")
-        save_memory(self.unet, args)
+        attention = args.enable_xformers_memory_efficient_attention, args.attention_slices
+        save_memory(self.unet, args.gradient_checkpointing, *attention)
 
     def load_scheduler(self, prediction_type, scheduler_class=None):
         return self.folder.load_scheduler(prediction_type, self.args.rescale_betas_zero_snr, scheduler_class)

@@ -40,7 +40,8 @@ class VAEDecoderTrainingModule(FullTraining):
         self.folder.check_resolution(args.resolution)
         self.load_later("encoder", self.folder.later("vae"))
         self.vae = self.folder.load("vae")
-        save_memory(self.vae, args)
+        attention = args.enable_xformers_memory_efficient_attention, args.attention_slices
+        save_memory(self.vae, args.gradient_checkpointing, *attention)
         for part in (self.vae.encoder, self.vae.quant_conv):
             freeze(part)
 

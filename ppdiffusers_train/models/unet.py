@@ -5,12 +5,12 @@ from ppdiffusers_train.models.attention_slices import enable_sliced_attention
 from ppdiffusers_train.models.recompute import enable_recompute
 
 
-def save_memory(model, args) -> None:
-    """Let a UNet or a VAE recompute its activations, use Paddle's memory-efficient attention, or attention in slices,
-    where the flags ask for it."""
-    if args.gradient_checkpointing:
+def save_memory(model, recompute: bool, efficient_attention: bool, attention_slices: str) -> None:
+    """Let a UNet or a VAE recompute its activations, use Paddle's memory-efficient attention, or attention in slices
+    ("auto"), where it is asked for."""
+    if recompute:
         enable_recompute(model)
-    if args.enable_xformers_memory_efficient_attention:
+    if efficient_attention:
         enable_memory_efficient_attention(model)
-    if args.attention_slices == "auto":
+    if attention_slices == "auto":
         enable_sliced_attention(model)
