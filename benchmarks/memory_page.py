@@ -32,9 +32,12 @@ WORDS = {
         "cache": "缓存",
         "checkpointing": "重计算",
         "8-bit Adam": "8 位 Adam",
+        "fused": "逐参数更新",
+        "bf16 weights": "bf16 权重",
     },
 }
 SHORT = {"encoded_cache": "cache", "gradient_checkpointing": "checkpointing", "use_8bit_adam": "8-bit Adam"}
+SHORT |= {"fused_backward": "fused", "param_dtype": "bf16 weights"}
 
 
 def write_pages(counts: dict) -> None:
@@ -84,7 +87,7 @@ def fitting(counts: dict, resolution: int, gigabytes: int, words: dict) -> str:
     found = recommend(counts, resolution, gigabytes)
     if found is None:
         return FITS_NOT
-    named = [SHORT.get(name, name) if value is True else value for name, value in found.flags.items()]
+    named = [SHORT.get(name, value) for name, value in found.flags.items() if name != "max_grad_norm"]
     return ("、" if "cache" in words else ", ").join(words.get(name, name) for name in named)
 
 

@@ -6,6 +6,7 @@ nothing has to be measured here.
 
 import json
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from ppdiffusers_train.arguments.parser import positive_int
@@ -23,11 +24,14 @@ WEIGHTS = (
 )  # the parts of an `Inventory` that do not depend on images
 CACHED, LOW = {"encoded_cache": True}, {"encoded_cache": True, "mixed_precision": "bf16"}
 RECOMPUTED = {**LOW, "gradient_checkpointing": True}
+FUSED = {
+    **CACHED, "gradient_checkpointing": True, "optimizer": "adafactor", "fused_backward": True, "max_grad_norm": 0,
+}  # fmt: skip
 # From the fastest to the slowest: 16 bits and a cache save time, each further flag costs more than the one before.
 CHOICES = (
     LOW, {**LOW, "use_8bit_adam": True}, RECOMPUTED, {**RECOMPUTED, "use_8bit_adam": True},
     {**RECOMPUTED, "quantize_base": "int8"}, {**RECOMPUTED, "quantize_base": "nf4"},
-    {**CACHED, "gradient_checkpointing": True, "use_8bit_adam": True},
+    {**CACHED, "gradient_checkpointing": True, "use_8bit_adam": True}, FUSED, {**FUSED, "param_dtype": "bf16"},
 )  # fmt: skip
 
 
@@ -60,10 +64,10 @@ def as_counts(script: str, inventory, quantized: dict, sizes: dict) -> dict:
         quantized: {"int8" or "nf4": what `Inventory.frozen` is with it}.
         sizes: {resolution: `measured`}.
     """
-    trained = inventory.trained
+    shapes = inventory.shapes
     return {
         "script": script,
-        "trained": [[size, trained.count(size)] for size in sorted(set(trained))],
+        "trained": [[list(shape), shapes.count(shape)] for shape in sorted(set(shapes))],
         **{name: getattr(inventory, name) for name in WEIGHTS},
         "quantized": quantized,
         "sizes": sizes,
@@ -83,8 +87,13 @@ def inventory_from(counts: dict, resolution: int, quantize_base: str = "no"):
     found = dict(counts["sizes"][str(resolution)])
     found["activations"] = dict(zip((False, True), found["activations"]))
     frozen = counts["frozen"] if quantize_base == "no" else counts["quantized"][quantize_base]
-    trained = tuple(size for size, count in counts["trained"] for _ in range(count))
-    return Inventory(trained, **{name: counts[name] for name in WEIGHTS} | {"frozen": frozen}, **found)
+    shapes = tuple(tuple(shape) for shape, count in counts["trained"] for _ in range(count))
+    return Inventory(
+        tuple(map(prod, shapes)),
+        shapes=shapes,
+        **{name: counts[name] for name in WEIGHTS} | {"frozen": frozen},
+        **found,
+    )
 
 
 def peak_of(counts: dict, resolution: int, flags: dict, batch: int = 1) -> int:
@@ -96,7 +105,8 @@ def peak_of(counts: dict, resolution: int, flags: dict, batch: int = 1) -> int:
         train_batch_size=batch, mixed_precision=flags.get("mixed_precision", "no"), amp_level="O1", use_ema=False,
         use_8bit_adam=flags.get("use_8bit_adam", False), sharding_degree=1,
         gradient_checkpointing=flags.get("gradient_checkpointing", False), cached=flags.get("encoded_cache", False),
-        ranks=1,
+        ranks=1, optimizer=flags.get("optimizer", "adamw"), fused_backward=flags.get("fused_backward", False),
+        param_dtype=flags.get("param_dtype", "float32"),
     )  # fmt: skip
     return inventory.peak(options)
 
@@ -105,8 +115,8 @@ def recommend(counts: dict, resolution: int, gigabytes: float):
     """The `Recommendation` of a job for a GPU, or None where nothing fits."""
     room = USABLE * gigabytes * 1e9
     for flags in CHOICES:
-        if flags.get("quantize_base") and not counts["quantized"]:
-            continue
+        if "quantize_base" in flags and not counts["quantized"] or "optimizer" in flags and counts["quantized"]:
+            continue  # the first are for LoRA, the second for training in full
         if (peak := peak_of(counts, resolution, flags)) <= room:
             batch = 1
             while batch < LARGEST_BATCH and peak_of(counts, resolution, flags, 2 * batch) <= room:
