@@ -22,7 +22,8 @@ from ppdiffusers_train.data.tags import draw_caption
 from ppdiffusers_train.data.transforms import fit, fit_mask, normalize_pixels
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.job import FullTraining, LoRATraining, job_main, named_by_flags
-from ppdiffusers_train.models.attention import announce_joint_attention, announce_plain_attention
+from ppdiffusers_train.models.attention import announce_joint_attention
+from ppdiffusers_train.models.attention_slices import enable_sliced_attention
 from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.lora import JOINT_ATTENTION_TARGETS
 from ppdiffusers_train.models.masks import encode_masks
@@ -92,7 +93,7 @@ class QwenImageTraining(FullTraining):
         if args.enable_xformers_memory_efficient_attention:
             announce_joint_attention()
         if args.attention_slices == "auto":
-            announce_plain_attention("the attention of this model has a kernel of its own", "--attention_slices auto")
+            enable_sliced_attention(self.transformer)
 
     def table(self, tokens: int) -> tuple:
         """σ of each timestep, its probability, and its loss weight (or None) for images of so many tokens, [T] each."""

@@ -16,7 +16,8 @@ from ppdiffusers_train.data.tags import draw_caption
 from ppdiffusers_train.data.transforms import fit, fit_mask, normalize_pixels
 from ppdiffusers_train.errors import UserError
 from ppdiffusers_train.job import FullTraining, job_main, named_by_flags
-from ppdiffusers_train.models.attention import announce_joint_attention, enable_sliced_attention
+from ppdiffusers_train.models.attention import announce_joint_attention
+from ppdiffusers_train.models.attention_slices import enable_sliced_attention
 from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.masks import encode_masks
 from ppdiffusers_train.models.recompute import enable_recompute

@@ -68,7 +68,7 @@ def notices(args):
                 yield f"--{name} {getattr(args, name)}: no effect without class images"
     if getattr(args, "sample_batch_size", None):
         yield f"--sample_batch_size {args.sample_batch_size}: no effect, class images are generated one at a time"
-    if getattr(args, "set_grads_to_none", None):
+    if hasattr(args, "set_grads_to_none") and args.set_grads_to_none:
         yield "--set_grads_to_none: no effect, gradients are always freed after a step"
 
 

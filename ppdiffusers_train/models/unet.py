@@ -1,6 +1,7 @@
 """Settings with which a model of ppdiffusers takes less memory in training."""
 
-from ppdiffusers_train.models.attention import enable_memory_efficient_attention, enable_sliced_attention
+from ppdiffusers_train.models.attention import enable_memory_efficient_attention
+from ppdiffusers_train.models.attention_slices import enable_sliced_attention
 from ppdiffusers_train.models.recompute import enable_recompute
 
 

@@ -7,7 +7,7 @@ import paddle
 import pytest
 from paddle.nn import functional
 
-from ppdiffusers_train.models import attention
+from ppdiffusers_train.models import attention_slices
 from tests.conftest import kept_for_backward
 
 
@@ -18,7 +18,7 @@ def restored(monkeypatch):
     monkeypatch.setattr(functional, "scaled_dot_product_attention_", had, raising=False)
     if had is None:
         monkeypatch.delattr(functional, "scaled_dot_product_attention_")
-    monkeypatch.setattr(attention, "AT_ONCE", 1)
+    monkeypatch.setattr(attention_slices, "AT_ONCE", 1)
 
 
 @pytest.mark.parametrize("has_mask", (False, True))
@@ -27,7 +27,7 @@ def test_slices_give_the_numbers_of_plain_attention(has_mask):
     parts = [paddle.randn([2, rows, 3, 8]) for rows in (5, 7, 7)]
     mask = paddle.randn([2, 3, 5, 7]) if has_mask else None
     found = []
-    for compute in (attention.attend, attention.sliced_attention):
+    for compute in (attention_slices.attend, attention_slices.sliced_attention):
         own = [part.clone().detach() for part in parts]
         for part in own:
             part.stop_gradient = False
@@ -42,8 +42,8 @@ def test_slices_give_the_numbers_of_plain_attention(has_mask):
 @pytest.mark.parametrize("flags", [[], ["--gradient_checkpointing"]], ids=["plain", "recomputed"])
 def test_a_unet_gets_the_same_gradients(build, name, flags, monkeypatch):
     sliced = []
-    apply = attention.SlicedAttention.apply
-    monkeypatch.setattr(attention.SlicedAttention, "apply", lambda *args: sliced.append(1) or apply(*args))
+    apply = attention_slices.SlicedAttention.apply
+    monkeypatch.setattr(attention_slices.SlicedAttention, "apply", lambda *args: sliced.append(1) or apply(*args))
     (plain, expected), (less, gradients) = (
         kept_for_backward(build(name, *flags, f"--attention_slices={value}")) for value in ("no", "auto")
     )
@@ -52,8 +52,10 @@ def test_a_unet_gets_the_same_gradients(build, name, flags, monkeypatch):
         assert np.abs(one - other).max() <= 1e-6 * max(np.abs(one).max(), 0.1)
 
 
-def test_sd3_gets_the_same_gradients(build_sd3_module):
-    found = [kept_for_backward(build_sd3_module("sd3", f"--attention_slices={value}")) for value in ("no", "auto")]
+@pytest.mark.parametrize("name", ["sd3", "lora_qwen"])
+def test_a_transformer_gets_the_same_gradients(build_sd3_module, build_qwen_module, name):
+    build, flags = (build_sd3_module, []) if name == "sd3" else (build_qwen_module, ["--no_gradient_checkpointing"])
+    found = [kept_for_backward(build(name, *flags, f"--attention_slices={value}")) for value in ("no", "auto")]
     (plain, expected), (less, gradients) = found
     assert less < plain and all(
         np.abs(one - other).max() <= 1e-6 * max(np.abs(one).max(), 0.1)
