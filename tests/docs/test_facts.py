@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from ppdiffusers_train.toy.demo.jobs import JOBS
 from tests.conftest import ROOT, load_script
 from tests.docs.pages import found, read, tables
 
@@ -40,12 +41,11 @@ def test_every_script_has_a_row_with_its_smallest_gpu(name):
     rows = [row for table in tables(name) for row in table[2:]]
     named = [re.search(r"`([^`]*/train_[^`]*\.py)`", " ".join(row)) for row in rows]
     rows = {script[1]: row[-1] for script, row in zip(named, rows) if script and "your_own_job" not in script[1]}
-    unnamed = {"train_text_to_image": "sd", "train_text_to_image_lora": "lora_sd"}
+    names = {job.script: name for name, job in JOBS.items()}
     scripts = {str(file.relative_to(ROOT / "examples")): file for file in (ROOT / "examples").glob("*/train_*.py")}
     assert rows.keys() == {script for script in scripts if "your_own_job" not in script}
     for script, cell in rows.items():
-        job = scripts[script].stem
-        gpus = smallest.get(unnamed.get(job, job.removeprefix("train_text_to_image_")), [])
+        gpus = smallest.get(names.get(script), [])
         if len({gpu for _, gpu in gpus}) > 1:
             expected = ", ".join(f"{gpu} GB ({pixels})" for pixels, gpu in gpus)
         elif len(gpus) > 1:
