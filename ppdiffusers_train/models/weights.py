@@ -94,7 +94,9 @@ def load_in_place(model, folder) -> None:
     files = find_weights(folder)
     if files is None:
         raise UserError(f"{Path(folder) / FILES['ppdiffusers']} is missing")
-    saved, own = paddle_tensors(files, model), model.state_dict()
+    saved, unpublished = paddle_tensors(files, model), unpublished_biases(model)
+    # `written_tensors` leaves these out for torch where they are zero, which they then are in the model, too.
+    own = {name: tensor for name, tensor in model.state_dict().items() if name in saved or name not in unpublished}
     require_same_shapes(saved, own, f"{files.files[0]} is of another model")
     set_tensors(own, saved)
 
