@@ -241,7 +241,7 @@ def tar_with_more_images_in_a_sample(folder):
         folder / "x.tar",
         [image, ("a.mask.png", picture()), text, ("b.png", picture()), ("b.jpg", jpeg), ("b.txt", b"x")],
     )
-    shown = ("not used: 2 more pictures of samples, for example", "x.tar: a.mask.png")
+    shown = ("not used: 1 more pictures of samples, for example", "x.tar: b.png", "not used: 1 mask of samples")
     return shards(folder, [(pixels(1), "the photo"), (None, "x")], printed=shown)
 
 
