@@ -28,7 +28,7 @@ WRITES = set(
     set_aside_other_branches keep_others link_or_copy
     set_aside_unlisted_result remove_earlier_checkpoints remove_folder make_once link_files UnfinishedPack write_merged
     export_converted export_single_file write_converted
-    write_pretrained write_kandinsky write_sd write_sdxl write_sd3""".split()
+    write_first write_pretrained write_kandinsky write_sd write_sdxl write_sd3""".split()
 )
 # These write where nobody loses a run: the launcher's logs are masked if possible, and toys are trained by developers.
 ELSEWHERE = re.compile("ppdiffusers_train/(launcher|toy/recipes)/")
@@ -111,14 +111,13 @@ def test_every_write_is_in_the_wrapper():
 
 
 def test_a_disk_that_is_full_before_the_first_step_gets_one_line(train, tmp_path, capsys):
-    cases = {
-        500: "--output_dir: training_args.json cannot be written to .*/out': {}; the last checkpoint is untouched$",
-        8000: "--encoded_cache_dir: encoded samples cannot be written to .*: {}; those in it stay usable$",
-    }
-    for size, expected in cases.items():
+    arguments = "--output_dir: training_args.json cannot be written to .*/out': {}; the last checkpoint is untouched$"
+    weights = "weights that are not needed while samples are encoded cannot be written to .*/cache': {}$"
+    cache = f"--encoded_cache_dir={tmp_path / 'cache'}"
+    for flag, expected in {"--no_encoded_cache": arguments, cache: weights}.items():
         expected = expected.format("File too large (.*)")
-        with no_file_above(size), pytest.raises(SystemExit) as stopped:
-            train("prior", f"--encoded_cache_dir={tmp_path / 'cache'}", "--report_to=none")
+        with no_file_above(500), pytest.raises(SystemExit) as stopped:
+            train("prior", flag, "--report_to=none")
         assert stopped.value.code == 1 and re.search(expected, last_error(capsys))
     assert not list((tmp_path / "cache").rglob("*.pack")) and not list((tmp_path / "cache").rglob(".*"))
 

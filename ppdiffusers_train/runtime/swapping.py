@@ -55,7 +55,7 @@ def keep(tensor, file):
     array = tensor.numpy()  # bfloat16 as uint16
     if file is None:
         return array
-    array.tofile(file)
+    file.write(np.ascontiguousarray(array).data)  # `tofile` would hide why a disk refuses
     return array.dtype
 
 

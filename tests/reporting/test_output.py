@@ -27,6 +27,7 @@ OWN_LINES = [
     r"disk: [\d.]+ MB for 7 samples to encode, .* checkpoints .*, .* for the result \(in .*; [\d.]+ GB are free\)",
     r".*/encoded: the cache is complete; encoding took \d+ s",
     r"step [24]: wrote (checkpoint-[24]|validation/step-[24]\.png)",
+    r"step [24]: CLIP score [\d.]+",
     r"wrote the result to .*/out",
 ]
 LOG_LINES = [rf"encoding: 7/7 samples, {LEFT}", rf"training: \d/4 steps, {LEFT}, {FIGURES}"]
