@@ -182,7 +182,7 @@ class LoRATraining:
     def add_lora(self, model, targets: str) -> None:
         """Freeze a model and add LoRA to the layers that `targets` names, as the flags say."""
         args = self.args
-        add_lora(model, targets, args.lora_rank, args.lora_alpha, args.lora_dropout, args.seed or 0)
+        add_lora(model, targets, args.lora_rank, args.lora_alpha, args.lora_dropout, args.seed or 0, args.use_rslora)
 
     @property
     def quantized(self):

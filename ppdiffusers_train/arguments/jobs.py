@@ -189,6 +189,10 @@ def add_lora_arguments(parser, targets, rank=4, **defaults):
         help="Scale the output of the LoRA layers by this alpha / rank; without it, alpha is the rank.",
     )  # fmt: skip
     group.add_argument(
+        "--use_rslora", action=Flag,
+        help="Scale the output of the LoRA layers by alpha / the square root of the rank (rsLoRA).",
+    )  # fmt: skip
+    group.add_argument(
         "--lora_dropout", type=unit_float, default=0.0,
         help="Drop elements of the LoRA layers' input with this probability (dropout).",
     )  # fmt: skip

@@ -13,6 +13,7 @@ from ppdiffusers_train.runtime.agreement import digest
 REFUSED = {
     # What is trained, and for which objective: the weights of the checkpoint would become a mixture.
     *("prediction_type", "lora_rank", "lora_alpha", "lora_target_modules", "trainable_modules", "train_text_encoder"),
+    "use_rslora",
     "quantize_base",  # another base model
     *("snr_gamma", "noise_offset", "loss_type", "huber_c", "t5", "shift", "dynamic_shift"),
     *("input_perturbation", "dream_training", "dream_detail_preservation", "huber_schedule", "debiased_loss"),

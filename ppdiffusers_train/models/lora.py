@@ -6,6 +6,7 @@ are. Its writer is not used: it stores no α, refuses models with LoRA on some l
 """
 
 import contextlib
+import math
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ UNET_TARGETS = (
 PARAMETERS_FILE = "lora_parameters.safetensors"
 
 
-def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, seed: int = 0) -> None:
+def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, seed: int = 0, use_rslora=False) -> None:
     """Freeze a model and set LoRA layers on the layers that `targets` names, in float32.
 
     Args:
@@ -42,6 +43,8 @@ def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, s
         rank: r. alpha: α, by default r.
         dropout: probability with which an input of A is dropped in training.
         seed: of the initial values, which are a function of it and the layer's name.
+        use_rslora: scale by α / √r instead of α / r (Kalajdzievski 2023, arXiv 2312.03732). The layers then have
+            α √r as their α, which every file and reader of LoRA layers understands.
     Raises:
         UserError: a target fits no layer, or `rank` is larger than a layer.
     """
@@ -59,6 +62,8 @@ def add_lora(model, targets: str, rank: int, alpha=None, dropout: float = 0.0, s
                 {".".join(name.split(".")[-2 if name.split(".")[-1].isdigit() else -1 :]) for name in layers}
             )
             raise UserError(f"--lora_target_modules: no layer is called {target!r}; there are {', '.join(known)}")
+    if use_rslora:
+        alpha = (alpha or rank) * math.sqrt(rank)
     scale = None if alpha in (None, rank) else float(alpha)
     for name, layer in layers.items():
         if not any(is_target(name, target) for target in wanted):

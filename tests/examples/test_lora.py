@@ -51,6 +51,7 @@ def combined(kandinsky, tmp_path_factory):
 @BOTH
 def test_load_attn_procs_gives_the_trained_model_alpha_included(train, build, combined, name):
     flags = ["--lora_rank=4", "--lora_alpha=8", "--max_train_steps=6", "--learning_rate=1e-2"]
+    flags += ["--use_rslora"] if name == "prior_lora" else []
     output_dir = train(name, *flags, "--checkpointing_steps=6")
     module = build(name, *flags)
     module.load_weights(str(output_dir / "checkpoint-6"))
@@ -122,6 +123,12 @@ def test_the_rank_is_the_inner_size(train, flag):
 def test_each_flag_changes_training(train, flag):
     runs = [scalars(train("prior_lora", *flags, "--max_train_steps=3", out=str(len(flags)))) for flags in ([], [flag])]
     assert runs[0] != runs[1]
+
+
+@pytest.mark.parametrize("alpha, expected", [([], 4**0.5), (["--lora_alpha=6"], 6 / 4**0.5)])
+def test_rslora_divides_by_the_root_of_the_rank(build, alpha, expected):
+    layers = lora_layers(build("prior_lora", "--lora_rank=4", "--use_rslora", *alpha).prior)
+    assert {lora.network_alpha / lora.rank for lora in layers.values()} == {expected}
 
 
 def test_dropout_is_off_where_nothing_is_trained(build):
