@@ -55,6 +55,6 @@ def on_device(device, tmp_path_factory):
 
 
 @pytest.fixture
-def jobs(kandinsky, sdxl, sd3, sd, photos, tmp_path):
+def jobs(kandinsky, sdxl, sd3, sd, qwen, photos, tmp_path):
     """An empty list of jobs on tiny models."""
-    return Jobs({"kandinsky": kandinsky, "sdxl": sdxl, "sd3": sd3, "sd": sd}, photos, tmp_path)
+    return Jobs({"kandinsky": kandinsky, "sdxl": sdxl, "sd3": sd3, "sd": sd, "qwen": qwen}, photos, tmp_path)

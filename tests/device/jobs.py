@@ -8,13 +8,14 @@ from tests.distributed.launching import script
 
 FULL = ("decoder", "prior", "sdxl", "sd3", "sd", "vae_decoder", "lcm_distill_sd", "lcm_distill_sdxl")
 LORA = (
-    *("decoder_lora", "prior_lora", "lora_sd", "lora_sdxl", "lora_sd3"),
+    *("decoder_lora", "prior_lora", "lora_sd", "lora_sdxl", "lora_sd3", "lora_qwen"),
     *("lcm_distill_lora_sd", "lcm_distill_lora_sdxl"),
 )
 FAMILIES = {
     "kandinsky": ("decoder", "decoder_lora", "prior", "prior_lora"),
     "stable_diffusion": ("sdxl", "lora_sdxl", "sd", "lora_sd", "vae_decoder"),
     "sd3": ("sd3", "lora_sd3"),
+    "qwen": ("lora_qwen",),
     "lcm": ("lcm_distill_sd", "lcm_distill_sdxl", "lcm_distill_lora_sd", "lcm_distill_lora_sdxl"),
 }
 
@@ -66,6 +67,7 @@ COVERING = {
     "sd": Setting("bf16", "O1", accumulates=True, recomputes=True),
     "lora_sd": Setting("bf16", "O2", cached=True),
     "vae_decoder": Setting("fp16", "O2", cached=True),
+    "lora_qwen": Setting("bf16", "O1", recomputes=True, cached=True),
     "lcm_distill_sd": Setting("fp16", "O1", ema=False, accumulates=True),
     "lcm_distill_sdxl": Setting("fp16", "O2", accumulates=True),
     "lcm_distill_lora_sd": Setting("fp16", "O2", recomputes=True),
@@ -86,7 +88,8 @@ class Jobs:
     """Jobs of the runner, below a folder.
 
     Args:
-        models: {"kandinsky": (prior, decoder), "sdxl": folder, "sd3": folder, "sd": folder} of tiny pipelines.
+        models: {"kandinsky": (prior, decoder), "sdxl": folder, "sd3": folder, "sd": folder,
+            "qwen": folder} of tiny pipelines.
         photos: the folder of images.
     """
 
@@ -97,7 +100,7 @@ class Jobs:
         """The folder of the pipeline that a job starts from: the part of it that the job trains, for a full one."""
         if name in FAMILIES["kandinsky"]:
             return self.models["kandinsky"]["decoder" in name]
-        return self.models[next((family for family in ("sdxl", "sd3") if family in name), "sd")]
+        return self.models[next((family for family in ("sdxl", "sd3", "qwen") if family in name), "sd")]
 
     def flags(self, name):
         """What a job has to be told in any case."""

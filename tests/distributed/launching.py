@@ -24,6 +24,7 @@ OTHERS = {  # scripts whose names do not say their folder
     "sd": "stable_diffusion/train_text_to_image.py",
     "lora_sd": "stable_diffusion/train_text_to_image_lora.py",
     "vae_decoder": "your_own_job/train_vae_decoder.py",
+    "lora_qwen": "qwen_image/train_qwen_image_lora.py",
 }
 
 
