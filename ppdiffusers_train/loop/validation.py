@@ -15,6 +15,7 @@ from ppdiffusers_train.reporting.contact_sheet import Tile, contact_sheet
 from ppdiffusers_train.runtime.agreement import found_by_main
 from ppdiffusers_train.tensor_files import rehearsal
 
+OVER_STEPS = "validation-over-steps"  # folder of the first images, and of their sheet
 STEPS_SHOWN = 8  # at most so many steps stand side by side
 CLIP_SCORE = "validation/clip_score"  # tag
 
@@ -86,9 +87,11 @@ class ValidationImages:
         folder = run.output_dir / "validation"
         file = folder / f"step-{state.step}.png"
         with writing("--output_dir: validation images", folder):
-            write_first(folder / "first" / f"step-{state.step}", rows)
+            folder.mkdir(parents=True, exist_ok=True)
             grid.save(file)
-            over_steps(folder / "first", self.prompts).save(folder / "over-steps.png")
+            first = run.output_dir / OVER_STEPS
+            write_first(first / f"step-{state.step}", rows)
+            over_steps(first, self.prompts).save(first / "over-steps.png")
         run.log(f"step {state.step}: wrote {file.relative_to(run.output_dir)}")
         self.trackers.image("validation", grid, state.step)
         if score is not None:

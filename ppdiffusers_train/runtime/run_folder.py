@@ -29,7 +29,7 @@ ARGUMENTS_FILE, RESULT_FILE = "training_args.json", "result.json"
 WEIGHTS = (".safetensors", ".pdparams", ".bin")  # extensions of files with weights
 EARLIER_RESULT, ABANDONED = "earlier-result", "abandoned-"
 # Not part of a result.
-OTHER_FOLDERS = ("checkpoint-*", "abandoned-checkpoint-*", f"{EARLIER_RESULT}*", "encoded*", "logs", "validation")
+OTHER_FOLDERS = ("checkpoint-*", "abandoned-checkpoint-*", f"{EARLIER_RESULT}*", "encoded*", "logs", "validation*")
 # What each folder of a part has, with or without weights.
 CONFIGURATIONS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 

@@ -27,7 +27,7 @@ def family_of(name):
     """The family of models that a script trains."""
     if SCRIPTS[name].parent.name == "kandinsky2_2":
         return "kandinsky"
-    return next((family for family in ("sdxl", "sd3") if family in name), "sd")
+    return next((family for family in ("sdxl", "sd3", "qwen") if family in name), "sd")
 
 
 def is_full(name):

@@ -22,11 +22,11 @@ def test_each_prompt_of_a_file_has_its_settings(train, tmp_path):
     file = write(tmp_path / "p.jsonl", small, {**small, "negative_prompt": "a dog", "guidance_scale": 8}, small)
     flags = [f"--validation_prompts_file={file}", "--validation_prompts=a hat", "--validation_inference_steps=2"]
     out = train("prior_lora", *flags, "--validation_steps=1", "--num_validation_images=1", "--encoded_cache")
-    first = out / "validation" / "first"
+    first = out / "validation-over-steps"
     images = [np.asarray(Image.open(first / "step-2" / f"{number}.png")) for number in range(4)]
     assert np.array_equal(images[1], images[3]) and not np.array_equal(images[1], images[2])
-    assert {path.name for path in first.iterdir()} == {"step-1", "step-2"}
-    assert (out / "validation" / "over-steps.png").exists()
+    assert {path.name for path in first.iterdir()} == {"step-1", "step-2", "over-steps.png"}
+    assert sorted(path.name for path in (out / "validation").iterdir()) == ["step-1.png", "step-2.png"]
     scores = scalars(out, "validation/clip_score")
     assert len(scores) == 2 and all(0 <= score <= 100 for score in scores)
 
