@@ -9,6 +9,7 @@ from ppdiffusers_train.errors import UserError, one_line_errors
 from ppdiffusers_train.loop.optimizers import change_before_loading
 from ppdiffusers_train.loop.run import resolve_run
 from ppdiffusers_train.models.lora import add_lora, initialize_lora, load_lora_weights, save_lora, save_lora_weights
+from ppdiffusers_train.models.unet import save_memory
 from ppdiffusers_train.models.unloaded import changed_before_loading, loading_on_host
 from ppdiffusers_train.models.weights import load_in_place, save_model
 from ppdiffusers_train.module import DiffusionTrainingModule
@@ -66,6 +67,12 @@ class FullTraining(DiffusionTrainingModule):
 
     averages = ()
     """The same names of its moving averages, which are saved beside it."""
+
+    def save_memory(self, model):
+        """Let a UNet or a VAE recompute its activations, and use other attention, where flags ask for it."""
+        args = self.args
+        attention = args.enable_xformers_memory_efficient_attention, args.attention_slices
+        save_memory(model, args.gradient_checkpointing, *attention)
 
     def save_weights(self, directory):
         library = "diffusers" if self.args.save_format == "diffusers" else "ppdiffusers"  # a single file is a pipeline

@@ -17,7 +17,6 @@ from ppdiffusers_train.data.transforms import center_crop_square, normalize_pixe
 from ppdiffusers_train.job import LatentDenoisingTraining, job_main
 from ppdiffusers_train.models.kandinsky2_2 import KandinskyFolders, WithImageEmbeddings
 from ppdiffusers_train.models.masks import encode_masks
-from ppdiffusers_train.models.unet import save_memory
 from ppdiffusers_train.objectives.losses import area_weights
 
 
@@ -48,8 +47,7 @@ class KandinskyDecoderTrainingModule(WithImageEmbeddings, LatentDenoisingTrainin
         self.load_later("movq", decoder.later("movq", VQModel))
         self.unet = decoder.load("unet", UNet2DConditionModel)
         self.use_scheduler(decoder.load("scheduler", DDPMScheduler))
-        attention = args.enable_xformers_memory_efficient_attention, args.attention_slices
-        save_memory(self.unet, args.gradient_checkpointing, *attention)
+        self.save_memory(self.unet)
 
     def preprocess(self, row, draws):
         """pixel_values [3, R, R] of the centred square; clip_pixel_values of the whole image, as CLIP crops it."""

@@ -18,7 +18,6 @@ from ppdiffusers_train.job import FullTraining, job_main, named_by_flags
 from ppdiffusers_train.models.consistency import TeacherAndStudent, build_student
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder, encode_images, encode_prompt
 from ppdiffusers_train.models.text import tokenize
-from ppdiffusers_train.models.unet import save_memory
 from ppdiffusers_train.module import freeze
 from ppdiffusers_train.objectives.consistency import consistency_output, ddim_timesteps, guided_ddim_step, step_before
 from ppdiffusers_train.objectives.losses import mse_loss, pseudo_huber_loss
@@ -66,8 +65,7 @@ class LCMTrainingModule(TeacherAndStudent, FullTraining):
         self.steps = paddle.to_tensor(steps)
         self.load_later("vae", self.folder.later("vae"))
         self.build_networks()
-        attention = args.enable_xformers_memory_efficient_attention, args.attention_slices
-        save_memory(self.unet, args.gradient_checkpointing, *attention)
+        self.save_memory(self.unet)
 
     def load_text_encoders(self):
         """The text encoder, and its embedding of an empty caption."""

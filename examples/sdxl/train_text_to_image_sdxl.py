@@ -21,7 +21,6 @@ from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.masks import encode_masks
 from ppdiffusers_train.models.sdxl import SDXLFolder, encode_captions, tokenize_caption
 from ppdiffusers_train.models.stable_diffusion import encode_images
-from ppdiffusers_train.models.unet import save_memory
 from ppdiffusers_train.objectives.losses import area_weights
 from ppdiffusers_train.objectives.timesteps import draw_timesteps, timestep_weights
 
@@ -68,8 +67,7 @@ class SDXLTrainingModule(LatentDenoisingTraining):
         for name in ("text_encoder", "text_encoder_2", "vae"):
             self.load_later(name, self.folder.later(name))
         self.unet = self.folder.load("unet")
-        attention = args.enable_xformers_memory_efficient_attention, args.attention_slices
-        save_memory(self.unet, args.gradient_checkpointing, *attention)
+        self.save_memory(self.unet)
         if args.enable_npu_flash_attention:
             announce_plain_attention("ppdiffusers has no kernel for NPUs", "--enable_npu_flash_attention")
 

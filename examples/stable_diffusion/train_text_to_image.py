@@ -21,7 +21,6 @@ from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.masks import encode_masks
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder, encode_images, encode_prompt
 from ppdiffusers_train.models.text import tokenize_chunks
-from ppdiffusers_train.models.unet import save_memory
 from ppdiffusers_train.objectives.denoising import rectify_noise
 from ppdiffusers_train.objectives.losses import area_weights
 
@@ -58,8 +57,7 @@ class SDTrainingModule(LatentDenoisingTraining):
         for name in self.encoders:
             self.load_later(name, self.folder.later(name))
         self.tokenizer, self.unet = self.folder.load("tokenizer"), self.folder.load("unet")
-        attention = args.enable_xformers_memory_efficient_attention, args.attention_slices
-        save_memory(self.unet, args.gradient_checkpointing, *attention)
+        self.save_memory(self.unet)
 
     def load_scheduler(self, prediction_type, scheduler_class=None):
         return self.folder.load_scheduler(prediction_type, self.args.rescale_betas_zero_snr, scheduler_class)

@@ -12,7 +12,6 @@ from ppdiffusers_train.data.transforms import fit, normalize_pixels
 from ppdiffusers_train.job import FullTraining, job_main
 from ppdiffusers_train.models.generation import generate_images
 from ppdiffusers_train.models.stable_diffusion import StableDiffusionFolder
-from ppdiffusers_train.models.unet import save_memory
 from ppdiffusers_train.module import freeze
 from ppdiffusers_train.objectives.losses import mse_loss
 
@@ -40,8 +39,7 @@ class VAEDecoderTrainingModule(FullTraining):
         self.folder.check_resolution(args.resolution)
         self.load_later("encoder", self.folder.later("vae"))
         self.vae = self.folder.load("vae")
-        attention = args.enable_xformers_memory_efficient_attention, args.attention_slices
-        save_memory(self.vae, args.gradient_checkpointing, *attention)
+        self.save_memory(self.vae)
         for part in (self.vae.encoder, self.vae.quant_conv):
             freeze(part)
 
