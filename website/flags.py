@@ -194,6 +194,9 @@ def as_markdown(text):
     return "".join(parts)
 
 
+PIPE = r"\|"  # within a cell of a table
+
+
 class Writer:
     """Writes the page of one language."""
 
@@ -252,7 +255,7 @@ class Writer:
             cells = [", ".join(f"`{name}`" for name in row.names), self.default(row.defaults), meaning]
             if with_scripts:
                 cells.insert(1, self.scripts(row.defaults))
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(f"| {' | '.join(cell.replace('|', PIPE) for cell in cells)} |")
         return lines
 
     def default(self, defaults):

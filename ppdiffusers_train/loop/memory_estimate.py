@@ -1,5 +1,6 @@
 """Memory of a training run: tensors that stay are counted, temporary ones are measured."""
 
+import gc
 import os
 from dataclasses import dataclass
 
@@ -198,6 +199,7 @@ class Peaks:
     """
 
     def __init__(self):
+        gc.collect()  # else what Python frees later would be missing from the levels
         self.fillers, self.base = [], allocated()
         self.levels, self.peaks = [0], []  # levels at the beginning and at the ends of stretches; peaks within each
 

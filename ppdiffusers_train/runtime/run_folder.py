@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 from ppdiffusers_train.errors import UserError
@@ -201,10 +202,15 @@ def replace_result(folder: Path, run_id: str, step: int, write) -> None:
 
 
 def delete_inside(folder: Path, name: str) -> None:
-    """Delete a file that a list names, and the folders that are empty then. A file outside of `folder`, such as
-    `../file` or one behind a link, is left alone."""
+    """Delete a file of a result, which a list names, and the folders that are empty then. What is no place of a result
+    is left alone, such as `../file`, a file behind a link, or one of a checkpoint."""
     path, root = folder / name, folder.resolve()
-    if Path(name).is_absolute() or path.parent.resolve() != root / Path(name).parent or not path.is_file():
+    try:
+        is_inside = path.parent.resolve() == root / Path(name).parent and path.is_file()
+    except OSError:  # no name of a file
+        return
+    others = (*OTHER_FOLDERS, ARGUMENTS_FILE)
+    if Path(name).is_absolute() or not is_inside or any(fnmatch(Path(name).parts[0], other) for other in others):
         return
     path.unlink()
     for parent in path.parents:

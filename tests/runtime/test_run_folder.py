@@ -139,7 +139,9 @@ def test_files_of_others_in_a_folder_of_a_result_are_kept(tmp_path):
     assert (tmp_path / "unet" / "notes" / "mine.md").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["../work/x", "{root}/work/x", "..", "/", ".", "link/x", "unet/../../work/x"])
+@pytest.mark.parametrize(
+    "name", ["../work/x", "{root}/work/x", "..", "/", ".", "link/x", "unet/../../work/x", "x" * 300]
+)
 def test_a_damaged_list_deletes_nothing_beyond_the_folder(tmp_path, name):
     out = tmp_path / "out"
     for folder in (out / "unet", tmp_path / "work"):
@@ -150,6 +152,15 @@ def test_a_damaged_list_deletes_nothing_beyond_the_folder(tmp_path, name):
     result(out, "a", "lora.safetensors")
     assert names(tmp_path) == ["out", "work"] and names(tmp_path / "work") == ["x"]
     assert names(out) == ["link", "lora.safetensors", "result.json", "unet"] and names(out / "unet") == ["x"]
+
+
+@pytest.mark.parametrize("name", ["training_args.json", "checkpoint-2/state.json", "logs/x", "validation-over-steps/x"])
+def test_a_damaged_list_deletes_nothing_of_what_is_no_result(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    (tmp_path / "result.json").write_text(json.dumps({"files": {name: 2}}))
+    result(tmp_path, "a", "lora.safetensors")
+    assert (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize("files", [None, [], "x", 3, {"x": None}])
