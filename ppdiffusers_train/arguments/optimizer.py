@@ -27,8 +27,8 @@ def add_optimizer_arguments(parser, weight_decay: float = 0.01):
     group = parser.add_argument_group("optimizer")
     add = group.add_argument
     add(
-        "--learning_rate", type=non_negative_float,
-        help="Train with this learning rate after warm-up; without it, 1e-4, or 1 with --optimizer prodigy.",
+        "--learning_rate", type=non_negative_float, default=1e-4,
+        help="Train with this learning rate after warm-up; with --optimizer prodigy, the default counts as 1.",
     )  # fmt: skip
     add("--scale_lr", action=Flag, help="Multiply the learning rate by the number of samples of a step, on all GPUs.")
     add(

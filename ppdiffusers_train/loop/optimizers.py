@@ -30,10 +30,8 @@ def options_of(args) -> dict:
 
 
 def learning_rate_of(args) -> float:
-    """`--learning_rate`, or its default with this optimizer."""
-    if args.learning_rate is not None:
-        return args.learning_rate
-    return PRODIGY_RATE if args.optimizer == "prodigy" else DEFAULT_RATE
+    """`--learning_rate`; with prodigy, which would hardly move by the default, 1 instead of the default."""
+    return PRODIGY_RATE if args.optimizer == "prodigy" and args.learning_rate == DEFAULT_RATE else args.learning_rate
 
 
 def check_optimizer(args) -> None:
@@ -159,5 +157,10 @@ def notices(args):
         for flag, default in {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}.items():
             if getattr(args, flag) != default:
                 yield f"--{flag} {getattr(args, flag)}: no effect with --optimizer {name}, which has --optimizer_args"
+        if args.adam_weight_decay not in (0, 0.01):  # the defaults of scripts
+            yield (
+                f"--adam_weight_decay {args.adam_weight_decay}: no effect with --optimizer {name}, which has "
+                "--optimizer_args weight_decay=…"
+            )
     if args.param_rounding != "stochastic" and args.param_dtype == "float32":
         yield f"--param_rounding {args.param_rounding}: no effect without --param_dtype bf16"

@@ -68,8 +68,10 @@ def as_prompt(line: str, place: str) -> Prompt:
     for name, value in row.items():
         kind, smallest = NUMBERS.get(name, (str, None))
         fits = isinstance(value, kind) and not isinstance(value, bool)
-        if not fits or (smallest is not None and not smallest <= value < 2**63):
-            expected = "a text" if kind is str else f"a number from {smallest} on"
+        is_size = name in ("width", "height")
+        if not fits or (smallest is not None and not smallest <= value < 2**63) or (is_size and value % 8):
+            number = "multiple of 8" if is_size else "whole number" if kind is int else "number"
+            expected = "a text" if kind is str else f"a {number} from {smallest} to below 2**63"
             raise UserError(f"{place}: {name} is {value!r}; expected {expected}")
     if "prompt" not in row:
         raise UserError(f"{place} has no prompt")

@@ -49,8 +49,8 @@ def test_jobs_without_settings_refuse_them_before_the_first_step(lcm_jobs, sd, p
         ('{"prompt": "a", "sed": 1}', "x has sed; expected"),
         ('{"seed": 1}', "x has no prompt"),
         ('{"prompt": 3}', "x: prompt is 3; expected a text"),
-        ('{"prompt": "a", "seed": true}', "x: seed is True; expected a number from 0 on"),
-        ('{"prompt": "a", "width": 0}', "x: width is 0; expected a number from 8 on"),
+        ('{"prompt": "a", "seed": true}', "x: seed is True; expected a whole number from 0"),
+        ('{"prompt": "a", "width": 0}', "x: width is 0; expected a multiple of 8 from 8"),
         ('{"prompt": "a", "guidance_scale": NaN}', "x: guidance_scale is nan"),
     ],
 )

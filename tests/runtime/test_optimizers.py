@@ -13,7 +13,7 @@ from PIL import Image
 from ppdiffusers_train.errors import RunError, UserError
 from ppdiffusers_train.loop.dry_run import inventory_of, options_of
 from ppdiffusers_train.loop.memory_estimate import Peaks
-from ppdiffusers_train.loop.optimizers import check_memory_flags, learning_rate_of
+from ppdiffusers_train.loop.optimizers import check_memory_flags, learning_rate_of, notices
 from ppdiffusers_train.runtime.bf16_weights import Rounding, narrow_layers, narrow_models
 from ppdiffusers_train.runtime.checkpoint import read_state
 from ppdiffusers_train.runtime.fused_backward import FusedBackward
@@ -223,8 +223,26 @@ def test_another_optimizer_is_refused_at_a_resume_and_the_rate_of_prodigy_is_1(t
         train("prior", "--optimizer=lion", "--max_train_steps=2", "--resume_from_checkpoint=latest")
     assert stopped.value.code == 2
     assert "has the state of prodigy, which cannot become that of lion" in last_error(capsys)
-    rates = {name: learning_rate_of(Namespace(learning_rate=None, optimizer=name)) for name in ("adamw", "prodigy")}
+    rates = {name: learning_rate_of(Namespace(learning_rate=1e-4, optimizer=name)) for name in ("adamw", "prodigy")}
     assert rates == {"adamw": 1e-4, "prodigy": 1.0}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "name, pair", [("adamw", "weight_decay=inf"), ("adamw", "epsilon=0"), ("lion", "weight_decay=1e400"),
+                   ("adafactor", "clip_threshold=0"), ("adafactor", "decay_rate=inf"), ("prodigy", "d_coef=0")],
+)  # fmt: skip
+def test_options_that_can_only_fail_are_refused(name, pair):
+    with pytest.raises(UserError, match=f"--optimizer_args: '{pair}'; expected a number"):
+        read_options(name, [pair])
+    assert read_options("prodigy", ["growth_rate=inf"]) == {"growth_rate": float("inf")}
+
+
+@pytest.mark.once
+def test_a_weight_decay_of_adamw_is_named_where_it_has_no_effect():
+    args = Namespace(optimizer="lion", use_8bit_adam=False, learning_rate=1e-4, adam_beta1=0.9, adam_beta2=0.999)
+    vars(args).update(adam_epsilon=1e-8, adam_weight_decay=0.3, param_rounding="stochastic", param_dtype="float32")
+    assert [line.split(":")[0] for line in notices(args)] == ["--adam_weight_decay 0.3"]
 
 
 def test_the_result_of_schedule_free_is_its_average(train):

@@ -79,6 +79,8 @@ def lost(family: Family, scheduler, tensors: dict) -> list:
     words = ["without the scheduler's configuration and the tokenizers, which other programs have"]
     if scheduler.get("prediction_type") == "v_prediction":
         words[0] += "; set them to v-prediction"
+    if scheduler.get("rescale_betas_zero_snr"):
+        words.append("without the zero terminal SNR of its noise schedule: set programs, and the next base, to it")
     if family is SD2:
         words.append("without the last layer of the text encoder, which SD 2.x does not use")
     projection = tensors.get(f"text_encoders.clip_l.transformer.{PROJECTION}") if family is SD3 else None

@@ -13,6 +13,7 @@ class Adafactor(RuleOptimizer):
     A convolution's kernels [N, C, h, w] are the matrix [N, C · h · w]; vectors keep whole second moments.
     """
 
+    positive = ("epsilon1", "clip_threshold")
     defaults = {
         "epsilon1": 1e-30,  # ε1, added to squared gradients
         "epsilon2": 1e-3,  # ε2, the least scale of a parameter

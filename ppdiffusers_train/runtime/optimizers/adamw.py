@@ -21,6 +21,7 @@ class AdamW(RuleOptimizer):
     """AdamW of parameters that Paddle's kernel does not take, which are those in bfloat16."""
 
     defaults = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.01}
+    positive = ("epsilon",)
 
     bytes_per_element = 24
 

@@ -21,7 +21,7 @@ class Prodigy(RuleOptimizer):
         "d0": 1e-6, "d_coef": 1.0, "growth_rate": math.inf,
     }  # fmt: skip
     bytes_per_element = 28
-    positive, needs_all_gradients = ("d0",), True
+    positive, needs_all_gradients = ("d0", "d_coef", "epsilon"), True
 
     def __init__(self, learning_rate, parameters, rounding=None, **options):
         super().__init__(learning_rate, parameters, rounding, **options)

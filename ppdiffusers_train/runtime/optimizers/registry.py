@@ -54,7 +54,7 @@ def read_value(pair: str, text: str, default):
     except ValueError:
         value = nan
     below = 1 if pair.startswith("beta") else inf
-    if not (value >= 0 and (value < below or value == below == inf)):
+    if not (value >= 0 and (value < below or value == default == inf)):
         raise UserError(f"--optimizer_args: {pair!r}; expected a number from 0 {'to below 1' if below == 1 else 'on'}")
     return value
 

@@ -14,7 +14,7 @@ class ScheduleFree(RuleOptimizer):
         "r": 0.0,  # power of the step in the weight of an average
         "weight_lr_power": 2.0,  # power of the largest rate so far in this weight
     }  # fmt: skip
-    positive, averages = ("beta1",), True
+    positive, averages = ("beta1", "epsilon"), True
 
     def __init__(self, learning_rate, parameters, rounding=None, **options):
         super().__init__(learning_rate, parameters, rounding, **options)
