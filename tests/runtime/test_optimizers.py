@@ -167,9 +167,9 @@ def test_stochastic_rounding_keeps_the_mean_and_kahan_the_sum():
             value = rounding.widen(parameter, rounding.take(lost)) + 2**-7 / 100
             lost = rounding.store(parameter, value, step)
         found = parameter.astype("float32").numpy().astype(np.float64)
-        # Of two steps of 2**-7 with Kahan's sum, Paddle 2.6 may have the second one in what it lost: it cuts off.
-        assert set(np.round((found - 1) * 2**7, 6)) <= (set(range(15)) if kind == "stochastic" else {1, 2})
-        found += sum(value.astype("float32").numpy().astype(np.float64) for value in lost.values())
+        if kind == "kahan" and not paddle.framework.use_pir_api():
+            continue  # Paddle 2.6 does not round on CPUs, but cuts off
+        assert set(np.round((found - 1) * 2**7, 6)) <= (set(range(15)) if kind == "stochastic" else {2})
         assert abs((found.mean() - 1) * 2**7 / 2 - 1) < off
     draws = [round_trip(seed, step, name) for seed, step, name in ((0, 1, "a"), (0, 1, "a"), (0, 2, "a"), (0, 1, "b"))]
     assert np.array_equal(draws[0], draws[1]) and not any(np.array_equal(draws[0], other) for other in draws[2:])
