@@ -88,6 +88,7 @@ with ExitOnSignal(), StopRequest() as stop:
 def test_a_terminal_that_is_closed_stops_a_run_as_sigterm_does(tmp_path):
     process, terminal = pty.fork()
     if not process:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under `nohup`
         os.execv(sys.executable, [sys.executable, "-c", ENDS_ITS_STEP, str(tmp_path / "said")])
     while b"ready" not in os.read(terminal, 1000):
         pass

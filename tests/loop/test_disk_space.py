@@ -50,7 +50,7 @@ def test_the_need_is_what_the_run_takes(train, tmp_path, capsys, flags):
     checkpoints = list(out.glob("checkpoint-*"))
     # With a limit of one, there are two for a moment.
     assert " for 2 checkpoints of " in line and line.count(" are free") == 1
-    assert needs["checkpoint"] == pytest.approx(2 * size_of(checkpoints[0]), rel=0.03)
+    assert needs["checkpoint"] == pytest.approx(2 * size_of(checkpoints[0]), rel=0.05)  # JSON and headers
     result = [path for path in out.iterdir() if path not in checkpoints and path.name != "logs"]
     assert needs["result"] == pytest.approx(sum(map(size_of, result)), rel=0.1)
     packs = sum(pack.stat().st_size for pack in cache.rglob("*.pack"))
