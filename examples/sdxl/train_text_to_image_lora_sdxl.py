@@ -39,7 +39,7 @@ class SDXLLoRATrainingModule(LoRATraining, SDXLTrainingModule):
 
     def forward(self, encoded, draws):
         if self.adapted:
-            encoded = {**encoded, **self.encode_captions(encoded)}
+            encoded = {**encoded, **self.encode_tokens(encoded)}
         return super().forward(encoded, draws)
 
 

@@ -96,7 +96,7 @@ class SDXLTrainingModule(LatentDenoisingTraining):
             **tokenize_caption(self.tokenizer, self.tokenizer_2, caption, *how),
         }
 
-    def encode_captions(self, tokens):
+    def encode_tokens(self, tokens):  # another name: `--to_static` and CPUs compile it, and would mix them up
         args, encoders = self.args, (self.text_encoder, self.text_encoder_2)
         return encode_captions(*encoders, tokens, args.clip_skip, args.max_token_length // 75)
 
@@ -118,7 +118,7 @@ class SDXLTrainingModule(LatentDenoisingTraining):
         """
         captions = {name: batch[name] for name in ("input_ids", "input_ids_2", "has_prompt")}
         if "text_encoder" in self.encoders:
-            captions = self.encode_captions(captions)
+            captions = self.encode_tokens(captions)
         latents = encode_images(self.vae, batch["pixel_values"])
         return {"latents": latents, **captions, "time_ids": batch["time_ids"], **encode_masks(batch, latents)}
 
