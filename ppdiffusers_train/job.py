@@ -180,7 +180,7 @@ class LoRATraining:
         self.add_lora(getattr(self, self.trained), args.lora_target_modules)
 
     def rate_factor(self, name):
-        # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): the matrix that begins as zeros learns faster.
+        # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): the matrix that begins as zeros has a higher rate.
         factor = self.args.lora_plus_ratio if name.endswith(".lora_layer.up.weight") else 1.0
         if name.split(".")[0] in self.adapted and self.args.text_encoder_lr is not None:
             factor *= self.args.text_encoder_lr / self.args.learning_rate

@@ -129,10 +129,8 @@ def generate_class_images(module, folder: Path, run, origin: dict) -> None:
                 write_text(folder / ABOUT, json.dumps(origin, indent=1, ensure_ascii=False) + "\n")
     missing = ranks.broadcast_object(class_images(folder, args.num_class_images)[1])
     run.log(f"{folder}: {counted(len(missing), 'class image')} of {args.num_class_images} are still to be generated")
-    kind = {"fp32": "no", None: args.mixed_precision}.get(
-        args.prior_generation_precision, args.prior_generation_precision
-    )
-    precision, done = Precision(kind, args.amp_level), ranks.counter()
+    kind = args.prior_generation_precision or args.mixed_precision
+    precision, done = Precision("no" if kind == "fp32" else kind, args.amp_level), ranks.counter()
     with (
         evaluation(module),
         precision.autocast(),

@@ -140,17 +140,17 @@ def test_files_of_others_in_a_folder_of_a_result_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../work/x", "{root}/work/x", "..", "/", ".", "link/x", "unet/../../work/x", "x" * 300]
+    "name", ["../mine/x", "{root}/mine/x", "..", "/", ".", "link/x", "unet/../../mine/x", "x" * 300]
 )
 def test_a_damaged_list_deletes_nothing_beyond_the_folder(tmp_path, name):
     out = tmp_path / "out"
-    for folder in (out / "unet", tmp_path / "work"):
+    for folder in (out / "unet", tmp_path / "mine"):
         folder.mkdir(parents=True)
         (folder / "x").write_text("mine")
-    (out / "link").symlink_to(tmp_path / "work")
+    (out / "link").symlink_to(tmp_path / "mine")
     (out / "result.json").write_text(json.dumps({"files": {name.format(root=tmp_path): 4}}))
     result(out, "a", "lora.safetensors")
-    assert names(tmp_path) == ["out", "work"] and names(tmp_path / "work") == ["x"]
+    assert names(tmp_path) == ["mine", "out"] and names(tmp_path / "mine") == ["x"]
     assert names(out) == ["link", "lora.safetensors", "result.json", "unet"] and names(out / "unet") == ["x"]
 
 
