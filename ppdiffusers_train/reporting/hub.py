@@ -9,8 +9,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from ppdiffusers_train.errors import RunError, UserError, writing
 
 # Files of a run that are not part of its result.
-NOT_UPLOADED = ["*checkpoint-*", "*checkpoint-*/*", "earlier-result*/*", "logs/*", "log/*", "validation/*", "encoded/*"]
-NOT_UPLOADED += ["result.json", ".*"]
+NOT_UPLOADED = ["*checkpoint-*", "*checkpoint-*/*", "earlier-result*/*", "logs/*", "log/*", "encoded/*"]
+NOT_UPLOADED += ["validation/*", "validation-over-steps/*", "result.json", ".*"]
 
 
 def check_hub_name(directory: Path, repo_id) -> None:
